@@ -1,0 +1,165 @@
+"""Frozen configurations, and the only place where the engine's defaults are written."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from inferneo_jax.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Frequency scaling of rotary embeddings.
+
+    ``linear`` divides every frequency by ``factor``; ``llama3`` divides the low ones only and
+    blends between (Llama 3.1, section "long context").
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A causal language model. Sizes are in elements, ``context_length`` in tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of ``to_dict``; raises ConfigError on unknown or missing keys."""
+        scaling = values.get("rope_scaling")
+        if scaling is not None:
+            values = values | {"rope_scaling": _build(RopeScaling, scaling)}
+        return _build(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A bidirectional encoder that makes embeddings.
+
+    ``max_tokens`` is the longest input the model was made for, which may be less than its
+    ``num_positions``.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_positions: int
+    max_tokens: int
+    num_token_types: int = 2
+    norm_eps: float = 1e-12
+    pooling: Literal["mean", "cls"] = "mean"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of ``to_dict``; raises ConfigError on unknown or missing keys."""
+        return _build(cls, values)
+
+
+ModelConfig = DecoderConfig | EncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is run. Everything has a default that suits a laptop.
+
+    Attributes:
+        slots: requests that run at once; each is a row of the decode batch.
+        max_len: most tokens (prompt and output) of one request; None: the model's context.
+        page_len: tokens of one KV page.
+        kv_tokens: KV cache size in tokens, shared by all requests; None: chosen from memory.
+        prefill_chunks: prompt tokens of one prefill step; a prompt is cut into these sizes.
+        dtype: of the weights and matrix products; auto: bfloat16 where it is fast.
+        quantization: of the weights; auto: what is fastest within the quality bound.
+        max_logprobs: most alternatives a request may ask for.
+        max_logit_bias: most biased tokens of one request.
+        max_waiting: requests that may wait; more are refused.
+        compilation_cache: folder of JAX's persistent compilation cache; None: off.
+    """
+
+    slots: int = 32
+    max_len: int | None = None
+    page_len: int = 16
+    kv_tokens: int | None = None
+    prefill_chunks: tuple[int, ...] = (32, 128, 256)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["auto", "none"] = "auto"
+    max_logprobs: int = 20
+    max_logit_bias: int = 1024
+    max_waiting: int = 1024
+    compilation_cache: str | None = None
+    row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "page_len", "max_logit_bias", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.slots > max(self.row_buckets):
+            raise ConfigError(f"slots is {self.slots}; the most is {max(self.row_buckets)}")
+        if self.max_len is not None and self.max_len < 2:
+            raise ConfigError(f"max_len is {self.max_len}; it must be at least 2")
+        if list(self.prefill_chunks) != sorted(set(self.prefill_chunks)) or not self.prefill_chunks:
+            raise ConfigError(f"prefill_chunks {self.prefill_chunks} must be rising sizes")
+
+
+def _build(cls: type[Any], values: dict[str, Any]) -> Any:
+    """``cls(**values)``, with a ConfigError that names the wrong keys."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ConfigError(f"unknown keys in {cls.__name__}: {', '.join(unknown)}")
+    required = {n for n, f in known.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - values.keys()):
+        raise ConfigError(f"missing keys in {cls.__name__}: {', '.join(missing)}")
+    return cls(**values)

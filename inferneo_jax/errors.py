@@ -1,0 +1,78 @@
+"""Every exception that leaves this package.
+
+::
+
+    InferneoError
+     |- ConfigError              a setting or a model configuration that cannot work
+     |- CheckpointError          a model on disk, or its source, that cannot be used
+     |   |- FetchError           it could not be downloaded, or its hash is wrong
+     |   |- WeightsError         missing, unused or misshapen weights, named
+     |   `- TokenizerError       no tokenizer, or one of a kind that is not supported
+     |- RequestError             one request that cannot be served as it stands
+     |   |- ContextLengthError   prompt and max_tokens do not fit the context
+     |   `- TemplateError        the chat template refused the messages
+     `- EngineError              the engine cannot serve any request now
+         |- OverloadedError      the waiting queue is full
+         |- EngineStoppedError   it was told to stop
+         `- EngineFailedError    a step raised; the cause is chained
+"""
+
+
+class InferneoError(Exception):
+    """Base of every error of this package; its text is meant for the person who reads it."""
+
+
+class ConfigError(InferneoError):
+    """A setting or a model configuration that cannot work."""
+
+
+class CheckpointError(InferneoError):
+    """A model on disk, or its source, that cannot be used."""
+
+
+class FetchError(CheckpointError):
+    """A model that could not be downloaded, or whose hash is not the one promised."""
+
+
+class WeightsError(CheckpointError):
+    """Weights that are missing, unused or misshapen; the text names each of them."""
+
+
+class TokenizerError(CheckpointError):
+    """A checkpoint without a tokenizer, or with one of a kind that is not supported."""
+
+
+class RequestError(InferneoError):
+    """A request that cannot be served as it stands.
+
+    Attributes:
+        param: the request field at fault, or None.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """Prompt and requested tokens together do not fit the model's context."""
+
+
+class TemplateError(RequestError):
+    """The chat template refused the messages."""
+
+
+class EngineError(InferneoError):
+    """The engine cannot serve any request now."""
+
+
+class OverloadedError(EngineError):
+    """The waiting queue is full; the same request may succeed later."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine was told to stop before the request was finished."""
+
+
+class EngineFailedError(EngineError):
+    """A step of the engine raised; the cause is chained."""

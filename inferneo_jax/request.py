@@ -1,0 +1,154 @@
+"""What goes into the engine and what comes out: token ids both ways, no text, no jax."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from inferneo_jax.errors import EngineError, RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen from the logits.
+
+    Applied in this order: repetition, frequency and presence penalties, logit bias and banned
+    tokens, temperature, then top-k, top-p and min-p on the tempered distribution.
+
+    Attributes:
+        temperature: 0 is greedy; otherwise logits are divided by it. [0, 2]
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities reach it. (0, 1]
+        min_p: keep tokens at least this likely, relative to the most likely one. [0, 1]
+        frequency_penalty: taken from a logit for each time its token was generated. [-2, 2]
+        presence_penalty: taken once from the logits of generated tokens. [-2, 2]
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the
+            prompt or the output (CTRL, arXiv:1909.05858). (0, 10]
+        logit_bias: added to the logits of these token ids. [-100, 100]
+        seed: makes the draws repeatable; 64 bits.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": (0.0, 2.0),
+            "top_k": (0, 2**31 - 1),
+            "min_p": (0.0, 1.0),
+            "frequency_penalty": (-2.0, 2.0),
+            "presence_penalty": (-2.0, 2.0),
+            "seed": (0, 2**64 - 1),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise RequestError(f"{name} is {value}; it must be from {low} to {high}", name)
+        if not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1", "top_p")
+        if not 0.0 < self.repetition_penalty <= 10.0:
+            raise RequestError(
+                f"repetition_penalty is {self.repetition_penalty}; "
+                "it must be above 0 and at most 10",
+                "repetition_penalty",
+            )
+        for token, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                raise RequestError(
+                    f"logit_bias of token {token} is {bias}; it must be from -100 to 100",
+                    "logit_bias",
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate. ``n`` choices are n requests; their prompts share pages.
+
+    Attributes:
+        id: unique among the requests that are running or waiting.
+        prompt: token ids, at least one.
+        max_tokens: most tokens to generate; 0 only scores the prompt.
+        stop_token_ids: generation ends when one of these is sampled, and the token is the last
+            of the output. Includes the model's end-of-sequence ids unless these are to be ignored.
+        min_tokens: before this many tokens the stop tokens cannot be sampled.
+        logprobs: None, or how many alternatives to report beside each sampled token's own.
+        prompt_logprobs: the same for the prompt's tokens.
+        priority: lower runs first; equal ones in order of arrival.
+        cache_salt: requests share cached prefixes only with requests of an equal salt.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log probability (nats) under the model's own distribution, before sampling
+    parameters, with the most likely alternatives as (token id, log probability), best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationOutput:
+    """What one step brought for one request.
+
+    Attributes:
+        token_ids: new tokens, in order; the stop token that ended the request included.
+        logprobs: one per new token, when asked for.
+        prompt_logprobs: one per prompt token (None for the first), once, when asked for.
+        cached_tokens: prompt tokens that were found in the prefix cache.
+        finish_reason: set in the last output only.
+        error: why, when ``finish_reason`` is "error".
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: EngineError | None = None
+
+
+OutputSink = Callable[[GenerationOutput], None]
+"""Receives a request's outputs on the engine's thread; must return at once and never raise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A consistent picture of the engine between two steps. Pages hold ``page_len`` tokens."""
+
+    ready: bool
+    slots: int
+    slots_used: int
+    pages: int
+    pages_used: int
+    pages_cached: int
+    page_len: int
+    running: int
+    waiting: int
+    steps: int
+    compiles_after_ready: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int

@@ -99,8 +99,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's log probability (nats) under the model's own distribution, before sampling
-    parameters, with the most likely alternatives as (token id, log probability), best first.
+    """A token's log probability, in nats, under the model's own distribution.
+
+    Sampling parameters do not change it. ``top`` holds the most likely alternatives as
+    (token id, log probability), best first.
     """
 
     token_id: int

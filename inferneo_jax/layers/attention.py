@@ -1,0 +1,76 @@
+"""Self-attention blocks: causal over the paged cache, and bidirectional over a padded batch."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from inferneo_jax.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.config import DecoderConfig, EncoderConfig
+from inferneo_jax.layers.linear import Linear
+from inferneo_jax.layers.norm import RMSNorm
+from inferneo_jax.layers.rope import rotate
+
+
+class CausalAttention(nnx.Module):
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions over a paged KV cache.
+
+    Queries, keys and values come from one kernel ``[embed, kv_heads, group + 2, head_dim]``: for
+    each KV head its group of query heads, then its key, then its value. Split by KV head, every
+    part holds all that its heads need.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype) -> None:
+        kv_heads, group, head_dim = config.num_kv_heads, config.group_size, config.head_dim
+        self.qkv = Linear(
+            (config.hidden_size, kv_heads, group + 2, head_dim),
+            ("embed", "kv_heads", None, None),
+            dtype,
+            bias=config.qkv_bias,
+        )
+        self.out = Linear(
+            (kv_heads, group, head_dim, config.hidden_size),
+            ("kv_heads", None, None, "embed"),
+            dtype,
+            inputs=3,
+        )
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.norm_eps, axis=None)
+            self.k_norm = RMSNorm(head_dim, config.norm_eps, axis=None)
+
+    def __call__(
+        self,
+        x: Float[Array, "rows tokens embed"],
+        rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
+        attention: PagedAttention,
+        cache: LayerCache,
+        view: PageView,
+    ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
+        fused = self.qkv(x)
+        queries, keys, values = fused[..., :-2, :], fused[..., -2:-1, :], fused[..., -1, :]
+        if hasattr(self, "q_norm"):
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = rotate(queries, *rope), rotate(keys, *rope)
+        cache = attention.write(cache, keys.squeeze(-2), values, view)
+        return self.out(attention.attend(queries, cache, view)), cache
+
+
+class BidirectionalAttention(nnx.Module):
+    """Every token of a row attends to every live token of that row (arXiv:1706.03762)."""
+
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype) -> None:
+        embed, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
+        self.qkv = Linear(
+            (embed, 3, heads, head_dim), ("embed", None, "heads", None), dtype, bias=True
+        )
+        self.out = Linear(
+            (heads, head_dim, embed), ("heads", None, "embed"), dtype, inputs=2, bias=True
+        )
+
+    def __call__(
+        self, x: Float[Array, "rows tokens embed"], live: Bool[Array, "rows tokens"]
+    ) -> Float[Array, "rows tokens embed"]:
+        queries, keys, values = jnp.moveaxis(self.qkv(x), 2, 0)
+        scores = jnp.einsum("rqhd,rkhd->rhqk", queries * queries.shape[-1] ** -0.5, keys)
+        weights = jax.nn.softmax(jnp.where(live[:, None, None, :], scores, -1e30), axis=-1)
+        return self.out(jnp.einsum("rhqk,rkhd->rqhd", weights, values))

@@ -1,0 +1,50 @@
+"""The two forward passes, and the flat names of their weights."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from inferneo_jax.config import DecoderConfig, ModelConfig
+from inferneo_jax.layers.spec import WeightSpec
+from inferneo_jax.models.decoder import Decoder
+from inferneo_jax.models.encoder import Encoder
+
+__all__ = ["WeightSpec", "declare", "skeleton", "weight_list"]
+
+
+def _abstract(config: ModelConfig, dtype: jnp.dtype) -> nnx.Module:
+    build = Decoder if isinstance(config, DecoderConfig) else Encoder
+    return nnx.eval_shape(lambda: build(config, dtype))  # type: ignore[arg-type,no-any-return]
+
+
+def declare(config: ModelConfig, dtype: jnp.dtype = jnp.dtype("float32")) -> dict[str, WeightSpec]:  # noqa: B008
+    """Every weight of a model by its dotted name, in the order of its module's leaves.
+
+    Args:
+        config: of the model.
+        dtype: of the matrices; norms and biases are float32 whatever it is.
+    """
+    state = nnx.state(_abstract(config, dtype))
+    return {
+        ".".join(str(part) for part in path): variable.get_metadata("spec")
+        for path, variable in nnx.to_flat_state(state)
+    }
+
+
+def skeleton(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, jax.tree_util.PyTreeDef]:
+    """The module without its weights: what a jitted step needs to put them back.
+
+    Inside the step, ``nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))`` costs nothing,
+    since it happens while tracing; between steps the weights are a plain list of arrays, which
+    jax flattens in microseconds.
+    """
+    graphdef, state = nnx.split(_abstract(config, dtype))
+    return graphdef, jax.tree.structure(state)
+
+
+def weight_list(config: ModelConfig, weights: Mapping[str, Array]) -> list[Array]:
+    """Named weights in the order of the module's leaves."""
+    return [weights[name] for name in declare(config)]

@@ -1,0 +1,73 @@
+"""The one decoder that serves every causal family; families differ in configuration only."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView
+from inferneo_jax.config import DecoderConfig
+from inferneo_jax.layers import rope
+from inferneo_jax.layers.attention import CausalAttention
+from inferneo_jax.layers.linear import Embedding, Linear
+from inferneo_jax.layers.mlp import SwiGLU
+from inferneo_jax.layers.norm import RMSNorm
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = CausalAttention(config, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "rows tokens embed"],
+        angles: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
+        attention: PagedAttention,
+        cache: LayerCache,
+        view: PageView,
+    ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
+        mixed, cache = self.attention(self.attention_norm(x), angles, attention, cache, view)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Token ids to hidden states over a paged KV cache, and hidden states to logits."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype) -> None:
+        self.freqs = tuple(
+            rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()
+        )
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, axis="vocab")
+        self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = Linear((config.hidden_size, config.vocab_size), ("embed", "vocab"), dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "rows tokens"],
+        attention: PagedAttention,
+        cache: KVCache,
+        view: PageView,
+    ) -> tuple[Float[Array, "rows tokens embed"], KVCache]:
+        """Run the layers over new tokens, whose keys and values join the cache.
+
+        The layers are unrolled: a scan over them would copy each layer's cache at every step.
+        """
+        x = self.embed(tokens)
+        angles = rope.angles(view.positions, jnp.asarray(self.freqs, jnp.float32))
+        written: KVCache = []
+        for layer, old in zip(self.layers, cache, strict=True):
+            x, new = layer(x, angles, attention, old, view)
+            written.append(new)
+        return x, written
+
+    def logits(self, hidden: Float[Array, "rows embed"]) -> Float[Array, "rows vocab"]:
+        """Scores of every vocabulary entry as the next token, float32."""
+        x = self.final_norm(hidden)
+        return self.head(x) if hasattr(self, "head") else self.embed.attend(x)

@@ -1,0 +1,296 @@
+"""Text to token ids and back, from a checkpoint's ``tokenizer.json``.
+
+What is stateful lives beside this module: :class:`~inferneo_jax.detokenize.IncrementalDecoder` for
+streams and :class:`~inferneo_jax.stops.StopMatcher` for stop strings.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tokenizers
+
+from inferneo_jax.chat_template import ChatTemplate, Message
+from inferneo_jax.errors import RequestError, TemplateError, TokenizerError
+
+PieceKind = Literal["bytes", "sentencepiece", "words"]
+"""How tokens spell text: in a byte alphabet, with marks for spaces, or as words (WordPiece)."""
+
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """A model's tokenizer; every method may be called from any thread.
+
+    Attributes:
+        vocab_size: one more than the highest token id; a model's logits may have more columns.
+        bos_token_id: the beginning-of-sequence token, or None.
+        eos_token_ids: the tokens that end a sequence.
+        special_ids: control tokens, which ``skip_special_tokens`` leaves out of decoded text.
+        kind: how the tokens spell text.
+        strips_leading_space: decoding drops one space at the start of the text.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: dict[str, Any],
+        *,
+        eos_token_ids: Iterable[int] = (),
+        bos_token_id: int | None = None,
+    ) -> None:
+        # A tokenizer.json may cut or pad every text; lengths are for the server to judge.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        named = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name)))}
+        self._template = _chat_template(config, named)
+
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        eos = vocab.get(named.get("eos_token", ""))
+        self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
+        bos = vocab.get(named.get("bos_token", ""))
+        self.bos_token_id = bos if bos is not None else bos_token_id
+
+        steps = _decoder_steps(backend)
+        self.kind, spell = _speller(steps)
+        self.strips_leading_space = self.kind == "sentencepiece" and any(
+            step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never"
+            for step in steps
+        )
+        # Ids without a token (holes in the vocabulary) stay empty, as decoding leaves them out.
+        pieces = [b""] * self.vocab_size
+        for token, index in vocab.items():
+            pieces[index] = spell(token)
+        self._pieces = pieces
+        self._plain_pieces = pieces.copy()
+        for index in self.special_ids:
+            self._plain_pieces[index] = b""
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Self:
+        """Read ``tokenizer.json``, ``tokenizer_config.json`` and, if there, ``inferneo.json``.
+
+        Raises:
+            TokenizerError: a file is missing or broken, or the chat template does not compile.
+        """
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise TokenizerError(
+                f"{folder} holds no tokenizer.json; pull or convert the model again"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more specific
+            raise TokenizerError(f"{file} cannot be read: {error}") from error
+        checkpoint = _read_json(folder / "inferneo.json")
+        return cls(
+            backend,
+            _read_json(folder / "tokenizer_config.json"),
+            eos_token_ids=checkpoint.get("eos_token_ids") or (),
+            bos_token_id=checkpoint.get("bos_token_id"),
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`render_chat` can work at all."""
+        return self._template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of ``text``; special tokens written out in it count as such.
+
+        Args:
+            text: valid Unicode.
+            add_special_tokens: add what the model expects around a text, such as BOS.
+
+        Raises:
+            RequestError: the text holds a lone surrogate.
+        """
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """:meth:`encode` for many texts at once, in parallel."""
+        for text in texts:
+            _refuse_surrogates(text)
+        # The fast variant does not track character offsets, which nothing here needs.
+        encodings = self._backend.encode_batch_fast(
+            list(texts), add_special_tokens=add_special_tokens
+        )
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """The prompt text of a conversation.
+
+        Args:
+            messages: role and content of each, content being a string.
+            add_generation_prompt: end with what opens the assistant's answer.
+            continue_final_message: end with the last message's own text, for the model to go on
+                with; then no generation prompt is added.
+            **template_kwargs: further variables of the template.
+
+        Raises:
+            TemplateError: there is no template, or it refused the messages.
+        """
+        if self._template is None:
+            raise TemplateError("this model has no chat template; use text completion", "messages")
+        return self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=template_kwargs,
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """:meth:`render_chat` as token ids.
+
+        A template writes the special tokens itself, so encoding adds none to them.
+        """
+        text = self.render_chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to the text, in UTF-8; perhaps a part of a character only.
+
+        Empty for an id that has no token.
+        """
+        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def token_text(self, token_id: int) -> str:
+        """:meth:`token_bytes` as text, with U+FFFD for what is no whole character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def pieces(self, *, skip_special_tokens: bool) -> Sequence[bytes]:
+        """:meth:`token_bytes` of every id, empty for special tokens when these are skipped."""
+        return self._plain_pieces if skip_special_tokens else self._pieces
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text is not valid Unicode: character {error.start} is the lone surrogate "
+            f"U+{ord(text[error.start]):04X}; send whole characters"
+        ) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in ``file``; empty when there is no such file."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} holds no JSON object")
+    return content
+
+
+def _token_text(entry: object) -> str | None:
+    """A named token of tokenizer_config.json: its text, or an object that holds it."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None
+
+
+def _chat_template(config: dict[str, Any], named: dict[str, str]) -> ChatTemplate | None:
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several by name; chat uses the default one
+        try:
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        except (KeyError, TypeError) as error:
+            raise TokenizerError(
+                "chat_template of tokenizer_config.json is neither a text nor a list of objects "
+                "with name and template"
+            ) from error
+    return None if source is None else ChatTemplate(str(source), named)
+
+
+def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    decoder = backend.decoder
+    if decoder is None:
+        return []
+    state = json.loads(decoder.__getstate__())
+    steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
+    return steps
+
+
+def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], bytes]]:
+    """How tokens spell text, and the function from a token to its bytes."""
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        alphabet = _byte_alphabet()
+
+        def from_alphabet(token: str) -> bytes:
+            try:
+                return bytes([alphabet[character] for character in token])
+            except KeyError:  # an added token, spelled as it reads
+                return token.encode()
+
+        return "bytes", from_alphabet
+    marks = [
+        step["replacement"] if step["type"] == "Metaspace" else step["pattern"]["String"]
+        for step in steps
+        if step["type"] == "Metaspace"
+        or (step["type"] == "Replace" and step["content"] == " " and "String" in step["pattern"])
+    ]
+    if marks:
+        mark, has_bytes = marks[0], "ByteFallback" in kinds
+
+        def from_marks(token: str) -> bytes:
+            if has_bytes and len(token) == 6 and token[:3] == "<0x" and token[5] == ">":
+                return bytes.fromhex(token[3:5])
+            return token.replace(mark, " ").encode()
+
+        return "sentencepiece", from_marks
+    prefix = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), "")
+    return "words", lambda token: token.removeprefix(prefix).encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    alphabet = {chr(byte): byte for byte in shown}
+    return alphabet | {chr(256 + order): byte for order, byte in enumerate(hidden)}

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -147,7 +148,7 @@ class _Ranges:
         numbers = range(*bounds)
         self._left -= len(numbers)
         if self._left < 0:
-            raise jinja2.sandbox.SecurityError(
+            raise jinja2.exceptions.SecurityError(
                 f"its loops run through more than {MAX_ITERATIONS} numbers"
             )
         return numbers
@@ -161,14 +162,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Run ``left * right`` or ``left ** right`` unless the result would be huge."""
         if operator == "**":
-            raise jinja2.sandbox.SecurityError("powers are not available in chat templates")
+            raise jinja2.exceptions.SecurityError("powers are not available in chat templates")
         for sequence, count in ((left, right), (right, left)):
             if (
                 isinstance(sequence, str | list | tuple)
                 and isinstance(count, int)
                 and len(sequence) * count > MAX_CHARACTERS
             ):
-                raise jinja2.sandbox.SecurityError(
+                raise jinja2.exceptions.SecurityError(
                     f"it repeats something to a length above {MAX_CHARACTERS}"
                 )
         return super().call_binop(context, operator, left, right)

@@ -1,0 +1,31 @@
+"""The registry of model families: from a Hugging Face config to the family that serves it."""
+
+from inferneo_jax.errors import ConfigError
+from inferneo_jax.models.families.bert import BERT
+from inferneo_jax.models.families.family import Family, HFConfig
+from inferneo_jax.models.families.llama import LLAMA
+from inferneo_jax.models.families.qwen2 import QWEN2
+from inferneo_jax.models.families.qwen3 import QWEN3
+
+FAMILIES = (LLAMA, QWEN2, QWEN3, BERT)
+
+
+def find_family(config: HFConfig) -> Family:
+    """The family of a model, by its architecture, or by its model type where it names none.
+
+    Raises:
+        ConfigError: no family serves it; the text lists those that there are.
+    """
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if family.architectures & set(architectures):
+            return family
+        if not architectures and model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(a for family in FAMILIES for a in family.architectures))
+    named = ", ".join(architectures) or f"model_type {model_type!r}"
+    raise ConfigError(f"the architecture {named} is not supported; supported are {known}")
+
+
+__all__ = ["FAMILIES", "Family", "find_family"]

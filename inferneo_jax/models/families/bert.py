@@ -1,0 +1,132 @@
+"""BERT encoders that make sentence embeddings, all-MiniLM among them."""
+
+from typing import Any
+
+import numpy as np
+
+from inferneo_jax.config import EncoderConfig
+from inferneo_jax.errors import ConfigError
+from inferneo_jax.models.families.family import (
+    Array,
+    Family,
+    HFConfig,
+    Part,
+    Recipe,
+    copied,
+    expect,
+    integer,
+    number,
+    transposed,
+)
+from inferneo_jax.models.families.llama import alike
+
+
+def read_config(config: HFConfig) -> EncoderConfig:
+    """A BERT config, with what sentence-transformers says of pooling and length where it does.
+
+    Raises:
+        ConfigError: for relative positions, decoders, and other activations than the exact GELU.
+    """
+    expect(config, "hidden_act", "gelu")
+    expect(config, "position_embedding_type", "absolute")
+    expect(config, "is_decoder", False)
+    num_positions = integer(config, "max_position_embeddings")
+    sentence: dict[str, Any] = config.get("sentence_transformers") or {}
+    max_tokens = integer(sentence, "max_seq_length", num_positions)
+    if max_tokens > num_positions:
+        raise ConfigError(
+            f"max_seq_length is {max_tokens}; the model has only {num_positions} positions"
+        )
+    expect(sentence, "pooling", "mean", "cls")
+    return EncoderConfig(
+        vocab_size=integer(config, "vocab_size"),
+        hidden_size=integer(config, "hidden_size"),
+        mlp_size=integer(config, "intermediate_size"),
+        num_layers=integer(config, "num_hidden_layers"),
+        num_heads=integer(config, "num_attention_heads"),
+        num_positions=num_positions,
+        max_tokens=max_tokens,
+        num_token_types=integer(config, "type_vocab_size", 2),
+        norm_eps=number(config, "layer_norm_eps", 1e-12),
+        pooling=sentence.get("pooling", "mean"),
+        normalize=sentence.get("normalize", True),
+    )
+
+
+def recipes(config: EncoderConfig) -> dict[str, Recipe]:
+    """Every weight of an encoder from the tensors of a BertModel."""
+    width = config.hidden_size
+    made = {
+        "embed.table": copied("embeddings.word_embeddings.weight", config.vocab_size, width),
+        "position.table": copied(
+            "embeddings.position_embeddings.weight", config.num_positions, width
+        ),
+        "token_type.table": copied(
+            "embeddings.token_type_embeddings.weight", config.num_token_types, width
+        ),
+        **_norm("embed_norm", "embeddings.LayerNorm", width),
+    }
+    for index in range(config.num_layers):
+        for name, recipe in _layer(config, f"encoder.layer.{index}").items():
+            made[f"layers.{index}.{name}"] = recipe
+    return made
+
+
+def _norm(name: str, source: str, width: int) -> dict[str, Recipe]:
+    return {
+        f"{name}.scale": copied(f"{source}.weight", width),
+        f"{name}.bias": copied(f"{source}.bias", width),
+    }
+
+
+def _layer(config: EncoderConfig, prefix: str) -> dict[str, Recipe]:
+    width, mlp, heads, dim = config.hidden_size, config.mlp_size, config.num_heads, config.head_dim
+    projections = [f"{prefix}.attention.self.{p}" for p in ("query", "key", "value")]
+
+    def fuse_kernels(*arrays: Array) -> Array:
+        return np.stack([a.T.reshape(width, heads, dim) for a in alike(*arrays)], axis=1)
+
+    def fuse_biases(*arrays: Array) -> Array:
+        return np.stack([a.reshape(heads, dim) for a in alike(*arrays)])
+
+    return {
+        "attention.qkv.kernel": Recipe(
+            tuple(Part(f"{p}.weight", (width, width)) for p in projections), fuse_kernels
+        ),
+        "attention.qkv.bias": Recipe(
+            tuple(Part(f"{p}.bias", (width,)) for p in projections), fuse_biases
+        ),
+        "attention.out.kernel": transposed(
+            f"{prefix}.attention.output.dense.weight", width, width, heads, dim, width
+        ),
+        "attention.out.bias": copied(f"{prefix}.attention.output.dense.bias", width),
+        **_norm("attention_norm", f"{prefix}.attention.output.LayerNorm", width),
+        "mlp.up.kernel": transposed(f"{prefix}.intermediate.dense.weight", mlp, width),
+        "mlp.up.bias": copied(f"{prefix}.intermediate.dense.bias", mlp),
+        "mlp.down.kernel": transposed(f"{prefix}.output.dense.weight", width, mlp),
+        "mlp.down.bias": copied(f"{prefix}.output.dense.bias", width),
+        **_norm("mlp_norm", f"{prefix}.output.LayerNorm", width),
+    }
+
+
+def ignored(config: EncoderConfig) -> tuple[str, ...]:
+    """The pooler and the pre-training heads, which embeddings do not use, and index buffers."""
+    del config
+    return (
+        r"(bert\.)?embeddings\.position_ids",
+        r"(bert\.)?embeddings\.token_type_ids",
+        r"(bert\.)?pooler\.dense\.(weight|bias)",
+        r"cls\.(predictions|seq_relationship)\..*",
+    )
+
+
+BERT = Family(
+    name="bert",
+    kind="encoder",
+    architectures=frozenset({"BertModel", "BertForMaskedLM", "BertForPreTraining"}),
+    model_types=frozenset({"bert"}),
+    read_config=read_config,
+    recipes=recipes,
+    ignored=ignored,
+    prefixes=("", "bert."),
+)

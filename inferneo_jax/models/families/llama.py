@@ -1,0 +1,184 @@
+"""Llama and everything laid out like it: Mistral, SmolLM2, and the base of Qwen2 and Qwen3."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from inferneo_jax.config import DecoderConfig, RopeScaling
+from inferneo_jax.errors import ConfigError
+from inferneo_jax.models.families.family import (
+    Array,
+    Family,
+    HFConfig,
+    Part,
+    Recipe,
+    copied,
+    expect,
+    integer,
+    number,
+    transposed,
+)
+
+
+def read_config(config: HFConfig) -> DecoderConfig:
+    """A Llama or Mistral config; biases of linear layers are refused."""
+    expect(config, "attention_bias", False)
+    return read_decoder(config)
+
+
+def read_decoder(
+    config: HFConfig, *, qkv_bias: bool = False, qk_norm: bool = False
+) -> DecoderConfig:
+    """The part that all families of this layout share.
+
+    Raises:
+        ConfigError: for sliding windows, unknown rope scaling, other activations than SiLU,
+            biases in the MLP, partial rotation, and quantized tensors.
+    """
+    expect(config, "hidden_act", "silu", "swish")
+    expect(config, "mlp_bias", False)
+    expect(config, "partial_rotary_factor", 1, 1.0)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(
+            f"the tensors are quantized ({method}); take the model's unquantized or GGUF release"
+        )
+    context_length = integer(config, "max_position_embeddings")
+    _refuse_sliding_window(config, context_length)
+    hidden_size = integer(config, "hidden_size")
+    num_heads = integer(config, "num_attention_heads")
+    rope_theta, rope_scaling = _read_rope(config, context_length)
+    return DecoderConfig(
+        vocab_size=integer(config, "vocab_size"),
+        hidden_size=hidden_size,
+        mlp_size=integer(config, "intermediate_size"),
+        num_layers=integer(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=integer(config, "num_key_value_heads", num_heads),
+        head_dim=integer(config, "head_dim", hidden_size // num_heads),
+        context_length=context_length,
+        norm_eps=number(config, "rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+    )
+
+
+def _refuse_sliding_window(config: HFConfig, context_length: int) -> None:
+    if config.get("use_sliding_window") is False:
+        return
+    window = config.get("sliding_window")
+    # A window as long as the context hides nothing.
+    if window is not None and window < context_length:
+        raise ConfigError(
+            f"sliding_window is {window}, shorter than the context of {context_length}; "
+            "sliding window attention is not supported"
+        )
+    if "sliding_attention" in (config.get("layer_types") or ()) and window is None:
+        raise ConfigError("layer_types has sliding_attention, which is not supported")
+
+
+def _read_rope(config: HFConfig, context_length: int) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from the older two keys or from ``rope_parameters``, which joins them."""
+    parameters = config.get("rope_parameters")
+    scaling: Any = parameters or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"rope_scaling is {scaling!r} in the model's config; it must be a table")
+    if parameters:
+        expect(parameters, "partial_rotary_factor", 1, 1.0)
+        theta = number(parameters, "rope_theta", 10_000.0)
+    else:
+        theta = number(config, "rope_theta", 10_000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=number(scaling, "factor"))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            kind="llama3",
+            factor=number(scaling, "factor"),
+            low_freq_factor=number(scaling, "low_freq_factor", 1.0),
+            high_freq_factor=number(scaling, "high_freq_factor", 4.0),
+            original_context_length=integer(
+                scaling, "original_max_position_embeddings", context_length
+            ),
+        )
+    raise ConfigError(f"rope scaling {kind!r} is not supported; default, linear and llama3 are")
+
+
+def recipes(config: DecoderConfig) -> dict[str, Recipe]:
+    """Every weight of a decoder from the tensors of a Llama-like checkpoint."""
+    made = {
+        "embed.table": copied("model.embed_tokens.weight", config.vocab_size, config.hidden_size),
+        "final_norm.scale": copied("model.norm.weight", config.hidden_size),
+    }
+    if not config.tie_embeddings:
+        made["head.kernel"] = transposed("lm_head.weight", config.vocab_size, config.hidden_size)
+    for index in range(config.num_layers):
+        for name, recipe in _layer(config, f"model.layers.{index}").items():
+            made[f"layers.{index}.{name}"] = recipe
+    return made
+
+
+def _layer(config: DecoderConfig, prefix: str) -> dict[str, Recipe]:
+    width, mlp, dim = config.hidden_size, config.mlp_size, config.head_dim
+    kv_heads, group = config.num_kv_heads, config.group_size
+    attention = f"{prefix}.self_attn"
+    rows = {"q_proj": config.num_heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
+
+    def fuse(*arrays: Array) -> Array:
+        """Rows of heads side by side: each KV head's queries, then its key, then its value."""
+        heads = [a.reshape(kv_heads, -1, dim, *a.shape[1:]) for a in alike(*arrays)]
+        return np.concatenate(heads, axis=1)
+
+    made = {
+        "attention_norm.scale": copied(f"{prefix}.input_layernorm.weight", width),
+        "attention.qkv.kernel": Recipe(
+            tuple(Part(f"{attention}.{p}.weight", (n, width)) for p, n in rows.items()),
+            lambda *arrays: np.moveaxis(fuse(*arrays), -1, 0),
+        ),
+        "attention.out.kernel": transposed(
+            f"{attention}.o_proj.weight", width, config.num_heads * dim, kv_heads, group, dim, width
+        ),
+        "mlp_norm.scale": copied(f"{prefix}.post_attention_layernorm.weight", width),
+        "mlp.gate_up.kernel": Recipe(
+            tuple(Part(f"{prefix}.mlp.{p}_proj.weight", (mlp, width)) for p in ("gate", "up")),
+            lambda gate, up: np.stack([a.T for a in alike(gate, up)], axis=1),
+        ),
+        "mlp.down.kernel": transposed(f"{prefix}.mlp.down_proj.weight", width, mlp),
+    }
+    if config.qkv_bias:
+        made["attention.qkv.bias"] = Recipe(
+            tuple(Part(f"{attention}.{p}.bias", (n,)) for p, n in rows.items()), fuse
+        )
+    if config.qk_norm:
+        made["attention.q_norm.scale"] = copied(f"{attention}.q_norm.weight", dim)
+        made["attention.k_norm.scale"] = copied(f"{attention}.k_norm.weight", dim)
+    return made
+
+
+def alike(*arrays: Array) -> list[Array]:
+    """The arrays in one dtype: their own where they share it, else float32, which holds all."""
+    dtypes = {array.dtype for array in arrays}
+    return list(arrays) if len(dtypes) == 1 else [array.astype(np.float32) for array in arrays]
+
+
+def ignored(config: DecoderConfig) -> tuple[str, ...]:
+    """Buffers that old checkpoints carry, and the copy of the embeddings some carry when tied."""
+    buffers = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    return (*buffers, r"lm_head\.weight") if config.tie_embeddings else buffers
+
+
+LLAMA = Family(
+    name="llama",
+    kind="decoder",
+    architectures=frozenset({"LlamaForCausalLM", "MistralForCausalLM"}),
+    model_types=frozenset({"llama", "mistral"}),
+    read_config=read_config,
+    recipes=recipes,
+    ignored=ignored,
+)

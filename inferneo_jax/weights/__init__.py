@@ -1,0 +1,1 @@
+"""Readers of other formats, the converter, and the checkpoints of this package."""

@@ -1,0 +1,129 @@
+"""Folders that appear whole or not at all, whatever happens to the process that makes them.
+
+A folder is filled at a hidden sibling ``.<name>.partial`` and renamed when it is complete. Whoever
+fills it holds a file lock, which the operating system drops with the process: a scratch folder
+whose lock is free belongs to nobody and may be swept. That needs no process ids, which are reused
+and mean nothing across containers that share a disk.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from inferneo_jax.errors import CheckpointError
+
+
+def _lock_of(scratch: Path) -> Path:
+    return scratch.with_name(scratch.name + ".lock")
+
+
+def _acquire(lock: Path, *, wait: bool) -> int | None:
+    """A descriptor that holds the lock, or None when another process does and ``wait`` is off."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # A holder unlinks the lock as it leaves; a lock on an unlinked file guards nothing.
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch_folder(scratch: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """An empty folder that this process alone uses; it is gone when the block ends.
+
+    Waits while another process uses it, after calling ``on_wait`` once.
+    """
+    lock = _lock_of(scratch)
+    descriptor = _acquire(lock, wait=False)
+    if descriptor is None:
+        on_wait()
+        descriptor = _acquire(lock, wait=True)
+        assert descriptor is not None
+    try:
+        _remove(scratch)
+        scratch.mkdir()
+        yield scratch
+    finally:
+        _remove(scratch)
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes ``destination`` when the block ends and vanishes if it raises.
+
+    Raises:
+        CheckpointError: ``destination`` exists already.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    sweep(destination.parent)
+    with scratch_folder(partial_of(destination)) as partial:
+        refuse_existing(destination)
+        yield partial
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        partial.rename(destination)
+        _sync(destination.parent)
+
+
+def partial_of(destination: Path) -> Path:
+    """Where the folder is filled before it gets its name."""
+    return destination.with_name(f".{destination.name}.partial")
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raises CheckpointError when something lies at ``destination``."""
+    if os.path.lexists(destination):
+        raise CheckpointError(
+            f"{destination} exists already; remove it with `inferneo rm` or choose another name"
+        )
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder; it is gone from its name at once, and wholly later."""
+    with scratch_folder(partial_of(folder)) as partial:
+        folder.rename(partial)
+
+
+def sweep(parent: Path) -> None:
+    """Removes scratch folders in ``parent`` whose process is gone; live ones are left alone."""
+    leftovers = {
+        path.with_suffix("") if path.suffix == ".lock" else path
+        for kind in ("partial", "download")
+        for pattern in (f".*.{kind}", f".*.{kind}.lock")
+        for path in parent.glob(pattern)
+    }
+    for scratch in leftovers:
+        lock = _lock_of(scratch)
+        descriptor = _acquire(lock, wait=False)
+        if descriptor is not None:
+            _remove(scratch)
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""The checkpoint folder of this package: written by the converter, read by everything else.
+
+::
+
+    inferneo.json           kind, family, configuration, origin, end-of-text ids
+    tokenizer.json          in the format of the `tokenizers` library
+    tokenizer_config.json   special tokens and chat template
+    weights/                an Orbax checkpoint of {weight name: array}
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from inferneo_jax.config import DecoderConfig, EncoderConfig, ModelConfig
+from inferneo_jax.errors import CheckpointError, ConfigError, WeightsError
+from inferneo_jax.weights.atomic import new_folder
+
+if TYPE_CHECKING:
+    import jax
+
+    Targets = Mapping[str, jax.ShapeDtypeStruct]
+
+FORMAT = 1
+INFO_FILE = "inferneo.json"
+WEIGHTS_FOLDER = "weights"
+_LISTED = 10
+_CONFIGS: dict[str, type[ModelConfig]] = {"decoder": DecoderConfig, "encoder": EncoderConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What ``inferneo.json`` says, and where it was found.
+
+    ``created`` is the time of conversion in seconds since 1970; ``source`` remembers where the
+    weights came from and is for people to read.
+    """
+
+    path: Path
+    kind: Literal["decoder", "encoder"]
+    family: str
+    config: ModelConfig
+    created: int
+    licence: str | None
+    source: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """The description of the checkpoint in the folder ``path``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of an unknown format.
+    """
+    path = Path(path)
+    file = path / INFO_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{path} holds no converted model (no {INFO_FILE}); "
+            "make one with `inferneo pull` or `inferneo convert`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; convert the model again") from error
+    try:
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"{file} has format {values['format']!r}; this version reads {FORMAT}: "
+                "convert the model again"
+            )
+        config_class = _CONFIGS[values["kind"]]
+        info = CheckpointInfo(
+            path=path,
+            kind=values["kind"],
+            family=values["family"],
+            config=config_class.from_dict(values["config"]),
+            created=int(values["created"]),
+            licence=values["licence"],
+            source=dict(values["source"]),
+            eos_token_ids=tuple(int(i) for i in values["eos_token_ids"]),
+            bos_token_id=values["bos_token_id"],
+        )
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{file} is not what this version writes ({type(error).__name__}: {error}); "
+            "convert the model again"
+        ) from error
+    if not (path / WEIGHTS_FOLDER).is_dir():
+        raise CheckpointError(f"{path} has no {WEIGHTS_FOLDER} folder; convert the model again")
+    return info
+
+
+def write_checkpoint(
+    destination: Path,
+    *,
+    kind: Literal["decoder", "encoder"],
+    family: str,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray[Any, np.dtype[Any]]],
+    tokenizer_json: str,
+    tokenizer_config: Mapping[str, Any],
+    eos_token_ids: Iterable[int],
+    bos_token_id: int | None,
+    licence: str | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint folder, whole or not at all. Arrays keep their dtype.
+
+    Raises:
+        CheckpointError: ``destination`` exists already, or the disk refused.
+    """
+    info = {
+        "format": FORMAT,
+        "kind": kind,
+        "family": family,
+        "config": config.to_dict(),
+        "created": int(time.time()),
+        "licence": licence,
+        "source": dict(source or {}),
+        "eos_token_ids": sorted(eos_token_ids),
+        "bos_token_id": bos_token_id,
+    }
+    try:
+        with new_folder(Path(destination).absolute()) as folder:
+            _write_json(folder / INFO_FILE, info)
+            (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+            _write_json(folder / "tokenizer_config.json", tokenizer_config)
+            checkpointer = _checkpointer()
+            # Its own temporary folder is renamed inside ours.
+            checkpointer.save(folder / WEIGHTS_FOLDER, dict(weights))
+    except OSError as error:
+        raise CheckpointError(f"{destination} could not be written: {error}") from error
+
+
+def restore_weights(path: Path, targets: "Targets") -> "dict[str, jax.Array]":
+    """The weights of a checkpoint as device arrays.
+
+    Every name and shape is compared before any array is read. Each array is cast to its target's
+    dtype and laid out in its sharding (on the first device where that is None).
+
+    Raises:
+        WeightsError: names each missing, unused or misshapen weight.
+        CheckpointError: the files are damaged or missing.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    folder = Path(path).absolute() / WEIGHTS_FOLDER
+    checkpointer = _checkpointer()
+    try:
+        stored = stored_shapes(path)
+        compare_shapes(stored, {name: target.shape for name, target in targets.items()}, str(path))
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        arguments = {
+            name: ocp.ArrayRestoreArgs(
+                dtype=target.dtype, sharding=target.sharding or first, global_shape=target.shape
+            )
+            for name, target in targets.items()
+        }
+        restored = checkpointer.restore(folder, restore_args=arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the weights in {folder} cannot be read: {error}; convert the model again"
+        ) from error
+    return dict(restored)
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a checkpoint, without reading any of them.
+
+    Raises:
+        CheckpointError: the weights' own description is damaged or missing.
+    """
+    folder = Path(path).absolute() / WEIGHTS_FOLDER
+    try:
+        tree = _checkpointer().metadata(folder).item_metadata.tree
+        return {name: tuple(array.shape) for name, array in tree.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the weights in {folder} cannot be read: {error}; convert the model again"
+        ) from error
+
+
+def compare_shapes(
+    stored: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    where: str,
+    unused: Iterable[str] | None = None,
+) -> None:
+    """Raises WeightsError when names or shapes differ, naming up to ten of each kind.
+
+    ``unused`` are the stored names that nobody wants; all that are not wanted unless given.
+    """
+    missing = sorted(wanted.keys() - stored.keys())
+    unused = sorted(stored.keys() - wanted.keys() if unused is None else unused)
+    misshapen = [
+        f"{name} is {list(stored[name])}, not {list(shape)}"
+        for name, shape in sorted(wanted.items())
+        if name in stored and tuple(stored[name]) != tuple(shape)
+    ]
+    kinds = {"missing": missing, "unused": unused, "misshapen": misshapen}
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if problems:
+        raise WeightsError(f"the weights of {where} do not fit the model: {'; '.join(problems)}")
+
+
+def _checkpointer() -> Any:
+    """Orbax, writing few files; weights hardly compress, and are read twice as fast as they are."""
+    import orbax.checkpoint as ocp
+
+    # Its progress notes and timings are for training loops.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return ocp.PyTreeCheckpointer(use_ocdbt=True, use_zarr3=True, use_compression=False)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

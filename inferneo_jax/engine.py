@@ -1,0 +1,306 @@
+"""The batching loop: schedule, run, commit. Token ids in, token ids out.
+
+One thread owns the scheduler and the runner. Other threads only leave requests and aborts in an
+inbox; outputs go to each request's sink, called on the engine's thread.
+"""
+
+import threading
+from collections import deque
+
+import structlog
+
+from inferneo_jax import compiles
+from inferneo_jax.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineFailedError,
+    EngineStoppedError,
+    OverloadedError,
+    RequestError,
+)
+from inferneo_jax.pages import PagePool
+from inferneo_jax.request import (
+    EngineStats,
+    FinishReason,
+    GenerationOutput,
+    GenerationRequest,
+    OutputSink,
+    TokenLogprob,
+)
+from inferneo_jax.runner import MAX_STOP_IDS, PendingStep, Runner
+from inferneo_jax.sampling import Scores
+from inferneo_jax.scheduler import PrefillChunk, Scheduler
+from inferneo_jax.sequence import Sequence
+
+log = structlog.get_logger(__name__)
+
+
+class Engine:
+    """Runs the requests of one model, any number at a time."""
+
+    def __init__(self, runner: Runner) -> None:
+        config = runner.config
+        self.max_len = runner.max_len
+        self.max_logprobs = config.max_logprobs
+        self._runner = runner
+        self._pool = PagePool(runner.num_pages, config.page_len)
+        self._scheduler = Scheduler(config.slots, self._pool, config.prefill_chunks[-1])
+        self._sequences: dict[str, Sequence] = {}
+        self._in_flight: PendingStep | None = None
+        self._changed = threading.Condition()
+        self._submitted: deque[Sequence] = deque()
+        self._aborted: deque[str] = deque()
+        self._ids: set[str] = set()
+        self._arrivals = 0
+        self._end: EngineError | None = None
+        self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._compiles_before = compiles.num_unexpected()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, sink: OutputSink) -> None:
+        """Queue a request; its outputs go to the sink, the last with a finish reason.
+
+        Thread-safe.
+
+        Raises:
+            RequestError: it can never be served; ContextLengthError when it is too long.
+            OverloadedError: too many requests wait.
+            EngineStoppedError: the engine was stopped; EngineFailedError: a step failed.
+        """
+        self._validate(request)
+        with self._changed:
+            if self._end:
+                raise self._end
+            if request.id in self._ids:
+                raise RequestError(f"a request with id {request.id} is already under way", "id")
+            waiting = self._scheduler.num_waiting + len(self._submitted)
+            if waiting >= self._runner.config.max_waiting:
+                raise OverloadedError(f"{waiting} requests are waiting already; try again later")
+            self._ids.add(request.id)
+            self._submitted.append(Sequence(request, sink, self._arrivals))
+            self._arrivals += 1
+            self._changed.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step, if it still runs. Thread-safe."""
+        with self._changed:
+            if request_id in self._ids:
+                self._aborted.append(request_id)
+                self._changed.notify()
+
+    def stop(self) -> None:
+        """End every request, and the thread. Thread-safe; returns when it is done."""
+        with self._changed:
+            self._end = self._end or EngineStoppedError("the engine was stopped")
+            self._changed.notify()
+        self._thread.join()
+
+    def stats(self) -> EngineStats:
+        """The engine's numbers as of its latest step. Thread-safe."""
+        scheduler, pool = self._scheduler, self._pool
+        with self._changed:
+            running = len(scheduler.running)
+            return EngineStats(
+                ready=self._end is None,
+                slots=self._runner.config.slots,
+                slots_used=running,
+                pages=pool.num_pages,
+                pages_used=pool.num_used,
+                pages_cached=pool.num_cached,
+                page_len=pool.page_len,
+                running=running,
+                waiting=scheduler.num_waiting + len(self._submitted),
+                steps=self._steps,
+                compiles_after_ready=compiles.num_unexpected() - self._compiles_before,
+                preemptions=scheduler.num_preemptions,
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self._cached_tokens,
+                output_tokens=self._output_tokens,
+            )
+
+    def _validate(self, request: GenerationRequest) -> None:
+        vocab_size = self._runner.model.vocab_size
+        if not request.prompt:
+            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+        for token in (min(request.prompt), max(request.prompt)):
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"the prompt holds token id {token}; ids go from 0 to {vocab_size - 1}",
+                    "prompt",
+                )
+        for name, ids in (
+            ("logit_bias", request.sampling.logit_bias),
+            ("stop_token_ids", request.stop_token_ids),
+        ):
+            if wrong := [i for i in ids if not 0 <= i < vocab_size]:
+                raise RequestError(
+                    f"{name} holds token id {wrong[0]}; ids go from 0 to {vocab_size - 1}", name
+                )
+        bounds = {
+            "max_tokens": (request.max_tokens, 0, None),
+            "min_tokens": (request.min_tokens, 0, request.max_tokens),
+            "logprobs": (request.logprobs or 0, 0, self.max_logprobs),
+            "prompt_logprobs": (request.prompt_logprobs or 0, 0, self.max_logprobs),
+            "logit_bias": (len(request.sampling.logit_bias), 0, self._runner.config.max_logit_bias),
+            "stop_token_ids": (len(request.stop_token_ids), 0, MAX_STOP_IDS),
+        }
+        for name, (value, low, high) in bounds.items():
+            if value < low or (high is not None and value > high):
+                counted = "has entries:" if name in ("logit_bias", "stop_token_ids") else "is"
+                limit = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise RequestError(f"{name} {counted} {value}; it must be {limit}", name)
+        length = len(request.prompt) + request.max_tokens
+        if length > self.max_len:
+            raise ContextLengthError(
+                f"the prompt has {len(request.prompt)} tokens and max_tokens is "
+                f"{request.max_tokens}, {length} in all; the context holds {self.max_len}. "
+                "Shorten the prompt or lower max_tokens",
+                "max_tokens" if len(request.prompt) < self.max_len else "prompt",
+            )
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        try:
+            while self._await_work():
+                self.step()
+        except Exception as error:
+            log.exception("a step of the engine failed")
+            failure = EngineFailedError("the engine failed while it ran this request")
+            failure.__cause__ = error
+            with self._changed:
+                self._end = failure
+        self._in_flight = None
+        with self._changed:
+            left = [*self._sequences.values(), *self._submitted]
+            self._submitted.clear()
+        for sequence in left:
+            self._finish(sequence, "error", error=self._end)
+
+    def step(self) -> None:
+        """Dispatch the next step, then read the one before it, which ran meanwhile."""
+        with self._changed:
+            plan = self._scheduler.schedule()
+        pending = self._runner.run(plan) if plan else None
+        if self._in_flight:
+            self._commit(self._in_flight)
+        self._in_flight = pending
+
+    def _await_work(self) -> bool:
+        """Take what the inbox holds; sleep while there is nothing to do. False to end."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._end
+                    or self._submitted
+                    or self._aborted
+                    or self._sequences
+                    or self._in_flight
+                )
+            )
+            if self._end:
+                return False
+            while self._submitted:
+                sequence = self._submitted.popleft()
+                self._sequences[sequence.request.id] = sequence
+                self._scheduler.add(sequence)
+            aborted, self._aborted = self._aborted, deque()
+        for request_id in aborted:
+            if sequence := self._sequences.get(request_id):
+                self._finish(sequence, "abort")
+        return True
+
+    def _commit(self, step: PendingStep) -> None:
+        """Hand out the results of a step to the requests that still want them."""
+        self._steps += 1
+        decode, prefill = step.wait()
+        if decode:
+            ids = decode.ids.tolist()
+            for i, row in enumerate(step.plan.decode):
+                self._commit_token(row.sequence, ids[i], decode.scores, i)
+        if (chunk := step.plan.prefill) and prefill:
+            self._prompt_tokens += chunk.length
+            self._commit_prompt_scores(chunk, prefill.prompt_scores)
+            if chunk.sample:
+                self._commit_token(chunk.sequence, int(prefill.ids[0]), prefill.scores, 0)
+            elif chunk.ends_prompt and chunk.sequence.request.max_tokens == 0:
+                self._finish(chunk.sequence, "length")
+
+    def _commit_token(self, sequence: Sequence, token: int, scores: Scores, row: int) -> None:
+        if sequence.finished:
+            return  # it ended while this step was under way
+        request = sequence.request
+        sequence.output.append(token)
+        self._output_tokens += 1
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs = (_token_logprob(scores, (row,), token, request.logprobs),)
+        reason: FinishReason | None = None
+        if token in request.stop_token_ids:
+            reason = "stop"
+        elif len(sequence.output) >= request.max_tokens:
+            reason = "length"
+        if reason:
+            self._finish(sequence, reason, (token,), logprobs)
+        else:
+            self._deliver(sequence, (token,), logprobs)
+
+    def _commit_prompt_scores(self, chunk: PrefillChunk, scores: Scores | None) -> None:
+        """Position i's scores are of the token at i + 1; a prompt computed twice is scored once."""
+        request, known = chunk.sequence.request, chunk.sequence.prompt_scores
+        if request.prompt_logprobs is None or scores is None:
+            return
+        for i in range(chunk.length):
+            if len(known) == chunk.start + i + 1 < len(request.prompt):
+                token = request.prompt[chunk.start + i + 1]
+                known.append(_token_logprob(scores, (0, i), token, request.prompt_logprobs))
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        error: EngineError | None = None,
+    ) -> None:
+        """Free what the sequence holds, then deliver its last output."""
+        if sequence.finished:
+            return
+        with self._changed:
+            if self._sequences.pop(sequence.request.id, None):
+                self._scheduler.remove(sequence)
+            self._ids.discard(sequence.request.id)
+        self._deliver(sequence, token_ids, logprobs, reason, error)
+        sequence.finished = True
+
+    def _deliver(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] | None,
+        reason: FinishReason | None = None,
+        error: EngineError | None = None,
+    ) -> None:
+        first = not sequence.started
+        sequence.started = True
+        cached = sequence.cached_tokens or 0
+        self._cached_tokens += cached if first else 0
+        scored = first and sequence.request.prompt_logprobs is not None
+        output = GenerationOutput(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_scores) if scored else None,
+            cached_tokens=cached,
+            finish_reason=reason,
+            error=error,
+        )
+        try:
+            sequence.sink(output)
+        except Exception:
+            log.exception("a request's sink raised", request_id=sequence.request.id)
+
+
+def _token_logprob(scores: Scores, at: tuple[int, ...], token: int, num_top: int) -> TokenLogprob:
+    ids = scores.top_ids[at][:num_top].tolist()
+    top = scores.top[at][:num_top].tolist()
+    return TokenLogprob(token, float(scores.chosen[at]), tuple(zip(ids, top, strict=True)))

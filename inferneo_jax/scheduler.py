@@ -1,0 +1,175 @@
+"""Who runs next. Plain Python: slots and pages are numbers here, and no array is touched.
+
+Every step decodes one token for each running request and, beside that, prefills at most one chunk
+of one prompt: so a running stream never waits longer than one chunk, however long the prompts that
+arrive. When pages run out, the least urgent request gives up its own and starts over later.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+from inferneo_jax.pages import PagePool
+from inferneo_jax.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """``length`` tokens of a sequence from position ``start``; ``sample`` the next one after."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    sample: bool
+    ends_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """A sequence whose newest token lies at ``position``."""
+
+    sequence: Sequence
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step runs. ``admitted`` just got its slot and must be put there first."""
+
+    admitted: Sequence | None
+    prefill: PrefillChunk | None
+    decode: tuple[DecodeRow, ...]
+
+    def __bool__(self) -> bool:
+        return self.prefill is not None or bool(self.decode)
+
+
+class Scheduler:
+    """Slots, pages and the order of requests."""
+
+    def __init__(self, slots: int, pool: PagePool, max_chunk: int) -> None:
+        self.pool = pool
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._max_chunk = max_chunk
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a slot."""
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence by its priority, then its arrival."""
+        heapq.heappush(self._waiting, (sequence.urgency, sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, running or waiting, and free its slot and pages."""
+        if sequence.slot is not None:
+            self.publish(sequence)
+            self._vacate(sequence)
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
+            heapq.heapify(self._waiting)
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step, on the assumption that it will be run."""
+        preemptions = self.num_preemptions
+        decode = self._plan_decode()
+        admitted = None
+        prefilling = min(
+            (s for s in self.running if s.in_prefill), key=lambda s: s.urgency, default=None
+        )
+        # Pages that a preemption just freed are for those who lacked them, not for newcomers.
+        if prefilling is None and self.num_preemptions == preemptions:
+            prefilling = admitted = self._admit()
+        prefill = self._plan_chunk(prefilling) if prefilling else None
+        return StepPlan(admitted, prefill, decode)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others share the pages that are full of known, computed tokens."""
+        page_len = self.pool.page_len
+        full = min(sequence.num_computed, sequence.num_known) // page_len
+        if full > sequence.num_published:
+            hashes = sequence.page_hashes(page_len, full * page_len)
+            for index in range(sequence.num_published, full):
+                self.pool.publish(sequence.pages[index], hashes[index])
+            sequence.num_published = full
+
+    def _plan_decode(self) -> tuple[DecodeRow, ...]:
+        rows = []
+        for sequence in sorted(self.running, key=lambda s: s.urgency):
+            if not sequence.can_decode:
+                continue
+            self.publish(sequence)
+            if not self._ensure_page(sequence):
+                continue
+            rows.append(DecodeRow(sequence, sequence.num_computed))
+            sequence.num_computed += 1
+            sequence.num_sampled += 1
+        return tuple(rows)
+
+    def _ensure_page(self, sequence: Sequence) -> bool:
+        """Make room for one more token; False when the sequence itself had to give way."""
+        while sequence.num_computed >= len(sequence.pages) * self.pool.page_len:
+            if pages := self.pool.allocate(1):
+                sequence.pages += pages
+                continue
+            victim = max(self.running, key=lambda s: s.urgency)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return sequence.slot is not None
+
+    def _admit(self) -> Sequence | None:
+        """Give the most urgent waiting sequence a slot and pages, if both are there."""
+        if not self._waiting or not self._free_slots:
+            return None
+        sequence = self._waiting[0][1]
+        assert len(sequence.output) == sequence.num_sampled, "admitted with a token in flight"
+        # The last token is always computed, since its logits are what the prefill is for.
+        reusable = 0 if sequence.request.prompt_logprobs is not None else sequence.num_known - 1
+        shared = self.pool.match(sequence.page_hashes(self.pool.page_len, reusable))
+        missing = self.pool.pages_for(sequence.num_known + 1) - len(shared)
+        spare = len(self.running)  # the next page of each running sequence
+        enough = self.pool.num_available >= missing + spare
+        pages = self.pool.allocate(missing) if enough else None
+        if pages is None:
+            self.pool.release(shared)
+            return None
+        heapq.heappop(self._waiting)
+        sequence.slot = self._free_slots.pop()
+        sequence.pages = shared + pages
+        sequence.prefill_len = sequence.num_known
+        sequence.num_computed = len(shared) * self.pool.page_len
+        sequence.num_published = len(shared)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.num_computed
+        self.running.append(sequence)
+        return sequence
+
+    def _plan_chunk(self, sequence: Sequence) -> PrefillChunk:
+        start = sequence.num_computed
+        length = min(sequence.prefill_len - start, self._max_chunk)
+        sequence.num_computed += length
+        ends = sequence.num_computed == sequence.prefill_len
+        sample = ends and sequence.num_sampled < sequence.request.max_tokens
+        sequence.num_sampled += sample
+        self.publish(sequence)
+        return PrefillChunk(sequence, start, length, sample, ends)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take slot and pages away; the tokens stay, and are computed again later."""
+        self.num_preemptions += 1
+        self._vacate(sequence)
+        sequence.num_computed = 0
+        self.add(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        self.pool.release(sequence.pages)
+        sequence.slot = None
+        sequence.pages = []
+        sequence.num_published = 0

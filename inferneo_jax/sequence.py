@@ -1,0 +1,87 @@
+"""One request's state on the host."""
+
+from dataclasses import dataclass, field
+
+from inferneo_jax.pages import hash_page, salt_hash
+from inferneo_jax.request import GenerationRequest, OutputSink, TokenLogprob
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request on its way: its tokens, where it runs, and how far.
+
+    A step is dispatched before the one before it is read, so the counts run ahead of ``output``.
+
+    Attributes:
+        request: as it was submitted.
+        sink: receives its outputs.
+        order: arrival number, unique.
+        output: generated tokens that the host knows.
+        slot: row of the device state; None while waiting.
+        pages: of the KV cache, in order of position.
+        prefill_len: tokens that prefill computes: all that were known when it got its slot.
+        num_computed: leading tokens whose keys and values are written, or will be by a step
+            already dispatched. While it decodes, the position of its newest token.
+        num_sampled: output tokens sampled, or dispatched to be.
+        num_published: leading pages that others may share.
+        cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
+        prompt_scores: of the prompt's tokens, as far as they are known; the first has none.
+        started: whether an output was delivered.
+        finished: whether the last output was delivered.
+    """
+
+    request: GenerationRequest
+    sink: OutputSink
+    order: int
+    output: list[int] = field(default_factory=list)
+    slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+    prefill_len: int = 0
+    num_computed: int = 0
+    num_sampled: int = 0
+    num_published: int = 0
+    cached_tokens: int | None = None
+    prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    started: bool = False
+    finished: bool = False
+    _hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and known output."""
+        return [*self.request.prompt, *self.output]
+
+    @property
+    def num_known(self) -> int:
+        """Length of prompt and known output."""
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """The smaller runs first, and is preempted last."""
+        return self.request.priority, self.order
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether it holds a slot and has tokens that prefill must still compute."""
+        return self.slot is not None and self.num_computed < self.prefill_len
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether a decode step can sample its next token."""
+        return (
+            self.slot is not None
+            and self.num_computed >= self.prefill_len
+            and self.num_sampled < self.request.max_tokens
+        )
+
+    def page_hashes(self, page_len: int, num_tokens: int) -> list[bytes]:
+        """Hashes of the pages that the first ``num_tokens`` known tokens fill."""
+        full = num_tokens // page_len
+        if len(self._hashes) < full:
+            tokens = self.tokens
+            for page in range(len(self._hashes), full):
+                previous = self._hashes[-1] if page else salt_hash(self.request.cache_salt)
+                part = tokens[page * page_len : (page + 1) * page_len]
+                self._hashes.append(hash_page(previous, part))
+        return self._hashes[:full]

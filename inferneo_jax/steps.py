@@ -1,0 +1,191 @@
+"""The two device programs of generation: prefill a chunk of a prompt, decode one token a row.
+
+Both are pure functions over the weights, the cache and the state of all slots. What the host
+passes per step is small: which slots, at which positions, in which pages. The tokens themselves
+never leave the device between steps: each step reads its input where the last one left it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from inferneo_jax.cache import KVCache, PagedAttention, PageView
+from inferneo_jax.models.decoder import Decoder
+from inferneo_jax.sampling import Sampler, SamplingRows, Scores
+
+_SCORED_AT_ONCE = 32
+"""Prompt positions scored at once: logits for a whole chunk would take vocab x chunk x 4 bytes."""
+
+
+class SlotState(NamedTuple):
+    """What the device knows of every slot: its tokens so far and its sampling parameters."""
+
+    tokens: Int[Array, "slots max_len"]
+    sampling: SamplingRows
+
+
+class DecodeRows(NamedTuple):
+    """The rows of one decode step. Padding rows have a slot beyond the last and no pages.
+
+    ``positions`` is where the row's newest token lies, whose successor is to be found.
+    """
+
+    slots: Int[Array, " rows"]
+    positions: Int[Array, " rows"]
+    tables: Int[Array, "rows max_pages"]
+
+
+class PrefillRows(NamedTuple):
+    """The rows of one prefill step: ``length`` tokens from position ``start`` on.
+
+    ``last`` rows end their prompt, so a token is sampled after it.
+    """
+
+    slots: Int[Array, " rows"]
+    start: Int[Array, " rows"]
+    length: Int[Array, " rows"]
+    last: Bool[Array, " rows"]
+    tables: Int[Array, "rows max_pages"]
+
+
+class Sampled(NamedTuple):
+    """What a step brings back to the host; prompt scores in prefill steps only."""
+
+    ids: Int[Array, " rows"]
+    scores: Scores
+    prompt_scores: Scores | None = None
+
+
+Weights = list[Array]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The pure steps of one model.
+
+    ``graphdef`` and ``treedef`` are those of ``models.skeleton``.
+    """
+
+    graphdef: nnx.GraphDef[Decoder]
+    treedef: jax.tree_util.PyTreeDef
+    attention: PagedAttention
+    sampler: Sampler
+
+    def admit(
+        self,
+        state: SlotState,
+        slot: Int[Array, ""],
+        tokens: Int[Array, " max_len"],
+        sampling: SamplingRows,
+    ) -> SlotState:
+        """Put a request into a slot: its known tokens and its parameters."""
+        return jax.tree.map(
+            lambda rows, row: rows.at[slot].set(row), state, SlotState(tokens, sampling)
+        )
+
+    def decode(
+        self, weights: Weights, cache: KVCache, state: SlotState, rows: DecodeRows
+    ) -> tuple[KVCache, SlotState, Sampled]:
+        """Feed each row its newest token and sample the next one."""
+        model = self._model(weights)
+        newest = state.tokens.at[rows.slots, rows.positions].get(mode="clip")
+        view = PageView(rows.tables, rows.positions[:, None])
+        hidden, cache = model(newest[:, None], self.attention, cache, view)
+        logits = model.logits(hidden[:, 0])
+        state, ids, scores = self._sample(state, rows.slots, rows.positions + 1, logits)
+        return cache, state, Sampled(ids, scores)
+
+    def prefill(
+        self,
+        chunk: int,
+        weights: Weights,
+        cache: KVCache,
+        state: SlotState,
+        rows: PrefillRows,
+    ) -> tuple[KVCache, SlotState, Sampled]:
+        """Run up to ``chunk`` (static) prompt tokens a row; sample where the prompt ends.
+
+        Padding positions lie behind the live ones: they write to no page, or to places that are
+        written again before anything can see them.
+        """
+        model = self._model(weights)
+        positions = rows.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
+        tokens = state.tokens.at[rows.slots[:, None], positions].get(mode="clip")
+        view = PageView(rows.tables, positions)
+        hidden, cache = model(tokens, self.attention, cache, view)
+
+        final = jnp.take_along_axis(hidden, rows.length[:, None, None] - 1, axis=1)[:, 0]
+        successors = state.tokens.at[rows.slots[:, None], positions + 1].get(mode="clip")
+        wanted = state.sampling.want_prompt_logprobs.at[rows.slots].get(mode="clip").any()
+        prompt_scores = self._score_prompt(model, hidden, successors, wanted)
+
+        num_slots = state.tokens.shape[0]
+        targets = jnp.where(rows.last, rows.slots, num_slots)  # elsewhere nothing is written
+        state, ids, scores = self._sample(
+            state, rows.slots, rows.start + rows.length, model.logits(final), targets
+        )
+        return cache, state, Sampled(ids, scores, prompt_scores)
+
+    def _model(self, weights: Weights) -> Decoder:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
+
+    def _sample(
+        self,
+        state: SlotState,
+        slots: Int[Array, " rows"],
+        lengths: Int[Array, " rows"],
+        logits: Float[Array, "rows vocab"],
+        targets: Int[Array, " rows"] | None = None,
+    ) -> tuple[SlotState, Int[Array, " rows"], Scores]:
+        """Sample each row's token at position ``length`` and write it to its target slot."""
+        params, history = jax.tree.map(
+            lambda x: x.at[slots].get(mode="clip"), (state.sampling, state.tokens)
+        )
+        ids, scores = self.sampler(logits, params, history, lengths)
+        targets = slots if targets is None else targets
+        tokens = state.tokens.at[targets, lengths].set(ids, mode="drop")
+        return SlotState(tokens, state.sampling), ids, scores
+
+    def _score_prompt(
+        self,
+        model: Decoder,
+        hidden: Float[Array, "rows chunk embed"],
+        successors: Int[Array, "rows chunk"],
+        wanted: Bool[Array, ""],
+    ) -> Scores:
+        """Score each position's successor, a few positions at a time."""
+        rows, chunk, embed = hidden.shape
+        at_once = math.gcd(_SCORED_AT_ONCE, rows * chunk)
+        parts = (
+            hidden.reshape(-1, at_once, embed),
+            successors.reshape(-1, at_once),
+        )
+
+        def compute() -> Scores:
+            always = jnp.bool_(True)
+            return lax.map(
+                lambda part: self.sampler.score(model.logits(part[0]), part[1], always), parts
+            )
+
+        def skip() -> Scores:
+            shapes = jax.eval_shape(compute)
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        scores = lax.cond(wanted, compute, skip)
+        return jax.tree.map(lambda x: x.reshape(rows, chunk, *x.shape[2:]), scores)
+
+
+def initial_state(
+    slots: int, max_len: int, vocab_size: int, max_bias: int, max_stops: int
+) -> SlotState:
+    """Empty slots."""
+    sampling = SamplingRows.empty(slots, vocab_size, max_bias, max_stops)
+    tokens = np.zeros((slots, max_len), np.int32)
+    return jax.tree.map(jnp.asarray, SlotState(tokens, sampling))

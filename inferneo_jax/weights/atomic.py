@@ -15,9 +15,11 @@ from pathlib import Path
 
 from inferneo_jax.errors import CheckpointError
 
+_LOCK, _DOOMED = ".lock", ".doomed"
+
 
 def _lock_of(scratch: Path) -> Path:
-    return scratch.with_name(scratch.name + ".lock")
+    return scratch.with_name(scratch.name + _LOCK)
 
 
 def _acquire(lock: Path, *, wait: bool) -> int | None:
@@ -102,10 +104,10 @@ def remove_folder(folder: Path) -> None:
 def sweep(parent: Path) -> None:
     """Removes scratch folders in ``parent`` whose process is gone; live ones are left alone."""
     leftovers = {
-        path.with_suffix("") if path.suffix == ".lock" else path
+        path.with_name(path.name.removesuffix(ending))
         for kind in ("partial", "download")
-        for pattern in (f".*.{kind}", f".*.{kind}.lock")
-        for path in parent.glob(pattern)
+        for ending in ("", _LOCK, _DOOMED)
+        for path in parent.glob(f".*.{kind}{ending}")
     }
     for scratch in leftovers:
         lock = _lock_of(scratch)
@@ -117,8 +119,13 @@ def sweep(parent: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Takes the folder from its name first: an orphaned download may be writing there still."""
+    doomed = folder.with_name(folder.name + _DOOMED)
+    for _ in range(2):
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        if folder.exists():
+            folder.rename(doomed)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Which models have short names, where checkpoints lie, and which are there."""
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from inferneo_jax.errors import CheckpointError
+from inferneo_jax.weights.atomic import remove_folder
+from inferneo_jax.weights.checkpoint import INFO_FILE
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Built wheels carry the catalog inside the package; a checkout has it beside.
+_CHECKOUT_CATALOG = _PACKAGE.parent / "checkpoints" / "catalog.toml"
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogEntry:
+    """One model that has a short name.
+
+    ``source`` is a pip requirement and ``file`` a path inside its wheel: a GGUF file or a folder
+    in Hugging Face form. ``sha256`` and ``size`` (bytes) are the wheel's.
+    """
+
+    name: str
+    kind: Literal["chat", "embedding"]
+    source: str
+    file: str
+    sha256: str
+    size: int
+    licence: str
+    description: str
+
+
+def load_catalog(file: Path | None = None) -> dict[str, CatalogEntry]:
+    """The catalog by name, in the order of the file (the project's own by default).
+
+    Raises:
+        CheckpointError: the file is missing or not of this form.
+    """
+    if file is None:
+        packaged = _PACKAGE / "catalog.toml"
+        file = packaged if packaged.exists() else _CHECKOUT_CATALOG
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        return {
+            name: CatalogEntry(name=name, source=table.pop("requirement"), **table)
+            for name, table in tables.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"the catalog {file} cannot be used: {error!r}") from error
+
+
+def default_checkpoints_dir() -> Path:
+    """Where checkpoints lie unless told otherwise.
+
+    The checkout's own folder when the package runs from one, else the user's cache folder (XDG
+    Base Directory Specification).
+    """
+    if _CHECKOUT_CATALOG.exists():
+        return _CHECKOUT_CATALOG.parent
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "inferneo" / "checkpoints"
+
+
+def checkpoint_path(checkpoints: Path, name: str) -> Path:
+    """The folder of a checkpoint: its name below ``checkpoints``, slashes and all.
+
+    Raises:
+        CheckpointError: the name could lead outside, or lies within another checkpoint.
+    """
+    if not all(_PART.fullmatch(part) for part in name.split("/")):
+        raise CheckpointError(
+            f"{name!r} cannot name a model; letters, digits and ._:+- can, with single slashes "
+            "between parts that begin with a letter or a digit"
+        )
+    path = Path(checkpoints) / name
+    for parent in path.parents:
+        if parent == Path(checkpoints):
+            break
+        if (parent / INFO_FILE).exists():
+            raise CheckpointError(f"{name!r} would lie within the model at {parent}")
+    return path
+
+
+def list_checkpoints(checkpoints: Path) -> dict[str, Path]:
+    """Folders of the complete checkpoints below ``checkpoints`` by name, in order of name."""
+    found = {}
+    for folder, folders, files in os.walk(checkpoints):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if INFO_FILE in files:
+            folders.clear()
+            found[Path(folder).relative_to(checkpoints).as_posix()] = Path(folder)
+    return found
+
+
+def remove_checkpoint(checkpoints: Path, name: str) -> None:
+    """Removes one checkpoint, also a damaged one, and the parent folders that it leaves empty.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    path = checkpoint_path(checkpoints, name)
+    if not (path / INFO_FILE).exists():
+        known = ", ".join(list_checkpoints(checkpoints)) or "none"
+        raise CheckpointError(f"no model {name!r} in {checkpoints}; there are: {known}")
+    remove_folder(path)
+    for parent in path.parents:
+        if parent == Path(checkpoints) or any(parent.iterdir()):
+            break
+        parent.rmdir()

@@ -206,8 +206,8 @@ class Engine:
                 self._scheduler.add(sequence)
             aborted, self._aborted = self._aborted, deque()
         for request_id in aborted:
-            if sequence := self._sequences.get(request_id):
-                self._finish(sequence, "abort")
+            if known := self._sequences.get(request_id):
+                self._finish(known, "abort")
         return True
 
     def _commit(self, step: PendingStep) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from inferneo_jax import compiles, models
 from inferneo_jax.cache import PagedAttention
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.pages import NO_PAGE
-from inferneo_jax.sampling import Sampler, SamplingRows
+from inferneo_jax.rows import RowBuilder
+from inferneo_jax.sampling import Sampler
 from inferneo_jax.scheduler import DecodeRow, PrefillChunk, StepPlan
 from inferneo_jax.sequence import Sequence
-from inferneo_jax.steps import DecodeRows, PrefillRows, Sampled, Steps, initial_state
+from inferneo_jax.steps import DecodeRows, PrefillRows, Sampled, Steps
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much there is."""
@@ -39,7 +39,7 @@ class PendingStep:
 
     def wait(self) -> tuple[Sampled | None, Sampled | None]:
         """The results of decode and prefill as numpy arrays, once they are there."""
-        return jax.tree.map(np.asarray, (self.decode, self.prefill))  # type: ignore[no-any-return]
+        return jax.tree.map(np.asarray, (self.decode, self.prefill))
 
 
 class Runner:
@@ -69,33 +69,34 @@ class Runner:
         sampler = Sampler(num_top=min(config.max_logprobs, model.vocab_size))
         self._steps = Steps(graphdef, treedef, attention, sampler)
         self._weights = weights
-        self._max_pages = -(-self.max_len // config.page_len)
+        self._rows = RowBuilder(
+            slots=config.slots,
+            max_len=self.max_len,
+            max_pages=-(-self.max_len // config.page_len),
+            vocab_size=model.vocab_size,
+            max_bias=config.max_logit_bias,
+            max_stops=MAX_STOP_IDS,
+        )
         self._row_buckets = [b for b in config.row_buckets if b < config.slots]
         self._row_buckets.append(next(b for b in config.row_buckets if b >= config.slots))
         self._compiled: dict[tuple[str, int], Any] = {}
         with compiles.expected():
             self._cache = attention.init(model, self.num_pages)
-            self._state = initial_state(
-                config.slots,
-                self.max_len,
-                model.vocab_size,
-                config.max_logit_bias,
-                MAX_STOP_IDS,
-            )
+            self._state = jax.tree.map(jnp.asarray, self._rows.empty_state())
 
     def compile(self, progress: Progress | None = None) -> None:
         """Compile every step for every shape, several at a time."""
-        donated = (1, 2)
+        held = (self._weights, self._cache, self._state)
         jobs: dict[tuple[str, int], tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]]
         jobs = {}
-        for rows in self._row_buckets:
-            args = (self._weights, self._cache, self._state, self._decode_rows((), rows))
-            jobs["decode", rows] = (self._steps.decode, donated, args)
+        for bucket in self._row_buckets:
+            args = (*held, self._rows.decode((), bucket))
+            jobs["decode", bucket] = (self._steps.decode, (1, 2), args)
         for size in self.config.prefill_chunks:
-            args = (self._weights, self._cache, self._state, self._prefill_rows(None))
-            jobs["prefill", size] = (partial(self._steps.prefill, size), donated, args)
-        slot = (np.int32(0), np.zeros(self.max_len, np.int32), self._no_sampling())
-        jobs["admit", 0] = (self._steps.admit, (0,), (self._state, *slot))
+            step = partial(self._steps.prefill, size)
+            jobs["prefill", size] = (step, (1, 2), (*held, self._rows.prefill(None)))
+        row = jax.tree.map(lambda rows: rows[0], self._rows.empty_state())
+        jobs["admit", 0] = (self._steps.admit, (0,), (self._state, np.int32(0), row))
 
         def build(key: tuple[str, int]) -> None:
             step, donate, args = jobs[key]
@@ -117,56 +118,23 @@ class Runner:
 
     def _admit(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
-        tokens = np.zeros(self.max_len, np.int32)
-        tokens[: sequence.num_known] = sequence.tokens
-        sampling = SamplingRows.from_request(
-            sequence.request, self.model.vocab_size, self.config.max_logit_bias, MAX_STOP_IDS
-        )
         step = self._compiled["admit", 0]
-        self._state = step(self._state, np.int32(sequence.slot), tokens, sampling)
+        row = self._rows.slot_row(sequence)
+        self._state = step(self._state, np.int32(sequence.slot), row)
 
     def _decode(self, rows: tuple[DecodeRow, ...]) -> Sampled:
         bucket = next(b for b in self._row_buckets if b >= len(rows))
-        step = self._compiled["decode", bucket]
-        return self._dispatch(step, self._decode_rows(rows, bucket))
+        return self._dispatch(self._compiled["decode", bucket], self._rows.decode(rows, bucket))
 
     def _prefill(self, chunk: PrefillChunk) -> Sampled:
         size = next(c for c in self.config.prefill_chunks if c >= chunk.length)
-        return self._dispatch(self._compiled["prefill", size], self._prefill_rows(chunk))
+        return self._dispatch(self._compiled["prefill", size], self._rows.prefill(chunk))
 
     def _dispatch(self, step: Any, rows: DecodeRows | PrefillRows) -> Sampled:
         self._cache, self._state, sampled = step(self._weights, self._cache, self._state, rows)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
-        return sampled  # type: ignore[no-any-return]
-
-    def _decode_rows(self, rows: tuple[DecodeRow, ...], bucket: int) -> DecodeRows:
-        slots = np.full(bucket, self.config.slots, np.int32)
-        positions = np.zeros(bucket, np.int32)
-        tables = np.full((bucket, self._max_pages), NO_PAGE, np.int32)
-        for i, row in enumerate(rows):
-            slots[i] = row.sequence.slot
-            positions[i] = row.position
-            tables[i, : len(row.sequence.pages)] = row.sequence.pages
-        return DecodeRows(slots, positions, tables)
-
-    def _prefill_rows(self, chunk: PrefillChunk | None) -> PrefillRows:
-        tables = np.full((1, self._max_pages), NO_PAGE, np.int32)
-        if chunk is None:
-            slot, start, length, sample = self.config.slots, 0, 1, False
-        else:
-            assert chunk.sequence.slot is not None
-            slot, start, length = chunk.sequence.slot, chunk.start, chunk.length
-            sample = chunk.sample
-            tables[0, : len(chunk.sequence.pages)] = chunk.sequence.pages
-        numbers = (np.array([value], np.int32) for value in (slot, start, length))
-        return PrefillRows(*numbers, np.array([sample]), tables)
-
-    def _no_sampling(self) -> SamplingRows:
-        rows = SamplingRows.empty(
-            1, self.model.vocab_size, self.config.max_logit_bias, MAX_STOP_IDS
-        )
-        return SamplingRows(*(field[0] for field in rows))
+        return cast(Sampled, sampled)
 
 
 def cache_size(model: DecoderConfig, config: EngineConfig) -> tuple[int, int]:

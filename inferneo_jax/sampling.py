@@ -10,11 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
-
-from inferneo_jax.request import GenerationRequest
 
 _BLOCK = 256
 """Vocabulary entries of one block in the two-level inverse of the cumulative distribution."""
@@ -45,59 +42,6 @@ class SamplingRows(NamedTuple):
     bias_ids: Int[Array, "rows max_bias"]
     bias: Float[Array, "rows max_bias"]
     stop_ids: Int[Array, "rows max_stops"]
-
-    @classmethod
-    def empty(cls, rows: int, vocab_size: int, max_bias: int, max_stops: int) -> "SamplingRows":
-        """Greedy rows on the host that use no feature."""
-        zeros, ones = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-        counts, flags = np.zeros(rows, np.int32), np.zeros(rows, np.bool_)
-        return cls(
-            temperature=zeros,
-            top_k=counts,
-            top_p=ones,
-            min_p=zeros,
-            frequency_penalty=zeros,
-            presence_penalty=zeros,
-            repetition_penalty=ones,
-            seed=np.zeros((rows, 2), np.uint32),
-            prompt_len=counts,
-            min_len=counts,
-            want_logprobs=flags,
-            want_prompt_logprobs=flags,
-            bias_ids=np.full((rows, max_bias), vocab_size, np.int32),
-            bias=np.zeros((rows, max_bias), np.float32),
-            stop_ids=np.full((rows, max_stops), vocab_size, np.int32),
-        )
-
-    @classmethod
-    def from_request(
-        cls, request: GenerationRequest, vocab_size: int, max_bias: int, max_stops: int
-    ) -> "SamplingRows":
-        """One row on the host, without the leading axis."""
-        params = request.sampling
-        bias_ids = np.full(max_bias, vocab_size, np.int32)
-        bias = np.zeros(max_bias, np.float32)
-        bias_ids[: len(params.logit_bias)] = list(params.logit_bias.keys())
-        bias[: len(params.logit_bias)] = list(params.logit_bias.values())
-        stop_ids = np.full(max_stops, vocab_size, np.int32)
-        stop_ids[: len(request.stop_token_ids)] = sorted(request.stop_token_ids)
-        return cls(
-            temperature=np.float32(params.temperature),
-            top_k=np.int32(min(params.top_k, vocab_size)),
-            top_p=np.float32(params.top_p),
-            min_p=np.float32(params.min_p),
-            frequency_penalty=np.float32(params.frequency_penalty),
-            presence_penalty=np.float32(params.presence_penalty),
-            repetition_penalty=np.float32(params.repetition_penalty),
-            seed=np.array([params.seed >> 32, params.seed & 0xFFFFFFFF], np.uint32),
-            prompt_len=np.int32(len(request.prompt)),
-            min_len=np.int32(len(request.prompt) + request.min_tokens),
-            want_logprobs=np.bool_(request.logprobs is not None),
-            want_prompt_logprobs=np.bool_(request.prompt_logprobs is not None),
-            bias_ids=bias_ids,
-            bias=bias,
-            stop_ids=stop_ids,
-        )
 
 
 class Scores(NamedTuple):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -78,17 +77,9 @@ class Steps:
     attention: PagedAttention
     sampler: Sampler
 
-    def admit(
-        self,
-        state: SlotState,
-        slot: Int[Array, ""],
-        tokens: Int[Array, " max_len"],
-        sampling: SamplingRows,
-    ) -> SlotState:
-        """Put a request into a slot: its known tokens and its parameters."""
-        return jax.tree.map(
-            lambda rows, row: rows.at[slot].set(row), state, SlotState(tokens, sampling)
-        )
+    def admit(self, state: SlotState, slot: Int[Array, ""], row: SlotState) -> SlotState:
+        """Put a request into a slot: its known tokens and its parameters (no leading axis)."""
+        return jax.tree.map(lambda rows, new: rows.at[slot].set(new), state, row)
 
     def decode(
         self, weights: Weights, cache: KVCache, state: SlotState, rows: DecodeRows
@@ -180,12 +171,3 @@ class Steps:
 
         scores = lax.cond(wanted, compute, skip)
         return jax.tree.map(lambda x: x.reshape(rows, chunk, *x.shape[2:]), scores)
-
-
-def initial_state(
-    slots: int, max_len: int, vocab_size: int, max_bias: int, max_stops: int
-) -> SlotState:
-    """Empty slots."""
-    sampling = SamplingRows.empty(slots, vocab_size, max_bias, max_stops)
-    tokens = np.zeros((slots, max_len), np.int32)
-    return jax.tree.map(jnp.asarray, SlotState(tokens, sampling))

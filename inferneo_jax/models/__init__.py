@@ -1,6 +1,7 @@
 """The two forward passes, and the flat names of their weights."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ __all__ = ["WeightSpec", "declare", "skeleton", "weight_list"]
 
 def _abstract(config: ModelConfig, dtype: jnp.dtype) -> nnx.Module:
     build = Decoder if isinstance(config, DecoderConfig) else Encoder
-    return nnx.eval_shape(lambda: build(config, dtype))  # type: ignore[arg-type,no-any-return]
+    return nnx.eval_shape(lambda: build(config, dtype))  # type: ignore[arg-type]
 
 
 def declare(config: ModelConfig, dtype: jnp.dtype = jnp.dtype("float32")) -> dict[str, WeightSpec]:  # noqa: B008
@@ -34,7 +35,9 @@ def declare(config: ModelConfig, dtype: jnp.dtype = jnp.dtype("float32")) -> dic
     }
 
 
-def skeleton(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, jax.tree_util.PyTreeDef]:
+def skeleton(
+    config: ModelConfig, dtype: jnp.dtype
+) -> tuple[nnx.GraphDef[Any], jax.tree_util.PyTreeDef]:
     """The module without its weights: what a jitted step needs to put them back.
 
     Inside the step, ``nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))`` costs nothing,

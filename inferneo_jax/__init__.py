@@ -1,0 +1,122 @@
+"""Inferneo-JAX: an inference engine for language and embedding models on JAX.
+
+Names are loaded on first use, so that importing this package costs nothing and touches no device.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from inferneo_jax.version import __version__
+
+if TYPE_CHECKING:
+    from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig
+    from inferneo_jax.detokenize import IncrementalDecoder
+    from inferneo_jax.embedder import Embedder
+    from inferneo_jax.engine import Engine
+    from inferneo_jax.errors import (
+        CheckpointError,
+        ConfigError,
+        ContextLengthError,
+        EngineError,
+        EngineFailedError,
+        EngineStoppedError,
+        FetchError,
+        InferneoError,
+        OverloadedError,
+        RequestError,
+        TemplateError,
+        TokenizerError,
+        WeightsError,
+    )
+    from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
+    from inferneo_jax.request import (
+        EngineStats,
+        GenerationOutput,
+        GenerationRequest,
+        SamplingParams,
+        TokenLogprob,
+    )
+    from inferneo_jax.stops import StopMatcher
+    from inferneo_jax.tokenizer import Tokenizer
+
+_HOMES = {
+    "config": (
+        "DecoderConfig",
+        "EncoderConfig",
+        "EngineConfig",
+    ),
+    "detokenize": ("IncrementalDecoder",),
+    "embedder": ("Embedder",),
+    "engine": ("Engine",),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "ContextLengthError",
+        "EngineError",
+        "EngineFailedError",
+        "EngineStoppedError",
+        "FetchError",
+        "InferneoError",
+        "OverloadedError",
+        "RequestError",
+        "TemplateError",
+        "TokenizerError",
+        "WeightsError",
+    ),
+    "model": (
+        "EmbeddingModel",
+        "LanguageModel",
+        "load_model",
+    ),
+    "request": (
+        "EngineStats",
+        "GenerationOutput",
+        "GenerationRequest",
+        "SamplingParams",
+        "TokenLogprob",
+    ),
+    "stops": ("StopMatcher",),
+    "tokenizer": ("Tokenizer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextLengthError",
+    "DecoderConfig",
+    "Embedder",
+    "EmbeddingModel",
+    "EncoderConfig",
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "EngineFailedError",
+    "EngineStats",
+    "EngineStoppedError",
+    "FetchError",
+    "GenerationOutput",
+    "GenerationRequest",
+    "IncrementalDecoder",
+    "InferneoError",
+    "LanguageModel",
+    "OverloadedError",
+    "RequestError",
+    "SamplingParams",
+    "StopMatcher",
+    "TemplateError",
+    "TokenLogprob",
+    "Tokenizer",
+    "TokenizerError",
+    "WeightsError",
+    "__version__",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

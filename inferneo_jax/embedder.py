@@ -1,0 +1,194 @@
+"""Embeddings in batches: token ids in, one vector per text out."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32, Int
+
+from inferneo_jax import compiles, models
+from inferneo_jax.config import EncoderConfig
+from inferneo_jax.errors import ContextLengthError, EngineStoppedError, RequestError
+
+Vectors = Float32[np.ndarray, "texts embed"]
+
+_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_BATCH_TOKENS = 1024
+"""Tokens of a full batch: enough for a matrix product to run at full speed."""
+
+_ROUND_BATCHES = 4
+"""Full batches' worth of texts that one request gets before it is the next one's turn."""
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """One request: its texts, longest last, and the vectors found so far."""
+
+    texts: Sequence[Sequence[int]]
+    order: list[int]
+    vectors: Vectors
+    future: Future[Vectors] = field(default_factory=Future)
+
+
+class Embedder:
+    """Runs one encoder on a thread of its own, over a closed list of batch shapes.
+
+    Texts are sorted by length, so that a batch pads little; requests take turns, so that a large
+    one does not hold up the small.
+    """
+
+    def __init__(
+        self,
+        model: EncoderConfig,
+        weights: list[Array],
+        dtype: jnp.dtype,
+        max_len: int | None = None,
+    ) -> None:
+        self.vocab_size = model.vocab_size
+        self.hidden_size = model.hidden_size
+        self.max_tokens = min(max_len or model.max_tokens, model.max_tokens)
+        self._weights = weights
+        self._graphdef, self._treedef = models.skeleton(model, dtype)
+        self._compiled: dict[tuple[int, int], Any] = {}
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
+
+    def start(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Compile every batch shape, then begin to serve."""
+        shapes = [
+            (rows, length) for length in self._lengths() for rows in self._row_choices(length)
+        ]
+
+        def build(shape: tuple[int, int]) -> None:
+            args = (self._weights, np.zeros(shape, np.int32), np.zeros(shape[0], np.int32))
+            with compiles.expected():
+                self._compiled[shape] = jax.jit(self._forward).lower(*args).compile()
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for done, _ in enumerate(pool.map(build, shapes)):
+                if progress:
+                    progress("compile", done + 1, len(shapes))
+        self._thread.start()
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> Future[Vectors]:
+        """Queue texts, as token ids; the future gives float32 ``[texts, embed]``. Thread-safe.
+
+        Cancelling the future drops what is not computed yet.
+
+        Raises:
+            RequestError: a text is empty or holds an unknown id; ContextLengthError: too long.
+            EngineStoppedError: ``stop`` was called.
+        """
+        for i, text in enumerate(texts):
+            if not text:
+                raise RequestError(f"input {i} is empty; it needs at least one token", "input")
+            if len(text) > self.max_tokens:
+                raise ContextLengthError(
+                    f"input {i} has {len(text)} tokens; this model reads at most "
+                    f"{self.max_tokens}. Shorten it or set truncate_prompt_tokens",
+                    "input",
+                )
+            for token in (min(text), max(text)):
+                if not 0 <= token < self.vocab_size:
+                    raise RequestError(
+                        f"input {i} holds token id {token}; ids go from 0 to {self.vocab_size - 1}",
+                        "input",
+                    )
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        job = _Job(texts, order, np.empty((len(texts), self.hidden_size), np.float32))
+        with self._changed:
+            if self._stopped:
+                raise EngineStoppedError("the embedding model was stopped")
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    def stop(self) -> None:
+        """End the thread; what is queued fails with EngineStoppedError. Thread-safe."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _forward(
+        self, weights: list[Array], tokens: Int[Array, "rows tokens"], lengths: Int[Array, " rows"]
+    ) -> Float32[Array, "rows embed"]:
+        model: Any = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
+        return model(tokens, lengths)
+
+    def _lengths(self) -> list[int]:
+        shorter = [length for length in _LENGTHS if length < self.max_tokens]
+        return [*shorter, self.max_tokens]
+
+    def _row_choices(self, length: int) -> list[int]:
+        return sorted({1, max(1, _BATCH_TOKENS // length)})
+
+    def _run(self) -> None:
+        """The embedder's thread: a round of each request in turn."""
+        while job := self._next_job():
+            try:
+                self._round(job)
+            except Exception as error:  # noqa: BLE001 - one request's fault is not the others'
+                job.future.set_exception(error)
+                continue
+            if not job.order:
+                job.future.set_result(job.vectors)
+            else:
+                with self._changed:
+                    self._jobs.append(job)
+        with self._changed:
+            left, self._jobs = self._jobs, deque()
+        for job in left:
+            if job.future.running() or job.future.set_running_or_notify_cancel():
+                job.future.set_exception(EngineStoppedError("the embedding model was stopped"))
+
+    def _next_job(self) -> _Job | None:
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._stopped or self._jobs)
+                if self._stopped:
+                    return None
+                job = self._jobs.popleft()
+                if job.future.running() or job.future.set_running_or_notify_cancel():
+                    return job
+
+    def _round(self, job: _Job) -> None:
+        """Compute the longest texts that are left: dispatch all batches, then read them."""
+        batches = []
+        for indices, rows, length in self._cut(job):
+            tokens = np.zeros((rows, length), np.int32)
+            lengths = np.zeros(rows, np.int32)
+            for row, index in enumerate(indices):
+                text = job.texts[index]
+                tokens[row, : len(text)] = text
+                lengths[row] = len(text)
+            step = self._compiled[rows, length]
+            batches.append((indices, step(self._weights, tokens, lengths)))
+        for indices, vectors in batches:
+            job.vectors[indices] = np.asarray(vectors)[: len(indices)]
+
+    def _cut(self, job: _Job) -> Iterator[tuple[list[int], int, int]]:
+        """Take batches off the end of the job's order: text indices, rows, length."""
+        for _ in range(_ROUND_BATCHES):
+            if not job.order:
+                return
+            longest = len(job.texts[job.order[-1]])
+            length = next(size for size in self._lengths() if size >= longest)
+            rows = self._row_choices(length)[-1]
+            # A few texts run faster one by one than padded to a full batch.
+            few = len(job.order) <= rows // 4
+            take = 1 if few else rows
+            indices = job.order[-take:]
+            del job.order[-take:]
+            yield indices, take, length

@@ -1,0 +1,121 @@
+"""From a checkpoint folder to a model that serves: weights, compiled steps, tokenizer."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from inferneo_jax import compiles, models
+from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, ModelConfig
+from inferneo_jax.embedder import Embedder
+from inferneo_jax.engine import Engine
+from inferneo_jax.runner import Runner
+from inferneo_jax.tokenizer import Tokenizer
+from inferneo_jax.weights.checkpoint import read_info, restore_weights
+
+Progress = Callable[[str, int, int], None]
+"""Told the stage, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A causal model, ready to generate. ``max_len`` is prompt and output, in tokens."""
+
+    name: str
+    created: int
+    tokenizer: Tokenizer
+    engine: Engine
+    max_len: int
+    kind: Literal["decoder"] = "decoder"
+
+    def stop(self) -> None:
+        """End all its requests and its thread."""
+        self.engine.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingModel:
+    """An encoder, ready to embed. ``max_tokens`` is of one input, special tokens included."""
+
+    name: str
+    created: int
+    tokenizer: Tokenizer
+    embedder: Embedder
+    max_tokens: int
+    kind: Literal["encoder"] = "encoder"
+
+    def stop(self) -> None:
+        """End all its requests and its thread."""
+        self.embedder.stop()
+
+
+def load_model(
+    path: Path, config: EngineConfig, *, name: str, progress: Progress | None = None
+) -> LanguageModel | EmbeddingModel:
+    """Load a converted checkpoint and compile all its steps. Blocks, for seconds to minutes.
+
+    Raises:
+        CheckpointError: the folder holds no usable model.
+        ConfigError: the model does not fit the configuration.
+    """
+    info = read_info(path)
+    tokenizer = Tokenizer.from_directory(path)
+    dtype = resolve_dtype(config.dtype)
+    if config.compilation_cache:
+        _use_compilation_cache(config.compilation_cache)
+    with compiles.expected():
+        weights = _load_weights(path, info.config, dtype)
+        if isinstance(info.config, EncoderConfig):
+            embedder = Embedder(info.config, weights, dtype, config.max_len)
+            embedder.start(progress)
+            return EmbeddingModel(
+                name=name,
+                created=info.created,
+                tokenizer=tokenizer,
+                embedder=embedder,
+                max_tokens=embedder.max_tokens,
+            )
+        assert isinstance(info.config, DecoderConfig)
+        runner = Runner(info.config, weights, config, dtype)
+        runner.compile(progress)
+    return LanguageModel(
+        name=name,
+        created=info.created,
+        tokenizer=tokenizer,
+        engine=Engine(runner),
+        max_len=runner.max_len,
+    )
+
+
+def resolve_dtype(wanted: Literal["auto", "float32", "bfloat16"]) -> jnp.dtype:
+    """The dtype of weights and products; auto is bfloat16 where the hardware multiplies it."""
+    if wanted != "auto":
+        return jnp.dtype(wanted)
+    native = jax.default_backend() != "cpu" or _cpu_multiplies_bfloat16()
+    return jnp.dtype("bfloat16" if native else "float32")
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    if platform.system() != "Linux":
+        return False
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _load_weights(path: Path, config: ModelConfig, dtype: jnp.dtype) -> list[jax.Array]:
+    targets = {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+        for name, spec in models.declare(config, dtype).items()
+    }
+    return models.weight_list(config, restore_weights(path, targets))
+
+
+def _use_compilation_cache(folder: str) -> None:
+    """Keep every executable on disk, however quickly it compiled, for the next start."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

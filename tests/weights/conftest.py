@@ -1,0 +1,155 @@
+"""Tiny models in other people's formats, made on the spot."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from inferneo_jax.models.families import find_family
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+# A writer leaves out empty lists, so there is one merge.
+MERGES = [("a", "b")]
+TOKENS = SPECIAL + ALPHABET + ["ab"]
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": len(TOKENS),
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BERT = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "vocab_size": len(TOKENS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+}
+
+
+def random_tensors(config: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """A tensor for each source name that the config's family asks for."""
+    family = find_family(config)
+    recipes = family.recipes(family.read_config(config))
+    rng = np.random.default_rng(0)
+    return {
+        part.name: rng.standard_normal(part.shape).astype(dtype)
+        for recipe in recipes.values()
+        for part in recipe.parts
+    }
+
+
+def byte_tokenizer() -> str:
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(TOKENS)}, merges=MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    return str(tokenizer.to_str())
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value))
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None
+) -> Path:
+    """A model folder in Hugging Face form with one weight file."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config)
+    write_json(folder / "tokenizer_config.json", {"eos_token": {"content": "</s>"}})
+    (folder / "tokenizer.json").write_text(byte_tokenizer())
+    tensors = random_tensors(config) if tensors is None else tensors
+    save_file(
+        {n: np.ascontiguousarray(a) for n, a in tensors.items()}, folder / "model.safetensors"
+    )
+    return folder
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The order in which llama.cpp's converter writes the rows of queries and keys."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(
+    file: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """The same model as llama.cpp's converter would write it; matrices are of block type kind."""
+    writer = gguf.GGUFWriter(file, "llama")
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
+    writer.add_token_merges([" ".join(pair) for pair in MERGES])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(0)
+    extra(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, array in tensors.items():
+        if ".q_proj." in name or ".k_proj." in name:
+            array = interleaved(array, heads if ".q_proj." in name else kv_heads)
+        own = names.get_name(name, (".weight",)) or name
+        if array.ndim == 2 and kind not in (0, 1):
+            writer.add_tensor(own, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(own, array.astype(np.float16 if kind == 1 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture(scope="session")
+def made() -> SimpleNamespace:
+    """The configs and builders of this module."""
+    return SimpleNamespace(
+        LLAMA=LLAMA,
+        BERT=BERT,
+        tensors=random_tensors,
+        folder=write_folder,
+        gguf=write_gguf,
+        json=write_json,
+        tokenizer=byte_tokenizer,
+    )

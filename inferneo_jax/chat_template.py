@@ -64,6 +64,8 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refused the messages, failed, or ran beyond its bounds.
         """
+        if not messages:
+            raise TemplateError("messages is empty; send at least one", "messages")
         if "messages" in variables:
             raise TemplateError("the template variable 'messages' is taken", "chat_template_kwargs")
         context = {

@@ -131,6 +131,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, An
             if kind is TokenType.USER_DEFINED and token not in shown
         ]
     )
+    add_bos = add_bos and named["bos_token"] is not None
     config: dict[str, Any] = {
         **named,
         "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),

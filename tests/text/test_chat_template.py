@@ -1,0 +1,184 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferneo_jax.chat_template import ChatTemplate
+from inferneo_jax.errors import TemplateError
+from inferneo_jax.tokenizer import Tokenizer
+from inferneo_jax.weights.gguf_tokenizer import gguf_tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CHATS = json.loads((GOLDEN / "tokens.json").read_text())["chats"]
+HELLO = [{"role": "user", "content": "Hello!"}]
+tiny = Tokenizer.from_directory(GOLDEN / "families" / "llama-tied")
+
+
+def render(source: str, messages=HELLO, **variables) -> str:
+    return ChatTemplate(source, {"eos_token": "</s>"}).render(
+        messages, add_generation_prompt=True, continue_final_message=False, variables=variables
+    )
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("chat", CHATS, ids=lambda chat: repr(chat["rendered"][-30:]))
+def test_rendered_chats_equal_the_reference(real_checkpoints, chat):
+    tokenizer = Tokenizer.from_directory(real_checkpoints / "smollm2-135m-instruct")
+    names = ("add_generation_prompt", "continue_final_message")
+    options = {name: chat[name] for name in names if name in chat}
+    assert tokenizer.render_chat(chat["messages"], **options) == chat["rendered"]
+    assert tokenizer.encode_chat(chat["messages"], **options) == chat["ids"]
+
+
+def test_a_template_sees_tokens_variables_and_no_tools():
+    source = "{{ eos_token }}|{{ mood }}|{{ tools is none }}|{{ add_generation_prompt }}"
+    assert render(source, mood="calm") == "</s>|calm|True|True"
+
+
+def test_json_is_written_without_escapes_for_html():
+    assert render("{{ {'a': '<é>'} | tojson }}") == '{"a": "<é>"}'
+
+
+def test_loop_controls_and_block_rules_are_those_of_model_authors():
+    source = (
+        "{% for n in range(9) %}\n  {% if n == 3 %}{% break %}{% endif %}\n{{ n }}\n{% endfor %}"
+    )
+    assert render(source) == "0\n1\n2\n"
+
+
+def test_marks_for_training_leave_their_text():
+    assert render("a{% generation %}b{{ 1 }}{% endgeneration %}c") == "ab1c"
+
+
+def test_the_year_can_be_written():
+    assert render("{{ strftime_now('%Y') }}").isdecimal()
+
+
+def test_what_the_template_raises_is_what_the_error_says():
+    with pytest.raises(TemplateError, match="roles must alternate") as caught:
+        render("{{ raise_exception('roles must alternate') }}")
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("content", [None, 3, ["part"]])
+def test_content_that_a_template_cannot_write_is_the_requests_fault(content):
+    with pytest.raises(TemplateError, match="cannot write these messages"):
+        render("{{ 'x' + messages[0].content }}", [{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__.keys() }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{{ (messages | attr('__class__')).__name__ }}",
+        "{{ range.__call__.__func__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ '{0.__class__.__mro__}'.format(messages) }}",
+        "{% set _ = messages.append({}) %}",
+        "{% set _ = messages[0].update(role='system') %}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ lipsum() }}",
+    ],
+)
+def test_a_template_reaches_no_internals_and_changes_nothing(source):
+    messages = [{"role": "user", "content": "Hello!"}]
+    with pytest.raises(TemplateError):
+        render(source, messages)
+    assert messages == HELLO
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "{% for a in range(1000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}",
+        "{% for a in range(10 * 1000 * 1000 * 1000 * 1000 * 1000 * 1000 * 1000) %}{% endfor %}",
+        "{% set text = 'x' * 1000000000 %}",
+        "{% set rows = 1000000000 * [1] %}",
+        "{% set number = 9 ** 9 ** 9 %}",
+        "{% set text = 'x' * 7000000 %}{{ text }}{{ text }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    ],
+)
+def test_a_template_that_runs_away_is_stopped(source):
+    with pytest.raises(TemplateError):
+        render(source)
+
+
+def test_every_rendering_has_its_own_bounds():
+    template = ChatTemplate("{% for n in range(60000) %}{% endfor %}ok", {})
+    for _ in range(3):
+        text = template.render(
+            HELLO, add_generation_prompt=True, continue_final_message=False, variables={}
+        )
+        assert text == "ok"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Co"])))
+def test_a_continued_message_ends_the_prompt(content):
+    messages = [*HELLO, {"role": "assistant", "content": content}]
+    text = tiny.render_chat(messages, continue_final_message=True)
+    assert text.endswith("<|im_start|>assistant\n" + content)
+
+
+def test_a_template_that_trims_still_ends_with_the_continued_message():
+    source = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
+    messages = [*HELLO, {"role": "assistant", "content": " One, "}]
+    text = ChatTemplate(source, {}).render(
+        messages, add_generation_prompt=True, continue_final_message=True, variables={}
+    )
+    assert text == "[Hello!][One,"
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": "assistant"}], [{"role": "assistant", "content": None}]]
+)
+def test_there_must_be_a_text_to_continue(messages):
+    with pytest.raises(TemplateError, match="whose content is a text"):
+        tiny.render_chat(messages, continue_final_message=True)
+
+
+def test_a_template_that_drops_the_last_message_cannot_continue_it():
+    with pytest.raises(TemplateError, match="does not write the last message"):
+        ChatTemplate("nothing", {}).render(
+            HELLO, add_generation_prompt=False, continue_final_message=True, variables={}
+        )
+
+
+def test_no_messages_are_refused():
+    with pytest.raises(TemplateError, match="messages is empty"):
+        tiny.render_chat([])
+
+
+def test_the_messages_cannot_be_replaced_by_a_variable():
+    with pytest.raises(TemplateError) as caught:
+        tiny.render_chat(HELLO, messages=[])
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_without_a_template_there_is_no_chat():
+    tokenizer = Tokenizer.from_directory(GOLDEN / "families" / "bert")
+    with pytest.raises(TemplateError, match="no chat template"):
+        tokenizer.render_chat(HELLO)
+
+
+def test_a_beginning_that_the_template_writes_is_not_added_again():
+    backend, config = gguf_tokenizer(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.tokens": ["<s>", *"Helo!"],
+            "tokenizer.ggml.token_type": [3, 1, 1, 1, 1, 1],
+            "tokenizer.ggml.merges": [],
+            "tokenizer.ggml.bos_token_id": 0,
+            "tokenizer.ggml.add_bos_token": True,
+            "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
+        }
+    )
+    tokenizer = Tokenizer(backend, config)
+    assert tokenizer.encode("Hello!") == tokenizer.encode_chat(HELLO) == [0, 1, 2, 3, 3, 4, 5]

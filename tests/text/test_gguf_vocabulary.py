@@ -1,0 +1,170 @@
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from inferneo_jax.detokenize import IncrementalDecoder
+from inferneo_jax.errors import TokenizerError
+from inferneo_jax.tokenizer import Tokenizer
+from inferneo_jax.weights.gguf_tokenizer import gguf_tokenizer
+
+MARK = "▁"
+SPACE = "Ġ"  # how byte-level vocabularies spell a space
+
+
+def byte_level(**changes: Any) -> dict[str, Any]:
+    """Letters a and b, digits, a space, and merges within and across what rules split."""
+    merges = ["1 2", "12 3", "123 4", f"{SPACE} 1", f"{SPACE} a", "a b", f"{SPACE} {SPACE}"]
+    merged = [merge.replace(" ", "") for merge in merges]
+    tokens = ["<end>", "<mine>", *"ab1234'sS", SPACE, *merged]
+    keys: dict[str, Any] = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [3, 4] + [1] * (len(tokens) - 2),
+        "merges": merges,
+        "eos_token_id": 0,
+        **changes,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
+
+
+def pieces(metadata: dict[str, Any], text: str) -> list[str]:
+    tokenizer = Tokenizer(*gguf_tokenizer(metadata))
+    return [tokenizer.token_text(token) for token in tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        ("smollm", "ab 1234", ["ab", " ", "1", "2", "3", "4"]),
+        ("smollm", "a  1", ["a", "  ", "1"]),
+        ("gpt-2", "ab 1234", ["ab", " ", "1234"]),
+        ("gpt-2", "a  1", ["a", " ", " 1"]),
+        ("gpt-2", "a1234", ["a", "1234"]),
+        ("llama-bpe", "a1234 1", ["a", "123", "4", " ", "1"]),
+        ("qwen2", "a123 a", ["a", "1", "2", "3", " a"]),
+        (None, "a1234", ["a", "1234"]),
+    ],
+)
+def test_merges_stay_within_what_the_named_rule_splits(pre, text, expected):
+    assert pieces(byte_level(pre=pre), text) == expected
+
+
+def test_control_tokens_are_special_and_user_tokens_only_whole():
+    tokenizer = Tokenizer(*gguf_tokenizer(byte_level()))
+    assert tokenizer.encode("a<end>b<mine>") == [2, 0, 3, 1]
+    assert tokenizer.special_ids == tokenizer.eos_token_ids == {0}
+    assert tokenizer.decode([0, 1]) == "<mine>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "added"),
+    [
+        ({"add_bos_token": True}, [1, 2]),
+        ({"add_bos_token": False}, [2]),
+        ({}, [2]),
+        ({"pre": "llama-bpe"}, [1, 2]),
+        ({"pre": "llama-bpe", "bos_token_id": None}, [2]),
+        ({"add_bos_token": True, "add_eos_token": True}, [1, 2, 0]),
+    ],
+)
+def test_a_text_gets_the_tokens_that_the_file_asks_for(changes, added):
+    tokenizer = Tokenizer(*gguf_tokenizer(byte_level(**{"bos_token_id": 1} | changes)))
+    assert tokenizer.encode("a") == added
+    assert tokenizer.encode("a", add_special_tokens=False) == [2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; supported are"),
+        ({"model": None}, "no tokenizer.ggml.model"),
+        ({"pre": "poro-chat"}, "tokenizer.ggml.pre is 'poro-chat'; supported are"),
+        ({"tokens": None}, "no tokenizer.ggml.tokens"),
+        ({"merges": None}, "no tokenizer.ggml.merges"),
+        ({"merges": ["ab"]}, "'ab', which is no pair"),
+        ({"merges": ["a x"]}, "tokenizer.ggml.merges does not fit"),
+        ({"tokens": ["a", "b", "a"], "token_type": None}, "'a' twice, as 0 and as 2"),
+        ({"token_type": [1]}, "token_type lists 1 tokens"),
+        ({"token_type": [9] * 19}, "9 is not a valid TokenType; known are 1 to 6"),
+        ({"eos_token_id": 19}, "eos_token_id is 19; the vocabulary has 19 tokens"),
+        ({"add_bos_token": True}, "by add_bos_token, but names no bos_token"),
+        ({"model": "llama"}, "no tokenizer.ggml.scores"),
+        ({"model": "llama", "scores": [0.0]}, "scores lists 1 tokens"),
+    ],
+)
+def test_metadata_that_cannot_work_is_refused_by_name(changes, says):
+    with pytest.raises(TokenizerError, match=re.escape(says)):
+        gguf_tokenizer(byte_level(**changes))
+
+
+# A sentencepiece vocabulary: <unk>, <s>, </s>, the 256 bytes, then scored pieces.
+WORDS = [MARK, "a", "b", "c", "ab", "bc", MARK + "a", "abc", "aa", MARK + MARK, MARK + "abc", "cab"]
+TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+SCORES = {word: -float(order * 7 % len(WORDS)) for order, word in enumerate(WORDS)}
+
+
+def sentencepiece(**changes: Any) -> Tokenizer:
+    keys = {
+        "model": "llama",
+        "tokens": TOKENS,
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(WORDS),
+        "scores": [SCORES.get(token, 0.0) for token in TOKENS],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        **changes,
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    return Tokenizer(*gguf_tokenizer(metadata))
+
+
+prefixed, bare = sentencepiece(), sentencepiece(add_space_prefix=False)
+
+
+def by_hand(text: str) -> list[int]:
+    """Sentencepiece's own rule: join the neighbours whose union scores highest, leftmost first."""
+    symbols = list(text.replace(" ", MARK))
+    while True:
+        unions = [left + right for left, right in pairwise(symbols)]
+        known = [(-SCORES[union], at) for at, union in enumerate(unions) if union in SCORES]
+        if not known:
+            break
+        _, at = min(known)
+        symbols[at : at + 2] = [unions[at]]
+    ids = []
+    for symbol in symbols:
+        spelled = [symbol] if symbol in SCORES else [f"<0x{byte:02X}>" for byte in symbol.encode()]
+        ids += [TOKENS.index(token) for token in spelled]
+    return ids
+
+
+@given(st.text("abc d\n"))
+@example("abcab  aab")
+def test_pieces_join_in_the_order_of_their_scores(text):
+    assert bare.encode(text, add_special_tokens=False) == by_hand(text)
+
+
+@given(st.text("abc é\n", min_size=1))
+def test_a_text_starts_with_one_more_space_which_decoding_takes_back(text):
+    ids = prefixed.encode(text)
+    assert ids[0] == prefixed.bos_token_id == 1
+    assert prefixed.decode(ids) == text.removeprefix(" ") or prefixed.decode(ids) == text
+    assert bare.decode(bare.encode(text)) == text
+
+
+@given(st.lists(st.sampled_from("abc é🙂\n")), st.booleans())
+def test_marked_tokens_stream_as_they_decode(letters, prefix):
+    tokenizer = prefixed if prefix else bare
+    ids = tokenizer.encode("".join(letters))
+    decoder = IncrementalDecoder(tokenizer)
+    assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
+
+
+def test_byte_tokens_are_their_byte_and_marks_are_spaces():
+    assert bare.token_bytes(TOKENS.index("<0xE9>")) == b"\xe9"
+    assert bare.token_bytes(TOKENS.index(MARK + "a")) == b" a"

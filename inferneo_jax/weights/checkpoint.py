@@ -88,7 +88,7 @@ def read_info(path: Path) -> CheckpointInfo:
             eos_token_ids=tuple(int(i) for i in values["eos_token_ids"]),
             bos_token_id=values["bos_token_id"],
         )
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(
             f"{file} is not what this version writes ({type(error).__name__}: {error}); "
             "convert the model again"

@@ -119,6 +119,8 @@ def _config(
         raise CheckpointError(f"{path} is a mixture of {experts} experts, which is not supported")
     if "token_embd.weight" not in infos:
         raise CheckpointError(f"{path} has no token_embd.weight; it is not a whole model")
+    if (layers := integer("block_count")) > len(infos):
+        raise CheckpointError(f"{path} announces {layers} layers and holds {len(infos)} tensors")
     hidden_size, num_heads = integer("embedding_length"), integer("attention.head_count")
     head_dim = integer("attention.key_length", hidden_size // num_heads)
     rotated = integer("rope.dimension_count", head_dim)
@@ -128,7 +130,7 @@ def _config(
         "vocab_size": infos["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
         "intermediate_size": integer("feed_forward_length"),
-        "num_hidden_layers": integer("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": integer("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
@@ -153,12 +155,12 @@ def _llama3_scaling(path: Path, divisors: Array, config: Mapping[str, Any]) -> d
     a factor, its largest entry. A table that they do not reproduce is refused.
     """
     low, high, original, factor = 1.0, 4.0, 8192, float(divisors.max())
-    dim = config["head_dim"]
-    inverse = config["rope_theta"] ** (-np.arange(0, dim, 2) / dim)
+    inverse = config["rope_theta"] ** (-np.arange(divisors.size) / divisors.size)
     turns = original * inverse / (2 * np.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
+    whole = divisors.shape == (config["head_dim"] // 2,)
+    if not whole or not np.allclose(divisors, expected, rtol=1e-3):
         raise CheckpointError(
             f"{path}: {_ROPE_FREQS} is not the table of Llama 3; "
             "take the model's safetensors release, which says how it was made"

@@ -157,7 +157,7 @@ def _convert_on_host() -> None:
     """Conversion only moves bytes; it must not take an accelerator from a running server."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _bytes_below(folder: Path) -> int:

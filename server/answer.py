@@ -1,0 +1,95 @@
+"""A generation dressed as the client asked: chunks of a stream, or one whole answer."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.choice import TokenInfo
+from server.generation import Generation
+from server.protocol.shape import Shape
+
+
+@dataclass(slots=True)
+class _Collected:
+    text: list[str] = field(default_factory=list)
+    tokens: list[TokenInfo] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a request will be answered with, and how.
+
+    Attributes:
+        stream: the client wants chunks.
+        num_returned: choices of each prompt in a whole answer: the best of those sampled.
+        user: whom the client serves, by its own name for them; for the log.
+    """
+
+    generation: Generation
+    shape: Shape
+    stream: bool
+    num_returned: int
+    user: str | None
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any] | None, None]:
+        """The chunks of a stream, in order; None after a long silence.
+
+        Raises:
+            InferneoError: as :meth:`Generation.events` does.
+        """
+        shape, opened, first = self.shape, False, True
+        async with aclosing(self.generation.events()) as events:
+            async for event in events:
+                if not opened:
+                    # Only now: whatever fails before this is an error with a status of its own.
+                    opened = True
+                    if (opening := shape.opening()) is not None:
+                        for choice in self.generation.choices:
+                            yield shape.chunk(choice.index, opening, first=first)
+                            first = False
+                if event is None:
+                    yield None
+                    continue
+                if event.text or event.tokens:
+                    yield shape.chunk(event.index, shape.delta(event), first=first)
+                    first = False
+                if event.finish_reason is not None:
+                    yield shape.chunk(event.index, shape.ending(), event.finish_reason, first=first)
+                    first = False
+        if shape.include_usage or self.generation.cancelled:
+            yield shape.usage_chunk(self.generation.usage)
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole answer at once.
+
+        Raises:
+            InferneoError: as :meth:`Generation.events` does.
+        """
+        choices = self.generation.choices
+        collected = [_Collected() for _ in choices]
+        async with aclosing(self.generation.events()) as events:
+            async for event in events:
+                if event is not None:
+                    collected[event.index].text.append(event.text)
+                    collected[event.index].tokens += event.tokens
+        returned = [
+            {
+                "index": index,
+                **self.shape.message("".join(collected[i].text), collected[i].tokens),
+                "finish_reason": choices[i].finish_reason,
+            }
+            for index, i in enumerate(self._best())
+        ]
+        return self.shape.answer(returned, self.generation.usage)
+
+    def _best(self) -> list[int]:
+        """The sequences to return: all, or of each prompt the likeliest, best first."""
+        plan, choices = self.generation.plan, self.generation.choices
+        if plan.num_choices == self.num_returned:
+            return list(range(len(choices)))
+        best: list[int] = []
+        for start in range(0, len(choices), plan.num_choices):
+            group = range(start, start + plan.num_choices)
+            best += sorted(group, key=lambda i: -choices[i].mean_logprob)[: self.num_returned]
+        return best

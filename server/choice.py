@@ -1,0 +1,211 @@
+"""One sequence's tokens as text: decoding, stop strings, echo, log probabilities. No I/O."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from inferneo_jax import GenerationOutput, IncrementalDecoder, StopMatcher, TokenLogprob
+
+if TYPE_CHECKING:
+    from inferneo_jax import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class NamedToken:
+    """A token as clients see it; ``logprob`` is None for the first of a prompt."""
+
+    name: str
+    bytes: bytes
+    logprob: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo(NamedToken):
+    """A token of a choice: it spans the characters from ``offset`` to ``end`` of its text."""
+
+    offset: int
+    end: int
+    top: tuple[NamedToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEvent:
+    """What is new in a choice. The texts of its events, joined, are its text."""
+
+    index: int
+    text: str
+    tokens: list[TokenInfo]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One prompt, ready for the engine.
+
+    Attributes:
+        ids: its token ids.
+        text: what ``echo`` shows of it.
+        added: leading ids that the tokenizer added and the text does not show.
+        max_tokens: most tokens to generate after it.
+    """
+
+    ids: tuple[int, ...]
+    text: str = ""
+    added: int = 0
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextOptions:
+    """How a request wants its text."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    skip_special_tokens: bool = True
+    logprobs: bool = False
+    echo: bool = False
+    suffix: str = ""
+
+
+class Choice:
+    """Turns the engine's outputs for one sequence into events.
+
+    Every token goes through decoder and stop matcher by itself, whatever came with it, so text,
+    offsets and what a stop string cuts off do not depend on how outputs were batched.
+
+    Attributes:
+        finish_reason: None while it runs.
+        num_tokens: tokens sampled so far; what came after a stop string is not counted.
+        logprob_sum: their log probabilities, summed, if the request has them.
+        cached_tokens: of the prompt's tokens, those found in the prefix cache.
+    """
+
+    def __init__(
+        self, index: int, tokenizer: "Tokenizer", prompt: Prompt, options: TextOptions
+    ) -> None:
+        self.index = index
+        self.finish_reason: str | None = None
+        self.num_tokens = 0
+        self.logprob_sum = 0.0
+        self.cached_tokens = 0
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._options = options
+        self._decoder = IncrementalDecoder(
+            tokenizer, skip_special_tokens=options.skip_special_tokens
+        )
+        self._matcher = StopMatcher(options.stops, include=options.include_stop)
+        self._started = False
+        self._decoded = 0  # characters so far, those held back included
+        self._shown = 0  # characters so far that are certain
+        self._text: list[str] = []
+        self._tokens: list[TokenInfo] = []
+        self._held: deque[TokenInfo] = deque()  # tokens of characters not shown yet
+
+    def feed(self, output: GenerationOutput) -> None:
+        """Take what a step brought; once the choice has finished, nothing more counts."""
+        if self.finish_reason is not None:
+            return
+        if not self._started:
+            self._started = True
+            if self._options.echo:
+                self._echo(output.prompt_logprobs)
+        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        logprobs: Sequence[TokenLogprob | None] = output.logprobs or [None] * len(output.token_ids)
+        for token, logprob in zip(output.token_ids, logprobs, strict=True):
+            self._push(token, logprob)
+            if self._matcher.matched is not None:
+                self._finish("stop")
+                return
+        if output.finish_reason is not None:
+            self._flush(output.finish_reason)
+
+    def cancel(self) -> None:
+        """Finish with what there is."""
+        if self.finish_reason is None:
+            self._flush("abort")
+
+    def take(self) -> ChoiceEvent | None:
+        """What is new since the last call; None when nothing is."""
+        if not (self._text or self._tokens or self.finish_reason):
+            return None
+        event = ChoiceEvent(self.index, "".join(self._text), self._tokens, self.finish_reason)
+        self._text, self._tokens = [], []
+        return event
+
+    @property
+    def mean_logprob(self) -> float:
+        """How likely the sampled tokens were, on average, in nats."""
+        return self.logprob_sum / max(1, self.num_tokens)
+
+    def _push(self, token: int, logprob: TokenLogprob | None) -> None:
+        options = self._options
+        self.num_tokens += 1
+        if logprob is not None:
+            self.logprob_sum += logprob.logprob
+        if token in options.stop_token_ids and not options.include_stop:
+            return  # it ends the sequence and is no part of the text
+        text = self._decoder.push(token)
+        if options.logprobs and logprob is not None:
+            self._held.append(self._info(token, logprob, len(text)))
+        self._decoded += len(text)
+        # Before min_tokens a stop string is text like any other.
+        self._show(self._matcher.push(text) if self.num_tokens > options.min_tokens else text)
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self._shown += len(text)
+        while self._held and self._held[0].end <= self._shown:
+            self._tokens.append(self._held.popleft())
+
+    def _flush(self, reason: str) -> None:
+        """Show what was held back: nothing can complete it any more."""
+        rest = self._decoder.flush()
+        self._decoded += len(rest)
+        self._show(self._matcher.push(rest))
+        matched = self._matcher.matched is not None
+        self._show(self._matcher.flush())
+        self._finish("stop" if matched else reason)
+
+    def _finish(self, reason: str) -> None:
+        # A token that a stop string cut in two keeps its place; the ones beyond it go.
+        self._tokens.extend(token for token in self._held if token.offset < self._shown)
+        self._held.clear()
+        if self._options.suffix:
+            self._text.append(self._options.suffix)
+        self.finish_reason = reason
+
+    def _echo(self, logprobs: Sequence[TokenLogprob | None] | None) -> None:
+        prompt = self._prompt
+        if self._options.logprobs and logprobs is not None:
+            decoder = IncrementalDecoder(self._tokenizer, skip_special_tokens=False)
+            for i, (token, logprob) in enumerate(zip(prompt.ids, logprobs, strict=True)):
+                size = 0 if i < prompt.added else len(decoder.push(token))
+                self._tokens.append(self._info(token, logprob, size))
+                self._decoded += size
+        self._text.append(prompt.text)
+        self._decoded = self._shown = len(prompt.text)
+
+    def _info(self, token: int, logprob: TokenLogprob | None, size: int) -> TokenInfo:
+        top = logprob.top if logprob else ()
+        named = self._named(token, logprob.logprob if logprob else None)
+        return TokenInfo(
+            named.name,
+            named.bytes,
+            named.logprob,
+            self._decoded,
+            self._decoded + size,
+            tuple(self._named(other, value) for other, value in top),
+        )
+
+    def _named(self, token: int, logprob: float | None) -> NamedToken:
+        spelled = self._tokenizer.token_bytes(token)
+        try:
+            name = spelled.decode()
+        except UnicodeDecodeError:  # OpenAI's way to write a part of a character
+            name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+        return NamedToken(name, spelled, logprob)

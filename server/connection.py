@@ -1,0 +1,181 @@
+"""What Quart and Hypercorn leave to us: bounds, clean ends, and one log line a request."""
+
+import asyncio
+import re
+import secrets
+import time
+from contextlib import AsyncExitStack, suppress
+from typing import Any, cast
+
+import structlog
+from hypercorn.config import Config
+from hypercorn.typing import (
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    HTTPScope,
+    WebsocketScope,
+)
+from quart import Quart, Request, request
+from quart.asgi import ASGIHTTPConnection, ASGILifespan, ASGIWebsocketConnection
+from quart.wrappers.request import Body
+from werkzeug.datastructures import Headers
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from server.protocol.shape import Usage
+
+log = structlog.get_logger(__name__)
+
+PING_SECONDS = 20.0
+DRAIN_SECONDS = 5.0
+"""How long an error waits for a body to arrive that nobody wants."""
+_INBOUND_FRAMES = 8
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def request_id(headers: Headers) -> str:
+    """The client's ``X-Request-Id`` if it is one that may be repeated, else a new one."""
+    given = headers.get("X-Request-Id", "")
+    return given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+
+class Record:
+    """What the log line of a request will say."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+        self._started = time.perf_counter()
+
+    def note(self, **facts: Any) -> None:
+        """Add facts; None is left out."""
+        self.facts |= {name: fact for name, fact in facts.items() if fact is not None}
+
+    def note_usage(self, usage: Usage) -> None:
+        """Add the tokens it took."""
+        self.note(prompt_tokens=usage.prompt, completion_tokens=usage.completion)
+
+    def write(self, event: str) -> None:
+        """Log it."""
+        elapsed = (time.perf_counter() - self._started) * 1000
+        log.info(event, **self.facts, ms=round(elapsed, 1))
+
+
+class LimitedBody(Body):
+    """A body that is refused when it grows too large, yet read to its end.
+
+    A connection that is closed while bytes lie unread is reset, and the client may lose the answer
+    that says why.
+    """
+
+    def __init__(self, expected: int | None, maximum: int | None) -> None:
+        super().__init__(expected, maximum)
+        self._left = maximum
+        self._ended = asyncio.Event()
+
+    def append(self, data: bytes) -> None:
+        """Keep the bytes, or drop them once there are too many."""
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0 and self._must_raise is None:
+                self._must_raise = RequestEntityTooLarge()
+                super().set_complete()
+        if self._must_raise is None:
+            self._data.extend(data)
+            self._has_data.set()
+
+    def set_complete(self) -> None:
+        """Called when the last byte has come."""
+        self._ended.set()
+        super().set_complete()
+
+    async def drain(self) -> None:
+        """Wait for the last byte, for a while."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await self._ended.wait()
+
+
+class ApiRequest(Request):
+    """A request with its id, its log record, and what must be closed when it is over."""
+
+    body_class: type[Body] = LimitedBody
+    body: LimitedBody
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.id = request_id(self.headers)
+        self.record = Record()
+        self.cleanup = AsyncExitStack()
+
+
+def current_request() -> ApiRequest:
+    """The request that is being handled."""
+    return cast(ApiRequest, cast(Any, request)._get_current_object())
+
+
+class HttpConnection(ASGIHTTPConnection):
+    """Closes and logs every request, however it ended.
+
+    A generator that was started and not finished is closed here: a client may go away between the
+    handler's end and the response's beginning.
+    """
+
+    def __init__(self, app: Quart, scope: HTTPScope) -> None:
+        super().__init__(app, scope)
+        self._request: ApiRequest | None = None
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Serve one request."""
+        try:
+            await super().__call__(receive, send)
+        finally:
+            if (current := self._request) is not None:
+                await current.cleanup.aclose()
+                rule = current.url_rule.rule if current.url_rule else "none"
+                facts = {"id": current.id, "method": current.method, "route": rule}
+                current.record.facts = facts | current.record.facts
+                if rule not in ("/health", "/ready"):  # probes would drown everything else
+                    current.record.write("request")
+
+    async def handle_request(self, request: Request, send: ASGISendCallable) -> None:
+        """Run the handler and send its response."""
+        try:
+            await super().handle_request(request, send)
+        except asyncio.CancelledError:
+            if self._request is not None:
+                self._request.record.note(disconnected=True)
+            raise
+
+    def _create_request_from_scope(self, send: ASGISendCallable) -> Request:
+        request = super()._create_request_from_scope(send)
+        if isinstance(request, ApiRequest):
+            self._request = request
+        return request
+
+
+class WebsocketConnection(ASGIWebsocketConnection):
+    """Bounds what a client may send ahead: its further frames wait in its own socket."""
+
+    def __init__(self, app: Quart, scope: WebsocketScope) -> None:
+        super().__init__(app, scope)
+        self.queue = asyncio.Queue(_INBOUND_FRAMES)
+
+
+class Lifespan(ASGILifespan):
+    """Sets what Hypercorn's defaults lack and its command line may still override."""
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Serve the life of the process."""
+        # The application is given no configuration; the lifespan's callables belong to an object
+        # that holds it.
+        config = getattr(getattr(send, "__self__", None), "config", None)
+        if isinstance(config, Config) and config.websocket_ping_interval is None:
+            config.websocket_ping_interval = PING_SECONDS
+        await super().__call__(receive, send)
+
+
+def install(app: Quart) -> None:
+    """Make ``app`` use these classes."""
+    app.request_class = ApiRequest
+    app.asgi_http_class = HttpConnection
+    app.asgi_websocket_class = WebsocketConnection
+    app.asgi_lifespan_class = Lifespan

@@ -1,0 +1,199 @@
+"""From a request to the stream of its choices: JSON, SSE and WebSocket all consume this one.
+
+The engine calls back on its own thread. What it brings goes into a mailbox, and the event loop
+empties that at its own pace: what piled up meanwhile becomes one event a choice.
+"""
+
+import asyncio
+import dataclasses
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from inferneo_jax import (
+    EngineFailedError,
+    EngineStoppedError,
+    GenerationOutput,
+    GenerationRequest,
+    SamplingParams,
+)
+from server.choice import Choice, ChoiceEvent, Prompt, TextOptions
+from server.protocol.shape import Usage
+
+if TYPE_CHECKING:
+    from inferneo_jax import Engine, Tokenizer
+
+SILENCE_SECONDS = 15.0
+"""After so long without an event a stream says that it is alive."""
+
+_SEEDS = 2**64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A request, validated and tokenized.
+
+    Attributes:
+        id: of the answer; the engine's requests are named after it.
+        num_choices: sequences of each prompt.
+        sampling: with the seed of choice 0; choice i has the seed i above it.
+        logprobs: alternatives wanted beside each token's own log probability; None: nothing.
+        ranked: log probabilities are needed to choose the best, whatever the client sees.
+    """
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    num_choices: int = 1
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int]
+    text: TextOptions
+    logprobs: int | None = None
+    ranked: bool = False
+    priority: int = 0
+    cache_salt: bytes = b""
+
+    def request(self, index: int) -> GenerationRequest:
+        """The engine's request for the choice of this index."""
+        prompt = self.prompts[index // self.num_choices]
+        seed = (self.sampling.seed + index) % _SEEDS
+        return GenerationRequest(
+            id=f"{self.id}-{index}",
+            prompt=prompt.ids,
+            max_tokens=prompt.max_tokens,
+            sampling=dataclasses.replace(self.sampling, seed=seed),
+            stop_token_ids=self.stop_token_ids,
+            min_tokens=self.text.min_tokens,
+            logprobs=0 if self.logprobs is None and self.ranked else self.logprobs,
+            prompt_logprobs=self.logprobs if self.text.echo else None,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+        )
+
+
+class _Mailbox:
+    """Carries outputs from the engine's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._outputs: deque[tuple[int, GenerationOutput]] = deque()
+        self._filled = asyncio.Event()
+        self._told = False
+
+    def sink(self, index: int) -> Callable[[GenerationOutput], None]:
+        """Where the engine puts the outputs of one choice."""
+
+        def put(output: GenerationOutput) -> None:
+            self._outputs.append((index, output))
+            if not self._told:  # one call wakes the reader for everything until it looks
+                self._told = True
+                with suppress(RuntimeError):  # the loop has closed: nobody will read this
+                    self._loop.call_soon_threadsafe(self._filled.set)
+
+        return put
+
+    def wake(self) -> None:
+        """Let the reader look, though nothing came."""
+        self._filled.set()
+
+    async def take(self) -> list[tuple[int, GenerationOutput]] | None:
+        """Everything that has come, waiting for something; None after a long silence."""
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                await self._filled.wait()
+        except TimeoutError:
+            return None
+        self._filled.clear()
+        # Before emptying: what is put from here on wakes the reader again.
+        self._told = False
+        return [self._outputs.popleft() for _ in range(len(self._outputs))]
+
+
+class Generation:
+    """Runs a plan.
+
+    Attributes:
+        usage: what it has taken so far; complete when the events are.
+    """
+
+    def __init__(self, engine: "Engine", tokenizer: "Tokenizer", plan: Plan) -> None:
+        self.plan = plan
+        self.usage = Usage(prompt=sum(len(prompt.ids) for prompt in plan.prompts))
+        self.cancelled = False
+        self._engine = engine
+        self._mailbox: _Mailbox | None = None
+        self.choices = [
+            Choice(i, tokenizer, plan.prompts[i // plan.num_choices], plan.text)
+            for i in range(len(plan.prompts) * plan.num_choices)
+        ]
+
+    def cancel(self) -> None:
+        """Finish every choice with what it has; the events then end. For the event loop only."""
+        self.cancelled = True
+        if self._mailbox is not None:
+            self._mailbox.wake()
+
+    async def events(self) -> AsyncGenerator[ChoiceEvent | None, None]:
+        """Submit, then what comes, until every choice has finished; None after a long silence.
+
+        Raises:
+            RequestError: the engine cannot serve it.
+            EngineError: the engine cannot serve it now, or failed meanwhile.
+        """
+        self._mailbox = mailbox = _Mailbox()
+        running: dict[int, str] = {}
+        try:
+            for index in range(len(self.choices)):
+                request = self.plan.request(index)
+                self._engine.submit(request, mailbox.sink(index))
+                running[index] = request.id
+            while running:
+                outputs = [] if self.cancelled else await mailbox.take()
+                if outputs is None:
+                    yield None
+                    continue
+                for event in self._commit(outputs, running):
+                    yield event
+        finally:
+            for request_id in running.values():
+                self._engine.abort(request_id)
+
+    def _commit(
+        self, outputs: list[tuple[int, GenerationOutput]], running: dict[int, str]
+    ) -> list[ChoiceEvent]:
+        """Feed the choices; those that finish leave ``running``."""
+        touched: dict[int, bool] = {}  # index: the engine is done with it
+        for index, output in outputs:
+            if index not in running:
+                continue  # what the engine had under way when its choice was finished here
+            _raise_failure(output)
+            self.choices[index].feed(output)
+            touched[index] = output.finish_reason is not None
+        if self.cancelled:
+            for index in running:
+                self.choices[index].cancel()
+                touched.setdefault(index, False)
+        events = []
+        for index, done in touched.items():
+            choice = self.choices[index]
+            if choice.finish_reason is not None:
+                request_id = running.pop(index)
+                if not done:  # a stop string or the client ended it
+                    self._engine.abort(request_id)
+            if event := choice.take():
+                events.append(event)
+        self._count()
+        return events
+
+    def _count(self) -> None:
+        self.usage.completion = sum(choice.num_tokens for choice in self.choices)
+        first = self.choices[:: self.plan.num_choices]  # the others share its prompt's pages
+        self.usage.cached = sum(choice.cached_tokens for choice in first)
+
+
+def _raise_failure(output: GenerationOutput) -> None:
+    if output.finish_reason == "error":
+        raise output.error or EngineFailedError("the engine failed while it ran this request")
+    if output.finish_reason == "abort":  # not by us: then nobody would be listening
+        raise EngineStoppedError("the engine was stopped")

@@ -1,0 +1,270 @@
+"""The models of the settings: loaded in the background, found by name."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from inferneo_jax import CheckpointError, ConfigError, InferneoError
+from server.errors import RETRY_LOADING_SECONDS, ApiError, bad_request, unavailable
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from inferneo_jax import EmbeddingModel, LanguageModel
+
+    Model = LanguageModel | EmbeddingModel
+
+log = structlog.get_logger(__name__)
+
+Progress = Callable[[str, int, int], None]
+Loader = Callable[["Source", Settings, Progress], "Model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``path`` is a converted checkpoint, None: pull it by its id."""
+
+    id: str
+    path: Path | None = None
+
+
+@dataclass
+class _Entry:
+    source: Source
+    model: "Model | None" = None
+    stage: str = "waiting"
+    done: int = 0
+    total: int = 0
+
+
+class _StopLoading(BaseException):
+    """Unwinds the loading thread; not an Exception, so that nothing on the way catches it."""
+
+
+def load_from_disk(source: Source, settings: Settings, progress: Progress) -> "Model":
+    """Pull the model if it is not there, then load it. Blocks.
+
+    Raises:
+        InferneoError: it cannot be had, or cannot be used.
+    """
+    # Here, because these imports bring in jax.
+    from inferneo_jax import load_model
+    from inferneo_jax.weights.fetch import pull
+
+    path = source.path or pull(source.id, settings.checkpoints_dir(), progress)
+    return load_model(path, settings.engine_config(), name=source.id, progress=progress)
+
+
+def sources_of(settings: Settings) -> list[Source]:
+    """What the settings name, in their order.
+
+    Raises:
+        ConfigError: two models would have the same id.
+    """
+    sources = [_source(name) for name in settings.models or _default_models()]
+    ids = [source.id for source in sources]
+    if twice := [i for i in ids if ids.count(i) > 1]:
+        raise ConfigError(f"INFERNEO_MODELS names two models that would be called {twice[0]!r}")
+    for alias, target in settings.aliases.items():
+        if target not in ids:
+            raise ConfigError(
+                f"INFERNEO_ALIASES: {alias!r} stands for {target!r}, which is not among the models "
+                f"{', '.join(ids)}"
+            )
+        if alias in ids:
+            raise ConfigError(f"INFERNEO_ALIASES: {alias!r} is the id of a model already")
+    return sources
+
+
+class Registry:
+    """The models by id and alias, and how far their loading is."""
+
+    def __init__(self, settings: Settings, loader: Loader = load_from_disk) -> None:
+        """Name the models.
+
+        Raises:
+            ConfigError: the settings' names do not go together.
+        """
+        self._settings = settings
+        self._loader = loader
+        self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Every model is loaded and its engine runs."""
+        return all(_serves(entry.model) for entry in self._entries.values())
+
+    @property
+    def loaded(self) -> bool:
+        """Every model is loaded."""
+        return all(entry.model for entry in self._entries.values())
+
+    def models(self) -> list["Model"]:
+        """Those that are loaded."""
+        return [entry.model for entry in self._entries.values() if entry.model]
+
+    def progress(self) -> list[dict[str, Any]]:
+        """Of each model: its id, and what is being done for it, ``ready`` at the end."""
+        return [
+            {"id": entry.source.id, "stage": entry.stage, "done": entry.done, "total": entry.total}
+            for entry in self._entries.values()
+        ]
+
+    def get(self, name: str) -> "Model":
+        """The model of this id or alias.
+
+        Raises:
+            ApiError: there is none, or it is still being loaded.
+        """
+        entry = self._entries.get(self._settings.aliases.get(name, name))
+        if entry is None:
+            known = ", ".join([*self._entries, *self._settings.aliases])
+            raise ApiError(
+                404,
+                f"The model {name[:100]!r} does not exist; there are: {known}.",
+                param="model",
+                code="model_not_found",
+            )
+        if entry.model is None:
+            raise still_loading()
+        return entry.model
+
+    def language_model(self, name: str) -> "LanguageModel":
+        """The model of this name, which generates.
+
+        Raises:
+            ApiError: there is none, it is still being loaded, or it is of the other kind.
+        """
+        model = self.get(name)
+        if model.kind == "encoder":
+            raise bad_request(
+                f"The model {name} makes embeddings and no text; use /v1/embeddings.", "model"
+            )
+        return model
+
+    def embedding_model(self, name: str) -> "EmbeddingModel":
+        """The model of this name, which embeds.
+
+        Raises:
+            ApiError: there is none, it is still being loaded, or it is of the other kind.
+        """
+        model = self.get(name)
+        if model.kind == "decoder":
+            raise bad_request(
+                f"The model {name} generates text and makes no embeddings; use "
+                "/v1/chat/completions or /v1/completions.",
+                "model",
+            )
+        return model
+
+    async def load(self) -> None:
+        """Load every model, one after the other, in a thread; meanwhile the loop is free.
+
+        Raises:
+            InferneoError: one of them cannot be served.
+        """
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[None] = loop.create_future()
+
+        def settle(error: BaseException | None) -> None:
+            if finished.done():
+                return
+            if error is None:
+                finished.set_result(None)
+            else:
+                finished.set_exception(error)
+
+        def work() -> None:
+            error: BaseException | None = None
+            try:
+                for entry in self._entries.values():
+                    self._load(entry)
+            except _StopLoading:
+                return
+            except Exception as caught:  # noqa: BLE001  (handed to the awaiting coroutine)
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(settle, error)
+
+        # A daemon: a compiler or a download that does not return must not hold up the exit.
+        self._thread = threading.Thread(target=work, name="load", daemon=True)
+        self._thread.start()
+        await finished
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End the loading, if it is still under way, and every engine. Blocks."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(seconds)
+        for model in self.models():
+            model.stop()
+
+    def _load(self, entry: _Entry) -> None:
+        name, last = entry.source.id, ""
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            if self._stopping.is_set():
+                raise _StopLoading
+            entry.stage, entry.done, entry.total = stage, done, total
+            if stage != last:
+                log.info("loading", model=name, stage=stage)
+                last = stage
+
+        progress("loading", 0, 0)
+        try:
+            model = self._loader(entry.source, self._settings, progress)
+        except InferneoError as error:
+            raise type(error)(f"{name}: {error}") from error
+        entry.stage, entry.done, entry.total = "ready", 1, 1
+        entry.model = model
+        log.info("loaded", model=name)
+        if self._stopping.is_set():
+            model.stop()
+            raise _StopLoading
+
+
+def still_loading() -> ApiError:
+    """The answer while models are being loaded."""
+    return unavailable(
+        "The models are still being loaded; GET /ready says how far that is. Send the request "
+        "again later.",
+        "model_loading",
+        RETRY_LOADING_SECONDS,
+    )
+
+
+def _serves(model: "Model | None") -> bool:
+    if model is None:
+        return False
+    return model.kind == "encoder" or model.engine.stats().ready
+
+
+def _source(name: str) -> Source:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(path.resolve().name, path.resolve())
+    if name.startswith(("/", "./", "../", "~")):
+        raise ConfigError(
+            f"INFERNEO_MODELS names {name}, where there is no folder; give the folder of a "
+            "converted checkpoint, or a name that can be pulled"
+        )
+    return Source(name)
+
+
+def _default_models() -> list[str]:
+    from inferneo_jax.weights.catalog import load_catalog
+
+    first: dict[str, str] = {}
+    for entry in load_catalog().values():
+        first.setdefault(entry.kind, entry.name)
+    if not first:
+        raise CheckpointError("the catalog is empty; name models in INFERNEO_MODELS")
+    return list(first.values())

@@ -1,0 +1,282 @@
+"""From a request body to an answer that only needs to be run: validate, tokenize, fit."""
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from inferneo_jax import SamplingParams
+from server.answer import Answer
+from server.choice import Prompt, TextOptions
+from server.errors import ApiError, bad_request
+from server.generation import Generation, Plan
+from server.protocol.chat import ChatBody, ChatShape
+from server.protocol.common import Body, GenerationBody
+from server.protocol.completions import (
+    DEFAULT_MAX_TOKENS,
+    CompletionBody,
+    CompletionShape,
+    PromptInput,
+)
+from server.protocol.shape import Shape
+from server.text import TextWork
+
+if TYPE_CHECKING:
+    from inferneo_jax import LanguageModel, Tokenizer
+    from server.models import Registry
+
+_FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+Prepare = Callable[..., Awaitable[Answer]]
+"""One of the two functions below: ``(registry, text, fields, strict=...)``."""
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def validate(kind: type[AnyBody], fields: Any, *, strict: bool) -> tuple[AnyBody, list[str]]:
+    """The validated body, and warnings about names in it that are not known.
+
+    Raises:
+        ValidationError: a field is missing or wrong.
+        ApiError: a name is not known, and ``strict``.
+    """
+    body = kind.model_validate(fields)
+    unknown = body.unknown()
+    if unknown and strict:
+        raise bad_request(
+            f"{unknown[0]} is not a parameter of this endpoint. Remove it, or leave out the "
+            "header X-Inferneo-Strict.",
+            unknown[0],
+        )
+    return body, [f"{name} is not a parameter of this endpoint; ignored." for name in unknown]
+
+
+async def prepare_completion(
+    registry: "Registry", text: TextWork, fields: Any, *, strict: bool
+) -> Answer:
+    """The answer to a request of ``/v1/completions``.
+
+    Raises:
+        ApiError, ValidationError, RequestError: it cannot be served as it stands.
+    """
+    body, warnings = validate(CompletionBody, fields, strict=strict)
+    model = registry.language_model(body.model)
+    infill = _infill_tokens(model.tokenizer) if body.suffix else None
+    suffix = "" if infill else body.suffix
+    if suffix:
+        warnings.append("suffix was appended to the text: this model cannot fill in a middle.")
+
+    def read() -> list[Prompt]:
+        return [
+            _completion_prompt(model, body, prompt, i, infill)
+            for i, prompt in enumerate(body.prompt)
+        ]
+
+    size = sum(map(len, body.prompt)) + len(body.suffix)
+    return _answer(
+        model,
+        body,
+        CompletionShape,
+        "cmpl",
+        warnings,
+        await text.run(size, read),
+        num_choices=body.num_sampled,
+        logprobs=body.logprobs,
+        echo=body.echo,
+        suffix=suffix,
+    )
+
+
+async def prepare_chat(
+    registry: "Registry", text: TextWork, fields: Any, *, strict: bool
+) -> Answer:
+    """The answer to a request of ``/v1/chat/completions``.
+
+    Raises:
+        ApiError, ValidationError, RequestError: it cannot be served as it stands.
+    """
+    body, warnings = validate(ChatBody, fields, strict=strict)
+    model = registry.language_model(body.model)
+    if not model.tokenizer.has_chat_template:
+        raise bad_request(
+            f"The model {body.model} has no chat template; send a prompt to /v1/completions.",
+            "model",
+        )
+
+    def read() -> tuple[int, ...]:
+        return tuple(
+            model.tokenizer.encode_chat(
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt is not False,
+                continue_final_message=body.continue_final_message,
+                **body.chat_template_kwargs,
+            )
+        )
+
+    ids = await text.run(body.num_characters, read)
+    if not ids:
+        raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
+    max_tokens = _fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
+    return _answer(
+        model,
+        body,
+        ChatShape,
+        "chatcmpl",
+        warnings,
+        [Prompt(ids=ids, max_tokens=max_tokens)],
+        num_choices=body.n,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+
+
+def _answer(
+    model: "LanguageModel",
+    body: GenerationBody,
+    shape: type[Shape],
+    prefix: str,
+    warnings: list[str],
+    prompts: Sequence[Prompt],
+    *,
+    num_choices: int,
+    logprobs: int | None,
+    echo: bool = False,
+    suffix: str = "",
+) -> Answer:
+    answer_id = f"{prefix}-{secrets.token_hex(12)}"
+    stop_token_ids = frozenset(body.stop_token_ids)
+    if not body.ignore_eos:
+        stop_token_ids |= model.tokenizer.eos_token_ids
+    plan = Plan(
+        id=answer_id,
+        prompts=tuple(prompts),
+        num_choices=num_choices,
+        sampling=_sampling(body),
+        stop_token_ids=stop_token_ids,
+        text=TextOptions(
+            stops=tuple(body.stop),
+            include_stop=body.include_stop_str_in_output,
+            min_tokens=body.min_tokens,
+            stop_token_ids=stop_token_ids,
+            skip_special_tokens=body.skip_special_tokens,
+            logprobs=logprobs is not None,
+            echo=echo,
+            suffix=suffix,
+        ),
+        logprobs=logprobs,
+        ranked=num_choices > body.n,
+        priority=body.priority,
+        cache_salt=body.cache_salt.encode(),
+    )
+    return Answer(
+        generation=Generation(model.engine, model.tokenizer, plan),
+        shape=shape(
+            id=answer_id,
+            created=int(time.time()),
+            model=body.model,
+            with_logprobs=logprobs is not None,
+            include_usage=body.include_usage,
+            warnings=(*warnings, *body.notes()),
+        ),
+        stream=body.stream,
+        num_returned=body.n,
+        user=body.user,
+    )
+
+
+def _sampling(body: GenerationBody) -> SamplingParams:
+    return SamplingParams(
+        temperature=body.temperature,
+        top_k=max(0, body.top_k),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
+        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+    )
+
+
+def _completion_prompt(
+    model: "LanguageModel",
+    body: CompletionBody,
+    prompt: PromptInput,
+    index: int,
+    infill: tuple[int, int, int] | None,
+) -> Prompt:
+    tokenizer = model.tokenizer
+    added = 0
+    if infill is not None:
+        before, behind, middle = infill
+        ids = prompt
+        if isinstance(ids, str):
+            ids = tokenizer.encode(ids, add_special_tokens=False)
+        after = tokenizer.encode(body.suffix, add_special_tokens=False)
+        ids = [before, *ids, behind, *after, middle]
+    elif isinstance(prompt, str):
+        ids = tokenizer.encode(prompt) or _begin(tokenizer)
+        bos = tokenizer.bos_token_id
+        spelled = bos is not None and prompt.startswith(tokenizer.token_text(bos))
+        added = int(not prompt or (ids[0] == bos and not spelled))
+    else:
+        ids = prompt
+    text = prompt if isinstance(prompt, str) else ""
+    if body.echo and not isinstance(prompt, str):
+        text = tokenizer.decode(prompt, skip_special_tokens=False)
+    name = f"prompt[{index}]" if len(body.prompt) > 1 else "prompt"
+    limit = _fit(len(ids), body.token_limit, DEFAULT_MAX_TOKENS, model.max_len, name)
+    return Prompt(ids=tuple(ids), text=text, added=added, max_tokens=limit)
+
+
+def _begin(tokenizer: "Tokenizer") -> list[int]:
+    """The tokens of an empty prompt: a model cannot begin from nothing."""
+    if tokenizer.bos_token_id is not None:
+        return [tokenizer.bos_token_id]
+    if tokenizer.eos_token_ids:
+        return [min(tokenizer.eos_token_ids)]
+    raise bad_request("prompt is empty, and this model has no token to begin with.", "prompt")
+
+
+def _infill_tokens(tokenizer: "Tokenizer") -> tuple[int, int, int] | None:
+    """The tokens around prefix, suffix and middle, of a model that was trained with such."""
+    for names in _FILL_IN_THE_MIDDLE:
+        ids = [tokenizer.encode(name, add_special_tokens=False) for name in names]
+        if all(len(each) == 1 for each in ids):
+            return ids[0][0], ids[1][0], ids[2][0]
+    return None
+
+
+def _fit(length: int, limit: int | None, default: int, context: int, name: str) -> int:
+    """The most tokens to generate after a prompt of ``length`` tokens.
+
+    Args:
+        length: of the prompt.
+        limit: what the client asked for.
+        default: if it did not, or what is left of the context if that is less.
+        context: the model's.
+        name: the prompt's, in an error.
+
+    Raises:
+        ApiError: prompt and limit do not fit the context.
+    """
+    if length + (1 if limit is None else limit) <= context:
+        return min(default, context - length) if limit is None else limit
+    if length >= context:
+        message = (
+            f"{name} has {length} tokens, and the model's context holds {context}, the answer "
+            "included. Shorten it."
+        )
+        raise _too_long(message, name)
+    raise _too_long(
+        f"{name} has {length} tokens and max_tokens is {limit}, {length + (limit or 0)} in all; "
+        f"the model's context holds {context}. Shorten the prompt, or lower max_tokens to at most "
+        f"{context - length}.",
+        "max_tokens",
+    )
+
+
+def _too_long(message: str, param: str) -> ApiError:
+    return bad_request(message, param, "context_length_exceeded")

@@ -1,0 +1,134 @@
+"""``/v1/chat/completions``: what a request may hold, and the shapes of its answers."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, PlainValidator, model_validator
+
+from server.choice import ChoiceEvent, NamedToken, TokenInfo
+from server.protocol.common import MAX_LOGPROBS, GenerationBody
+from server.protocol.shape import Shape
+from server.protocol.validation import FieldError, json_kind
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise FieldError("messages", f"is {json_kind(value)}; it must be a list of messages.")
+    if not value:
+        raise FieldError("messages", "is an empty list; it needs at least one message.")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
+
+
+def _message(value: Any, name: str) -> dict[str, Any]:
+    """A message as templates take it: ``content`` is one text."""
+    if not isinstance(value, dict):
+        raise FieldError(name, f"is {json_kind(value)}; it must be an object.")
+    role = value.get("role")
+    if role not in ROLES:
+        shown = repr(role) if isinstance(role, str) else json_kind(role)
+        raise FieldError(f"{name}.role", f"is {shown[:60]}; it must be one of {', '.join(ROLES)}.")
+    # Templates know the name that "developer" replaced.
+    message = value | {"role": "system" if role == "developer" else role}
+    content = value.get("content")
+    if content is None and role == "assistant" and value.get("tool_calls"):
+        return message
+    return message | {"content": _text(content, f"{name}.content")}
+
+
+def _text(content: Any, name: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise FieldError(
+            name, f"is {json_kind(content)}; it must be a string or a list of text parts."
+        )
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            shown = f"of type {str(kind)[:40]!r}" if kind else json_kind(part)
+            raise FieldError(
+                f"{name}[{i}]",
+                f"is {shown}; this server reads text only, in parts such as "
+                '{"type": "text", "text": "..."}.',
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class ChatBody(GenerationBody):
+    """The body of a request."""
+
+    messages: Annotated[list[dict[str, Any]], PlainValidator(_messages)]
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise FieldError("top_logprobs", "needs logprobs to be true.")
+        if self.token_limit == 0:
+            raise FieldError("max_tokens", "is 0; it must be at least 1.")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise FieldError(
+                "continue_final_message",
+                "and add_generation_prompt exclude each other; send one of them.",
+            )
+        if self.continue_final_message and self.messages[-1]["role"] != "assistant":
+            raise FieldError(
+                "continue_final_message",
+                "needs the last message to be the assistant's; "
+                f"its role is {self.messages[-1]['role']}.",
+            )
+        taken = {"messages", "add_generation_prompt", "continue_final_message"}
+        if wrong := sorted(taken & self.chat_template_kwargs.keys()):
+            raise FieldError(
+                "chat_template_kwargs", f"may not hold {wrong[0]}; send it beside them."
+            )
+        return self
+
+    @property
+    def num_characters(self) -> int:
+        """Size of the conversation, in characters."""
+        return sum(len(message.get("content") or "") for message in self.messages)
+
+
+class ChatShape(Shape):
+    """Answers of ``/v1/chat/completions``."""
+
+    whole = "chat.completion"
+    part = "chat.completion.chunk"
+
+    def message(self, text: str, tokens: list[TokenInfo]) -> dict[str, Any]:
+        """The text of a choice in a whole answer."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(tokens)}
+
+    def opening(self) -> dict[str, Any]:
+        """What each choice begins with, before any text."""
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
+    def delta(self, event: ChoiceEvent) -> dict[str, Any]:
+        """The text of a choice in a chunk."""
+        return {"delta": {"content": event.text}, "logprobs": self._logprobs(event.tokens)}
+
+    def ending(self) -> dict[str, Any]:
+        """The chunk that carries nothing but a finish reason."""
+        return {"delta": {}, "logprobs": None}
+
+    def _logprobs(self, tokens: list[TokenInfo]) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        content = [
+            _entry(token) | {"top_logprobs": [_entry(other) for other in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _entry(token: NamedToken) -> dict[str, Any]:
+    return {"token": token.name, "logprob": token.logprob, "bytes": list(token.bytes)}

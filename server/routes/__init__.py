@@ -1,0 +1,1 @@
+"""Blueprints: what is served under which path."""

@@ -1,0 +1,83 @@
+"""``POST /v1/embeddings``."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from quart import Blueprint, Response
+
+from server.connection import current_request
+from server.errors import bad_request
+from server.http import json_response, read_object, wants_strict
+from server.prepare import validate
+from server.protocol.completions import PromptInput
+from server.protocol.embeddings import EmbeddingBody, embedding_answer
+from server.services import Services
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from inferneo_jax import EmbeddingModel
+
+    Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def add_routes(blueprint: Blueprint, services: Services) -> None:
+    """``POST /embeddings``."""
+
+    @blueprint.post("/embeddings")
+    async def create_embeddings() -> Response:
+        fields = await read_object(services.text)
+        body, warnings = validate(EmbeddingBody, fields, strict=wants_strict())
+        model = services.registry.embedding_model(body.model)
+        record = current_request().record
+        record.note(model=body.model, user=body.user)
+        hidden_size = model.embedder.hidden_size
+        if body.dimensions is not None and body.dimensions > hidden_size:
+            raise bad_request(
+                f"dimensions is {body.dimensions}; it must be from 1 to {hidden_size}.",
+                "dimensions",
+            )
+        size = sum(map(len, body.input))
+        ids = await services.text.run(size, lambda: _tokenize(model, body.input))
+        num_tokens = sum(map(len, ids))
+        record.note(prompt_tokens=num_tokens)
+        vectors = await asyncio.wrap_future(model.embedder.embed(ids))
+
+        def write() -> Response:
+            return json_response(
+                embedding_answer(
+                    body.model,
+                    _shorten(vectors, body.dimensions),
+                    body.encoding_format,
+                    num_tokens,
+                    warnings,
+                )
+            )
+
+        return await services.text.run(vectors.size, write)
+
+
+def _tokenize(model: "EmbeddingModel", inputs: Sequence[PromptInput]) -> list[list[int]]:
+    """Token ids of each input, none longer than the model reads."""
+    texts = iter(model.tokenizer.encode_batch([text for text in inputs if isinstance(text, str)]))
+    ids = [next(texts) if isinstance(item, str) else item for item in inputs]
+    for i, each in enumerate(ids):
+        if len(each) > model.max_tokens:
+            name = f"input[{i}]" if len(ids) > 1 else "input"
+            raise bad_request(
+                f"{name} has {len(each)} tokens, and this model reads at most "
+                f"{model.max_tokens}. Shorten it, or cut it into several.",
+                name,
+                "context_length_exceeded",
+            )
+    return ids
+
+
+def _shorten(vectors: "Vectors", dimensions: int | None) -> "Vectors":
+    """The first ``dimensions`` of every vector, of length one again."""
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    cut = vectors[:, :dimensions]
+    norms = (cut * cut).sum(axis=1, keepdims=True) ** 0.5
+    return cut / norms.clip(1e-12)

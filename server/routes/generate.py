@@ -1,0 +1,46 @@
+"""The two endpoints that generate: the same way from body to answer over HTTP and WebSocket."""
+
+from quart import Blueprint, Response
+
+from server import sse
+from server.answer import Answer
+from server.connection import current_request
+from server.http import json_response, read_object, wants_strict
+from server.prepare import Prepare, prepare_chat, prepare_completion
+from server.services import Services
+from server.websocket import serve_socket
+
+
+def add_routes(blueprint: Blueprint, services: Services) -> None:
+    """``POST`` and WebSocket of ``/completions`` and ``/chat/completions``."""
+    _add_endpoint(blueprint, services, "/completions", prepare_completion)
+    _add_endpoint(blueprint, services, "/chat/completions", prepare_chat)
+
+
+def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: Prepare) -> None:
+    name = path.strip("/").replace("/", "_")
+
+    async def create() -> Response:
+        fields = await read_object(services.text)
+        return await _respond(
+            await prepare(services.registry, services.text, fields, strict=wants_strict())
+        )
+
+    async def socket() -> None:
+        await serve_socket(services, prepare)
+
+    blueprint.add_url_rule(path, name, create, methods=["POST"])
+    blueprint.add_websocket(path, name + "_socket", socket)
+
+
+async def _respond(answer: Answer) -> Response:
+    current, generation = current_request(), answer.generation
+    current.record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
+    current.cleanup.callback(lambda: current.record.note_usage(generation.usage))
+    if not answer.stream:
+        return json_response(await answer.whole())
+    chunks = answer.chunks()
+    current.cleanup.push_async_callback(chunks.aclose)
+    # The engine is asked here, so that what fails at once has an HTTP status.
+    first = await anext(chunks)
+    return Response(sse.stream(first, chunks), headers=sse.HEADERS)

@@ -1,0 +1,51 @@
+"""``GET /health``: the process answers. ``GET /ready``: it can serve, and with what."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from quart import Blueprint, Response
+
+from server.errors import ApiError
+from server.http import json_response
+from server.models import still_loading
+from server.services import Services
+
+if TYPE_CHECKING:
+    from server.models import Model
+
+
+def blueprint(services: Services) -> Blueprint:
+    """Both routes; they never need a key."""
+    routes = Blueprint("health", __name__)
+
+    @routes.get("/health")
+    async def health() -> Response:
+        return json_response({"status": "ok"})
+
+    @routes.get("/ready")
+    async def ready() -> Response:
+        registry = services.registry
+        if not registry.loaded:
+            error = still_loading()
+            state = {"status": "loading", "models": registry.progress(), **error.envelope()}
+            return json_response(state, 503, error.headers)
+        models = [_state(model) for model in registry.models()]
+        if not registry.ready:
+            error = ApiError(503, "An engine has stopped or failed.", kind="server_error")
+            return json_response({"status": "failed", "models": models, **error.envelope()}, 503)
+        return json_response({"status": "ready", "models": models})
+
+    return routes
+
+
+def _state(model: "Model") -> dict[str, Any]:
+    """What a model can hold, and what it holds now; lengths and the KV cache are in tokens."""
+    state: dict[str, Any] = {"id": model.name, "kind": model.kind}
+    if model.kind == "encoder":
+        return state | {"max_tokens": model.max_tokens, "dimensions": model.embedder.hidden_size}
+    stats = model.engine.stats()
+    return state | {
+        "max_len": model.max_len,
+        "kv_tokens": stats.pages * stats.page_len,
+        **asdict(stats),
+    }

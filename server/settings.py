@@ -1,0 +1,178 @@
+"""The settings: one schema, read from ``INFERNEO_*`` variables and a TOML file.
+
+A variable wins over the file, which the variable ``INFERNEO_CONFIG`` names. This is the only reader
+of the environment.
+"""
+
+import dataclasses
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from inferneo_jax.config import EngineConfig
+from inferneo_jax.errors import ConfigError
+from server.protocol.validation import describe
+
+PREFIX = "INFERNEO_"
+CONFIG_VARIABLE = PREFIX + "CONFIG"
+
+
+def _split(value: Any) -> Any:
+    """A comma-separated text as a list; what comes from TOML is a list already."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _pairs(value: Any) -> Any:
+    """``alias=model,alias=model`` as a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = {}
+    for part in _split(value):
+        alias, equals, model = (text.strip() for text in part.partition("="))
+        if not (alias and equals and model):
+            raise ValueError(f"holds {part!r}; write alias=model, several with commas between")
+        pairs[alias] = model
+    return pairs
+
+
+class Settings(BaseSettings):
+    """All settings of the server. What is None is chosen by the engine.
+
+    Attributes:
+        models: catalog names, ``org/name`` of the Hugging Face Hub, or folders of checkpoints;
+            none: the catalog's first chat and first embedding model.
+        aliases: further names of these models.
+        checkpoints: the folder where converted models lie; None: the checkout's or the user's.
+        compilation_cache: where compiled programs are kept for the next start; None: in
+            ``.compiled`` among the checkpoints.
+        dtype: of weights and matrix products.
+        quantization: of the weights.
+        kernels: ``auto`` and ``xla`` both run what XLA compiles.
+        slots: requests that run at once.
+        max_len: most tokens of one request, prompt and output.
+        max_body_bytes: largest request body, and largest WebSocket frame.
+        allowed_origins: web pages that may open WebSockets, besides this machine's own;
+            ``scheme://host[:port]``.
+        log_format: ``auto`` is console on a terminal and json elsewhere.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    models: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    aliases: Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)] = Field(
+        default_factory=dict
+    )
+    checkpoints: Path | None = None
+    compilation_cache: Path | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["auto", "none"] = "auto"
+    kernels: Literal["auto", "xla"] = "auto"
+    slots: int | None = Field(default=None, ge=1, le=256)
+    max_len: int | None = Field(default=None, ge=2)
+    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=1024**3)
+    allowed_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    log_format: Literal["auto", "json", "console"] = "auto"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win over variables, and these over the file."""
+        file = InitSettingsSource(settings_cls, init_kwargs=_read_file())
+        return init_settings, env_settings, file
+
+    @classmethod
+    def load(cls) -> Self:
+        """Read them.
+
+        Raises:
+            ConfigError: the file cannot be read, or a value is wrong; the text says which.
+        """
+        try:
+            settings = cls()
+        except ValidationError as error:
+            problems = [_problem(each) for each in error.errors(include_url=False)]
+            raise ConfigError("\n".join(problems)) from None
+        settings.engine_config()
+        return settings
+
+    def checkpoints_dir(self) -> Path:
+        """The folder where converted models lie."""
+        if self.checkpoints is not None:
+            return self.checkpoints.expanduser().absolute()
+        from inferneo_jax.weights.catalog import default_checkpoints_dir
+
+        return default_checkpoints_dir()
+
+    def engine_config(self) -> EngineConfig:
+        """The part that the engine reads.
+
+        Raises:
+            ConfigError: the values do not go together.
+        """
+        cache = self.compilation_cache or self.checkpoints_dir() / ".compiled"
+        config = EngineConfig() if self.slots is None else EngineConfig(slots=self.slots)
+        return dataclasses.replace(
+            config,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            max_len=self.max_len,
+            compilation_cache=str(cache.expanduser().absolute()),
+        )
+
+
+def unknown_variables() -> list[str]:
+    """Sentences about variables that look like settings and are none."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    sentences = []
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith(PREFIX):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            sentences.append(f"{name} is not a setting of this version{hint}")
+    return sentences
+
+
+def _read_file() -> dict[str, Any]:
+    path = os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{CONFIG_VARIABLE} names {path}, which cannot be read: {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{CONFIG_VARIABLE} names {path}, which is no TOML: {error}") from None
+
+
+def _problem(error: Any) -> str:
+    """One sentence that names the variable, or the key of the file, at fault."""
+    field = str(error["loc"][0]) if error["loc"] else ""
+    variable = PREFIX + field.upper()
+    where = variable if variable in os.environ else f"{field!r} in {os.environ[CONFIG_VARIABLE]}"
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(Settings.model_fields)
+        return f"{where} is not a setting; there are {known}."
+    if error["type"] == "value_error":
+        return f"{where} {error['ctx']['error']}."
+    return describe(error, where)

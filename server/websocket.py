@@ -1,0 +1,193 @@
+"""Generation over a WebSocket: one frame starts an answer, many may run at once.
+
+A frame is a request body, or an envelope that gives it an id; see ``docs/api.md``. Frames are read
+as fast as they are dealt with and sent as fast as the client reads, so neither side piles up here.
+"""
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+from quart import websocket
+
+from server.connection import Record, request_id
+from server.errors import ApiError, as_api_error, bad_request
+from server.generation import Generation
+from server.http import STRICT_HEADER, is_strict, parse_object
+from server.prepare import Prepare
+from server.services import Services
+
+MAX_AT_ONCE = 16
+_LONGEST_ID = 128
+_ENVELOPES = ("request", "cancel")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+async def serve_socket(services: Services, prepare: Prepare) -> None:
+    """Accept the connection and serve it until the client goes away.
+
+    Raises:
+        ApiError: a page of a foreign origin opened it; it was not accepted.
+    """
+    headers = websocket.headers
+    _check_origin(headers.get("Origin"), headers.get("Host", ""), services.settings.allowed_origins)
+    socket_id = request_id(headers)
+    await websocket.accept(headers={"X-Request-Id": socket_id})
+    strict = is_strict(headers.get(STRICT_HEADER))
+    await _Session(services, prepare, socket_id, strict).run()
+
+
+def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> None:
+    """Let in programs, which send no origin, this machine's pages, and those that are listed.
+
+    A page served under the very address it connects to is let in only when that is a number: a
+    name can be made to point here by whoever owns it (DNS rebinding).
+    """
+    if origin is None or origin in allowed or "*" in allowed:
+        return
+    page = urlsplit(origin)
+    name = page.hostname or ""
+    if name in _LOOPBACK:
+        return
+    if page.netloc == host and (":" in name or name.replace(".", "").isdigit()):
+        return
+    raise ApiError(
+        403,
+        f"Pages of the origin {origin[:100]!r} may not connect; add it to "
+        "INFERNEO_ALLOWED_ORIGINS to allow it.",
+        kind="permission_error",
+        code="origin_not_allowed",
+    )
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request of this socket; ``generation`` is None until its body has been read."""
+
+    generation: Generation | None = None
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if self.generation is not None:
+            self.generation.cancel()
+
+
+class _Session:
+    """One open socket."""
+
+    def __init__(self, services: Services, prepare: Prepare, socket_id: str, strict: bool) -> None:
+        self._services = services
+        self._prepare = prepare
+        self._socket_id = socket_id
+        self._strict = strict
+        self._running: dict[object, _Running] = {}
+
+    async def run(self) -> None:
+        """Deal with frames until the client goes away, which cancels this and all it started."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                frame = await websocket.receive()
+                try:
+                    message = await self._parse(frame)
+                except ApiError as error:
+                    await self._send(error.envelope(), None)
+                    continue
+                name = message.get("id") if "type" in message else None
+                name = name if isinstance(name, str) else None
+                try:
+                    body = self._open(message, name)
+                except ApiError as error:
+                    await self._send(error.envelope(), name)
+                    continue
+                if body is not None:
+                    key = object() if name is None else name
+                    self._running[key] = _Running()
+                    tasks.create_task(self._answer(key, name, body))
+
+    async def _parse(self, frame: str | bytes | None) -> dict[str, Any]:
+        frame, limit = frame or b"", self._services.settings.max_body_bytes
+        if len(frame) > limit:
+            raise ApiError(413, f"The frame is longer than {limit} bytes; send less.")
+        return await self._services.text.run(len(frame), partial(parse_object, frame))
+
+    def _open(self, message: dict[str, Any], name: str | None) -> dict[str, Any] | None:
+        """The body of the request to start; None when the frame was a cancellation."""
+        if "type" not in message:
+            body: Any = message
+        else:
+            kind, body = message["type"], message.get("body")
+            if kind not in _ENVELOPES:
+                raise bad_request(
+                    f"type is {str(kind)[:40]!r}; a frame is a request body, or an envelope of "
+                    f"type {' or '.join(_ENVELOPES)}.",
+                    "type",
+                )
+            if name is None or not 0 < len(name) <= _LONGEST_ID:
+                raise bad_request(
+                    f"id must be a string of 1 to {_LONGEST_ID} characters; the answer's frames "
+                    "carry it.",
+                    "id",
+                )
+            if kind == "cancel":
+                if name not in self._running:
+                    raise bad_request(
+                        f"No request {name!r} is running on this socket; it may have ended.", "id"
+                    )
+                self._running[name].cancel()
+                return None
+            if name in self._running:
+                raise bad_request(f"A request {name!r} is running on this socket already.", "id")
+            if not isinstance(body, dict):
+                raise bad_request("body must be an object, the request itself.", "body")
+        if len(self._running) >= MAX_AT_ONCE:
+            raise ApiError(
+                429,
+                f"{MAX_AT_ONCE} requests are running on this socket, the most it may have; send "
+                "this one again when another has ended, or open another socket.",
+                code="too_many_requests",
+            )
+        return body
+
+    async def _answer(self, key: object, name: str | None, body: dict[str, Any]) -> None:
+        """Run one request to its end; whatever happens to it stays with it."""
+        record, running = Record(), self._running[key]
+        record.note(id=self._socket_id, request_id=name)
+        done: dict[str, Any] | None = None
+        try:
+            services = self._services
+            answer = await self._prepare(
+                services.registry, services.text, body, strict=self._strict
+            )
+            record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
+            running.generation = answer.generation
+            if running.cancelled:
+                answer.generation.cancel()
+            if not answer.stream:
+                await self._send(await answer.whole(), name)
+                return
+            async with aclosing(answer.chunks()) as chunks:
+                async for chunk in chunks:
+                    done = {"object": "done", "id": answer.shape.id}
+                    if chunk is not None:  # silence: the protocol's own pings tell of life
+                        await self._send(chunk, name)
+        except Exception as error:  # noqa: BLE001
+            failure = as_api_error(error)
+            record.note(error=failure.code or failure.kind)
+            await self._send(failure.envelope(), name)
+        finally:
+            del self._running[key]
+            if running.generation is not None:
+                record.note_usage(running.generation.usage)
+            record.write("websocket_request")
+        if done is not None:
+            await self._send(done, name)
+
+    async def _send(self, payload: dict[str, Any], name: str | None) -> None:
+        if name is not None:
+            payload = {**payload, "request_id": name}
+        await websocket.send(orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY).decode())

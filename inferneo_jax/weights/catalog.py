@@ -108,6 +108,11 @@ def remove_checkpoint(checkpoints: Path, name: str) -> None:
         known = ", ".join(list_checkpoints(checkpoints)) or "none"
         raise CheckpointError(f"no model {name!r} in {checkpoints}; there are: {known}")
     remove_folder(path)
+    prune_parents(checkpoints, path)
+
+
+def prune_parents(checkpoints: Path, path: Path) -> None:
+    """Removes the folders between ``checkpoints`` and ``path`` that hold nothing."""
     for parent in path.parents:
         if parent == Path(checkpoints) or any(parent.iterdir()):
             break

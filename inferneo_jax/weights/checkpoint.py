@@ -154,23 +154,22 @@ def restore_weights(path: Path, targets: "Targets") -> "dict[str, jax.Array]":
     import orbax.checkpoint as ocp
 
     folder = Path(path).absolute() / WEIGHTS_FOLDER
-    checkpointer = _checkpointer()
+    wanted = {name: tuple(target.shape) for name, target in targets.items()}
+    compare_shapes(stored_shapes(path), wanted, str(path))
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    arguments = {
+        name: ocp.ArrayRestoreArgs(
+            dtype=target.dtype, sharding=target.sharding or first, global_shape=target.shape
+        )
+        for name, target in targets.items()
+    }
     try:
-        stored = stored_shapes(path)
-        compare_shapes(stored, {name: target.shape for name, target in targets.items()}, str(path))
-        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        arguments = {
-            name: ocp.ArrayRestoreArgs(
-                dtype=target.dtype, sharding=target.sharding or first, global_shape=target.shape
-            )
-            for name, target in targets.items()
-        }
-        restored = checkpointer.restore(folder, restore_args=arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the weights in {folder} cannot be read: {error}; convert the model again"
-        ) from error
-    return dict(restored)
+        return dict(_checkpointer().restore(folder, restore_args=arguments))
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        # The device is at fault, not the files.
+        raise
+    except Exception as error:  # damaged files come out of Orbax as that
+        raise _damaged(folder, error) from error
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -181,12 +180,20 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     folder = Path(path).absolute() / WEIGHTS_FOLDER
     try:
-        tree = _checkpointer().metadata(folder).item_metadata.tree
-        return {name: tuple(array.shape) for name, array in tree.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the weights in {folder} cannot be read: {error}; convert the model again"
-        ) from error
+        metadata = _checkpointer().metadata(folder).item_metadata
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+    if metadata is None:
+        raise _damaged(folder, "no description of them is left")
+    return {name: tuple(array.shape) for name, array in metadata.tree.items()}
+
+
+def _damaged(folder: Path, why: object) -> CheckpointError:
+    first_sentence = (str(why) or type(why).__name__).split(". ")[0].splitlines()[0]
+    return CheckpointError(
+        f"the weights in {folder} cannot be read ({first_sentence}); "
+        "remove the model with `inferneo rm` and convert or pull it again"
+    )
 
 
 def compare_shapes(

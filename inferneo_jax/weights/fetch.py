@@ -11,7 +11,7 @@ from typing import Any
 
 from inferneo_jax.errors import CheckpointError, FetchError
 from inferneo_jax.weights.atomic import scratch_folder, sweep
-from inferneo_jax.weights.catalog import CatalogEntry, checkpoint_path, load_catalog
+from inferneo_jax.weights.catalog import CatalogEntry, checkpoint_path, load_catalog, prune_parents
 from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.convert import Progress, convert, silent
 
@@ -70,6 +70,9 @@ def pull(
             model, revision = _from_hub(name, progress)
             origin = {"repository": name, "revision": revision}
             return convert(model, destination, progress, origin=origin)
+    except CheckpointError:
+        prune_parents(checkpoints, destination)
+        raise
     except OSError as error:
         raise CheckpointError(f"{name} could not be stored in {checkpoints}: {error}") from error
 

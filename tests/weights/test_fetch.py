@@ -241,3 +241,4 @@ def test_hub_failures_say_what_to_do(tmp_path, monkeypatch, kind, named):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FetchError, match=named):
         pull("org/name", tmp_path)
+    assert list(tmp_path.iterdir()) == []

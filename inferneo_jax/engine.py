@@ -4,10 +4,9 @@ One thread owns the scheduler and the runner. Other threads only leave requests 
 inbox; outputs go to each request's sink, called on the engine's thread.
 """
 
+import logging
 import threading
 from collections import deque
-
-import structlog
 
 from inferneo_jax import compiles
 from inferneo_jax.errors import (
@@ -32,7 +31,7 @@ from inferneo_jax.sampling import Scores
 from inferneo_jax.scheduler import PrefillChunk, Scheduler
 from inferneo_jax.sequence import Sequence
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -297,7 +296,7 @@ class Engine:
         try:
             sequence.sink(output)
         except Exception:
-            log.exception("a request's sink raised", request_id=sequence.request.id)
+            log.exception("the sink of request %s raised", sequence.request.id)
 
 
 def _token_logprob(scores: Scores, at: tuple[int, ...], token: int, num_top: int) -> TokenLogprob:

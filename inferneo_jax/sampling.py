@@ -176,7 +176,7 @@ def _draw(
     """Sample the tempered, truncated distribution by inverting its cumulative sum."""
     temperature = jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
     scaled = logits / temperature
-    weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))  # the best token's is 1
+    weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
     truncated = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
     weights = lax.cond(truncated.any(), lambda: _truncate(weights, params), lambda: weights)
     return _invert(weights, _uniform(params.seed, lengths))
@@ -205,7 +205,9 @@ def _truncate(
 
     by_mass = _greatest(enough_mass, weights.shape[0])
     by_mass = jnp.where(params.top_p < 1, by_mass, 0.0)
-    return _keep_from(weights, jnp.maximum(by_mass, params.min_p))
+    # Rounding can leave the best weight just below 1, so min-p is measured against it.
+    by_share = params.min_p * weights.max(axis=-1)
+    return _keep_from(weights, jnp.maximum(by_mass, by_share))
 
 
 def _keep_from(

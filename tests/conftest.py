@@ -4,10 +4,88 @@ import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-for _package in ("layers", "models", "cache", "sampling", "steps"):
+for _package in ("layers", "models", "cache", "sampling", "steps", "embedder"):
     install_import_hook(f"inferneo_jax.{_package}", "beartype.beartype")
+
+from inferneo_jax.config import EngineConfig
+from inferneo_jax.embedder import Embedder
+from inferneo_jax.engine import Engine
+from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
+from inferneo_jax.runner import Runner
+from inferneo_jax.weights.catalog import default_checkpoints_dir
+from inferneo_jax.weights.fetch import pull
+from tests.support import TINY, TINY_ENGINE, tiny_weights
+
+CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
+
+
+@pytest.fixture(scope="session")
+def real_checkpoints() -> Path:
+    """The folder of converted checkpoints, with both models of the catalog in it."""
+    folder = Path(os.environ.get("INFERNEO_CHECKPOINTS") or default_checkpoints_dir())
+    for name in (CHAT_MODEL, EMBEDDING_MODEL):
+        pull(name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_runner() -> Callable[..., Runner]:
+    """Compiled runners of the tiny random model, one for each engine configuration."""
+    made: dict[EngineConfig, Runner] = {}
+
+    def make(**changes: object) -> Runner:
+        config = dataclasses.replace(TINY_ENGINE, **changes)
+        if config not in made:
+            made[config] = Runner(TINY, tiny_weights(), config, jax.numpy.dtype("float32"))
+            made[config].compile()
+        return made[config]
+
+    return make
+
+
+@pytest.fixture
+def tiny_engine(tiny_runner: Callable[..., Runner]) -> Iterator[Callable[..., Engine]]:
+    """Engines on the tiny model; each must end with every slot and page free."""
+    engines: list[Engine] = []
+
+    def make(**changes: object) -> Engine:
+        engines.append(Engine(tiny_runner(**changes)))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.stop()
+        stats = engine.stats()
+        assert (stats.slots_used, stats.pages_used, stats.waiting) == (0, 0, 0)
+
+
+@pytest.fixture(scope="session")
+def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
+    """The catalog's chat model with reference numerics."""
+    config = EngineConfig(slots=16, dtype="float32", quantization="none", row_buckets=(2, 16))
+    model = load_model(real_checkpoints / CHAT_MODEL, config, name=CHAT_MODEL)
+    assert isinstance(model, LanguageModel)
+    yield model
+    model.stop()
+    stats = model.engine.stats()
+    assert (stats.slots_used, stats.pages_used, stats.compiles_after_ready) == (0, 0, 0)
+
+
+@pytest.fixture(scope="session")
+def real_embedder(real_checkpoints: Path) -> Iterator[Embedder]:
+    """The catalog's embedding model with reference numerics."""
+    config = EngineConfig(dtype="float32", quantization="none")
+    model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
+    assert isinstance(model, EmbeddingModel)
+    yield model.embedder
+    model.stop()

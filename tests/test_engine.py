@@ -1,0 +1,292 @@
+"""The laws of the engine, on a tiny random model."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from inferneo_jax.engine import Engine
+from inferneo_jax.errors import (
+    ContextLengthError,
+    EngineFailedError,
+    EngineStoppedError,
+    OverloadedError,
+    RequestError,
+)
+from inferneo_jax.request import GenerationOutput, GenerationRequest, SamplingParams
+from inferneo_jax.runner import Runner
+from tests.support import GREEDY, Collected, prompt, submit
+
+MakeEngine = Callable[..., Engine]
+
+MIXED = [
+    {"sampling": GREEDY},
+    {"sampling": SamplingParams(temperature=1.0, seed=1)},
+    {"sampling": SamplingParams(temperature=0.8, top_p=0.7, top_k=9, min_p=0.02, seed=2)},
+    {
+        "sampling": SamplingParams(
+            temperature=0.0,
+            frequency_penalty=0.7,
+            presence_penalty=0.3,
+            repetition_penalty=1.3,
+            logit_bias={3: 2.0, 90: -100.0},
+        )
+    },
+    {"sampling": SamplingParams(temperature=1.3, seed=2**63 + 5), "logprobs": 3},
+    {"sampling": GREEDY, "logprobs": 0, "prompt_logprobs": 2},
+]
+
+
+def _close(a: Collected, b: Collected) -> None:
+    """Equal tokens, and log probabilities as equal as float32 sums in another order allow."""
+    assert a.tokens == b.tokens
+    assert a.finish_reason == b.finish_reason
+    for x, y in zip(a.logprobs, b.logprobs, strict=True):
+        assert x.logprob == pytest.approx(y.logprob, abs=1e-4)
+        assert [i for i, _ in x.top] == [i for i, _ in y.top]
+
+
+def _prompt_scores(collected: Collected) -> list[float]:
+    scores = collected.wait().outputs[0].prompt_logprobs
+    assert scores is not None
+    assert scores[0] is None
+    return [entry.logprob for entry in scores[1:] if entry is not None]
+
+
+@pytest.mark.parametrize("fields", MIXED)
+def test_alone_equals_in_any_batch(tiny_engine: MakeEngine, fields: dict[str, object]) -> None:
+    engine = tiny_engine()
+    alone = submit(engine, prompt(9), **fields).wait()
+    crowd = [submit(engine, prompt(5 + i, seed=i), **MIXED[i]) for i in range(len(MIXED))]
+    among = submit(engine, prompt(9), **fields)
+    crowd += [submit(engine, prompt(30, seed=9), **MIXED[1])]
+    _close(alone, among)
+    assert all(len(other.tokens) == 12 for other in crowd)
+
+
+def test_chunked_prefill_equals_whole(tiny_engine: MakeEngine) -> None:
+    chunked, whole = tiny_engine(), tiny_engine(prefill_chunks=(64,))
+    for length in (1, 3, 4, 5, 8, 9, 16, 31, 52):
+        fields = {"logprobs": 2, "prompt_logprobs": 1}
+        a, b = (submit(engine, prompt(length), **fields) for engine in (chunked, whole))
+        _close(a, b)
+        assert _prompt_scores(a) == pytest.approx(_prompt_scores(b), abs=1e-4)
+
+
+def test_a_late_request_changes_no_other(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    fields = {"logprobs": 1, "sampling": SamplingParams(seed=4)}
+    undisturbed = submit(engine, prompt(7), 40, **fields).wait()
+    early = submit(engine, prompt(7), 40, **fields)
+    for count in (1, 5, 9):
+        early.wait_for_tokens(count)
+        submit(engine, prompt(40, seed=count), 4)
+    _close(undisturbed, early)
+
+
+def test_seeds_repeat_and_differ(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    runs = [
+        submit(engine, prompt(6), 24, sampling=SamplingParams(seed=seed)).tokens
+        for seed in (1, 2, 1, 2**32 + 1)
+    ]
+    assert runs[0] == runs[2]
+    assert len({tuple(run) for run in runs}) == 3
+
+
+def test_preempted_equals_undisturbed(tiny_engine: MakeEngine) -> None:
+    roomy, cramped = tiny_engine(), tiny_engine(kv_tokens=64)
+    prompts = [prompt(8 + i, seed=i) for i in range(4)]
+    fields = [{"sampling": SamplingParams(seed=i), "logprobs": 1} for i in range(4)]
+    expected = [submit(roomy, p, 30, **f).wait() for p, f in zip(prompts, fields, strict=True)]
+    squeezed = [submit(cramped, p, 30, **f) for p, f in zip(prompts, fields, strict=True)]
+    for a, b in zip(expected, squeezed, strict=True):
+        _close(a, b)
+    assert cramped.stats().preemptions > 0
+
+
+def test_the_least_urgent_is_preempted(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine(kv_tokens=64)
+    low = submit(engine, prompt(10), 40, priority=1)
+    low.wait_for_tokens(1)
+    high = submit(engine, prompt(10, seed=1), 40, priority=0)
+    assert high.wait().ended_at < low.wait().ended_at
+    assert engine.stats().preemptions > 0
+
+
+def test_shared_prefix_equals_fresh(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    start = prompt(21)
+    submit(engine, start, 5).wait()
+    for tail in (prompt(3, seed=1), prompt(17, seed=2)):
+        a = submit(engine, start + tail, logprobs=2)
+        b = submit(engine, start + tail, logprobs=2, cache_salt=bytes(tail))
+        _close(a, b)
+        assert a.outputs[0].cached_tokens == 20
+        assert b.outputs[0].cached_tokens == 0
+
+
+def test_a_chats_next_turn_reuses_the_answer(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    first = submit(engine, prompt(10), 11)
+    turn = submit(engine, (*prompt(10), *first.tokens, 5, 6), 2)
+    # 10 + 11 tokens; the last was sampled and never fed, so five pages of four are full.
+    assert turn.wait().outputs[0].cached_tokens == 20
+
+
+def test_salts_keep_prefixes_apart(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    ids = prompt(20)
+    cached = [
+        submit(engine, ids, 1, cache_salt=salt).wait().outputs[0].cached_tokens
+        for salt in (b"a", b"b", b"a", b"")
+    ]
+    assert cached == [0, 0, 16, 0]
+
+
+def test_prompt_scores_equal_the_generations_own(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    generated = submit(engine, prompt(9), 10, logprobs=2)
+    whole = (*prompt(9), *generated.tokens)
+    scored = submit(engine, whole, 0, prompt_logprobs=2)
+    assert scored.tokens == []
+    assert scored.finish_reason == "length"
+    own = [entry.logprob for entry in generated.logprobs]
+    assert _prompt_scores(scored)[-10:] == pytest.approx(own, abs=1e-4)
+
+
+def test_a_stop_token_ends_and_is_reported(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    free = submit(engine, prompt(9), 12).tokens
+    stop = free[5]
+    stopped = submit(engine, prompt(9), 12, stop_token_ids=frozenset({stop}))
+    assert stopped.tokens == free[: free.index(stop) + 1]
+    assert stopped.finish_reason == "stop"
+
+
+def test_min_tokens_postpones_the_stop(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    stops = frozenset(range(0, 97, 2)) & frozenset(range(60))
+    late = submit(engine, prompt(9), 20, stop_token_ids=stops, min_tokens=7).tokens
+    assert not stops & set(late[:7])
+
+
+def test_abort_frees_at_once_and_is_idempotent(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    running = [submit(engine, prompt(9, seed=i), 50) for i in range(3)]
+    for collected in running:
+        collected.wait_for_tokens(2)
+        engine.abort(collected.request.id)
+        engine.abort(collected.request.id)
+    assert {collected.finish_reason for collected in running} == {"abort"}
+    stats = engine.stats()
+    assert (stats.slots_used, stats.pages_used, stats.running, stats.waiting) == (0, 0, 0, 0)
+    engine.abort("never heard of")
+    assert len(submit(engine, prompt(4)).tokens) == 12
+
+
+def test_random_aborts_leave_no_trace(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine(kv_tokens=64)
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        crowd = [
+            submit(engine, prompt(int(rng.integers(1, 30))), int(rng.integers(1, 30)))
+            for _ in range(6)
+        ]
+        victim = crowd[int(rng.integers(6))]
+        victim.wait_for_tokens(int(rng.integers(0, 4)))
+        for collected in crowd:
+            if rng.random() < 0.6:
+                engine.abort(collected.request.id)
+        for collected in crowd:
+            assert collected.finish_reason in ("abort", "length")
+    stats = engine.stats()
+    assert (stats.slots_used, stats.pages_used, stats.waiting) == (0, 0, 0)
+
+
+def test_nothing_compiles_after_ready(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    for i, fields in enumerate(MIXED):
+        submit(engine, prompt(3 + 7 * i), **fields)
+    submit(engine, prompt(50), 14, stop_token_ids=frozenset({1}), min_tokens=3).wait()
+    assert engine.stats().compiles_after_ready == 0
+
+
+def test_requests_that_cannot_be_served_name_the_field(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"ids": ()}, "prompt"),
+        ({"ids": (1, 97)}, "prompt"),
+        ({"ids": (-1,)}, "prompt"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"min_tokens": 13}, "min_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"stop_token_ids": frozenset({97})}, "stop_token_ids"),
+        ({"stop_token_ids": frozenset(range(40))}, "stop_token_ids"),
+        ({"sampling": SamplingParams(logit_bias={97: 1.0})}, "logit_bias"),
+    ]
+    for fields, param in wrong:
+        with pytest.raises(RequestError) as caught:
+            submit(engine, fields.pop("ids", (1, 2)), **fields)  # type: ignore[arg-type]
+        assert caught.value.param == param
+    with pytest.raises(ContextLengthError, match=r"60 tokens.* 72 in all.* holds 64"):
+        submit(engine, prompt(60))
+    assert len(submit(engine, prompt(52)).tokens) == 12
+
+
+def test_an_id_in_use_is_refused(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    first = submit(engine, prompt(4), 40, id="same")
+    with pytest.raises(RequestError, match="same"):
+        submit(engine, prompt(4), id="same")
+    assert len(first.tokens) == 40
+    assert len(submit(engine, prompt(4), id="same").tokens) == 12
+
+
+def test_a_full_queue_refuses(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+
+    def flood() -> None:
+        for _ in range(200):
+            submit(engine, prompt(4), 60)
+
+    with pytest.raises(OverloadedError):
+        flood()
+    engine.stop()
+
+
+def test_stop_ends_every_request(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    crowd = [submit(engine, prompt(5), 50) for _ in range(6)]
+    engine.stop()
+    for collected in crowd:
+        assert collected.finish_reason in ("error", "length")
+    with pytest.raises(EngineStoppedError):
+        submit(engine, prompt(5))
+
+
+def test_a_failing_step_ends_its_requests_with_the_reason(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+
+    def explode(self: Runner, plan: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(Runner, "run", explode)
+    collected = submit(engine, prompt(5)).wait()
+    assert isinstance(collected.outputs[-1].error, EngineFailedError)
+    assert not engine.stats().ready
+    with pytest.raises(EngineFailedError):
+        submit(engine, prompt(5))
+
+
+def test_a_raising_sink_harms_nobody_else(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+
+    def raising(output: GenerationOutput) -> None:
+        raise ValueError("reader at fault")
+
+    request = GenerationRequest(id="bad", prompt=prompt(4), max_tokens=5, sampling=GREEDY)
+    engine.submit(request, raising)
+    assert len(submit(engine, prompt(5)).tokens) == 12

@@ -1,0 +1,199 @@
+"""The sampler against plain numpy written from the definitions."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inferneo_jax.request import GenerationRequest, SamplingParams
+from inferneo_jax.rows import RowBuilder
+from inferneo_jax.sampling import Sampler, SamplingRows, argmax
+from inferneo_jax.scheduler import PrefillChunk
+from inferneo_jax.sequence import Sequence
+
+VOCAB, MAX_LEN = 300, 16
+BUILDER = RowBuilder(
+    slots=4, max_len=MAX_LEN, max_pages=1, vocab_size=VOCAB, max_bias=8, max_stops=4
+)
+
+
+@cache
+def _sampler() -> Any:
+    return jax.jit(Sampler(num_top=5).__call__)
+
+
+def _rows(requests: list[GenerationRequest]) -> SamplingRows:
+    rows = [BUILDER.slot_row(Sequence(r, lambda _: None, 0)).sampling for r in requests]
+    return jax.tree.map(lambda *parts: jnp.stack([jnp.asarray(p) for p in parts]), *rows)
+
+
+def _request(prompt: tuple[int, ...] = (1,), **fields: Any) -> GenerationRequest:
+    sampling = {k: fields.pop(k) for k in list(fields) if k in SamplingParams.__slots__}
+    return GenerationRequest(
+        id="x", prompt=prompt, max_tokens=9, sampling=SamplingParams(**sampling), **fields
+    )
+
+
+def _sample(
+    logits: np.ndarray, requests: list[GenerationRequest], histories: list[list[int]]
+) -> tuple[np.ndarray, Any]:
+    history = np.zeros((len(requests), MAX_LEN), np.int32)
+    for row, tokens in enumerate(histories):
+        history[row, : len(tokens)] = tokens
+    lengths = np.array([len(tokens) for tokens in histories], np.int32)
+    ids, scores = _sampler()(
+        jnp.asarray(logits, jnp.float32), _rows(requests), jnp.asarray(history), lengths
+    )
+    return np.asarray(ids), jax.tree.map(np.asarray, scores)
+
+
+def _kept(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The tokens that may be drawn, by sorting."""
+    p = np.exp((logits - logits.max()) / params.temperature)
+    order = np.argsort(-p, kind="stable")
+    keep = np.zeros(len(p), bool)
+    keep[order[: params.top_k or len(p)]] = True
+    mass = np.cumsum(np.where(keep[order], p[order], 0.0))
+    needed = int(np.searchsorted(mass, params.top_p * mass[-1])) + 1
+    keep[order[needed:]] = False
+    return keep & (p >= params.min_p)
+
+
+def _logits(rows: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, VOCAB)).astype(np.float32) * 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**32),
+    st.floats(0.1, 2),
+    st.integers(0, 40),
+    st.floats(0.05, 1),
+    st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+)
+def test_draws_come_from_the_kept_set(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    logits = _logits(1, seed % 1000)
+    requests = [_request(seed=seed + i, **fields) for i in range(4)]
+    ids, _ = _sample(np.repeat(logits, 4, axis=0), requests, [[1]] * 4)
+    kept = _kept(logits[0].astype(np.float64), SamplingParams(**fields))
+    # A token whose mass ends within rounding of top_p may fall to either side.
+    loose = _kept(
+        logits[0].astype(np.float64),
+        SamplingParams(**(fields | {"top_p": min(1.0, top_p + 1e-5)})),
+    )
+    assert all(kept[i] or loose[i] for i in ids)
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    params = {"temperature": 0.7, "top_p": 0.9, "top_k": 30}
+    logits = _logits(1, 5)
+    draws = []
+    for seed in range(1500):
+        requests = [_request(seed=4 * seed + i, **params) for i in range(4)]
+        ids, _ = _sample(np.repeat(logits, 4, axis=0), requests, [[1] * (seed % 9 + 1)] * 4)
+        draws += ids.tolist()
+    kept = _kept(logits[0].astype(np.float64), SamplingParams(**params))
+    p = np.where(kept, np.exp(logits[0].astype(np.float64) / 0.7), 0)
+    p /= p.sum()
+    counts = np.bincount(draws, minlength=VOCAB)
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(kept))
+    expected = p[kept] * len(draws)
+    chi_square = ((counts[kept] - expected) ** 2 / expected).sum()
+    freedom = kept.sum() - 1
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_penalties_follow_their_definitions() -> None:
+    logits = _logits(4, 1)
+    prompt, output = (7, 8, 8), [9, 9, 10]
+    fields = [
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 1.5},
+        {"repetition_penalty": 1.8},
+        {"frequency_penalty": -2.0, "presence_penalty": 0.5, "repetition_penalty": 0.5},
+    ]
+    requests = [_request(prompt, temperature=0.0, **f) for f in fields]
+    for row in range(4):
+        logits[row, [7, 8, 9, 10, 11]] = [6, 5.9, 6.1, 5.8, 4.3]
+    expected = logits.copy()
+    counts = np.bincount(output, minlength=VOCAB)
+    seen = np.isin(np.arange(VOCAB), (*prompt, *output))
+    for row, request in enumerate(requests):
+        p = request.sampling
+        x = expected[row]
+        x[seen] = np.where(
+            x[seen] > 0, x[seen] / p.repetition_penalty, x[seen] * p.repetition_penalty
+        )
+        x -= counts * p.frequency_penalty + (counts > 0) * p.presence_penalty
+    ids, _ = _sample(logits, requests, [[*prompt, *output]] * 4)
+    assert ids.tolist() == expected.argmax(axis=-1).tolist()
+    assert len(set(ids.tolist())) > 1
+
+
+def test_bias_and_banned_stops() -> None:
+    logits = np.zeros((4, VOCAB), np.float32)
+    logits[:, 20] = 5
+    requests = [
+        _request(temperature=0.0),
+        _request(temperature=0.0, logit_bias={20: -100.0, 33: 1.0}),
+        _request(temperature=0.0, logit_bias={299: 100.0}),
+        _request(temperature=0.0, stop_token_ids=frozenset({20}), min_tokens=2),
+    ]
+    assert _sample(logits, requests, [[1]] * 4)[0].tolist() == [20, 33, 299, 0]
+    assert _sample(logits, requests, [[1, 2, 3]] * 4)[0].tolist() == [20, 33, 299, 20]
+
+
+def test_scores_are_of_the_models_own_distribution() -> None:
+    logits = _logits(2, 3)
+    requests = [_request(temperature=2.0, top_k=1, logprobs=2, seed=i) for i in range(2)]
+    ids, scores = _sample(logits, requests, [[1]] * 2)
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
+    rows = np.arange(2)
+    np.testing.assert_allclose(scores.chosen, exact[rows, ids], atol=1e-5)
+    np.testing.assert_array_equal(scores.top_ids, np.argsort(-logits, axis=-1)[:, :5])
+    np.testing.assert_allclose(
+        scores.top, np.take_along_axis(exact, scores.top_ids, axis=-1), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("row", [[0, 3, 3, 1], [-1, -2], [5.0]])
+def test_argmax_is_the_first_of_the_best(row: list[float]) -> None:
+    assert argmax(jnp.asarray([row], jnp.float32)).tolist() == [int(np.argmax(row))]
+
+
+def test_argmax_of_nan_is_a_token() -> None:
+    assert 0 <= int(argmax(jnp.full((1, 7), jnp.nan, jnp.float32))[0]) < 7
+
+
+def test_parameters_out_of_range_are_named() -> None:
+    from inferneo_jax.errors import RequestError
+
+    for name, value in [
+        ("temperature", 2.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0.0),
+        ("seed", 2**64),
+        ("logit_bias", {1: 101.0}),
+    ]:
+        with pytest.raises(RequestError) as caught:
+            SamplingParams(**{name: value})
+        assert caught.value.param == name
+
+
+def test_rows_for_the_device_are_padded_with_no_slot() -> None:
+    sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, pages=[5])
+    rows = BUILDER.prefill(PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True))
+    assert [np.asarray(x).tolist() for x in rows] == [[2], [1], [2], [True], [[5]]]
+    assert BUILDER.decode((), 2).slots.tolist() == [4, 4]

@@ -1,0 +1,55 @@
+# Two commands, each from a bare clone: `make serve` and `make test`.
+#
+#   make serve            install, fetch the models, serve on http://127.0.0.1:8000
+#   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
+#   make test             install, lint, check types, run every test
+#   make clean            remove the virtual environment
+
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+BIN := $(VENV)/bin
+MODELS := smollm2-135m-instruct all-minilm-l6-v2
+
+# The first Python that really runs and is new enough: some shims exist only to say that they don't.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
+	done)
+
+.PHONY: serve test lint types install clean
+.DEFAULT_GOAL := serve
+
+serve: $(VENV)/.installed
+	$(BIN)/inferneo pull $(MODELS)
+	exec $(BIN)/hypercorn --bind $(HOST):$(PORT) server.app:app
+
+test: lint types
+	$(BIN)/inferneo pull $(MODELS)
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml inferneo_jax/version.py | $(VENV)/.created
+	$(BIN)/pip install --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml inferneo_jax/version.py | $(VENV)/.created
+	$(BIN)/pip install --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { \
+		echo "Python 3.11 or newer is needed and was not found; name one with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,7 +1,6 @@
 """The application: ``hypercorn server.app:app``."""
 
 import asyncio
-import sys
 from collections.abc import AsyncGenerator
 
 import structlog
@@ -11,6 +10,7 @@ from inferneo_jax import ConfigError, InferneoError
 from server import connection, log
 from server.connection import current_request, request_id
 from server.errors import as_api_error
+from server.exit import exit_failed
 from server.http import json_response
 from server.models import Loader, Registry, load_from_disk, still_loading
 from server.routes import embeddings, generate, health, models
@@ -81,7 +81,7 @@ async def _load(registry: Registry) -> None:
     else:
         logger.info("ready")
         return
-    raise SystemExit(1)
+    exit_failed()
 
 
 def _handle_errors(app: Quart) -> None:
@@ -108,7 +108,7 @@ def _from_environment() -> Quart:
     try:
         return create_app()
     except ConfigError as error:
-        sys.exit(f"The settings cannot be used.\n{error}")
+        exit_failed(f"The settings cannot be used.\n{error}")
 
 
 app = _from_environment()

@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any, cast
 
 import structlog
-from hypercorn.config import Config
 from hypercorn.typing import (
     ASGIReceiveCallable,
     ASGISendCallable,
@@ -16,16 +15,16 @@ from hypercorn.typing import (
     WebsocketScope,
 )
 from quart import Quart, Request, request
-from quart.asgi import ASGIHTTPConnection, ASGILifespan, ASGIWebsocketConnection
+from quart.asgi import ASGIHTTPConnection, ASGIWebsocketConnection
 from quart.wrappers.request import Body
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from server.protocol.shape import Usage
+from server.transport import Departure, pinged
 
 log = structlog.get_logger(__name__)
 
-PING_SECONDS = 20.0
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
 _INBOUND_FRAMES = 8
@@ -125,8 +124,11 @@ class HttpConnection(ASGIHTTPConnection):
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serve one request."""
+        departure = Departure(send)
         try:
-            await super().__call__(receive, send)
+            with departure.noticed():
+                await super().__call__(receive, send)
+            await departure.finish()
         finally:
             if (current := self._request) is not None:
                 await current.cleanup.aclose()
@@ -153,24 +155,16 @@ class HttpConnection(ASGIHTTPConnection):
 
 
 class WebsocketConnection(ASGIWebsocketConnection):
-    """Bounds what a client may send ahead: its further frames wait in its own socket."""
+    """Pings the client, and bounds what it may send ahead: further frames wait in its socket."""
 
     def __init__(self, app: Quart, scope: WebsocketScope) -> None:
         super().__init__(app, scope)
         self.queue = asyncio.Queue(_INBOUND_FRAMES)
 
-
-class Lifespan(ASGILifespan):
-    """Sets what Hypercorn's defaults lack and its command line may still override."""
-
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        """Serve the life of the process."""
-        # The application is given no configuration; the lifespan's callables belong to an object
-        # that holds it.
-        config = getattr(getattr(send, "__self__", None), "config", None)
-        if isinstance(config, Config) and config.websocket_ping_interval is None:
-            config.websocket_ping_interval = PING_SECONDS
-        await super().__call__(receive, send)
+        """Serve one connection."""
+        async with pinged(send):
+            await super().__call__(receive, send)
 
 
 def install(app: Quart) -> None:
@@ -178,4 +172,3 @@ def install(app: Quart) -> None:
     app.request_class = ApiRequest
     app.asgi_http_class = HttpConnection
     app.asgi_websocket_class = WebsocketConnection
-    app.asgi_lifespan_class = Lifespan

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from inferneo_jax import (
-    EngineFailedError,
+    EngineError,
     EngineStoppedError,
     GenerationOutput,
     GenerationRequest,
@@ -123,6 +123,7 @@ class Generation:
         self.cancelled = False
         self._engine = engine
         self._mailbox: _Mailbox | None = None
+        self._failure: EngineError | None = None
         self.choices = [
             Choice(i, tokenizer, plan.prompts[i // plan.num_choices], plan.text)
             for i in range(len(plan.prompts) * plan.num_choices)
@@ -155,6 +156,8 @@ class Generation:
                     continue
                 for event in self._commit(outputs, running):
                     yield event
+                if self._failure is not None:
+                    raise self._failure
         finally:
             for request_id in running.values():
                 self._engine.abort(request_id)
@@ -162,12 +165,14 @@ class Generation:
     def _commit(
         self, outputs: list[tuple[int, GenerationOutput]], running: dict[int, str]
     ) -> list[ChoiceEvent]:
-        """Feed the choices; those that finish leave ``running``."""
+        """Feed the choices; those that finish leave ``running``. A failure comes last."""
         touched: dict[int, bool] = {}  # index: the engine is done with it
         for index, output in outputs:
             if index not in running:
                 continue  # what the engine had under way when its choice was finished here
-            _raise_failure(output)
+            if output.finish_reason in ("error", "abort"):  # not by us: that left ``running``
+                self._failure = output.error or EngineStoppedError("the engine was stopped")
+                break
             self.choices[index].feed(output)
             touched[index] = output.finish_reason is not None
         if self.cancelled:
@@ -190,10 +195,3 @@ class Generation:
         self.usage.completion = sum(choice.num_tokens for choice in self.choices)
         first = self.choices[:: self.plan.num_choices]  # the others share its prompt's pages
         self.usage.cached = sum(choice.cached_tokens for choice in first)
-
-
-def _raise_failure(output: GenerationOutput) -> None:
-    if output.finish_reason == "error":
-        raise output.error or EngineFailedError("the engine failed while it ran this request")
-    if output.finish_reason == "abort":  # not by us: then nobody would be listening
-        raise EngineStoppedError("the engine was stopped")

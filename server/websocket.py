@@ -5,7 +5,7 @@ as fast as they are dealt with and sent as fast as the client reads, so neither 
 """
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,12 +49,12 @@ def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> No
     """
     if origin is None or origin in allowed or "*" in allowed:
         return
-    page = urlsplit(origin)
-    name = page.hostname or ""
-    if name in _LOOPBACK:
-        return
-    if page.netloc == host and (":" in name or name.replace(".", "").isdigit()):
-        return
+    with suppress(ValueError):  # what is no URL is foreign
+        page = urlsplit(origin)
+        name = page.hostname or ""
+        is_number = ":" in name or name.replace(".", "").isdigit()
+        if name in _LOOPBACK or (is_number and page.netloc == host):
+            return
     raise ApiError(
         403,
         f"Pages of the origin {origin[:100]!r} may not connect; add it to "

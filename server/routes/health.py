@@ -33,7 +33,9 @@ def blueprint(services: Services) -> Blueprint:
         if not registry.ready:
             error = ApiError(503, "An engine has stopped or failed.", kind="server_error")
             return json_response({"status": "failed", "models": models, **error.envelope()}, 503)
-        return json_response({"status": "ready", "models": models})
+        compiles = max(model.get("compiles_after_ready", 0) for model in models)
+        state = {"status": "ready", "compiles_after_ready": compiles, "models": models}
+        return json_response(state)
 
     return routes
 

@@ -17,6 +17,7 @@ from inferneo_jax import (
     EngineStoppedError,
     GenerationOutput,
     GenerationRequest,
+    RequestError,
     Tokenizer,
     TokenLogprob,
 )
@@ -184,6 +185,9 @@ class FakeEmbedder:
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Future[np.ndarray]:
         self.calls.append(texts)
+        for ids in texts:
+            if wrong := [i for i in ids if not 0 <= i < 256 + 7]:
+                raise RequestError(f"input holds token id {wrong[0]}", "input")
         future: Future[np.ndarray] = Future()
         vectors = np.array([[sum(ids) % 97 + i for i in range(1, 9)] for ids in texts], np.float32)
         future.set_result(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))

@@ -1,0 +1,26 @@
+"""Ending the process with an exit code that says that it failed."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from hypercorn.config import Config
+
+
+def exit_failed(message: str | None = None) -> NoReturn:
+    """End this process with the exit code 1, and Hypercorn's main process with it.
+
+    ``hypercorn server.app:app`` serves in a child process, and (0.18) ends with exit code 0
+    whatever the child's was. Of all that reaches it from here only a signal that it does not handle
+    makes it end otherwise; a supervisor or a script then sees that the server failed.
+    """
+    if message is not None:
+        print(message, file=sys.stderr, flush=True)
+    parent = multiprocessing.parent_process()
+    config = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
+    # With more workers than this one the others would be left without a parent.
+    if parent is not None and isinstance(config, Config) and config.workers == 1:
+        os.kill(os.getppid(), signal.SIGUSR1)
+    raise SystemExit(1)

@@ -1,0 +1,121 @@
+"""Settings: variables, the file, and what is said when they are wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from inferneo_jax import ConfigError
+from server.models import sources_of
+from server.settings import Settings, unknown_variables
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+
+    for name in os.environ:
+        if name.startswith("INFERNEO_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("INFERNEO_CHECKPOINTS", str(tmp_path))
+
+
+@pytest.fixture
+def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    path = tmp_path / "inferneo.toml"
+    monkeypatch.setenv("INFERNEO_CONFIG", str(path))
+    return path
+
+
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("INFERNEO_MODELS", "a, org/b ,")
+    monkeypatch.setenv("INFERNEO_ALIASES", "gpt-4o=a, ada=org/b")
+    monkeypatch.setenv("INFERNEO_SLOTS", "7")
+    monkeypatch.setenv("INFERNEO_MAX_LEN", "99")
+    monkeypatch.setenv("INFERNEO_DTYPE", "float32")
+    settings = Settings.load()
+    assert settings.models == ("a", "org/b")
+    assert settings.aliases == {"gpt-4o": "a", "ada": "org/b"}
+    config = settings.engine_config()
+    assert (config.slots, config.max_len, config.dtype) == (7, 99, "float32")
+    assert config.compilation_cache == str(tmp_path / ".compiled")
+
+
+def test_variables_win_over_the_file(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    file.write_text('slots = 3\nmax_len = 50\nmodels = ["a"]\n[aliases]\nx = "a"\n')
+    monkeypatch.setenv("INFERNEO_SLOTS", "4")
+    settings = Settings.load()
+    assert (settings.slots, settings.max_len) == (4, 50)
+    assert (settings.models, settings.aliases) == (("a",), {"x": "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SLOTS", "many", "an integer"),
+        ("SLOTS", "0", "at least 1"),
+        ("SLOTS", "257", "at most 256"),
+        ("MAX_LEN", "1", "at least 2"),
+        ("DTYPE", "int4", "'auto', 'float32' or 'bfloat16'"),
+        ("QUANTIZATION", "int3", "'auto' or 'none'"),
+        ("KERNELS", "magic", "'auto' or 'xla'"),
+        ("LOG_FORMAT", "xml", "'auto', 'json' or 'console'"),
+        ("ALIASES", "gpt", "alias=model"),
+        ("MAX_BODY_BYTES", "1", "at least 1024"),
+        ("CONFIG", "/nowhere.toml", "cannot be read"),
+    ],
+)
+def test_a_wrong_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(f"INFERNEO_{name}", value)
+    with pytest.raises(ConfigError, match=f"^INFERNEO_{name} .*{re.escape(words)}"):
+        Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("slots = 'x'", "'slots' in .*inferneo.toml is 'x'"),
+        ("slot = 1", "'slot' in .*inferneo.toml is not a setting; there are .*slots"),
+        ("slots = ", "no TOML"),
+    ],
+)
+def test_a_wrong_file_is_named(file: Path, text: str, words: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        Settings.load()
+
+
+def test_a_variable_that_is_no_setting_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERNEO_MODLES", "a")
+    (sentence,) = unknown_variables()
+    assert "INFERNEO_MODLES" in sentence
+    assert "did you mean INFERNEO_MODELS" in sentence
+
+
+def test_the_default_is_a_chat_and_an_embedding_model() -> None:
+    assert [source.id for source in sources_of(Settings())] == [
+        "smollm2-135m-instruct",
+        "all-minilm-l6-v2",
+    ]
+
+
+def test_a_folder_is_a_model_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (source,) = sources_of(Settings(models=(str(tmp_path / "mine"),)))
+    assert (source.id, source.path) == ("mine", tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"models": ("a", "a")}, "two models"),
+        ({"models": ("/nowhere/at/all",)}, "no folder"),
+        ({"models": ("a",), "aliases": {"x": "b"}}, "not among the models"),
+        ({"models": ("a", "b"), "aliases": {"a": "b"}}, "the id of a model already"),
+    ],
+)
+def test_names_that_do_not_go_together_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        sources_of(Settings(**settings))

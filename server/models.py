@@ -27,7 +27,7 @@ Loader = Callable[["Source", Settings, Progress], "Model"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: ``path`` is a converted checkpoint, None: pull it by its id."""
+    """Where a model comes from: the folder ``path``, or by its id: converted already, or pulled."""
 
     id: str
     path: Path | None = None
@@ -54,9 +54,13 @@ def load_from_disk(source: Source, settings: Settings, progress: Progress) -> "M
     """
     # Here, because these imports bring in jax.
     from inferneo_jax import load_model
+    from inferneo_jax.weights.catalog import checkpoint_path
     from inferneo_jax.weights.fetch import pull
 
-    path = source.path or pull(source.id, settings.checkpoints_dir(), progress)
+    checkpoints = settings.checkpoints_dir()
+    path = source.path or checkpoint_path(checkpoints, source.id)
+    if not path.exists():
+        path = pull(source.id, checkpoints, progress)
     return load_model(path, settings.engine_config(), name=source.id, progress=progress)
 
 

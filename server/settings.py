@@ -20,8 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from inferneo_jax.config import EngineConfig
-from inferneo_jax.errors import ConfigError
+from inferneo_jax import ConfigError, EngineConfig
 from server.protocol.validation import describe
 
 PREFIX = "INFERNEO_"

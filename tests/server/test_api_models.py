@@ -1,6 +1,7 @@
 """``/v1/models``, ``/health`` and ``/ready``, before the models are loaded and after."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,6 +10,8 @@ from fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
 from harness import CHAT, EMBED, Rig, Server, models_of, wait_ready
 
 from inferneo_jax import Tokenizer
+from server.models import Source, load_from_disk
+from server.settings import Settings
 
 
 def test_the_list_has_every_model(rig: Rig) -> None:
@@ -100,6 +103,26 @@ def test_stopping_while_models_load_does_not_wait_for_them(tokenizer: Tokenizer)
     with Server(loader):
         assert entered.wait(TIMEOUT)
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_what_was_converted_is_loaded_and_the_rest_pulled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: bool
+) -> None:
+    pulled: list[str] = []
+
+    def pull(name: str, checkpoints: Path, progress: Any) -> Path:
+        pulled.append(name)
+        return checkpoints / name
+
+    monkeypatch.setattr("inferneo_jax.weights.fetch.pull", pull)
+    monkeypatch.setattr("inferneo_jax.load_model", lambda path, config, **_: path)
+    if converted:
+        (tmp_path / "mine").mkdir()
+    settings = Settings(checkpoints=tmp_path)
+    loaded: Any = load_from_disk(Source("mine"), settings, lambda *_: None)
+    assert loaded == tmp_path / "mine"
+    assert pulled == ([] if converted else ["mine"])
 
 
 def test_an_engine_that_failed_is_not_ready(tokenizer: Tokenizer) -> None:

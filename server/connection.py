@@ -133,7 +133,7 @@ class HttpConnection(ASGIHTTPConnection):
             if (current := self._request) is not None:
                 await current.cleanup.aclose()
                 rule = current.url_rule.rule if current.url_rule else "none"
-                facts = {"id": current.id, "method": current.method, "route": rule}
+                facts = {"method": current.method, "route": rule}
                 current.record.facts = facts | current.record.facts
                 if rule not in ("/health", "/ready"):  # probes would drown everything else
                     current.record.write("request")
@@ -151,6 +151,8 @@ class HttpConnection(ASGIHTTPConnection):
         request = super()._create_request_from_scope(send)
         if isinstance(request, ApiRequest):
             self._request = request
+            # Everything that is logged on behalf of the request names it.
+            structlog.contextvars.bind_contextvars(id=request.id)
         return request
 
 

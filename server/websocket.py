@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
+import structlog
 from quart import websocket
 
 from server.connection import Record, request_id
@@ -36,9 +37,10 @@ async def serve_socket(services: Services, prepare: Prepare) -> None:
     headers = websocket.headers
     _check_origin(headers.get("Origin"), headers.get("Host", ""), services.settings.allowed_origins)
     socket_id = request_id(headers)
+    structlog.contextvars.bind_contextvars(id=socket_id)
     await websocket.accept(headers={"X-Request-Id": socket_id})
     strict = is_strict(headers.get(STRICT_HEADER))
-    await _Session(services, prepare, socket_id, strict).run()
+    await _Session(services, prepare, strict).run()
 
 
 def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> None:
@@ -80,10 +82,9 @@ class _Running:
 class _Session:
     """One open socket."""
 
-    def __init__(self, services: Services, prepare: Prepare, socket_id: str, strict: bool) -> None:
+    def __init__(self, services: Services, prepare: Prepare, strict: bool) -> None:
         self._services = services
         self._prepare = prepare
-        self._socket_id = socket_id
         self._strict = strict
         self._running: dict[object, _Running] = {}
 
@@ -156,7 +157,7 @@ class _Session:
     async def _answer(self, key: object, name: str | None, body: dict[str, Any]) -> None:
         """Run one request to its end; whatever happens to it stays with it."""
         record, running = Record(), self._running[key]
-        record.note(id=self._socket_id, request_id=name)
+        record.note(request_id=name)
         done: dict[str, Any] | None = None
         try:
             services = self._services

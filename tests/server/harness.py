@@ -27,7 +27,7 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(*, template: str | None = TEMPLATE) -> Tokenizer:
+def make_tokenizer(*special: str, template: str | None = TEMPLATE) -> Tokenizer:
     """One token a byte, and the words "the" and "END"; characters beyond ASCII take several."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = ["th", "the", "EN", "END"]
@@ -36,7 +36,7 @@ def make_tokenizer(*, template: str | None = TEMPLATE) -> Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<|begin|>", "<|end|>", "<|start|>"])
+    backend.add_special_tokens(["<|begin|>", "<|end|>", "<|start|>", *special])
     config = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": template}
     return Tokenizer(backend, config)
 

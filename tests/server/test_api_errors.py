@@ -6,6 +6,8 @@ from typing import Any
 import httpx
 import pytest
 from harness import CHAT, EMBED, Rig
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from inferneo_jax import (
     ContextLengthError,
@@ -331,11 +333,36 @@ def test_the_clients_request_id_comes_back_if_it_is_sane(rig: Rig, given: str, k
         assert got
 
 
-def test_prompts_are_not_logged(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
-    rig.post(COMPLETIONS, {"model": CHAT, "prompt": "a secret", "user": "someone"})
-    rig.post(COMPLETIONS, {"model": CHAT, "prompt": "a secret", "temperature": "secret"})
-    rig.post(CHATS, {"model": CHAT, "messages": [{"role": "user", "content": "a secret"}]})
-    assert "secret" not in capfd.readouterr().err
+def test_a_request_is_logged_without_its_words(rig: Rig) -> None:
+    with capture_logs([merge_contextvars]) as logs, httpx.Client(base_url=rig.url) as client:
+        for path, fields in (
+            (COMPLETIONS, {"prompt": "a secret", "user": "someone", "max_tokens": 3}),
+            (COMPLETIONS, {"prompt": "a secret", "temperature": "a secret"}),
+            (CHATS, {"messages": [{"role": "user", "content": "a secret"}], "stream": True}),
+        ):
+            client.post(path, json={"model": CHAT, **fields}, headers={"X-Request-Id": "mine"})
+        client.post(COMPLETIONS, json={})  # a connection's requests are logged one by one
+    lines = [line for line in logs if line["event"] == "request" and line["id"] == "mine"]
+    assert [line["status"] for line in lines] == [200, 400, 200]
+    assert lines[0] == lines[0] | {
+        "method": "POST",
+        "route": COMPLETIONS,
+        "model": CHAT,
+        "user": "someone",
+        "prompt_tokens": 8,
+        "completion_tokens": 3,
+    }
+    assert "secret" not in str(logs)
+
+
+def test_a_fault_of_the_server_is_logged_under_the_requests_id(rig: Rig) -> None:
+    rig.engine.refusal = ZeroDivisionError("a fault")
+    with capture_logs([merge_contextvars]) as logs:
+        response = rig.post(COMPLETIONS, {"model": CHAT, "prompt": "Hi"})
+    assert response.status_code == 500
+    (line,) = [line for line in logs if line["event"] == "request_failed"]
+    assert line["id"] == response.headers["X-Request-Id"]
+    assert line["exc_info"] is rig.engine.refusal
 
 
 def test_a_request_that_is_no_http_is_refused(rig: Rig) -> None:

@@ -10,7 +10,6 @@ from collections import deque
 
 from inferneo_jax import compiles
 from inferneo_jax.errors import (
-    ContextLengthError,
     EngineError,
     EngineFailedError,
     EngineStoppedError,
@@ -24,6 +23,7 @@ from inferneo_jax.request import (
     GenerationOutput,
     GenerationRequest,
     OutputSink,
+    RequestLimits,
     TokenLogprob,
 )
 from inferneo_jax.runner import MAX_STOP_IDS, PendingStep, Runner
@@ -40,7 +40,13 @@ class Engine:
     def __init__(self, runner: Runner) -> None:
         config = runner.config
         self.max_len = runner.max_len
-        self.max_logprobs = config.max_logprobs
+        self._limits = RequestLimits(
+            vocab_size=runner.model.vocab_size,
+            max_len=runner.max_len,
+            max_logprobs=config.max_logprobs,
+            max_logit_bias=config.max_logit_bias,
+            max_stop_ids=MAX_STOP_IDS,
+        )
         self._runner = runner
         self._pool = PagePool(runner.num_pages, config.page_len)
         self._scheduler = Scheduler(config.slots, self._pool, config.prefill_chunks[-1])
@@ -50,6 +56,7 @@ class Engine:
         self._submitted: deque[Sequence] = deque()
         self._aborted: deque[str] = deque()
         self._ids: set[str] = set()
+        self._stuck = False
         self._arrivals = 0
         self._end: EngineError | None = None
         self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
@@ -67,7 +74,7 @@ class Engine:
             OverloadedError: too many requests wait.
             EngineStoppedError: the engine was stopped; EngineFailedError: a step failed.
         """
-        self._validate(request)
+        self._limits.check(request)
         with self._changed:
             if self._end:
                 raise self._end
@@ -87,6 +94,18 @@ class Engine:
             if request_id in self._ids:
                 self._aborted.append(request_id)
                 self._changed.notify()
+
+    def pause(self, request_id: str) -> None:
+        """Decode no further tokens of a request until ``resume``. Thread-safe, idempotent.
+
+        It keeps its slot and pages, so whoever pauses must resume or abort; up to two tokens that
+        are under way still arrive. When pages run out it is preempted like any other.
+        """
+        self._set_paused(request_id, paused=True)
+
+    def resume(self, request_id: str) -> None:
+        """Undo ``pause``. Thread-safe, idempotent."""
+        self._set_paused(request_id, paused=False)
 
     def stop(self) -> None:
         """End every request, and the thread. Thread-safe; returns when it is done."""
@@ -118,46 +137,6 @@ class Engine:
                 output_tokens=self._output_tokens,
             )
 
-    def _validate(self, request: GenerationRequest) -> None:
-        vocab_size = self._runner.model.vocab_size
-        if not request.prompt:
-            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-        for token in (min(request.prompt), max(request.prompt)):
-            if not 0 <= token < vocab_size:
-                raise RequestError(
-                    f"the prompt holds token id {token}; ids go from 0 to {vocab_size - 1}",
-                    "prompt",
-                )
-        for name, ids in (
-            ("logit_bias", request.sampling.logit_bias),
-            ("stop_token_ids", request.stop_token_ids),
-        ):
-            if wrong := [i for i in ids if not 0 <= i < vocab_size]:
-                raise RequestError(
-                    f"{name} holds token id {wrong[0]}; ids go from 0 to {vocab_size - 1}", name
-                )
-        bounds = {
-            "max_tokens": (request.max_tokens, 0, None),
-            "min_tokens": (request.min_tokens, 0, request.max_tokens),
-            "logprobs": (request.logprobs or 0, 0, self.max_logprobs),
-            "prompt_logprobs": (request.prompt_logprobs or 0, 0, self.max_logprobs),
-            "logit_bias": (len(request.sampling.logit_bias), 0, self._runner.config.max_logit_bias),
-            "stop_token_ids": (len(request.stop_token_ids), 0, MAX_STOP_IDS),
-        }
-        for name, (value, low, high) in bounds.items():
-            if value < low or (high is not None and value > high):
-                counted = "has entries:" if name in ("logit_bias", "stop_token_ids") else "is"
-                limit = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise RequestError(f"{name} {counted} {value}; it must be {limit}", name)
-        length = len(request.prompt) + request.max_tokens
-        if length > self.max_len:
-            raise ContextLengthError(
-                f"the prompt has {len(request.prompt)} tokens and max_tokens is "
-                f"{request.max_tokens}, {length} in all; the context holds {self.max_len}. "
-                "Shorten the prompt or lower max_tokens",
-                "max_tokens" if len(request.prompt) < self.max_len else "prompt",
-            )
-
     def _run(self) -> None:
         """The engine's thread."""
         try:
@@ -183,7 +162,17 @@ class Engine:
         pending = self._runner.run(plan) if plan else None
         if self._in_flight:
             self._commit(self._in_flight)
+        elif not pending:
+            self._stuck = True  # all that is left is paused, or waits for what the paused hold
         self._in_flight = pending
+
+    def _set_paused(self, request_id: str, *, paused: bool) -> None:
+        with self._changed:
+            for sequence in (*self._submitted, *self._sequences.values()):
+                if sequence.request.id == request_id:
+                    sequence.paused = paused
+            self._stuck = False
+            self._changed.notify()
 
     def _await_work(self) -> bool:
         """Take what the inbox holds; sleep while there is nothing to do. False to end."""
@@ -193,10 +182,11 @@ class Engine:
                     self._end
                     or self._submitted
                     or self._aborted
-                    or self._sequences
                     or self._in_flight
+                    or (self._sequences and not self._stuck)
                 )
             )
+            self._stuck = False
             if self._end:
                 return False
             while self._submitted:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from inferneo_jax.errors import EngineError, RequestError
+from inferneo_jax.errors import ContextLengthError, EngineError, RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -95,6 +95,59 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     priority: int = 0
     cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestLimits:
+    """What one engine can take; ``max_len`` is prompt and output together, in tokens."""
+
+    vocab_size: int
+    max_len: int
+    max_logprobs: int
+    max_logit_bias: int
+    max_stop_ids: int
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse what could never be served.
+
+        Raises:
+            RequestError: names the field and its bound; ContextLengthError when it is too long.
+        """
+        self._check_ids(request)
+        bias, stops = request.sampling.logit_bias, request.stop_token_ids
+        bounds = {
+            "max_tokens": (request.max_tokens, None),
+            "min_tokens": (request.min_tokens, request.max_tokens),
+            "logprobs": (request.logprobs or 0, self.max_logprobs),
+            "prompt_logprobs": (request.prompt_logprobs or 0, self.max_logprobs),
+            "the number of entries of logit_bias": (len(bias), self.max_logit_bias),
+            "the number of entries of stop_token_ids": (len(stops), self.max_stop_ids),
+        }
+        for name, (value, high) in bounds.items():
+            if value < 0 or (high is not None and value > high):
+                limit = "at least 0" if high is None else f"from 0 to {high}"
+                raise RequestError(f"{name} is {value}; it must be {limit}", name.split()[-1])
+        prompt, length = len(request.prompt), len(request.prompt) + request.max_tokens
+        if length > self.max_len:
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens and max_tokens is {request.max_tokens}, {length} "
+                f"in all; the context holds {self.max_len}. Shorten the prompt or lower max_tokens",
+                "max_tokens" if prompt < self.max_len else "prompt",
+            )
+
+    def _check_ids(self, request: GenerationRequest) -> None:
+        if not request.prompt:
+            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+        for name, ids in (
+            ("prompt", (min(request.prompt), max(request.prompt))),
+            ("logit_bias", request.sampling.logit_bias),
+            ("stop_token_ids", request.stop_token_ids),
+        ):
+            if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+                raise RequestError(
+                    f"{name} holds token id {wrong[0]}; ids go from 0 to {self.vocab_size - 1}",
+                    name,
+                )
 
 
 @dataclass(frozen=True, slots=True)

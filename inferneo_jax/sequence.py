@@ -26,6 +26,7 @@ class Sequence:
         num_published: leading pages that others may share.
         cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
         prompt_scores: of the prompt's tokens, as far as they are known; the first has none.
+        paused: whether its reader asked for nothing more for now; it keeps slot and pages.
         started: whether an output was delivered.
         finished: whether the last output was delivered.
     """
@@ -42,6 +43,7 @@ class Sequence:
     num_published: int = 0
     cached_tokens: int | None = None
     prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    paused: bool = False
     started: bool = False
     finished: bool = False
     _hashes: list[bytes] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Sequence:
         """Whether a decode step can sample its next token."""
         return (
             self.slot is not None
+            and not self.paused
             and self.num_computed >= self.prefill_len
             and self.num_sampled < self.request.max_tokens
         )

@@ -95,6 +95,11 @@ class Collected:
             assert self._changed.wait_for(self._ended, timeout=300), "no last output came"
         return self
 
+    def count(self) -> int:
+        """Tokens so far."""
+        with self._changed:
+            return len(self._tokens())
+
     @property
     def tokens(self) -> list[int]:
         return self.wait()._tokens()

@@ -1,5 +1,6 @@
 """The laws of the engine, on a tiny random model."""
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.request import GenerationOutput, GenerationRequest, SamplingParams
 from inferneo_jax.runner import Runner
+from inferneo_jax.scheduler import Scheduler
 from tests.support import GREEDY, Collected, prompt, submit
 
 MakeEngine = Callable[..., Engine]
@@ -202,6 +204,39 @@ def test_random_aborts_leave_no_trace(tiny_engine: MakeEngine) -> None:
             assert collected.finish_reason in ("abort", "length")
     stats = engine.stats()
     assert (stats.slots_used, stats.pages_used, stats.waiting) == (0, 0, 0)
+
+
+def test_a_paused_request_waits_and_harms_nobody(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    fields = {"sampling": SamplingParams(seed=3)}
+    undisturbed = submit(engine, prompt(6), 40, **fields).tokens
+    paused = submit(engine, prompt(6), 40, **fields)
+    paused.wait_for_tokens(3)
+    engine.pause(paused.request.id)
+    engine.pause(paused.request.id)
+    for seed in range(3):  # many steps, in which a running request would have finished
+        assert len(submit(engine, prompt(5, seed=seed), 50).tokens) == 50
+    assert paused.count() < 40
+    scheduled = []
+    schedule = Scheduler.schedule
+    monkeypatch.setattr(Scheduler, "schedule", lambda s: (scheduled.append(1), schedule(s))[1])
+    time.sleep(0.1)
+    assert len(scheduled) < 20, "an engine that has nothing but paused requests spins"
+    assert engine.stats().slots_used == 1
+    engine.resume(paused.request.id)
+    assert paused.tokens == undisturbed
+
+
+def test_a_paused_request_can_be_aborted(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    paused = submit(engine, prompt(6), 50)
+    paused.wait_for_tokens(1)
+    engine.pause(paused.request.id)
+    engine.abort(paused.request.id)
+    assert paused.finish_reason == "abort"
+    assert len(submit(engine, prompt(4)).tokens) == 12
 
 
 def test_nothing_compiles_after_ready(tiny_engine: MakeEngine) -> None:

@@ -24,9 +24,8 @@ from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
 from inferneo_jax.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
+from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, real_server
 from tests.support import TINY, TINY_ENGINE, tiny_weights
-
-CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +88,10 @@ def real_embedder(real_checkpoints: Path) -> Iterator[Embedder]:
     assert isinstance(model, EmbeddingModel)
     yield model.embedder
     model.stop()
+
+
+@pytest.fixture(scope="session")
+def address(real_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``host:port`` of a server of both real models, for all tests that only send requests."""
+    with real_server(real_checkpoints, tmp_path_factory.mktemp("server") / "log") as found:
+        yield found

@@ -2,13 +2,8 @@
 
 import asyncio
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,55 +11,13 @@ import pytest
 import websockets
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
+from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, stats_of
 from tests.support import golden
 
 pytestmark = pytest.mark.real
 
-CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 CASES = golden("chat")
-
-
-@pytest.fixture(scope="module")
-def address(real_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """``host:port`` of a server with reference numerics, ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = os.environ | {
-        "INFERNEO_CHECKPOINTS": str(real_checkpoints),
-        "INFERNEO_DTYPE": "float32",
-        "INFERNEO_SLOTS": "16",
-        "INFERNEO_LOG_FORMAT": "json",
-    }
-    command = [sys.executable, "-m", "hypercorn", "-b", f"127.0.0.1:{port}", "server.app:app"]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + 400
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        yield f"127.0.0.1:{port}"
-        stats = _stats(f"127.0.0.1:{port}")
-        assert (stats["slots_used"], stats["pages_used"]) == (0, 0)
-        assert stats["compiles_after_ready"] == 0
-    finally:
-        process.terminate()
-        assert process.wait(timeout=30) == 0
-    assert "Traceback" not in log.read_text()
-
-
-def _stats(address: str) -> dict[str, Any]:
-    models = httpx.get(f"http://{address}/ready").json()["models"]
-    return next(model for model in models if model["id"] == CHAT_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +138,12 @@ def test_a_client_that_leaves_frees_its_slot_and_pages(address: str, how: str) -
         url, patience = f"http://{address}/v1/completions", httpx.Timeout(10, read=2.0)
         async with api.stream("POST", url, json=payload, timeout=patience) as answer:
             async for _ in answer.aiter_raw():
-                if _stats(address)["slots_used"]:
+                if stats_of(address)["slots_used"]:
                     raise httpx.ReadTimeout("seen enough")
 
     asyncio.run(leave())
     deadline = time.monotonic() + 5
-    while (stats := _stats(address))["slots_used"] or stats["pages_used"]:
+    while (stats := stats_of(address))["slots_used"] or stats["pages_used"]:
         assert time.monotonic() < deadline, stats
         time.sleep(0.02)
 

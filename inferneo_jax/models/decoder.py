@@ -1,5 +1,9 @@
 """The one decoder that serves every causal family; families differ in configuration only."""
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -35,6 +39,19 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
+@partial(jax.jit, static_argnames=("graphdef", "attention"))
+def _run_layer(
+    graphdef: nnx.GraphDef[DecoderLayer],
+    weights: nnx.State[Any, Any],
+    attention: PagedAttention,
+    x: Float[Array, "rows tokens embed"],
+    angles: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
+    cache: LayerCache,
+    view: PageView,
+) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
+    return nnx.merge(graphdef, weights)(x, angles, attention, cache, view)
+
+
 class Decoder(nnx.Module):
     """Token ids to hidden states over a paged KV cache, and hidden states to logits."""
 
@@ -57,13 +74,15 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "rows tokens embed"], KVCache]:
         """Run the layers over new tokens, whose keys and values join the cache.
 
-        The layers are unrolled: a scan over them would copy each layer's cache at every step.
+        The layers are unrolled: a scan over them would copy each layer's cache at every step. But
+        they are traced and lowered once, as calls of one function that XLA inlines.
         """
         x = self.embed(tokens)
         angles = rope.angles(view.positions, jnp.asarray(self.freqs, jnp.float32))
         written: KVCache = []
         for layer, old in zip(self.layers, cache, strict=True):
-            x, new = layer(x, angles, attention, old, view)
+            graphdef, weights = nnx.split(layer)
+            x, new = _run_layer(graphdef, weights, attention, x, angles, old, view)
             written.append(new)
         return x, written
 

@@ -1,5 +1,8 @@
 """The bidirectional encoder that turns texts into embeddings (arXiv:1810.04805, 1908.10084)."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,6 +42,17 @@ class EncoderLayer(nnx.Module):
         return self.mlp_norm(x + self.mlp(x))
 
 
+@partial(jax.jit, static_argnames=("graphdef",))
+def _run_layer(
+    graphdef: nnx.GraphDef[EncoderLayer],
+    weights: nnx.State[Any, Any],
+    x: Float[Array, "rows tokens embed"],
+    live: Bool[Array, "rows tokens"],
+) -> Float[Array, "rows tokens embed"]:
+    """One layer, as a function that is traced and lowered once for all layers."""
+    return nnx.merge(graphdef, weights)(x, live)
+
+
 class Encoder(nnx.Module):
     """Token ids of whole texts to one vector per text."""
 
@@ -61,7 +75,7 @@ class Encoder(nnx.Module):
         x = self.embed(tokens) + self.position(places) + self.token_type(jnp.zeros_like(places))
         x = self.embed_norm(x)
         for layer in self.layers:
-            x = layer(x, live)
+            x = _run_layer(*nnx.split(layer), x, live)
         if self.pooling == "cls":
             pooled = x[:, 0]
         else:

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from server.choice import ChoiceEvent, NamedToken, TokenInfo
-from server.protocol.common import MAX_LOGPROBS, GenerationBody
+from server.protocol.common import MAX_LOGPROBS, Body, GenerationBody
 from server.protocol.shape import Shape
 from server.protocol.validation import FieldError, json_kind
 
@@ -57,22 +57,58 @@ def _text(content: Any, name: str) -> str:
     return "\n".join(texts)
 
 
-class ChatBody(GenerationBody):
-    """The body of a request."""
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}
+_MESSAGE = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"role": {"enum": [*ROLES]}, "content": _CONTENT},
+            "required": ["role", "content"],
+        },
+        {
+            "type": "object",
+            "properties": {
+                "role": {"const": "assistant"},
+                "content": {"anyOf": [*_CONTENT["anyOf"], {"type": "null"}]},
+                "tool_calls": {"type": "array", "minItems": 1},
+            },
+            "required": ["role", "tool_calls"],
+        },
+    ]
+}
+_MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1}
+_TAKEN = ("add_generation_prompt", "continue_final_message", "messages")
+_VARIABLES = {"type": "object", "propertyNames": {"not": {"enum": [*_TAKEN]}}}
 
-    messages: Annotated[list[dict[str, Any]], PlainValidator(_messages)]
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    continue_final_message: bool = False
-    add_generation_prompt: bool | None = None
+
+class Conversation(Body):
+    """Messages, and how the model's chat template makes a prompt of them."""
+
+    messages: Annotated[
+        list[dict[str, Any]], PlainValidator(_messages), WithJsonSchema(_MESSAGES)
+    ] = Field(
+        description="The conversation so far. developer means system; the parts of a content are "
+        "joined by newlines."
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], WithJsonSchema(_VARIABLES)] = Field(
+        default_factory=dict, description="Further variables of the model's chat template."
+    )
+    continue_final_message: bool = Field(
+        False, description="Go on with the last message, which must be the assistant's."
+    )
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="Open the assistant's message; by default true, unless continue_final_message "
+        "is.",
+    )
 
     @model_validator(mode="after")
-    def _check_chat(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise FieldError("top_logprobs", "needs logprobs to be true.")
-        if self.token_limit == 0:
-            raise FieldError("max_tokens", "is 0; it must be at least 1.")
+    def _check_conversation(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
             raise FieldError(
                 "continue_final_message",
@@ -84,8 +120,7 @@ class ChatBody(GenerationBody):
                 "needs the last message to be the assistant's; "
                 f"its role is {self.messages[-1]['role']}.",
             )
-        taken = {"messages", "add_generation_prompt", "continue_final_message"}
-        if wrong := sorted(taken & self.chat_template_kwargs.keys()):
+        if wrong := [name for name in _TAKEN if name in self.chat_template_kwargs]:
             raise FieldError(
                 "chat_template_kwargs", f"may not hold {wrong[0]}; send it beside them."
             )
@@ -95,6 +130,26 @@ class ChatBody(GenerationBody):
     def num_characters(self) -> int:
         """Size of the conversation, in characters."""
         return sum(len(message.get("content") or "") for message in self.messages)
+
+
+class ChatBody(GenerationBody, Conversation):
+    """A conversation to go on with."""
+
+    logprobs: bool = Field(False, description="Log probabilities of the tokens.")
+    top_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="So many alternatives beside each token; needs logprobs.",
+    )
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise FieldError("top_logprobs", "needs logprobs to be true.")
+        if self.token_limit == 0:
+            raise FieldError("max_tokens", "is 0; it must be at least 1.")
+        return self
 
 
 class ChatShape(Shape):

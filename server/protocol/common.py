@@ -1,8 +1,18 @@
-"""What the requests of both generation endpoints have in common."""
+"""What the requests of several endpoints have in common."""
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from server.protocol.validation import FieldError, json_kind
 
@@ -10,6 +20,11 @@ MAX_STOPS = 16
 MAX_SEQUENCES = 256
 """Most sequences of one request: prompts times ``n``, or times ``best_of``."""
 MAX_LOGPROBS = 20
+MAX_NAME = 512
+"""Most characters of ``user`` and ``cache_salt``."""
+
+
+_ANNOTATIONS: tuple[str, ...] = ("description", "default", "examples")
 
 
 class Body(BaseModel):
@@ -28,15 +43,43 @@ class Body(BaseModel):
             return {name: value for name, value in values.items() if value is not None}
         return values
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The schema, with what ``_drop_nulls`` means for it."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        required = schema.get("required", ())
+        for name, field in schema["properties"].items():
+            factory = cls.model_fields[name].default_factory
+            if factory is not None:
+                field["default"] = factory()  # type: ignore[call-arg]  # none takes other fields
+            if name not in required:
+                schema["properties"][name] = _or_null(field)
+        return reference
+
     def unknown(self) -> list[str]:
         """Names in the body that this endpoint does not know, nested ones with their path."""
         return sorted(self.model_extra or ())
 
 
+def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """A schema that null passes too; what annotates it stays outside."""
+    if {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    outside = {key: schema[key] for key in _ANNOTATIONS if key in schema}
+    inside = {key: value for key, value in schema.items() if key not in outside}
+    options = inside["anyOf"] if inside.keys() == {"anyOf"} else [inside]
+    return {"anyOf": [*options, {"type": "null"}], **outside}
+
+
 class StreamOptions(Body):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool = Field(
+        False, description="End the stream with a chunk that holds the usage and no choices."
+    )
 
 
 def _stops(value: Any) -> list[str]:
@@ -50,6 +93,10 @@ def _stops(value: Any) -> list[str]:
     if "" in stops:
         raise FieldError("stop", "holds an empty string; leave it out.")
     return stops
+
+
+_STOP = {"type": "string", "minLength": 1}
+_STOPS = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]}
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -71,59 +118,136 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
+_LOGIT_BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+
+
 class GenerationBody(Body):
     """The parameters that completions and chat share."""
 
-    model: str
-    max_tokens: int | None = Field(None, ge=0)
-    max_completion_tokens: int | None = Field(None, ge=0)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1, lt=2**31)
-    min_p: float = Field(0.0, ge=0, le=1)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
-    stop: Annotated[list[str], PlainValidator(_stops)] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
-    include_stop_str_in_output: bool = False
-    min_tokens: int = Field(0, ge=0)
-    ignore_eos: bool = False
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=MAX_SEQUENCES)
-    logit_bias: Annotated[dict[int, float], PlainValidator(_logit_bias)] = Field(
-        default_factory=dict
+    model: str = Field(description="The id or an alias of a model; the answer repeats it.")
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="Most tokens to generate. Together with the prompt they must fit the model's "
+        "context. Completions default to 16, chat to what is left of the context; 0 is for "
+        "completions that echo their prompt.",
     )
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    user: str | None = Field(None, max_length=512)
-    skip_special_tokens: bool = True
-    priority: int = Field(0, ge=-(2**31), lt=2**31)
-    cache_salt: str = Field("", max_length=512)
-    metadata: dict[str, Any] = Field(default_factory=dict)
-    store: bool = False
-    service_tier: str = Field("auto", max_length=64)
+    max_completion_tokens: int | None = Field(
+        None, ge=0, description="Another name of max_tokens; send one of them."
+    )
+    temperature: float = Field(
+        1.0, ge=0, le=2, description="0 always takes the likeliest token; higher is more random."
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample among the likeliest tokens that together have this probability.",
+    )
+    top_k: int = Field(
+        -1,
+        ge=-1,
+        lt=2**31,
+        description="Sample among this many of the likeliest tokens; -1 and 0 keep them all.",
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Drop tokens whose probability is below this share of the likeliest one's.",
+    )
+    frequency_penalty: float = Field(
+        0.0,
+        ge=-2,
+        le=2,
+        description="Subtracted from a token's logit for each time it has been generated.",
+    )
+    presence_penalty: float = Field(
+        0.0,
+        ge=-2,
+        le=2,
+        description="Subtracted from a token's logit if it has been generated at all.",
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="Makes tokens of the prompt and of the answer less likely, if above 1.",
+    )
+    stop: Annotated[list[str], PlainValidator(_stops), WithJsonSchema(_STOPS)] = Field(
+        default_factory=list,
+        description=f"A string, or up to {MAX_STOPS}: the first to be complete ends the choice and "
+        "is left out of its text.",
+    )
+    stop_token_ids: list[int] = Field(
+        default_factory=list,
+        description="Token ids that end a choice, besides the model's own.",
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="Keep what stopped a choice in its text."
+    )
+    min_tokens: int = Field(
+        0, ge=0, description="Before so many tokens nothing stops a choice; at most max_tokens."
+    )
+    ignore_eos: bool = Field(False, description="The model's own end token does not stop it.")
+    stream: bool = Field(False, description="Answer in server-sent events.")
+    stream_options: StreamOptions | None = Field(
+        None, description="Options of the stream; only with stream."
+    )
+    n: int = Field(1, ge=1, le=MAX_SEQUENCES, description="Choices for each prompt.")
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS)
+    ] = Field(
+        default_factory=dict,
+        description="Added to the logits of tokens, by their ids.",
+    )
+    seed: int | None = Field(
+        None,
+        ge=-(2**63),
+        lt=2**64,
+        description="Makes sampling repeatable: the choice with index i uses seed + i. By default "
+        "a random one.",
+    )
+    user: str | None = Field(
+        None,
+        max_length=MAX_NAME,
+        description="Your name for whom you serve; it appears in the server's log.",
+    )
+    skip_special_tokens: bool = Field(True, description="Leave control tokens out of the text.")
+    priority: int = Field(
+        0, ge=-(2**31), lt=2**31, description="Of requests that wait, lower ones run first."
+    )
+    cache_salt: str = Field(
+        "",
+        max_length=MAX_NAME,
+        description="Requests share cached prompts only if theirs are equal.",
+    )
+    metadata: dict[str, Any] = Field(
+        default_factory=dict, description="Accepted with a warning: answers are not stored."
+    )
+    store: bool = Field(False, description="Accepted with a warning: answers are not stored.")
+    service_tier: str = Field(
+        "auto", max_length=64, description="There is one tier; others than auto and default warn."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise FieldError(
-                "max_tokens",
-                f"is {self.max_tokens} and max_completion_tokens is "
-                f"{self.max_completion_tokens}; they mean the same, so send one of them.",
-            )
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "needs stream to be true.")
-        if limits and self.min_tokens > (limit := limits.pop() or 0):
+        if self.token_limit is not None and self.min_tokens > self.token_limit:
             raise FieldError(
-                "min_tokens", f"is {self.min_tokens}; it must be at most max_tokens, {limit}."
+                "min_tokens",
+                f"is {self.min_tokens}; it must be at most max_tokens, {self.token_limit}.",
             )
         return self
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens to generate, under either of its names."""
+        """The most tokens to generate; of its two names the newer one goes first."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -139,6 +263,11 @@ class GenerationBody(Body):
     def notes(self) -> list[str]:
         """Warnings about parameters that cannot have their effect here."""
         notes = []
+        if self.token_limit is not None and self.max_tokens not in (None, self.token_limit):
+            notes.append(
+                f"max_tokens, {self.max_tokens}, has no effect: max_completion_tokens, "
+                f"{self.token_limit}, goes before it."
+            )
         if self.metadata:
             notes.append("metadata has no effect: this server stores no answers.")
         if self.store:

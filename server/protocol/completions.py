@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from server.choice import ChoiceEvent, TokenInfo
 from server.protocol.common import MAX_LOGPROBS, MAX_SEQUENCES, GenerationBody
@@ -13,6 +13,10 @@ DEFAULT_MAX_TOKENS = 16
 
 PromptInput = str | list[int]
 
+MAX_TOKEN_ID = 2**31 - 1
+"""Far above any vocabulary, whose own bound the model checks; what is no id at all ends here."""
+TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+
 
 def prompts_of(value: Any, name: str) -> list[PromptInput]:
     """The texts or lists of token ids in a ``prompt`` or ``input``, one or several.
@@ -20,11 +24,15 @@ def prompts_of(value: Any, name: str) -> list[PromptInput]:
     Raises:
         FieldError: it is neither, or holds nothing.
     """
-    if isinstance(value, str) or _is_ids(value):
+    if isinstance(value, str):
         return [value]
+    if _is_ids(value):
+        return [checked_ids(value, name)]
     if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
+        if all(isinstance(item, str) for item in value):
             return list(value)
+        if all(map(_is_ids, value)):
+            return [checked_ids(ids, name) for ids in value]
         if [] in value:
             raise FieldError(name, "holds an empty list; each needs at least one token id.")
     what = "an empty list" if value == [] else json_kind(value)
@@ -36,19 +44,63 @@ def prompts_of(value: Any, name: str) -> list[PromptInput]:
     )
 
 
+def prompts_schema(most: int, *, shortest: int = 0) -> dict[str, Any]:
+    """What :func:`prompts_of` takes, for up to ``most`` prompts of ``shortest`` characters."""
+    text = {"type": "string", "minLength": shortest}
+    ids = {"type": "array", "items": TOKEN_ID, "minItems": 1}
+    several = {"type": "array", "minItems": 1, "maxItems": most}
+    return {"anyOf": [text, several | {"items": text}, ids, several | {"items": ids}]}
+
+
+def checked_ids(ids: list[int], name: str) -> list[int]:
+    """The same token ids.
+
+    Raises:
+        FieldError: one of them cannot be the id of any token.
+    """
+    for worst in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= worst <= MAX_TOKEN_ID:
+            raise FieldError(name, f"holds {worst}; token ids go from 0 to the vocabulary's size.")
+    return ids
+
+
 def _is_ids(value: Any) -> bool:
     # A set of types sees every element without a Python step for each.
     return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 class CompletionBody(GenerationBody):
-    """The body of a request."""
+    """A prompt to go on with, or several."""
 
-    prompt: Annotated[list[PromptInput], PlainValidator(lambda value: prompts_of(value, "prompt"))]
-    suffix: str = ""
-    echo: bool = False
-    best_of: int | None = Field(None, ge=1, le=MAX_SEQUENCES)
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt: Annotated[
+        list[PromptInput],
+        PlainValidator(lambda value: prompts_of(value, "prompt")),
+        WithJsonSchema(prompts_schema(MAX_SEQUENCES)),
+    ] = Field(
+        description="A text, a list of texts, token ids, or a list of such lists; choices come in "
+        f"their order. Prompts times choices are at most {MAX_SEQUENCES}."
+    )
+    suffix: str = Field(
+        "",
+        description="Text that follows: filled in by models that can, else appended, with a "
+        "warning.",
+    )
+    echo: bool = Field(
+        False, description="Begin with the prompt, and score it if logprobs is there."
+    )
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_SEQUENCES,
+        description="Sample so many and return the n of the highest mean log probability; by "
+        "default n, and not above it with stream.",
+    )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log probabilities of the tokens, with so many alternatives beside each.",
+    )
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:

@@ -3,10 +3,10 @@
 import base64
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, WithJsonSchema
 
-from server.protocol.common import Body
-from server.protocol.completions import PromptInput, prompts_of
+from server.protocol.common import MAX_NAME, Body
+from server.protocol.completions import PromptInput, prompts_of, prompts_schema
 from server.protocol.validation import FieldError
 
 if TYPE_CHECKING:
@@ -25,13 +25,31 @@ def _inputs(value: Any) -> list[PromptInput]:
 
 
 class EmbeddingBody(Body):
-    """The body of a request."""
+    """A text to embed, or several."""
 
-    model: str
-    input: Annotated[list[PromptInput], PlainValidator(_inputs)]
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1)
-    user: str | None = Field(None, max_length=512)
+    model: str = Field(description="The id or an alias of a model; the answer repeats it.")
+    input: Annotated[
+        list[PromptInput],
+        PlainValidator(_inputs),
+        WithJsonSchema(prompts_schema(MAX_INPUTS, shortest=1)),
+    ] = Field(
+        description="A text, a list of texts, token ids, or a list of such lists: at most "
+        f"{MAX_INPUTS}, none empty, none longer than the model reads."
+    )
+    encoding_format: Literal["float", "base64"] = Field(
+        "float",
+        description="Numbers, or the base64 of little-endian 32-bit floats.",
+    )
+    dimensions: int | None = Field(
+        None,
+        ge=1,
+        description="Keep the first so many, scaled to length one again; by default the model's.",
+    )
+    user: str | None = Field(
+        None,
+        max_length=MAX_NAME,
+        description="Your name for whom you serve; it appears in the server's log.",
+    )
 
 
 def embedding_answer(

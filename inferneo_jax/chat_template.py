@@ -1,7 +1,7 @@
 """Chat templates: Jinja programs, shipped with a model, that write a conversation as one text.
 
 They come from model repositories, so they run in a sandbox: no Python internals, no changes to the
-messages, and bounds on what they can produce. The environment is the one that model authors write
+messages, and bounds on time and size. The environment is the one that model authors write
 for (Hugging Face's): the same filters, functions and block rules.
 """
 
@@ -11,27 +11,30 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.exceptions
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
+from inferneo_jax import sandbox
 from inferneo_jax.errors import TemplateError, TokenizerError
+from inferneo_jax.template_size import MAX_CHARACTERS
 
 Message = Mapping[str, Any]
 """One message of a conversation: ``role``, ``content`` and what else the template reads."""
 
-MAX_CHARACTERS = 8_000_000
-"""Longest text a template may render, or make by repetition; far above any model's context."""
-MAX_ITERATIONS = 100_000
-"""Most numbers that all the ranges of one rendering may run through together."""
+MAX_INDENT = 16
+"""Widest indentation of ``tojson``."""
 
 _TAIL = "\ue0c5continue\ue0c5 "  # private-use characters around a word; ends in a space on purpose
 
 
 class ChatTemplate:
-    """A compiled chat template; may render in several threads at once."""
+    """A compiled chat template; may render in several threads at once.
+
+    Attributes:
+        variables: what the template reads beyond what every rendering gives it.
+    """
 
     def __init__(self, source: str, named_tokens: Mapping[str, str]) -> None:
         """Compile a template.
@@ -50,6 +53,9 @@ class ChatTemplate:
             raise TokenizerError(
                 f"the chat template does not compile: line {error.lineno}: {error.message}"
             ) from error
+        read = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
+        given = {"messages", "add_generation_prompt", *named_tokens, *_ENVIRONMENT.globals}
+        self.variables = frozenset(read - given)
 
     def render(
         self,
@@ -75,9 +81,10 @@ class ChatTemplate:
             **variables,
             "messages": _with_tail(messages) if continue_final_message else list(messages),
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            "range": _Ranges(),
+            "range": sandbox.ranges,
         }
-        text = self._run(context)
+        with sandbox.metered():
+            text = self._run(context)
         if not continue_final_message:
             return text
         return _cut_at_tail(text, messages[-1]["content"])
@@ -140,43 +147,6 @@ def _cut_at_tail(text: str, content: str) -> str:
     return text[:cut] if text.startswith(_TAIL, cut) else text[:cut].rstrip()
 
 
-class _Ranges:
-    """``range`` for one rendering: all ranges together stay below a bound."""
-
-    def __init__(self) -> None:
-        self._left = MAX_ITERATIONS
-
-    def __call__(self, *bounds: int) -> range:
-        numbers = range(*bounds)
-        self._left -= len(numbers)
-        if self._left < 0:
-            raise jinja2.exceptions.SecurityError(
-                f"its loops run through more than {MAX_ITERATIONS} numbers"
-            )
-        return numbers
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with bounds on the operators that can make much out of little."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Run ``left * right`` or ``left ** right`` unless the result would be huge."""
-        if operator == "**":
-            raise jinja2.exceptions.SecurityError("powers are not available in chat templates")
-        for sequence, count in ((left, right), (right, left)):
-            if (
-                isinstance(sequence, str | list | tuple)
-                and isinstance(count, int)
-                and len(sequence) * count > MAX_CHARACTERS
-            ):
-                raise jinja2.exceptions.SecurityError(
-                    f"it repeats something to a length above {MAX_CHARACTERS}"
-                )
-        return super().call_binop(context, operator, left, right)
-
-
 class _Generation(jinja2.ext.Extension):
     """``{% generation %}``, which marks the assistant's words for training: written as they are."""
 
@@ -196,6 +166,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """``tojson`` without Jinja's escapes for HTML."""
+    if indent is not None and indent > MAX_INDENT:
+        raise jinja2.TemplateError(f"it indents JSON by more than {MAX_INDENT}")
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -213,13 +185,13 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-def _environment() -> _Environment:
-    environment = _Environment(
+def _environment() -> sandbox.Sandbox:
+    environment = sandbox.Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[jinja2.ext.loopcontrols, _Generation],
     )
-    del environment.globals["lipsum"]  # writes as much text as it is asked for
+    sandbox.install(environment)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax.chat_template import ChatTemplate
-from inferneo_jax.errors import TemplateError
+from inferneo_jax.errors import TemplateError, TokenizerError
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.gguf_tokenizer import gguf_tokenizer
 
@@ -109,6 +110,84 @@ def test_a_template_reaches_no_internals_and_changes_nothing(source):
 def test_a_template_that_runs_away_is_stopped(source):
     with pytest.raises(TemplateError):
         render(source)
+
+
+GROW = "{% set ns = namespace(v=V) %}{% for i in range(60) %}{% set ns.v = E %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '%999999999d' % 1 }}",
+        "{{ '%*d' % (999999999, 1) }}",
+        "{{ '%.999999999f' | format(1.5) }}",
+        "{{ '%(a)s' * 900000 % {'a': 'x' * 1000000} }}",
+        "{{ '{:999999999}'.format(1) }}",
+        "{{ '{:{w}}'.format(1, w=999999999) }}",
+        "{{ 'x'.center(999999999) }}",
+        "{{ 'x' | center(999999999) }}",
+        "{{ 'x'.ljust(999999999) }}",
+        "{{ 'x'.zfill(999999999) }}",
+        "{{ '\t'.expandtabs(999999999) }}",
+        "{{ 'x' | indent(999999999, first=true) }}",
+        "{{ ('x' * 100000).replace('x', 'y' * 100000) }}",
+        "{{ ('x' * 100000) | replace('x', 'y' * 100000) }}",
+        "{{ ('x' * 100000).join('y' * 100000) }}",
+        "{{ ('y' * 100000) | join('x' * 100000) }}",
+        "{{ ('x' * 100000).translate({120: 'y' * 100000}) }}",
+        "{{ [1] | batch(999999999, 'x') | list }}",
+        "{{ messages | tojson(indent=999999999) }}",
+        "{{ [[1] * 100000] * 100000 | sum(start=[]) }}",
+        GROW.replace("V", "'x'").replace("E", "ns.v + ns.v"),
+        GROW.replace("V", "'x'").replace("E", "ns.v ~ ns.v"),
+        GROW.replace("V", "[1]").replace("E", "ns.v + ns.v"),
+        GROW.replace("V", "[1]").replace("E", "[ns.v, ns.v]"),
+        GROW.replace("V", "{}").replace("E", "{'a': ns.v, 'b': ns.v}"),
+        GROW.replace("V", "{}").replace("E", "dict(a=ns.v, b=ns.v)"),
+        GROW.replace("V", "99").replace("E", "ns.v * ns.v"),
+    ],
+)
+def test_nothing_large_is_made_out_of_little(source):
+    begun = time.monotonic()
+    with pytest.raises(TemplateError):
+        render(source)
+    assert time.monotonic() - begun < 4
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in messages %}" * 5 + "{% endfor %}" * 5,
+        "{% macro m() %}{% for a in messages %}{% for b in messages %}{% for c in messages %}"
+        "{% endfor %}{% endfor %}{% endfor %}{% endmacro %}{{ m() }}",
+    ],
+)
+def test_a_rendering_has_a_bound_in_time(source, monkeypatch):
+    monkeypatch.setattr("inferneo_jax.sandbox.MAX_SECONDS", 0.2)
+    begun = time.monotonic()
+    with pytest.raises(TemplateError, match=r"more than 0\.2 seconds"):
+        render(source, HELLO * 1000)
+    assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize("name", ["pprint", "slice(3)", "urlize", "wordwrap", "xmlattr"])
+def test_filters_that_nobody_needs_are_not_there(name):
+    with pytest.raises(TokenizerError, match="No filter named"):
+        render("{{ messages | " + name + " }}")
+
+
+def test_bounded_operators_do_what_they_did():
+    source = (
+        "{{ 'a' + 'b' ~ 1 ~ none }}|{{ '%03d' % 7 }}|{{ '{:>4}'.format('x') }}|{{ 'x'.center(5) }}|"
+        "{{ ['a', 'b'] | join(', ') }}|{{ messages | map(attribute='role') | join }}|"
+        "{{ messages | join('-', attribute='role') }}|{{ 'aXa' | replace('X', '+') }}|"
+        "{{ 'a\nb' | indent(2) }}|{{ [1] + [2, 3] }}|{{ {'a': 1}.items() | list }}|"
+        "{{ [1, 2, 3] | batch(2) | list }}|{{ '%s!' | format('hi') }}|{{ 2 * 3 }}|"
+        "{{ [1, 2.5] | sum }}"
+    )
+    assert render(source) == (
+        "ab1None|007|   x|  x  |a, b|user|user|a+a|a\n  b|[1, 2, 3]|[('a', 1)]|[[1, 2], [3]]|hi!|6|3.5"
+    )
 
 
 def test_every_rendering_has_its_own_bounds():

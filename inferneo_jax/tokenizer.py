@@ -109,6 +109,11 @@ class Tokenizer:
         """Whether :meth:`render_chat` can work at all."""
         return self._template is not None
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template reads beyond the messages: the names of its further variables."""
+        return self._template.variables if self._template else frozenset()
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of ``text``; special tokens written out in it count as such.
 

@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from inferneo_jax import SamplingParams
 from server.answer import Answer
 from server.choice import Prompt, TextOptions
-from server.errors import ApiError, bad_request
+from server.errors import bad_request
 from server.generation import Generation, Plan
+from server.prompts import completion_prompt, fit, infill_tokens
 from server.protocol.chat import ChatBody, ChatShape
 from server.protocol.common import Body, GenerationBody
-from server.protocol.completions import (
-    DEFAULT_MAX_TOKENS,
-    CompletionBody,
-    CompletionShape,
-    PromptInput,
-)
+from server.protocol.completions import CompletionBody, CompletionShape
 from server.protocol.shape import Shape
 from server.text import TextWork
 
@@ -25,10 +21,7 @@ if TYPE_CHECKING:
     from inferneo_jax import LanguageModel, Tokenizer
     from server.models import Registry
 
-_FILL_IN_THE_MIDDLE = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-)
+_LONGEST_NAME = 100
 
 Prepare = Callable[..., Awaitable[Answer]]
 """One of the two functions below: ``(registry, text, fields, strict=...)``."""
@@ -64,14 +57,20 @@ async def prepare_completion(
     """
     body, warnings = validate(CompletionBody, fields, strict=strict)
     model = registry.language_model(body.model)
-    infill = _infill_tokens(model.tokenizer) if body.suffix else None
+    infill = infill_tokens(model.tokenizer) if body.suffix else None
     suffix = "" if infill else body.suffix
+    if infill and body.echo and body.logprobs is not None:
+        raise bad_request(
+            "suffix cannot be filled in with both echo and logprobs: what the model reads is not "
+            "the text that is echoed. Leave out one of the three.",
+            "suffix",
+        )
     if suffix:
         warnings.append("suffix was appended to the text: this model cannot fill in a middle.")
 
     def read() -> list[Prompt]:
         return [
-            _completion_prompt(model, body, prompt, i, infill)
+            completion_prompt(model, body, prompt, i, infill)
             for i, prompt in enumerate(body.prompt)
         ]
 
@@ -105,6 +104,7 @@ async def prepare_chat(
             f"The model {body.model} has no chat template; send a prompt to /v1/completions.",
             "model",
         )
+    variables = _template_variables(model.tokenizer, body, warnings, strict=strict)
 
     def read() -> tuple[int, ...]:
         return tuple(
@@ -112,14 +112,14 @@ async def prepare_chat(
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt is not False,
                 continue_final_message=body.continue_final_message,
-                **body.chat_template_kwargs,
+                **variables,
             )
         )
 
     ids = await text.run(body.num_characters, read)
     if not ids:
         raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
-    max_tokens = _fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
+    max_tokens = fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
     return _answer(
         model,
         body,
@@ -200,83 +200,19 @@ def _sampling(body: GenerationBody) -> SamplingParams:
     )
 
 
-def _completion_prompt(
-    model: "LanguageModel",
-    body: CompletionBody,
-    prompt: PromptInput,
-    index: int,
-    infill: tuple[int, int, int] | None,
-) -> Prompt:
-    tokenizer = model.tokenizer
-    added = 0
-    if infill is not None:
-        before, behind, middle = infill
-        ids = prompt
-        if isinstance(ids, str):
-            ids = tokenizer.encode(ids, add_special_tokens=False)
-        after = tokenizer.encode(body.suffix, add_special_tokens=False)
-        ids = [before, *ids, behind, *after, middle]
-    elif isinstance(prompt, str):
-        ids = tokenizer.encode(prompt) or _begin(tokenizer)
-        bos = tokenizer.bos_token_id
-        spelled = bos is not None and prompt.startswith(tokenizer.token_text(bos))
-        added = int(not prompt or (ids[0] == bos and not spelled))
-    else:
-        ids = prompt
-    text = prompt if isinstance(prompt, str) else ""
-    if body.echo and not isinstance(prompt, str):
-        text = tokenizer.decode(prompt, skip_special_tokens=False)
-    name = f"prompt[{index}]" if len(body.prompt) > 1 else "prompt"
-    limit = _fit(len(ids), body.token_limit, DEFAULT_MAX_TOKENS, model.max_len, name)
-    return Prompt(ids=tuple(ids), text=text, added=added, max_tokens=limit)
-
-
-def _begin(tokenizer: "Tokenizer") -> list[int]:
-    """The tokens of an empty prompt: a model cannot begin from nothing."""
-    if tokenizer.bos_token_id is not None:
-        return [tokenizer.bos_token_id]
-    if tokenizer.eos_token_ids:
-        return [min(tokenizer.eos_token_ids)]
-    raise bad_request("prompt is empty, and this model has no token to begin with.", "prompt")
-
-
-def _infill_tokens(tokenizer: "Tokenizer") -> tuple[int, int, int] | None:
-    """The tokens around prefix, suffix and middle, of a model that was trained with such."""
-    for names in _FILL_IN_THE_MIDDLE:
-        ids = [tokenizer.encode(name, add_special_tokens=False) for name in names]
-        if all(len(each) == 1 for each in ids):
-            return ids[0][0], ids[1][0], ids[2][0]
-    return None
-
-
-def _fit(length: int, limit: int | None, default: int, context: int, name: str) -> int:
-    """The most tokens to generate after a prompt of ``length`` tokens.
-
-    Args:
-        length: of the prompt.
-        limit: what the client asked for.
-        default: if it did not, or what is left of the context if that is less.
-        context: the model's.
-        name: the prompt's, in an error.
+def _template_variables(
+    tokenizer: "Tokenizer", body: ChatBody, warnings: list[str], *, strict: bool
+) -> dict[str, Any]:
+    """Those of the request that the chat template reads; nothing else reaches it.
 
     Raises:
-        ApiError: prompt and limit do not fit the context.
+        ApiError: there are others, and ``strict``.
     """
-    if length + (1 if limit is None else limit) <= context:
-        return min(default, context - length) if limit is None else limit
-    if length >= context:
-        message = (
-            f"{name} has {length} tokens, and the model's context holds {context}, the answer "
-            "included. Shorten it."
-        )
-        raise _too_long(message, name)
-    raise _too_long(
-        f"{name} has {length} tokens and max_tokens is {limit}, {length + (limit or 0)} in all; "
-        f"the model's context holds {context}. Shorten the prompt, or lower max_tokens to at most "
-        f"{context - length}.",
-        "max_tokens",
-    )
-
-
-def _too_long(message: str, param: str) -> ApiError:
-    return bad_request(message, param, "context_length_exceeded")
+    known = tokenizer.template_variables
+    for name in sorted(body.chat_template_kwargs.keys() - known):
+        path = f"chat_template_kwargs.{name}"[:_LONGEST_NAME]
+        finding = f"{path} is not a variable of the model's chat template"
+        if strict:
+            raise bad_request(f"{finding}. Remove it.", path)
+        warnings.append(f"{finding}; ignored.")
+    return {name: value for name, value in body.chat_template_kwargs.items() if name in known}

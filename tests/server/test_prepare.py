@@ -63,3 +63,30 @@ async def test_text_that_takes_too_long_is_given_up(
         await text.run(10_000, lambda: given_up.wait(TIMEOUT))
     given_up.set()
     text.close()
+
+
+async def test_what_is_filled_in_cannot_be_scored_as_an_echo(text: TextWork) -> None:
+    tokenizer = make_tokenizer("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+    fields = {"model": "m", "prompt": "def f", "suffix": "return", "echo": True}
+    answer = await prepare_completion(registry(tokenizer), text, fields, strict=False)
+    assert answer.generation.plan.prompts[0].text == "def f"
+    with pytest.raises(ApiError, match="suffix") as caught:
+        await prepare_completion(registry(tokenizer), text, fields | {"logprobs": 0}, strict=False)
+    assert (caught.value.status, caught.value.param) == (400, "suffix")
+
+
+async def test_template_variables_are_those_that_the_template_reads(text: TextWork) -> None:
+    template = "{% if enable_thinking %}think {% endif %}{{ bos_token }}{{ messages[0].content }}"
+    tokenizer = make_tokenizer(template=template)
+    given = {"enable_thinking": True, "bos_token": "changed", "other": 1}
+    fields: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+    fields["chat_template_kwargs"] = given
+    answer = await prepare_chat(registry(tokenizer), text, fields, strict=False)
+    ids = answer.generation.plan.prompts[0].ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "think <|begin|>Hi"
+    assert [warning.split()[0] for warning in answer.shape.warnings] == [
+        "chat_template_kwargs.bos_token",
+        "chat_template_kwargs.other",
+    ]
+    with pytest.raises(ApiError, match=r"chat_template_kwargs\.bos_token"):
+        await prepare_chat(registry(tokenizer), text, fields, strict=True)

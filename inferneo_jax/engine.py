@@ -6,6 +6,7 @@ inbox; outputs go to each request's sink, called on the engine's thread.
 
 import logging
 import threading
+import time
 from collections import deque
 
 from inferneo_jax import compiles
@@ -20,7 +21,6 @@ from inferneo_jax.pages import PagePool
 from inferneo_jax.request import (
     EngineStats,
     FinishReason,
-    GenerationOutput,
     GenerationRequest,
     OutputSink,
     RequestLimits,
@@ -32,6 +32,9 @@ from inferneo_jax.scheduler import PrefillChunk, Scheduler
 from inferneo_jax.sequence import Sequence
 
 log = logging.getLogger(__name__)
+
+_MAX_FAILURES, _FAILURE_SECONDS = 3, 60.0
+"""An engine whose steps fail so often within so long a time is not rebuilt once more."""
 
 
 class Engine:
@@ -49,7 +52,7 @@ class Engine:
         )
         self._runner = runner
         self._pool = PagePool(runner.num_pages, config.page_len)
-        self._scheduler = Scheduler(config.slots, self._pool, config.prefill_chunks[-1])
+        self._scheduler = self._new_scheduler()
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: PendingStep | None = None
         self._changed = threading.Condition()
@@ -58,6 +61,7 @@ class Engine:
         self._ids: set[str] = set()
         self._stuck = False
         self._arrivals = 0
+        self._failures: list[float] = []
         self._end: EngineError | None = None
         self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._compiles_before = compiles.num_unexpected()
@@ -139,21 +143,69 @@ class Engine:
 
     def _run(self) -> None:
         """The engine's thread."""
-        try:
-            while self._await_work():
-                self.step()
-        except Exception as error:
-            log.exception("a step of the engine failed")
-            failure = EngineFailedError("the engine failed while it ran this request")
-            failure.__cause__ = error
-            with self._changed:
-                self._end = failure
-        self._in_flight = None
+        while True:
+            try:
+                while self._await_work():
+                    self.step()
+                break
+            except Exception as error:
+                log.exception("a step of the engine failed")
+                failure = EngineFailedError("the engine failed while it ran this request")
+                failure.__cause__ = error
+                if not self._rebuild(failure):
+                    break
         with self._changed:
+            end = self._end
             left = [*self._sequences.values(), *self._submitted]
             self._submitted.clear()
+        self._clear()
         for sequence in left:
-            self._finish(sequence, "error", error=self._end)
+            sequence.deliver(reason="error", error=end)
+
+    def _rebuild(self, failure: EngineFailedError) -> bool:
+        """End what the failed step may have spoiled, and begin anew; False to give up.
+
+        The step's inputs were donated, so cache and slots are lost; the weights are not. Requests
+        that wait for a slot are not touched.
+        """
+        now = time.monotonic()
+        self._failures = [t for t in self._failures if now - t < _FAILURE_SECONDS] + [now]
+        with self._changed:
+            known = [*self._sequences.values()]
+        untouched = [s for s in known if s.slot is None and s.num_sampled == len(s.output)]
+        spoiled = [s for s in known if s not in untouched]
+        self._clear()
+        for sequence in spoiled:
+            sequence.deliver(reason="error", error=failure)
+        with self._changed:
+            self._ids |= {s.request.id for s in untouched}
+            self._submitted.extendleft(reversed(untouched))
+        try:
+            if len(self._failures) >= _MAX_FAILURES:
+                raise failure
+            self._runner.reset()
+        except Exception:
+            log.exception("the engine cannot be rebuilt")
+            with self._changed:
+                self._end = failure
+            return False
+        log.warning("the engine was rebuilt; %d requests were lost", len(spoiled))
+        return True
+
+    def _clear(self) -> None:
+        """Forget every sequence, page and step under way."""
+        with self._changed:
+            self._ids -= self._sequences.keys()
+            self._sequences = {}
+            self._in_flight = None
+            self._pool = PagePool(self._runner.num_pages, self._runner.config.page_len)
+            preemptions = self._scheduler.num_preemptions
+            self._scheduler = self._new_scheduler()
+            self._scheduler.num_preemptions = preemptions
+
+    def _new_scheduler(self) -> Scheduler:
+        config = self._runner.config
+        return Scheduler(config.slots, self._pool, config.prefill_chunks[-1])
 
     def step(self) -> None:
         """Dispatch the next step, then read the one before it, which ran meanwhile."""
@@ -218,21 +270,15 @@ class Engine:
     def _commit_token(self, sequence: Sequence, token: int, scores: Scores, row: int) -> None:
         if sequence.finished:
             return  # it ended while this step was under way
-        request = sequence.request
-        sequence.output.append(token)
         self._output_tokens += 1
+        self._cached_tokens += 0 if sequence.started else sequence.cached_tokens or 0
         logprobs = None
-        if request.logprobs is not None:
-            logprobs = (_token_logprob(scores, (row,), token, request.logprobs),)
-        reason: FinishReason | None = None
-        if token in request.stop_token_ids:
-            reason = "stop"
-        elif len(sequence.output) >= request.max_tokens:
-            reason = "length"
-        if reason:
+        if (num_top := sequence.request.logprobs) is not None:
+            logprobs = (_token_logprob(scores, (row,), token, num_top),)
+        if reason := sequence.accept(token):
             self._finish(sequence, reason, (token,), logprobs)
         else:
-            self._deliver(sequence, (token,), logprobs)
+            sequence.deliver((token,), logprobs)
 
     def _commit_prompt_scores(self, chunk: PrefillChunk, scores: Scores | None) -> None:
         """Position i's scores are of the token at i + 1; a prompt computed twice is scored once."""
@@ -250,43 +296,13 @@ class Engine:
         reason: FinishReason,
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] | None = None,
-        error: EngineError | None = None,
     ) -> None:
         """Free what the sequence holds, then deliver its last output."""
-        if sequence.finished:
-            return
         with self._changed:
             if self._sequences.pop(sequence.request.id, None):
                 self._scheduler.remove(sequence)
             self._ids.discard(sequence.request.id)
-        self._deliver(sequence, token_ids, logprobs, reason, error)
-        sequence.finished = True
-
-    def _deliver(
-        self,
-        sequence: Sequence,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprob, ...] | None,
-        reason: FinishReason | None = None,
-        error: EngineError | None = None,
-    ) -> None:
-        first = not sequence.started
-        sequence.started = True
-        cached = sequence.cached_tokens or 0
-        self._cached_tokens += cached if first else 0
-        scored = first and sequence.request.prompt_logprobs is not None
-        output = GenerationOutput(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            prompt_logprobs=tuple(sequence.prompt_scores) if scored else None,
-            cached_tokens=cached,
-            finish_reason=reason,
-            error=error,
-        )
-        try:
-            sequence.sink(output)
-        except Exception:
-            log.exception("the sink of request %s raised", sequence.request.id)
+        sequence.deliver(token_ids, logprobs, reason)
 
 
 def _token_logprob(scores: Scores, at: tuple[int, ...], token: int, num_top: int) -> TokenLogprob:

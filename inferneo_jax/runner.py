@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Array
 
 from inferneo_jax import compiles, models
-from inferneo_jax.cache import PagedAttention
+from inferneo_jax.cache import KVCache, PagedAttention
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.rows import RowBuilder
 from inferneo_jax.sampling import Sampler
 from inferneo_jax.scheduler import DecodeRow, PrefillChunk, StepPlan
 from inferneo_jax.sequence import Sequence
-from inferneo_jax.steps import DecodeRows, PrefillRows, Sampled, Steps
+from inferneo_jax.steps import DecodeRows, PrefillRows, Sampled, SlotState, Steps
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much there is."""
@@ -80,8 +80,15 @@ class Runner:
         self._row_buckets = [b for b in config.row_buckets if b < config.slots]
         self._row_buckets.append(next(b for b in config.row_buckets if b >= config.slots))
         self._compiled: dict[tuple[str, int], Any] = {}
+        self._cache: KVCache
+        self._state: SlotState
+        self.reset()
+
+    def reset(self) -> None:
+        """Allocate cache and slots anew, after a step failed with the old ones in its hands."""
+        vars(self).pop("_cache", None)  # freed first: there may be no room for two
         with compiles.expected():
-            self._cache = attention.init(model, self.num_pages)
+            self._cache = self._steps.attention.init(self.model, self.num_pages)
             self._state = jax.tree.map(jnp.asarray, self._rows.empty_state())
 
     def compile(self, progress: Progress | None = None) -> None:

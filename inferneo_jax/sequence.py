@@ -1,9 +1,19 @@
 """One request's state on the host."""
 
+import logging
 from dataclasses import dataclass, field
 
+from inferneo_jax.errors import EngineError
 from inferneo_jax.pages import hash_page, salt_hash
-from inferneo_jax.request import GenerationRequest, OutputSink, TokenLogprob
+from inferneo_jax.request import (
+    FinishReason,
+    GenerationOutput,
+    GenerationRequest,
+    OutputSink,
+    TokenLogprob,
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -88,3 +98,35 @@ class Sequence:
                 part = tokens[page * page_len : (page + 1) * page_len]
                 self._hashes.append(hash_page(previous, part))
         return self._hashes[:full]
+
+    def accept(self, token: int) -> FinishReason | None:
+        """Add a sampled token to the output; whether, and why, it is the last."""
+        self.output.append(token)
+        if token in self.request.stop_token_ids:
+            return "stop"
+        return "length" if len(self.output) >= self.request.max_tokens else None
+
+    def deliver(
+        self,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        reason: FinishReason | None = None,
+        error: EngineError | None = None,
+    ) -> None:
+        """Hand an output to the sink; with a reason it is the last, and later ones are dropped."""
+        if self.finished:
+            return
+        scored = not self.started and self.request.prompt_logprobs is not None
+        self.started, self.finished = True, reason is not None
+        output = GenerationOutput(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(self.prompt_scores) if scored else None,
+            cached_tokens=self.cached_tokens or 0,
+            finish_reason=reason,
+            error=error,
+        )
+        try:
+            self.sink(output)
+        except Exception:
+            log.exception("the sink of request %s raised", self.request.id)

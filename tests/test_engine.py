@@ -15,8 +15,8 @@ from inferneo_jax.errors import (
     RequestError,
 )
 from inferneo_jax.request import GenerationOutput, GenerationRequest, SamplingParams
-from inferneo_jax.runner import Runner
-from inferneo_jax.scheduler import Scheduler
+from inferneo_jax.runner import PendingStep, Runner
+from inferneo_jax.scheduler import Scheduler, StepPlan
 from tests.support import GREEDY, Collected, prompt, submit
 
 MakeEngine = Callable[..., Engine]
@@ -300,7 +300,32 @@ def test_stop_ends_every_request(tiny_engine: MakeEngine) -> None:
         submit(engine, prompt(5))
 
 
-def test_a_failing_step_ends_its_requests_with_the_reason(
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    expected = submit(engine, prompt(9), 20).tokens
+    run = Runner.run
+
+    def explode_once(self: Runner, plan: StepPlan) -> PendingStep:
+        if len(plan.decode) == 4:
+            monkeypatch.setattr(Runner, "run", run)
+            raise RuntimeError("the device hiccups")
+        return run(self, plan)
+
+    monkeypatch.setattr(Runner, "run", explode_once)
+    lost = [submit(engine, prompt(5, seed=i), 50) for i in range(4)]
+    waiting = [submit(engine, prompt(9), 20) for _ in range(2)]
+    for collected in lost:
+        error = collected.wait().outputs[-1].error
+        assert isinstance(error, EngineFailedError)
+        assert isinstance(error.__cause__, RuntimeError)
+    assert [collected.tokens for collected in waiting] == [expected, expected]
+    assert waiting[0].outputs[0].cached_tokens == 0
+    assert engine.stats().ready
+
+
+def test_an_engine_that_keeps_failing_gives_up(
     tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = tiny_engine()
@@ -309,8 +334,10 @@ def test_a_failing_step_ends_its_requests_with_the_reason(
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(Runner, "run", explode)
-    collected = submit(engine, prompt(5)).wait()
-    assert isinstance(collected.outputs[-1].error, EngineFailedError)
+    for _ in range(3):
+        collected = submit(engine, prompt(5)).wait()
+        assert isinstance(collected.outputs[-1].error, EngineFailedError)
+    engine.stop()
     assert not engine.stats().ready
     with pytest.raises(EngineFailedError):
         submit(engine, prompt(5))

@@ -150,10 +150,16 @@ class Choice:
             return  # it ends the sequence and is no part of the text
         text = self._decoder.push(token)
         if options.logprobs and logprob is not None:
-            self._held.append(self._info(token, logprob, len(text)))
+            self._held.append(self._info(token, logprob, len(text) or self._opens(token)))
         self._decoded += len(text)
         # Before min_tokens a stop string is text like any other.
         self._show(self._matcher.push(text) if self.num_tokens > options.min_tokens else text)
+
+    def _opens(self, token: int) -> bool:
+        """Whether a token that completed no character began one, which then is its own too."""
+        tokenizer = self._tokenizer
+        skipped = self._options.skip_special_tokens and token in tokenizer.special_ids
+        return not skipped and bool(tokenizer.token_bytes(token))
 
     def _show(self, text: str) -> None:
         if text:
@@ -173,7 +179,8 @@ class Choice:
 
     def _finish(self, reason: str) -> None:
         # A token that a stop string cut in two keeps its place; the ones beyond it go.
-        self._tokens.extend(token for token in self._held if token.offset < self._shown)
+        cut = self._matcher.matched is not None
+        self._tokens.extend(t for t in self._held if not cut or t.offset < self._shown)
         self._held.clear()
         if self._options.suffix:
             self._text.append(self._options.suffix)

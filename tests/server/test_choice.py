@@ -81,3 +81,12 @@ def test_nothing_counts_after_the_end(cancelled: bool) -> None:
     assert event is not None
     assert (event.text, event.finish_reason) == ("a", "abort" if cancelled else "stop")
     assert choice.finish_reason is not None
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_a_stop_takes_the_tokens_that_began_its_character_with_it(size: int) -> None:
+    ids = TOKENIZER.encode("ab\U0001f600", add_special_tokens=False)
+    options = TextOptions(stops=("\U0001f600",), logprobs=True)
+    events = events_of(ids, [size] * 9, options)
+    assert "".join(event.text for event in events) == "ab"
+    assert [token.name for event in events for token in event.tokens] == ["a", "b"]

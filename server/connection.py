@@ -21,7 +21,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from server.protocol.shape import Usage
-from server.transport import Departure, pinged
+from server.transport import Departure, bound_frames, pinged
 
 log = structlog.get_logger(__name__)
 
@@ -165,6 +165,7 @@ class WebsocketConnection(ASGIWebsocketConnection):
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serve one connection."""
+        bound_frames(send, self.app.config["MAX_CONTENT_LENGTH"])
         async with pinged(send):
             await super().__call__(receive, send)
 

@@ -5,6 +5,7 @@ these are not the ones expected, nothing is changed.
 """
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-from hypercorn.protocol.ws_stream import ASGIWebsocketState, WSStream
+from hypercorn.protocol.ws_stream import ASGIWebsocketState, WebsocketBuffer, WSStream
 from hypercorn.typing import ASGISendCallable
-from wsproto.events import Ping
+from wsproto.events import Message, Ping
 
 PING_SECONDS = 20.0
 
@@ -71,6 +72,28 @@ class Departure:
                 self._telling = asyncio.ensure_future(_call(put, {"type": "http.disconnect"}))
 
         return call
+
+
+class _CutBuffer(WebsocketBuffer):
+    """Collects a frame's text up to its bound, and drops the rest.
+
+    Hypercorn's own closes the connection at its bound but goes on collecting what still comes.
+    """
+
+    def extend(self, event: Message[Any]) -> None:
+        """Take a part of a message."""
+        room = self.max_length - self.length
+        super().extend(dataclasses.replace(event, data=event.data[:room]))
+
+
+def bound_frames(send: ASGISendCallable, limit: int) -> None:
+    """Let a client's frames take no more memory than ``limit``, cut behind it by one character.
+
+    Compression is refused: a few kilobytes can inflate to gigabytes, on the event loop.
+    """
+    if (stream := _owner(send, WSStream)) is not None:
+        stream.handshake.extensions = None
+        stream.buffer = _CutBuffer(limit + 1)
 
 
 @asynccontextmanager

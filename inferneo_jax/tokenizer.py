@@ -75,6 +75,7 @@ class Tokenizer:
         for token, index in vocab.items():
             pieces[index] = spell(token)
         self._pieces = pieces
+        self._spelled = {index: token for token, index in vocab.items()}
         self._plain_pieces = pieces.copy()
         for index in self.special_ids:
             self._plain_pieces[index] = b""
@@ -203,6 +204,10 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """:meth:`token_bytes` as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_piece(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for an id that has no token."""
+        return self._spelled.get(token_id, "")
 
     def pieces(self, *, skip_special_tokens: bool) -> Sequence[bytes]:
         """:meth:`token_bytes` of every id, empty for special tokens when these are skipped."""

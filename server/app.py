@@ -1,7 +1,7 @@
 """The application: ``hypercorn server.app:app``."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import structlog
 from quart import Blueprint, Quart, Response, has_websocket_context, websocket
@@ -13,7 +13,7 @@ from server.errors import as_api_error
 from server.exit import exit_failed
 from server.http import json_response
 from server.models import Loader, Registry, load_from_disk, still_loading
-from server.routes import embeddings, generate, health, models
+from server.routes import docs, embeddings, generate, health, models, text
 from server.services import Services
 from server.settings import Settings, unknown_variables
 from server.text import TextWork
@@ -35,10 +35,14 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     connection.install(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
+    app.url_map.merge_slashes = False  # a redirect would be no answer of the API
     _handle_errors(app)
     _name_responses(app)
     app.register_blueprint(health.blueprint(services))
-    app.register_blueprint(_api(services))
+    app.register_blueprint(docs.blueprint())
+    api = (models.add_routes, generate.add_routes, embeddings.add_routes)
+    app.register_blueprint(_with_models("v1", "/v1", services, *api))
+    app.register_blueprint(_with_models("text", None, services, text.add_routes))
 
     @app.while_serving
     async def run_models() -> AsyncGenerator[None, None]:
@@ -55,19 +59,21 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     return app
 
 
-def _api(services: Services) -> Blueprint:
-    """Everything under ``/v1``, which needs the models."""
-    api = Blueprint("v1", __name__, url_prefix="/v1")
+def _with_models(
+    name: str, prefix: str | None, services: Services, *parts: Callable[[Blueprint, Services], None]
+) -> Blueprint:
+    """Routes that need the models."""
+    routes = Blueprint(name, __name__, url_prefix=prefix)
 
     async def require_models() -> None:
         if not services.registry.loaded:
             raise still_loading()
 
-    api.before_request(require_models)
-    api.before_websocket(require_models)
-    for routes in (models, generate, embeddings):
-        routes.add_routes(api, services)
-    return api
+    routes.before_request(require_models)
+    routes.before_websocket(require_models)
+    for add_routes in parts:
+        add_routes(routes, services)
+    return routes
 
 
 async def _load(registry: Registry) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from inferneo_jax import SamplingParams
 from server.answer import Answer
 from server.choice import Prompt, TextOptions
+from server.conversation import conversation_ids
 from server.errors import bad_request
 from server.generation import Generation, Plan
 from server.prompts import completion_prompt, fit, infill_tokens
@@ -18,10 +19,8 @@ from server.protocol.shape import Shape
 from server.text import TextWork
 
 if TYPE_CHECKING:
-    from inferneo_jax import LanguageModel, Tokenizer
+    from inferneo_jax import LanguageModel
     from server.models import Registry
-
-_LONGEST_NAME = 100
 
 Prepare = Callable[..., Awaitable[Answer]]
 """One of the two functions below: ``(registry, text, fields, strict=...)``."""
@@ -99,24 +98,7 @@ async def prepare_chat(
     """
     body, warnings = validate(ChatBody, fields, strict=strict)
     model = registry.language_model(body.model)
-    if not model.tokenizer.has_chat_template:
-        raise bad_request(
-            f"The model {body.model} has no chat template; send a prompt to /v1/completions.",
-            "model",
-        )
-    variables = _template_variables(model.tokenizer, body, warnings, strict=strict)
-
-    def read() -> tuple[int, ...]:
-        return tuple(
-            model.tokenizer.encode_chat(
-                body.messages,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                continue_final_message=body.continue_final_message,
-                **variables,
-            )
-        )
-
-    ids = await text.run(body.num_characters, read)
+    ids = tuple(await conversation_ids(model.tokenizer, text, body, warnings, strict=strict))
     if not ids:
         raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
     max_tokens = fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
@@ -198,21 +180,3 @@ def _sampling(body: GenerationBody) -> SamplingParams:
         logit_bias=body.logit_bias,
         seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
     )
-
-
-def _template_variables(
-    tokenizer: "Tokenizer", body: ChatBody, warnings: list[str], *, strict: bool
-) -> dict[str, Any]:
-    """Those of the request that the chat template reads; nothing else reaches it.
-
-    Raises:
-        ApiError: there are others, and ``strict``.
-    """
-    known = tokenizer.template_variables
-    for name in sorted(body.chat_template_kwargs.keys() - known):
-        path = f"chat_template_kwargs.{name}"[:_LONGEST_NAME]
-        finding = f"{path} is not a variable of the model's chat template"
-        if strict:
-            raise bad_request(f"{finding}. Remove it.", path)
-        warnings.append(f"{finding}; ignored.")
-    return {name: value for name, value in body.chat_template_kwargs.items() if name in known}

@@ -132,7 +132,7 @@ class Conversation(Body):
         return sum(len(message.get("content") or "") for message in self.messages)
 
 
-class ChatBody(GenerationBody, Conversation):
+class ChatBody(Conversation, GenerationBody):
     """A conversation to go on with."""
 
     logprobs: bool = Field(False, description="Log probabilities of the tokens.")

@@ -137,7 +137,7 @@ class GenerationBody(Body):
         "completions that echo their prompt.",
     )
     max_completion_tokens: int | None = Field(
-        None, ge=0, description="Another name of max_tokens; send one of them."
+        None, ge=0, description="The newer name of max_tokens; of both, this one counts."
     )
     temperature: float = Field(
         1.0, ge=0, le=2, description="0 always takes the likeliest token; higher is more random."
@@ -208,7 +208,7 @@ class GenerationBody(Body):
     seed: int | None = Field(
         None,
         ge=-(2**63),
-        lt=2**64,
+        le=2**64 - 1,
         description="Makes sampling repeatable: the choice with index i uses seed + i. By default "
         "a random one.",
     )

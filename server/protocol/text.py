@@ -17,7 +17,7 @@ class TokenizeTextBody(Body):
     """A text to tokenize."""
 
     model: str | None = Field(None, description=_MODEL)
-    prompt: str = Field(description="The text.")
+    prompt: str = Field(description="The text to tokenize.")
     add_special_tokens: bool = Field(
         True, description="Add the tokens that the model expects around a text, such as BOS."
     )

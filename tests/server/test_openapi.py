@@ -1,0 +1,150 @@
+"""The description is the API: the same routes, the same models, and a page that shows it."""
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from harness import Rig
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from pydantic import BaseModel
+
+from server.app import create_app
+from server.models import Loader
+from server.openapi import document
+from server.openapi.operations import OPERATIONS
+from server.protocol.common import StreamOptions
+from server.settings import Settings
+
+BODIES = sorted(
+    {model for operation in OPERATIONS for model in operation.body} | {StreamOptions},
+    key=lambda model: model.__name__,
+)
+
+
+def no_models(*_: Any) -> Any:
+    raise AssertionError("nothing is loaded here")
+
+
+def routes(*, websocket: bool) -> set[tuple[str, str]]:
+    """Paths as OpenAPI writes them, and methods, of all that the application serves."""
+    loader: Loader = no_models
+    app = create_app(Settings(models=("any",), log_format="json"), loader)
+    found = set()
+    for rule in app.url_map.iter_rules():
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        if rule.websocket == websocket:
+            found |= {(path, method.lower()) for method in rule.methods or ()}
+    return {(path, method) for path, method in found if method not in ("head", "options")}
+
+
+def test_every_route_is_described_and_every_path_is_a_route() -> None:
+    described = {
+        (path, method) for path, methods in document()["paths"].items() for method in methods
+    }
+    assert described == routes(websocket=False)
+
+
+def test_every_websocket_is_described_in_words() -> None:
+    sockets = {path for path, _ in routes(websocket=True)}
+    assert sockets
+    for path in sockets:
+        assert f"`{path}`" in document()["info"]["description"]
+        assert "WebSocket" in document()["paths"][path]["post"]["description"]
+
+
+def test_the_description_is_valid_openapi() -> None:
+    OpenAPIV31SpecValidator(document()).validate()
+
+
+@pytest.mark.parametrize("model", BODIES, ids=lambda model: model.__name__)
+def test_every_parameter_is_described_with_its_bounds_and_default(model: type[BaseModel]) -> None:
+    schema = document()["components"]["schemas"][model.__name__]
+    assert schema["properties"].keys() == model.model_fields.keys()
+    assert schema["additionalProperties"] is True
+    for name, field in model.model_fields.items():
+        described = schema["properties"][name]
+        assert len(described["description"]) > 10, name
+        required = name in schema.get("required", ())
+        assert required == field.is_required()
+        options = described.get("anyOf", [described])
+        assert ({"type": "null"} in options) != required, name
+        if not required:
+            assert described["default"] == field.get_default(call_default_factory=True)
+        bounds = {
+            "ge": "minimum",
+            "gt": "exclusiveMinimum",
+            "le": "maximum",
+            "lt": "exclusiveMaximum",
+            "max_length": "maxLength",
+        }
+        for constraint in field.metadata:
+            for short, long in bounds.items():
+                if (bound := getattr(constraint, short, None)) is not None:
+                    assert options[0][long] == bound, name
+
+
+def test_every_operation_has_an_envelope_for_its_errors() -> None:
+    for operation in OPERATIONS:
+        assert 500 in operation.answers
+        responses = document()["paths"][operation.path][operation.method]["responses"]
+        for status, response in responses.items():
+            assert "X-Request-Id" in response["headers"]
+            if int(status) >= 400:
+                (media,) = response["content"].values()
+                name = media["schema"]["$ref"].rsplit("/", 1)[1]
+                model = document()["components"]["schemas"][name]
+                assert "error" in model["required"]
+
+
+def test_the_examples_are_valid_requests() -> None:
+    posts = [operation for operation in OPERATIONS if operation.method == "post"]
+    assert posts
+    for operation in posts:
+        body = operation.body[0].model_validate(operation.example)
+        assert body.unknown() == []  # type: ignore[attr-defined]
+
+
+def test_the_description_is_served(rig: Rig) -> None:
+    response = rig.client.get("/openapi.json")
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == document()
+
+
+class Links(HTMLParser):
+    """Whatever a page makes a browser load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.inline = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.links += [value for name in ("src", "href") if (value := values.get(name))]
+        self.inline |= tag == "style" or (tag == "script" and "src" not in values)
+        self.inline |= any(name == "style" or name.startswith("on") for name in values)
+
+
+def test_the_page_loads_nothing_from_elsewhere(rig: Rig) -> None:
+    page = rig.client.get("/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    parser = Links()
+    parser.feed(page.text)
+    assert len(parser.links) >= 4
+    assert not parser.inline
+    for link in parser.links:
+        assert ":" not in link
+        assert not link.startswith("/")  # so that it works behind a prefix too
+        response = rig.client.get(f"/{link}")
+        assert response.status_code == 200
+        assert response.content
+
+
+def test_no_other_file_is_served(rig: Rig) -> None:
+    for name in ("index.html", "../__init__.py", "..%2f__init__.py", "swagger-ui.js"):
+        assert rig.client.get(f"/docs/{name}").status_code == 404

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from inferneo_jax import Tokenizer
 
 _LONGEST_NAME = 100
+_MOST_NAMED = 20
 
 
 async def conversation_ids(
@@ -54,7 +55,7 @@ def _template_variables(
         ApiError: there are others, and ``strict``.
     """
     known = tokenizer.template_variables
-    for name in sorted(body.chat_template_kwargs.keys() - known):
+    for name in sorted(body.chat_template_kwargs.keys() - known)[:_MOST_NAMED]:
         path = f"chat_template_kwargs.{name}"[:_LONGEST_NAME]
         finding = f"{path} is not a variable of the model's chat template"
         if strict:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from inferneo_jax import LanguageModel
     from server.models import Registry
 
+_LONGEST_NAME = 100
+_MOST_NAMED = 20
+"""Most unknown parameters that the warnings name."""
+
 Prepare = Callable[..., Awaitable[Answer]]
 """One of the two functions below: ``(registry, text, fields, strict=...)``."""
 
@@ -39,11 +43,16 @@ def validate(kind: type[AnyBody], fields: Any, *, strict: bool) -> tuple[AnyBody
     unknown = body.unknown()
     if unknown and strict:
         raise bad_request(
-            f"{unknown[0]} is not a parameter of this endpoint. Remove it, or leave out the "
-            "header X-Inferneo-Strict.",
-            unknown[0],
+            f"{unknown[0][:_LONGEST_NAME]} is not a parameter of this endpoint. Remove it, or "
+            "leave out the header X-Inferneo-Strict.",
+            unknown[0][:_LONGEST_NAME],
         )
-    return body, [f"{name} is not a parameter of this endpoint; ignored." for name in unknown]
+    named = [name[:_LONGEST_NAME] for name in unknown[:_MOST_NAMED]]
+    warnings = [f"{name} is not a parameter of this endpoint; ignored." for name in named]
+    if len(unknown) > _MOST_NAMED:
+        rest = len(unknown) - _MOST_NAMED
+        warnings.append(f"{rest} more are not parameters of this endpoint; ignored.")
+    return body, warnings
 
 
 async def prepare_completion(

@@ -20,6 +20,7 @@ from server.errors import ApiError, as_api_error, bad_request
 from server.generation import Generation
 from server.http import STRICT_HEADER, is_strict, parse_object
 from server.prepare import Prepare
+from server.protocol.validation import json_kind
 from server.services import Services
 
 MAX_AT_ONCE = 16
@@ -79,6 +80,10 @@ class _Running:
             self.generation.cancel()
 
 
+def _shown(kind: Any) -> str:
+    return repr(kind[:40]) if isinstance(kind, str) else json_kind(kind)
+
+
 class _Session:
     """One open socket."""
 
@@ -124,7 +129,7 @@ class _Session:
             kind, body = message["type"], message.get("body")
             if kind not in _ENVELOPES:
                 raise bad_request(
-                    f"type is {str(kind)[:40]!r}; a frame is a request body, or an envelope of "
+                    f"type is {_shown(kind)}; a frame is a request body, or an envelope of "
                     f"type {' or '.join(_ENVELOPES)}.",
                     "type",
                 )

@@ -9,6 +9,7 @@ from server.protocol.common import MAX_LOGPROBS, Body, GenerationBody
 from server.protocol.shape import Shape
 from server.protocol.validation import FieldError, json_kind
 
+MAX_MESSAGES = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -17,6 +18,10 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         raise FieldError("messages", f"is {json_kind(value)}; it must be a list of messages.")
     if not value:
         raise FieldError("messages", "is an empty list; it needs at least one message.")
+    if len(value) > MAX_MESSAGES:
+        raise FieldError(
+            "messages", f"holds {len(value)} messages; it may hold at most {MAX_MESSAGES}."
+        )
     return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 
@@ -47,7 +52,7 @@ def _text(content: Any, name: str) -> str:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            shown = f"of type {str(kind)[:40]!r}" if kind else json_kind(part)
+            shown = f"of type {kind[:40]!r}" if isinstance(kind, str) else json_kind(part)
             raise FieldError(
                 f"{name}[{i}]",
                 f"is {shown}; this server reads text only, in parts such as "
@@ -81,7 +86,7 @@ _MESSAGE = {
         },
     ]
 }
-_MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1}
+_MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": MAX_MESSAGES}
 _TAKEN = ("add_generation_prompt", "continue_final_message", "messages")
 _VARIABLES = {"type": "object", "propertyNames": {"not": {"enum": [*_TAKEN]}}}
 

@@ -19,6 +19,9 @@ from server.protocol.validation import FieldError, json_kind
 MAX_STOPS = 16
 MAX_SEQUENCES = 256
 """Most sequences of one request: prompts times ``n``, or times ``best_of``."""
+MAX_STOP_TOKENS = 1024
+"""Far more than an engine takes, which knows its own bound."""
+MAX_BIASES = 10_000
 MAX_LOGPROBS = 20
 MAX_NAME = 512
 """Most characters of ``user`` and ``cache_salt``."""
@@ -104,6 +107,10 @@ def _logit_bias(value: Any) -> dict[int, float]:
         raise FieldError(
             "logit_bias", f"is {json_kind(value)}; it must be an object of token ids and numbers."
         )
+    if len(value) > MAX_BIASES:
+        raise FieldError(
+            "logit_bias", f"holds {len(value)} entries; it may hold at most {MAX_BIASES}."
+        )
     biases = {}
     for token, bias in value.items():
         if not (token.isascii() and token.isdecimal() and len(token) < 10):
@@ -185,6 +192,8 @@ class GenerationBody(Body):
     )
     stop_token_ids: list[int] = Field(
         default_factory=list,
+        max_length=MAX_STOP_TOKENS,
+        fail_fast=True,
         description="Token ids that end a choice, besides the model's own.",
     )
     include_stop_str_in_output: bool = Field(

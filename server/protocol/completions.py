@@ -13,6 +13,8 @@ DEFAULT_MAX_TOKENS = 16
 
 PromptInput = str | list[int]
 
+MAX_ITEMS = 500_000
+"""Longest list of token ids; beyond any context, and looked at quickly."""
 MAX_TOKEN_ID = 2**31 - 1
 """Far above any vocabulary, whose own bound the model checks; what is no id at all ends here."""
 TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
@@ -26,6 +28,8 @@ def prompts_of(value: Any, name: str) -> list[PromptInput]:
     """
     if isinstance(value, str):
         return [value]
+    if isinstance(value, list) and len(value) > MAX_ITEMS:
+        raise FieldError(name, f"holds {len(value)} items; it may hold at most {MAX_ITEMS}.")
     if _is_ids(value):
         return [checked_ids(value, name)]
     if isinstance(value, list) and value:

@@ -1,0 +1,125 @@
+"""The official Python client beyond what ``tests/server/test_api_openai.py`` asks of it."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from fake_engine import writes
+from harness import CHAT, EMBED, REPLY, Rig
+
+from inferneo_jax import EngineFailedError, Tokenizer
+
+MESSAGES: Any = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def client(rig: Rig) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=rig.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_raw_responses_hold_headers_and_the_parsed_answer(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model=CHAT, messages=MESSAGES, extra_headers={"X-Request-Id": "mine"}
+    )
+    assert (raw.status_code, raw.headers["X-Request-Id"]) == (200, "mine")
+    assert raw.parse().choices[0].message.content == REPLY
+    models = client.models.with_raw_response.list()
+    assert models.headers["Content-Type"] == "application/json"
+    assert models.parse().data[0].id == CHAT
+
+
+def test_streaming_responses_show_every_line(client: openai.OpenAI) -> None:
+    with client.chat.completions.with_streaming_response.create(
+        model=CHAT, messages=MESSAGES, stream=True
+    ) as response:
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in lines)
+
+
+def test_our_own_parameters_go_through_extra_body(client: openai.OpenAI, rig: Rig) -> None:
+    answer = client.completions.create(
+        model=CHAT,
+        prompt="Hi",
+        max_tokens=50,
+        logit_bias={"5": 3},
+        extra_body={"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True},
+    )
+    sampling = rig.engine.submitted[-1].sampling
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (3, 0.1, 1.2)
+    assert sampling.logit_bias == {5: 3.0}
+    assert "warnings" not in (answer.model_extra or {})
+
+
+def test_warnings_reach_who_looks_for_them(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=CHAT, messages=MESSAGES, store=True)
+    assert answer.model_extra is not None
+    assert "store" in answer.model_extra["warnings"][0]
+    strict = client.with_options(default_headers={"X-Inferneo-Strict": "true"})
+    with pytest.raises(openai.BadRequestError) as caught:
+        strict.chat.completions.create(model=CHAT, messages=MESSAGES, extra_body={"beams": 2})
+    assert caught.value.param == "beams"
+
+
+def test_a_stream_that_is_closed_early_ends_its_request(
+    client: openai.OpenAI, rig: Rig, tokenizer: Tokenizer
+) -> None:
+    rig.engine.script = writes(tokenizer, "go on ", end=False)
+    rig.engine.limit = 3
+    stream = client.chat.completions.create(
+        model=CHAT, messages=MESSAGES, max_tokens=400, stream=True
+    )
+    next(iter(stream))
+    stream.close()
+    rig.engine.wait_until(lambda e: len(e.aborted) == 1 and e.num_running == 0)
+
+
+async def test_many_async_streams_at_once(rig: Rig) -> None:
+    async with openai.AsyncOpenAI(base_url=rig.url + "/v1", api_key="none") as client:
+
+        async def one(number: int) -> str:
+            stream = await client.completions.create(
+                model=CHAT, prompt=f"{number}", max_tokens=99, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        assert await asyncio.gather(*map(one, range(8))) == [REPLY] * 8
+        raw = await client.chat.completions.with_raw_response.create(model=CHAT, messages=MESSAGES)
+        assert raw.parse().choices[0].message.content == REPLY
+        assert [model.id async for model in client.models.list()] == [CHAT, EMBED]
+
+
+def test_embeddings_of_ids_are_those_of_their_text(
+    client: openai.OpenAI, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("the END")
+    one, other = (client.embeddings.create(model=EMBED, input=v) for v in ("the END", ids))
+    assert np.array_equal(one.data[0].embedding, other.data[0].embedding)
+    short = client.embeddings.create(model=EMBED, input=[ids, ids], dimensions=2)
+    assert [len(item.embedding) for item in short.data] == [2, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_engine_is_the_clients_server_error(
+    client: openai.OpenAI, rig: Rig, stream: bool
+) -> None:
+    rig.engine.limit, rig.engine.failure = 0, EngineFailedError("a step failed")
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model=CHAT, messages=MESSAGES, stream=stream)
+    assert (caught.value.status_code, caught.value.type) == (500, "server_error")
+
+
+def test_refusals_are_not_found_bad_request_and_too_long(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("org/none")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=CHAT, prompt="x" * 600)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model=EMBED, input="")
+    assert caught.value.param == "input"

@@ -43,6 +43,9 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     api = (models.add_routes, generate.add_routes, embeddings.add_routes)
     app.register_blueprint(_with_models("v1", "/v1", services, *api))
     app.register_blueprint(_with_models("text", None, services, text.add_routes))
+    for rule in app.url_map.iter_rules():
+        if rule.websocket:
+            rule.methods = None  # or Allow would name GET, which those paths do not take
 
     @app.while_serving
     async def run_models() -> AsyncGenerator[None, None]:

@@ -11,6 +11,7 @@ from inferneo_jax import __version__
 from server.http import STRICT_HEADER
 from server.openapi.operation import HEADERS, Answer, Operation
 from server.openapi.operations import OPERATIONS
+from server.protocol.states import Error
 
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -143,11 +144,24 @@ def _response(answer: Answer) -> dict[str, Any]:
         for kind, model in answer.content.items()
     }
     if answer.events:
-        # OpenAPI 3.2 has itemSchema for this.
-        content["text/event-stream"]["x-event-schema"] = _reference(answer.events)
+        content["text/event-stream"] = {"schema": _event(answer.events)}
     names = ("X-Request-Id", *answer.headers)
     headers = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
     return {"description": answer.description, "headers": headers, "content": content}
+
+
+def _event(model: type[BaseModel]) -> dict[str, Any]:
+    """One event of a stream: what schemas of streams describe until OpenAPI 3.2."""
+    payload = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(model), _reference(Error)]},
+    }
+    return {
+        "type": "object",
+        "properties": {"data": {"if": {"const": "[DONE]"}, "then": True, "else": payload}},
+        "required": ["data"],
+    }
 
 
 def _header(name: str) -> dict[str, Any]:

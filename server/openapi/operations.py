@@ -19,13 +19,12 @@ _SOCKET = (
 
 
 def _streamed(whole: type[answers.Generated], event: type[answers.Generated]) -> dict[int, Answer]:
-    streamed = {"type": "string", "description": "Server-sent events; the last is `[DONE]`."}
     return {
         200: Answer(
             description="The whole answer, or with `stream` its chunks as events: "
             f"`data: {{...}}`, each a {event.__name__}, and at the end `data: [DONE]`. What fails "
             'after the first of them is an event `{"error": {...}}`.',
-            content={**json(whole), "text/event-stream": streamed},
+            content=json(whole),
             events=event,
         )
     }

@@ -35,8 +35,12 @@ def _message(value: Any, name: str) -> dict[str, Any]:
         raise FieldError(f"{name}.role", f"is {shown[:60]}; it must be one of {', '.join(ROLES)}.")
     # Templates know the name that "developer" replaced.
     message = value | {"role": "system" if role == "developer" else role}
-    content = value.get("content")
-    if content is None and role == "assistant" and value.get("tool_calls"):
+    content, calls = value.get("content"), value.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and set(map(type, calls)) <= {dict}):
+        raise FieldError(
+            f"{name}.tool_calls", f"is {json_kind(calls)}; it must be a list of objects."
+        )
+    if content is None and role == "assistant" and calls:
         return message
     return message | {"content": _text(content, f"{name}.content")}
 
@@ -68,11 +72,16 @@ _TEXT_PART = {
     "required": ["type", "text"],
 }
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}
+_TOOL_CALLS = {"type": "array", "items": {"type": "object"}}
 _MESSAGE = {
     "anyOf": [
         {
             "type": "object",
-            "properties": {"role": {"enum": [*ROLES]}, "content": _CONTENT},
+            "properties": {
+                "role": {"enum": [*ROLES]},
+                "content": _CONTENT,
+                "tool_calls": {"anyOf": [_TOOL_CALLS, {"type": "null"}]},
+            },
             "required": ["role", "content"],
         },
         {
@@ -80,7 +89,7 @@ _MESSAGE = {
             "properties": {
                 "role": {"const": "assistant"},
                 "content": {"anyOf": [*_CONTENT["anyOf"], {"type": "null"}]},
-                "tool_calls": {"type": "array", "minItems": 1},
+                "tool_calls": _TOOL_CALLS | {"minItems": 1},
             },
             "required": ["role", "tool_calls"],
         },

@@ -113,6 +113,11 @@ def test_a_wrong_parameter_is_named_with_its_bound(
         ({"messages": [*HI, {"role": "boss", "content": ""}]}, "messages[1].role", ["'boss'"]),
         ({"messages": [{"role": "user"}]}, "messages[0].content", ["null", "a string"]),
         (
+            {"messages": [{"role": "assistant", "tool_calls": "f"}]},
+            "messages[0].tool_calls",
+            ["a string", "a list of objects"],
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0]",
             ["'image_url'", "text only"],

@@ -26,28 +26,27 @@ def no_models(*_: Any) -> Any:
     raise AssertionError("nothing is loaded here")
 
 
-def routes(*, websocket: bool) -> set[tuple[str, str]]:
-    """Paths as OpenAPI writes them, and methods, of all that the application serves."""
+def routes(*, websocket: bool) -> dict[str, set[str]]:
+    """The methods of every path that the application serves, written as OpenAPI does."""
     loader: Loader = no_models
     app = create_app(Settings(models=("any",), log_format="json"), loader)
-    found = set()
+    found: dict[str, set[str]] = {}
     for rule in app.url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         if rule.websocket == websocket:
-            found |= {(path, method.lower()) for method in rule.methods or ()}
-    return {(path, method) for path, method in found if method not in ("head", "options")}
+            methods = {method.lower() for method in rule.methods or ()}
+            found.setdefault(path, set()).update(methods - {"head", "options"})
+    return found
 
 
 def test_every_route_is_described_and_every_path_is_a_route() -> None:
-    described = {
-        (path, method) for path, methods in document()["paths"].items() for method in methods
-    }
+    described = {path: set(methods) for path, methods in document()["paths"].items()}
     assert described == routes(websocket=False)
 
 
 def test_every_websocket_is_described_in_words() -> None:
-    sockets = {path for path, _ in routes(websocket=True)}
-    assert sockets
+    sockets = routes(websocket=True)
+    assert len(sockets) == 2
     for path in sockets:
         assert f"`{path}`" in document()["info"]["description"]
         assert "WebSocket" in document()["paths"][path]["post"]["description"]
@@ -81,7 +80,8 @@ def test_every_parameter_is_described_with_its_bounds_and_default(model: type[Ba
         for constraint in field.metadata:
             for short, long in bounds.items():
                 if (bound := getattr(constraint, short, None)) is not None:
-                    assert options[0][long] == bound, name
+                    listed = short == "max_length" and options[0]["type"] == "array"
+                    assert options[0]["maxItems" if listed else long] == bound, name
 
 
 def test_every_operation_has_an_envelope_for_its_errors() -> None:
@@ -103,6 +103,15 @@ def test_the_examples_are_valid_requests() -> None:
     for operation in posts:
         body = operation.body[0].model_validate(operation.example)
         assert body.unknown() == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/docs"])
+def test_options_names_the_methods_that_are_described(rig: Rig, path: str) -> None:
+    responses = [rig.client.options(path), rig.client.patch(path)]
+    assert [response.status_code for response in responses] == [200, 405]
+    for response in responses:
+        allowed = set(response.headers["Allow"].lower().split(", "))
+        assert allowed - {"head", "options"} == document()["paths"][path].keys()
 
 
 def test_the_description_is_served(rig: Rig) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,15 @@ def test_every_parameter_is_described_with_its_bounds_and_default(model: type[Ba
                 if (bound := getattr(constraint, short, None)) is not None:
                     listed = short == "max_length" and options[0]["type"] == "array"
                     assert options[0]["maxItems" if listed else long] == bound, name
+
+
+def test_the_manual_names_every_path_and_parameter() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    names = {name for model in BODIES for name in model.model_fields}
+    for operation in OPERATIONS:
+        path = operation.path.replace("model_id", "id")
+        assert re.search(rf"{operation.method.upper()} {re.escape(path)}`", manual), path
+    assert not [name for name in names if not re.search(rf"[`.]{name}[`.]", manual)]
 
 
 def test_every_operation_has_an_envelope_for_its_errors() -> None:

@@ -28,15 +28,18 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         fields = await read_object(services.text)
         read = _read_text if fields.get("messages") is None else _read_chat
         model, tokens, strings, warnings = await read(services, fields)
-        answer = {
-            "count": len(tokens),
-            "max_model_len": model.max_tokens if model.kind == "encoder" else model.max_len,
-            "tokens": tokens,
-            "token_strs": [model.tokenizer.token_piece(token) for token in tokens]
-            if strings
-            else None,
-        }
-        return _respond(answer, warnings)
+
+        def write() -> Response:
+            spell = model.tokenizer.token_piece
+            answer = {
+                "count": len(tokens),
+                "max_model_len": model.max_tokens if model.kind == "encoder" else model.max_len,
+                "tokens": tokens,
+                "token_strs": [spell(token) for token in tokens] if strings else None,
+            }
+            return _respond(answer, warnings)
+
+        return await services.text.run(len(tokens), write)
 
     @blueprint.post("/detokenize")
     async def detokenize() -> Response:

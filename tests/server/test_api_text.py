@@ -39,6 +39,13 @@ def test_tokens_are_spelled_as_the_vocabulary_does(rig: Rig) -> None:
     assert answer["token_strs"] == ["the", "\u0120", "\u00c3", "\u00a9", "<|end|>"]
 
 
+def test_a_long_text_has_all_its_tokens(rig: Rig) -> None:
+    body = {"prompt": "the" * 5000, "add_special_tokens": False, "return_token_strs": True}
+    answer = rig.post("/tokenize", body).json()
+    assert answer["count"] == len(answer["tokens"]) == 5000
+    assert set(answer["token_strs"]) == {"the"}
+
+
 def test_special_tokens_are_written_out(rig: Rig, tokenizer: Tokenizer) -> None:
     (end,) = tokenizer.eos_token_ids
     assert rig.post("/detokenize", {"tokens": [end]}).json() == {"prompt": "<|end|>"}

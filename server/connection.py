@@ -21,7 +21,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from server.protocol.shape import Usage
-from server.transport import Departure, bound_frames, pinged
+from server.transport import Departure, Patience, bound_frames, pinged
 
 log = structlog.get_logger(__name__)
 
@@ -127,7 +127,7 @@ class HttpConnection(ASGIHTTPConnection):
         departure = Departure(send)
         try:
             with departure.noticed():
-                await super().__call__(receive, send)
+                await super().__call__(receive, Patience(send).send)
             await departure.finish()
         finally:
             if (current := self._request) is not None:
@@ -167,7 +167,7 @@ class WebsocketConnection(ASGIWebsocketConnection):
         """Serve one connection."""
         bound_frames(send, self.app.config["MAX_CONTENT_LENGTH"])
         async with pinged(send):
-            await super().__call__(receive, send)
+            await super().__call__(receive, Patience(send).send)
 
 
 def install(app: Quart) -> None:

@@ -6,6 +6,7 @@ empties that at its own pace: what piled up meanwhile becomes one event a choice
 
 import asyncio
 import dataclasses
+import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -25,6 +26,8 @@ from server.protocol.shape import Usage
 if TYPE_CHECKING:
     from inferneo_jax import Engine, Tokenizer
 
+MAX_UNTAKEN = 64
+"""Outputs of a choice that may wait for a reader that cannot keep up."""
 SILENCE_SECONDS = 15.0
 """After so long without an event a stream says that it is alive."""
 
@@ -73,19 +76,34 @@ class Plan:
 
 
 class _Mailbox:
-    """Carries outputs from the engine's thread to the event loop."""
+    """Carries outputs from the engine's thread to the event loop.
 
-    def __init__(self) -> None:
+    A choice whose outputs are not taken is paused, until they are: its reader is slow, which is
+    nobody else's concern.
+    """
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
         self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
         self._outputs: deque[tuple[int, GenerationOutput]] = deque()
+        self._untaken: dict[str, int] = {}
+        self._paused: set[str] = set()
         self._filled = asyncio.Event()
         self._told = False
 
-    def sink(self, index: int) -> Callable[[GenerationOutput], None]:
+    def sink(self, index: int, request_id: str) -> Callable[[GenerationOutput], None]:
         """Where the engine puts the outputs of one choice."""
 
         def put(output: GenerationOutput) -> None:
-            self._outputs.append((index, output))
+            with self._lock:
+                self._outputs.append((index, output))
+                self._untaken[request_id] = number = self._untaken.get(request_id, 0) + 1
+                if number >= MAX_UNTAKEN:
+                    # Within the lock, so that it comes before the resumption that it needs; and
+                    # again for every output, should an earlier resumption have come late.
+                    self._paused.add(request_id)
+                    self._engine.pause(request_id)
             if not self._told:  # one call wakes the reader for everything until it looks
                 self._told = True
                 with suppress(RuntimeError):  # the loop has closed: nobody will read this
@@ -107,7 +125,13 @@ class _Mailbox:
         self._filled.clear()
         # Before emptying: what is put from here on wakes the reader again.
         self._told = False
-        return [self._outputs.popleft() for _ in range(len(self._outputs))]
+        with self._lock:
+            outputs, self._outputs = list(self._outputs), deque()
+            paused, self._paused = self._paused, set()
+            self._untaken.clear()
+        for request_id in paused:
+            self._engine.resume(request_id)
+        return outputs
 
 
 class Generation:
@@ -142,12 +166,12 @@ class Generation:
             RequestError: the engine cannot serve it.
             EngineError: the engine cannot serve it now, or failed meanwhile.
         """
-        self._mailbox = mailbox = _Mailbox()
+        self._mailbox = mailbox = _Mailbox(self._engine)
         running: dict[int, str] = {}
         try:
             for index in range(len(self.choices)):
                 request = self.plan.request(index)
-                self._engine.submit(request, mailbox.sink(index))
+                self._engine.submit(request, mailbox.sink(index, request.id))
                 running[index] = request.id
             while running:
                 outputs = [] if self.cancelled else await mailbox.take()

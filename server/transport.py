@@ -6,18 +6,61 @@ these are not the ones expected, nothing is changed.
 
 import asyncio
 import dataclasses
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
+import structlog
 from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import ASGIWebsocketState, WebsocketBuffer, WSStream
-from hypercorn.typing import ASGISendCallable
+from hypercorn.typing import ASGISendCallable, ASGISendEvent
 from wsproto.events import Message, Ping
 
+log = structlog.get_logger(__name__)
+
 PING_SECONDS = 20.0
+SEND_BUFFER_BYTES = 128 * 1024
+"""What the kernel keeps for a client that does not read; left alone it would keep megabytes."""
+STALL_SECONDS = 120.0
+"""How long a client may read nothing of what it was sent."""
+
+
+class Patience:
+    """Drops a client that has read nothing for a while: what it left unread fills its socket.
+
+    Nothing more can be told to it, for the same reason. Its connection is cut, which ends
+    everything that runs for it.
+    """
+
+    def __init__(self, send: ASGISendCallable) -> None:
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        stream = _owner(send, (HTTPStream, WSStream))
+        protocol = _owner(getattr(stream, "send", None), (H11Protocol, H2Protocol))
+        self._server = _owner(getattr(protocol, "send", None), TCPServer)
+        if self._server is not None:
+            raw = self._server.writer.get_extra_info("socket")
+            with suppress(OSError):  # it has been closed
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Pass a message on, which waits until the client has made room for it."""
+        if self._server is None:
+            return await self._send(message)
+        watch = self._loop.call_later(STALL_SECONDS, self._cut)
+        try:
+            await self._send(message)
+        finally:
+            watch.cancel()
+        return None
+
+    def _cut(self) -> None:
+        log.info("reader_stalled", seconds=STALL_SECONDS)
+        self._server.writer.transport.abort()
 
 
 class Departure:
@@ -125,6 +168,6 @@ async def _call(function: Callable[[Any], Awaitable[None]], argument: Any) -> No
     await function(argument)
 
 
-def _owner(method: Any, kind: type) -> Any:
+def _owner(method: Any, kind: type | tuple[type, ...]) -> Any:
     owner = getattr(method, "__self__", None)
     return owner if isinstance(owner, kind) else None

@@ -39,6 +39,7 @@ class _Job:
     script: Sequence[int]
     written: int = 0
     aborted: bool = False
+    paused: bool = False
 
 
 @dataclass
@@ -85,6 +86,18 @@ class FakeEngine:
                 self._jobs[request_id].aborted = True
                 self._changed.notify_all()
 
+    def pause(self, request_id: str) -> None:
+        self._set_paused(request_id, True)
+
+    def resume(self, request_id: str) -> None:
+        self._set_paused(request_id, False)
+
+    def _set_paused(self, request_id: str, paused: bool) -> None:
+        with self._changed:
+            if request_id in self._jobs:
+                self._jobs[request_id].paused = paused
+                self._changed.notify_all()
+
     def stop(self) -> None:
         with self._changed:
             self._stopped = True
@@ -113,6 +126,15 @@ class FakeEngine:
     def num_running(self) -> int:
         return len(self._jobs)
 
+    @property
+    def num_paused(self) -> int:
+        return sum(job.paused for job in self._jobs.values())
+
+    @property
+    def num_written(self) -> int:
+        """Tokens of the requests that run."""
+        return sum(job.written for job in self._jobs.values())
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -131,7 +153,7 @@ class FakeEngine:
     def _can_run(self, request_id: str) -> bool:
         job = self._jobs[request_id]
         allowed = self.limit is None or job.written < self.limit
-        return job.aborted or allowed or self.failure is not None
+        return job.aborted or (allowed and not job.paused) or self.failure is not None
 
     def _step(self, job: _Job) -> None:
         request = job.request

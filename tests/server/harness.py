@@ -146,9 +146,9 @@ def models_of(
 
 
 @contextlib.contextmanager
-def running(tokenizer: Tokenizer, **settings: Any) -> Iterator[Rig]:
+def running(tokenizer: Tokenizer, context: int = 512, **settings: Any) -> Iterator[Rig]:
     """A server that is ready."""
-    engine = FakeEngine(writes(tokenizer, REPLY))
+    engine = FakeEngine(writes(tokenizer, REPLY), max_len=context)
     embedder = FakeEmbedder()
     models = models_of(engine, embedder, tokenizer)
     with (

@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 import tokenizers
 
 from inferneo_jax.chat_template import ChatTemplate, Message
-from inferneo_jax.errors import RequestError, TemplateError, TokenizerError
+from inferneo_jax.errors import TemplateError, TokenizerError
+from inferneo_jax.truncation import cut, refuse_surrogates, tokens_behind
 
 PieceKind = Literal["bytes", "sentencepiece", "words"]
 """How tokens spell text: in a byte alphabet, with marks for spaces, or as words (WordPiece)."""
@@ -52,6 +53,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._behind = tokens_behind(backend)
         named = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name)))}
         self._template = _chat_template(config, named)
 
@@ -128,16 +130,21 @@ class Tokenizer:
         return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
     def encode_batch(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
     ) -> list[list[int]]:
-        """:meth:`encode` for many texts at once, in parallel."""
+        """:meth:`encode` for many texts at once, each cut to ``max_tokens``, the added included."""
         for text in texts:
-            _refuse_surrogates(text)
+            refuse_surrogates(text)
         # The fast variant does not track character offsets, which nothing here needs.
         encodings = self._backend.encode_batch_fast(
             list(texts), add_special_tokens=add_special_tokens
         )
-        return [encoding.ids for encoding in encodings]
+        behind = self._behind if add_special_tokens else ()
+        return [cut(encoding.ids, max_tokens, behind) for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
@@ -212,16 +219,6 @@ class Tokenizer:
     def pieces(self, *, skip_special_tokens: bool) -> Sequence[bytes]:
         """:meth:`token_bytes` of every id, empty for special tokens when these are skipped."""
         return self._plain_pieces if skip_special_tokens else self._pieces
-
-
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the text is not valid Unicode: character {error.start} is the lone surrogate "
-            f"U+{ord(text[error.start]):04X}; send whole characters"
-        ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """``/v1/embeddings``: what a request may hold, and the shape of its answer."""
 
 import base64
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from server.protocol.common import MAX_NAME, Body
-from server.protocol.completions import PromptInput, prompts_of, prompts_schema
+from server.protocol.completions import MAX_TOKEN_ID, PromptInput, prompts_of, prompts_schema
 from server.protocol.validation import FieldError
 
 if TYPE_CHECKING:
@@ -45,11 +45,26 @@ class EmbeddingBody(Body):
         ge=1,
         description="Keep the first so many, scaled to length one again; by default the model's.",
     )
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        ge=-1,
+        le=MAX_TOKEN_ID,
+        description="Cut each input to its first so many tokens, those that the model adds to a "
+        "text included; -1 is the most that the model reads. By default what is longer is refused.",
+    )
     user: str | None = Field(
         None,
         max_length=MAX_NAME,
         description="Your name for whom you serve; it appears in the server's log.",
     )
+
+    @model_validator(mode="after")
+    def _check_truncation(self) -> Self:
+        if self.truncate_prompt_tokens == 0:
+            raise FieldError(
+                "truncate_prompt_tokens", "is 0; it must be at least 1, or -1 for the model's most."
+            )
+        return self
 
 
 def embedding_answer(

@@ -39,9 +39,11 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
                 "dimensions",
             )
         size = sum(map(len, body.input))
-        ids = await services.text.run(size, lambda: _tokenize(model, body.input))
+        keep = _longest(model, body.truncate_prompt_tokens)
+        ids = await services.text.run(size, lambda: _tokenize(model, body.input, keep))
         num_tokens = sum(map(len, ids))
         record.note(prompt_tokens=num_tokens)
+        # Should the client leave, this is cancelled, and the future with it.
         vectors = await asyncio.wrap_future(model.embedder.embed(ids))
 
         def write() -> Response:
@@ -58,16 +60,41 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         return await services.text.run(vectors.size, write)
 
 
-def _tokenize(model: "EmbeddingModel", inputs: Sequence[PromptInput]) -> list[list[int]]:
-    """Token ids of each input, none longer than the model reads."""
-    texts = iter(model.tokenizer.encode_batch([text for text in inputs if isinstance(text, str)]))
-    ids = [next(texts) if isinstance(item, str) else item for item in inputs]
+def _longest(model: "EmbeddingModel", truncate: int | None) -> int | None:
+    """The tokens to which every input is cut; None: it is not cut.
+
+    Raises:
+        ApiError: the model does not read so many.
+    """
+    if truncate is not None and truncate > model.max_tokens:
+        raise bad_request(
+            f"truncate_prompt_tokens is {truncate}; it must be from 1 to {model.max_tokens}, which "
+            "this model reads at most, or -1 for just that.",
+            "truncate_prompt_tokens",
+        )
+    return model.max_tokens if truncate == -1 else truncate
+
+
+def _tokenize(
+    model: "EmbeddingModel", inputs: Sequence[PromptInput], keep: int | None
+) -> list[list[int]]:
+    """Token ids of each input, none longer than the model reads.
+
+    A text gets what the tokenizer adds to it; token ids are taken as they are.
+    """
+    texts = iter(
+        model.tokenizer.encode_batch(
+            [text for text in inputs if isinstance(text, str)], max_tokens=keep
+        )
+    )
+    ids = [next(texts) if isinstance(item, str) else item[:keep] for item in inputs]
     for i, each in enumerate(ids):
         if len(each) > model.max_tokens:
             name = f"input[{i}]" if len(ids) > 1 else "input"
             raise bad_request(
                 f"{name} has {len(each)} tokens, and this model reads at most "
-                f"{model.max_tokens}. Shorten it, or cut it into several.",
+                f"{model.max_tokens}. Shorten it, cut it into several, or set "
+                "truncate_prompt_tokens to -1.",
                 name,
                 "context_length_exceeded",
             )

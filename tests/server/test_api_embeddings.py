@@ -1,8 +1,11 @@
 """``POST /v1/embeddings``."""
 
 import base64
+import threading
+from concurrent.futures import Future
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from harness import EMBED, Rig
@@ -74,6 +77,10 @@ def test_a_batch_of_2048_is_served_in_order(rig: Rig) -> None:
         ({"input": [0, 999999]}, "input", "999999"),
         ({"input": [-1]}, "input", "-1"),
         ({"dimensions": 9}, "dimensions", "from 1 to 8"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "at least -1"),
+        ({"truncate_prompt_tokens": 33}, "truncate_prompt_tokens", "from 1 to 32"),
+        ({"truncate_prompt_tokens": True}, "truncate_prompt_tokens", "an integer"),
         ({"dimensions": 0}, "dimensions", "at least 1"),
         ({"encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
         ({"model": "org/tiny-chat"}, "model", "/v1/chat/completions"),
@@ -95,3 +102,33 @@ def test_a_long_input_is_refused_with_both_numbers(rig: Rig) -> None:
     assert error["param"] == "input[1]"
     assert "33 tokens" in error["message"]
     assert "32" in error["message"]
+
+
+def test_a_long_input_is_cut_to_its_first_tokens_when_asked(rig: Rig, tokenizer: Tokenizer) -> None:
+    text = "a long text that goes on " * 4
+    ids = tokenizer.encode(text)
+    for cut, kept in ((5, 5), (32, 32), (-1, 32)):
+        for value in (text, ids):
+            got = answer(rig, input=value, truncate_prompt_tokens=cut)
+            assert got["usage"]["prompt_tokens"] == kept
+            assert np.array_equal(vectors(got), vectors(answer(rig, input=ids[:kept])))
+            assert "warnings" not in got
+
+
+def test_a_client_that_leaves_cancels_its_embedding(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, cancelled = threading.Event(), threading.Event()
+
+    def embed(texts: Any) -> Future[np.ndarray]:
+        future: Future[np.ndarray] = Future()
+        future.add_done_callback(lambda f: f.cancelled() and cancelled.set())
+        asked.set()
+        return future
+
+    monkeypatch.setattr(rig.embedder, "embed", embed)
+    with httpx.Client(base_url=rig.url, timeout=httpx.Timeout(5, read=0.2)) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(PATH, json={"model": EMBED, "input": "text"})
+        assert asked.is_set()
+    assert cancelled.wait(5)

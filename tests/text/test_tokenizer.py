@@ -187,3 +187,17 @@ def test_what_the_reference_models_read_is_what_we_encode(real_checkpoints, mode
     tokenizer = Tokenizer.from_directory(real_checkpoints / model)
     cases = json.loads((GOLDEN / file).read_text())["cases"]
     assert [tokenizer.encode(case[text]) for case in cases] == [case[ids] for case in cases]
+
+
+def test_a_text_is_cut_before_what_is_added_behind_it():
+    bert = Tokenizer.from_directory(GOLDEN / "families" / "bert")
+    ids = bert.encode("one two three four five six")
+    first, last = ids[0], ids[-1]
+    assert {first, last} <= bert.special_ids
+    for most in range(3, len(ids) + 2):
+        (cut,) = bert.encode_batch(["one two three four five six"], max_tokens=most)
+        assert cut == (ids if most >= len(ids) else [*ids[: most - 1], last])
+    bare = bert.encode("one two three four five six", add_special_tokens=False)
+    assert bert.encode_batch(
+        ["one two three four five six"], add_special_tokens=False, max_tokens=2
+    ) == [bare[:2]]

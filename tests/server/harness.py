@@ -61,8 +61,8 @@ class Server:
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
 
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(lambda _, context: self.errors.append(context))
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(lambda _, context: self.errors.append(context))
         self._ended = asyncio.Event()
         app = create_app(self._settings, self._loader)
 
@@ -78,7 +78,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._ended.set)
+        self.loop.call_soon_threadsafe(self._ended.set)
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
         assert self.errors == []

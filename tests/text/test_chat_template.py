@@ -186,7 +186,8 @@ def test_bounded_operators_do_what_they_did():
         "{{ [1, 2.5] | sum }}"
     )
     assert render(source) == (
-        "ab1None|007|   x|  x  |a, b|user|user|a+a|a\n  b|[1, 2, 3]|[('a', 1)]|[[1, 2], [3]]|hi!|6|3.5"
+        "ab1None|007|   x|  x  |a, b|user|user|a+a|a\n  b|[1, 2, 3]|[('a', 1)]|"
+        "[[1, 2], [3]]|hi!|6|3.5"
     )
 
 

@@ -280,7 +280,7 @@ async def test_a_slow_reader_pauses_nobody_else(rig: Rig, tokenizer: Tokenizer) 
             await slow.send(
                 orjson.dumps({"type": "request", "id": str(i), "body": slow_body}).decode()
             )
-        await asyncio.to_thread(rig.engine.wait_until, lambda e: len(e.finished) == 16)
+        await asyncio.to_thread(rig.engine.wait_until, lambda e: e.num_paused)
         await quick.send(orjson.dumps({**slow_body, "logprobs": None, "max_tokens": 6}).decode())
         text = ""
         async for frame in quick:
@@ -289,6 +289,7 @@ async def test_a_slow_reader_pauses_nobody_else(rig: Rig, tokenizer: Tokenizer) 
                 break
             text += payload["choices"][0]["text"]
         assert text == "go on "
+        assert rig.engine.num_paused
 
 
 async def test_a_silent_socket_is_pinged(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
 _INBOUND_FRAMES = 8
+_INSIST_SECONDS = 0.05
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -111,6 +113,28 @@ def current_request() -> ApiRequest:
     return cast(ApiRequest, cast(Any, request)._get_current_object())
 
 
+async def _while_connected(
+    handling: Coroutine[Any, Any, None], listening: Coroutine[Any, Any, None]
+) -> None:
+    """Handle until that is done, or until listening ends: the client has gone.
+
+    Quart's own way to do this asks a handler to stop once. Such a request gets lost when the body
+    arrives in the same turn of the loop (``asyncio.wait_for`` before Python 3.12 drops it), and is
+    never made when Hypercorn ends the connection's tasks; the handler then runs on for nobody.
+    """
+    tasks = [asyncio.ensure_future(handling), asyncio.ensure_future(listening)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            while not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=_INSIST_SECONDS)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
+
+
 class HttpConnection(ASGIHTTPConnection):
     """Closes and logs every request, however it ended.
 
@@ -127,7 +151,11 @@ class HttpConnection(ASGIHTTPConnection):
         departure = Departure(send)
         try:
             with departure.noticed():
-                await super().__call__(receive, Patience(send).send)
+                patient = Patience(send).send
+                request = self._create_request_from_scope(patient)
+                await _while_connected(
+                    self.handle_request(request, patient), self.handle_messages(request, receive)
+                )
             await departure.finish()
         finally:
             if (current := self._request) is not None:
@@ -167,7 +195,11 @@ class WebsocketConnection(ASGIWebsocketConnection):
         """Serve one connection."""
         bound_frames(send, self.app.config["MAX_CONTENT_LENGTH"])
         async with pinged(send):
-            await super().__call__(receive, Patience(send).send)
+            patient = Patience(send).send
+            opened = self._create_websocket_from_scope(patient)
+            await _while_connected(
+                self.handle_websocket(opened, patient), self.handle_messages(receive)
+            )
 
 
 def install(app: Quart) -> None:

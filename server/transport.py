@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.h11 import H11Protocol, H11WSConnection
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import ASGIWebsocketState, WebsocketBuffer, WSStream
 from hypercorn.typing import ASGISendCallable, ASGISendEvent
@@ -100,10 +100,17 @@ class Departure:
             reader.feed_eof, reader.set_exception = kept
 
     async def finish(self) -> None:
-        """Once the application is done: end its response, or Hypercorn would wait for that."""
+        """Once the application is done: let Hypercorn see the end, which it would wait for."""
         if self._gone and self._stream.state is ASGIHTTPState.RESPONSE:
             with suppress(Exception):  # whatever is wrong with it, nobody is there to see it
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        if self.watched and (self._reader._eof or self._reader.exception() is not None):
+            # Bytes that lie behind the request hold up the connection's task: nobody recycles a
+            # connection that broke while it was written to. So there are none any more.
+            emptied = H11WSConnection(self._protocol.connection)
+            emptied.buffer.clear()
+            self._protocol.connection = emptied
+            await self._protocol.can_read.set()
 
     def _after(self, original: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any) -> None:

@@ -81,7 +81,7 @@ class Server:
         self.loop.call_soon_threadsafe(self._ended.set)
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
-        assert self.errors == []
+        assert self.errors == [], self.errors
 
 
 def wait_ready(client: httpx.Client) -> None:

@@ -1,9 +1,12 @@
 """Whatever is sent, the answer is one short error, memory stays, and others are served."""
 
+import ctypes
+import gc
 import json
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -17,7 +20,7 @@ from websockets.sync.client import connect
 
 JSON = {"Content-Type": "application/json"}
 MIB = 2**20
-WARMUPS = 2
+ROUNDS = 5
 
 
 def check(response: httpx.Response, name: str) -> None:
@@ -200,16 +203,16 @@ def test_a_frame_of_forty_megabytes_is_refused_and_not_kept(rig: Rig) -> None:
     with connect(rig.ws + "/v1/completions") as ws:
         assert ws.protocol.extensions == []  # no compression, so nothing inflates
         piece = "x" * MIB
-        before = psutil.Process().memory_info().rss
+        before = _resident()
         ws.send(piece for _ in range(40))
         check_envelope(orjson.loads(ws.recv(30)), "40 MB")
-        assert psutil.Process().memory_info().rss - before < 40 * MIB
+        assert _resident() - before < 40 * MIB
         ws.send(orjson.dumps(GOOD["/v1/completions"]).decode())
         assert "choices" in orjson.loads(ws.recv(10))
 
 
 def test_others_are_served_meanwhile_and_memory_stays(rig: Rig) -> None:
-    """The loop's lag is measured on it, and what another client sees, from outside."""
+    """Each bound must hold in one of a few rounds: noise only adds, and a leak is in every one."""
     paths = ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
     bodies = [
         (path, body)
@@ -219,6 +222,18 @@ def test_others_are_served_meanwhile_and_memory_stays(rig: Rig) -> None:
             *(dumped(path, changes) for _, changes in fields(path)),
         ]
     ]
+    rounds = []
+    for _ in range(ROUNDS):
+        rounds.append(_measure(rig, bodies))
+        grown, lag, wait = (min(figures) for figures in zip(*rounds, strict=True))
+        print(f"{rounds[-1]} of {len(bodies)} bodies")
+        if grown < 32 * MIB and lag < 0.1 and wait < 0.2:
+            return
+    pytest.fail(f"at best {grown / MIB:.1f} MiB kept, lag {lag:.3f} s, /health after {wait:.3f} s")
+
+
+def _measure(rig: Rig, bodies: list[tuple[str, bytes]]) -> tuple[float, float, float]:
+    """Send every body: bytes kept of them, and p99 of the loop's lag and of another's wait."""
     waits: list[float] = []
     ended = threading.Event()
 
@@ -230,26 +245,20 @@ def test_others_are_served_meanwhile_and_memory_stays(rig: Rig) -> None:
                 waits.append(time.perf_counter() - begun)
                 ended.wait(0.005)
 
-    def send_all() -> None:
-        for path, body in bodies:
-            rig.client.post(path, content=body, headers=JSON)
-
-    for _ in range(WARMUPS):
-        send_all()
-    before = psutil.Process().memory_info().rss
+    before = _resident()
     knocker = threading.Thread(target=knock)
     with LagMeter(rig.server.loop) as meter:
         knocker.start()
-        send_all()
+        for path, body in bodies:
+            rig.client.post(path, content=body, headers=JSON)
         ended.set()
         knocker.join()
-    grown = psutil.Process().memory_info().rss - before
-    slowest = sorted(waits)[int(0.99 * len(waits))]
-    print(
-        f"lag p50 {meter.at(0.5) * 1e3:.1f} p99 {meter.at(0.99) * 1e3:.1f} max "
-        f"{max(meter.lags) * 1e3:.1f} ms; /health p99 {slowest * 1e3:.1f} max "
-        f"{max(waits) * 1e3:.1f} ms; grown {grown / MIB:.1f} MiB; {len(bodies)} bodies"
-    )
-    assert grown < 64 * MIB  # of some 300 that were sent; the client's own memory is in it
-    assert meter.at(0.99) < 0.1
-    assert slowest < 0.2
+    return _resident() - before, meter.at(0.99), sorted(waits)[int(0.99 * len(waits))]
+
+
+def _resident() -> int:
+    """Bytes in use, without what the allocator keeps of what was freed."""
+    gc.collect()
+    with suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,98 @@
+"""What stores must do, said in the plainest way: a list of calls, counted anew every time."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from server.keys import Limits
+from server.store import Call, Spent, Standing, UsageRow
+
+
+@dataclass
+class Entry:
+    key: str
+    call: Call
+    at: float
+    lease: float
+    tokens: int
+    spent: Spent | None = None  # None: it runs
+
+
+class ReferenceStore:
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    def sweep(self, now: float) -> None:
+        for entry in self.entries:
+            if entry.spent is None and entry.lease <= now:
+                entry.spent = Spent(prompt=entry.call.prompt, completion=entry.call.completion)
+
+    def standing(self, key: str, now: float) -> Standing:
+        mine = [entry for entry in self.entries if entry.key == key]
+        recent = [entry for entry in mine if entry.at > now - 60]
+        return Standing(
+            now=now,
+            requests=len(recent),
+            tokens=sum(entry.tokens for entry in recent),
+            day_requests=sum(entry.at // 86400 == now // 86400 for entry in mine),
+            running=sum(entry.spent is None and entry.lease > now for entry in mine),
+            reset=max((entry.at + 60 for entry in recent), default=now),
+        )
+
+    def reserve(self, key: str, limits: Limits, call: Call, now: float) -> Standing:
+        self.sweep(now)
+        before = self.standing(key, now)
+        recent = [entry for entry in self.entries if entry.key == key and entry.at > now - 60]
+        tokens = call.prompt + call.completion
+        if limits.tokens is not None:
+            tokens = min(tokens, limits.tokens)
+        if limits.day_requests is not None and before.day_requests >= limits.day_requests:
+            return replace(before, refusal="day", retry=86400 - now % 86400)
+        if limits.concurrent is not None and before.running >= limits.concurrent:
+            return replace(before, refusal="concurrent", retry=1.0)
+        if limits.requests is not None and before.requests >= limits.requests:
+            left = [e.at + 60 - now for i, e in enumerate(recent, 1)]
+            wait = left[len(recent) - limits.requests] if limits.requests else 60.0
+            return replace(before, refusal="requests", retry=wait)
+        if limits.tokens is not None and before.tokens + tokens > limits.tokens:
+            wait = 60.0
+            for i, entry in enumerate(recent, 1):
+                if sum(e.tokens for e in recent[i:]) + tokens <= limits.tokens:
+                    wait = entry.at + 60 - now
+                    break
+            return replace(before, refusal="tokens", retry=wait)
+        self.entries.append(Entry(key, call, now, now + 60, tokens))
+        return self.standing(key, now)
+
+    def _running(self, key: str, call_id: str) -> Entry | None:
+        for entry in self.entries:
+            if (entry.key, entry.call.id) == (key, call_id) and entry.spent is None:
+                return entry
+        return None
+
+    def settle(self, key: str, call_id: str, spent: Spent | None, now: float) -> None:
+        self.sweep(now)
+        if (entry := self._running(key, call_id)) is None:
+            return
+        if spent is None:
+            self.entries.remove(entry)
+        else:
+            entry.spent, entry.tokens = spent, spent.prompt + spent.completion
+
+    def renew(self, calls: Iterable[tuple[str, str]], now: float) -> None:
+        self.sweep(now)
+        for key, call_id in calls:
+            if (entry := self._running(key, call_id)) is not None:
+                entry.lease = now + 60
+
+    def usage(self, key: str) -> list[UsageRow]:
+        days: dict[int, list[Entry]] = {}
+        for entry in self.entries:
+            if entry.key == key:
+                days.setdefault(int(entry.at // 86400), []).append(entry)
+        rows = []
+        for day, entries in sorted(days.items()):
+            ended = [entry.spent for entry in entries if entry.spent is not None]
+            prompt, completion = sum(s.prompt for s in ended), sum(s.completion for s in ended)
+            cached = sum(s.cached for s in ended)
+            rows.append(UsageRow(key, day, "m", len(entries), prompt, completion, cached))
+        return rows

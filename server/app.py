@@ -2,20 +2,26 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 
 import structlog
 from quart import Blueprint, Quart, Response, has_websocket_context, websocket
 
 from inferneo_jax import ConfigError, InferneoError
 from server import connection, log
+from server.auth import Guard
 from server.connection import current_request, request_id
 from server.errors import as_api_error
 from server.exit import exit_failed
 from server.http import json_response
+from server.limits import Limiter
 from server.models import Loader, Registry, load_from_disk, still_loading
-from server.routes import docs, embeddings, generate, health, models, text
+from server.routes import docs, embeddings, generate, health, keys, models, text
 from server.services import Services
 from server.settings import Settings, unknown_variables
+from server.socket_auth import admit_socket
+from server.store import open_store
+from server.store_threads import StoreThreads
 from server.text import TextWork
 
 logger = structlog.get_logger(__name__)
@@ -29,7 +35,10 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     """
     settings = settings or Settings.load()
     log.configure(settings.log_format)
-    services = Services(settings, Registry(settings, loader), TextWork())
+    threads = StoreThreads(open_store(settings.keys_location()))
+    guard, limiter = Guard(settings, threads), Limiter(threads)
+    registry = Registry(settings, loader, guard.permit)
+    services = Services(settings, registry, TextWork(), threads, guard, limiter)
 
     app = Quart("server", static_folder=None)
     connection.install(app)
@@ -37,9 +46,12 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
     app.url_map.merge_slashes = False  # a redirect would be no answer of the API
     _handle_errors(app)
-    _name_responses(app)
+    _name_responses(app, limiter)
+    app.before_request(guard.admit_request)
+    app.before_websocket(partial(admit_socket, services))
     app.register_blueprint(health.blueprint(services))
     app.register_blueprint(docs.blueprint())
+    app.register_blueprint(keys.blueprint(services))
     api = (models.add_routes, generate.add_routes, embeddings.add_routes)
     app.register_blueprint(_with_models("v1", "/v1", services, *api))
     app.register_blueprint(_with_models("text", None, services, text.add_routes))
@@ -51,13 +63,17 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     async def run_models() -> AsyncGenerator[None, None]:
         for sentence in unknown_variables():
             logger.warning("unknown_setting", reason=sentence)
+        await guard.announce()
         loading = asyncio.create_task(_load(services.registry))
+        renewing = asyncio.create_task(limiter.run())
         try:
             yield
         finally:
             loading.cancel()
+            renewing.cancel()
             await asyncio.to_thread(services.registry.stop)
             services.text.close()
+            await asyncio.to_thread(threads.close)
 
     return app
 
@@ -103,11 +119,12 @@ def _handle_errors(app: Quart) -> None:
         return response
 
 
-def _name_responses(app: Quart) -> None:
+def _name_responses(app: Quart, limiter: Limiter) -> None:
     @app.after_request
     async def finish(response: Response) -> Response:
         current = current_request()
         response.headers["X-Request-Id"] = current.id
+        response.headers.update(await limiter.headers())
         current.record.note(status=response.status_code)
         await current.body.drain()
         return response

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from inferneo_jax.errors import InferneoError
+from server import keys_cli
 
 app = typer.Typer(
     help="Serve language and embedding models over an OpenAI-compatible API.",
@@ -17,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_cli.app, name="keys")
 out = Console()
 err = Console(stderr=True)
 

@@ -139,12 +139,15 @@ class Generation:
 
     Attributes:
         usage: what it has taken so far; complete when the events are.
+        on_end: told the usage once, when nothing more will be generated; None: nothing ever was.
     """
 
     def __init__(self, engine: "Engine", tokenizer: "Tokenizer", plan: Plan) -> None:
         self.plan = plan
         self.usage = Usage(prompt=sum(len(prompt.ids) for prompt in plan.prompts))
         self.cancelled = False
+        self.on_end: Callable[[Usage | None], None] | None = None
+        self._submitted = False
         self._engine = engine
         self._mailbox: _Mailbox | None = None
         self._failure: EngineError | None = None
@@ -158,6 +161,12 @@ class Generation:
         self.cancelled = True
         if self._mailbox is not None:
             self._mailbox.wake()
+
+    def end(self) -> None:
+        """Tell ``on_end``; comes by itself after events that have begun."""
+        tell, self.on_end = self.on_end, None
+        if tell is not None:
+            tell(self.usage if self._submitted else None)
 
     async def events(self) -> AsyncGenerator[ChoiceEvent | None, None]:
         """Submit, then what comes, until every choice has finished; None after a long silence.
@@ -173,6 +182,7 @@ class Generation:
                 request = self.plan.request(index)
                 self._engine.submit(request, mailbox.sink(index, request.id))
                 running[index] = request.id
+            self._submitted = True
             while running:
                 outputs = [] if self.cancelled else await mailbox.take()
                 if outputs is None:
@@ -185,6 +195,7 @@ class Generation:
         finally:
             for request_id in running.values():
                 self._engine.abort(request_id)
+            self.end()
 
     def _commit(
         self, outputs: list[tuple[int, GenerationOutput]], running: dict[int, str]

@@ -88,14 +88,20 @@ def sources_of(settings: Settings) -> list[Source]:
 class Registry:
     """The models by id and alias, and how far their loading is."""
 
-    def __init__(self, settings: Settings, loader: Loader = load_from_disk) -> None:
-        """Name the models.
+    def __init__(
+        self,
+        settings: Settings,
+        loader: Loader = load_from_disk,
+        permit: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Name the models; ``permit`` raises if the caller may not use one.
 
         Raises:
             ConfigError: the settings' names do not go together.
         """
         self._settings = settings
         self._loader = loader
+        self._permit = permit
         self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -125,8 +131,9 @@ class Registry:
         """The model of this id or alias.
 
         Raises:
-            ApiError: there is none, or it is still being loaded.
+            ApiError: there is none, it is still being loaded, or the caller may not use it.
         """
+        self._permit(name)
         entry = self._entries.get(self._settings.aliases.get(name, name))
         if entry is None:
             known = ", ".join([*self._entries, *self._settings.aliases])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from inferneo_jax import SamplingParams
 from server.answer import Answer
+from server.caller import cache_salt
 from server.choice import Prompt, TextOptions
 from server.conversation import conversation_ids
 from server.errors import bad_request
@@ -159,7 +160,7 @@ def _answer(
         logprobs=logprobs,
         ranked=num_choices > body.n,
         priority=body.priority,
-        cache_salt=body.cache_salt.encode(),
+        cache_salt=cache_salt(body.cache_salt),
     )
     return Answer(
         generation=Generation(model.engine, model.tokenizer, plan),

@@ -2,15 +2,21 @@
 
 from dataclasses import dataclass
 
+from server.auth import Guard
+from server.limits import Limiter
 from server.models import Registry
 from server.settings import Settings
+from server.store_threads import StoreThreads
 from server.text import TextWork
 
 
 @dataclass(frozen=True)
 class Services:
-    """One application's settings, models and text threads."""
+    """One application's settings, models, threads, keys and limits."""
 
     settings: Settings
     registry: Registry
     text: TextWork
+    threads: StoreThreads
+    guard: Guard
+    limiter: Limiter

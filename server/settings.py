@@ -47,6 +47,11 @@ def _pairs(value: Any) -> Any:
     return pairs
 
 
+def _word(value: Any) -> Any:
+    """TOML's true and false as words, and words in lower case."""
+    return str(value).lower() if isinstance(value, bool | str) else value
+
+
 class Settings(BaseSettings):
     """All settings of the server. What is None is chosen by the engine.
 
@@ -65,6 +70,9 @@ class Settings(BaseSettings):
         max_body_bytes: largest request body, and largest WebSocket frame.
         allowed_origins: web pages that may open WebSockets, besides this machine's own;
             ``scheme://host[:port]``.
+        keys_db: where API keys, limits and usage are kept: a path of SQLite, or a URL of Redis or
+            Valkey; None: ``inferneo/keys.db`` in the user's data folder.
+        require_key: ``auto``: as soon as there are keys; until then only this machine is served.
         log_format: ``auto`` is console on a terminal and json elsewhere.
     """
 
@@ -83,6 +91,8 @@ class Settings(BaseSettings):
     max_len: int | None = Field(default=None, ge=2)
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=1024**3)
     allowed_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    keys_db: str | None = Field(default=None, min_length=1)
+    require_key: Annotated[Literal["auto", "true", "false"], BeforeValidator(_word)] = "auto"
     log_format: Literal["auto", "json", "console"] = "auto"
 
     @classmethod
@@ -120,6 +130,14 @@ class Settings(BaseSettings):
         from inferneo_jax.weights.catalog import default_checkpoints_dir
 
         return default_checkpoints_dir()
+
+    def keys_location(self) -> str:
+        """Path or URL of the key database."""
+        if self.keys_db is not None:
+            return self.keys_db
+        # Neither the checkout nor a cache folder: keys must not be committed, nor cleaned away.
+        folder = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+        return str(Path(folder) / "inferneo" / "keys.db")
 
     def engine_config(self) -> EngineConfig:
         """The part that the engine reads.

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import orjson
 import structlog
-from quart import websocket
+from quart import g, websocket
 
 from server.connection import Record, request_id
 from server.errors import ApiError, as_api_error, bad_request
@@ -35,13 +35,36 @@ async def serve_socket(services: Services, prepare: Prepare) -> None:
     Raises:
         ApiError: a page of a foreign origin opened it; it was not accepted.
     """
+    await open_socket(services)
+    strict = is_strict(websocket.headers.get(STRICT_HEADER))
+    await _Session(services, prepare, strict).run()
+
+
+async def open_socket(services: Services) -> None:
+    """Accept the connection, unless that has been done.
+
+    Raises:
+        ApiError: a page of a foreign origin opened it.
+    """
+    if "socket_id" in g:
+        return
     headers = websocket.headers
     _check_origin(headers.get("Origin"), headers.get("Host", ""), services.settings.allowed_origins)
-    socket_id = request_id(headers)
-    structlog.contextvars.bind_contextvars(id=socket_id)
-    await websocket.accept(headers={"X-Request-Id": socket_id})
-    strict = is_strict(headers.get(STRICT_HEADER))
-    await _Session(services, prepare, strict).run()
+    g.socket_id = request_id(headers)
+    structlog.contextvars.bind_contextvars(id=g.socket_id)
+    # A browser wants one of the protocols it offered: the key's own only if there is no other.
+    offered = sorted(websocket.requested_subprotocols, key=lambda name: "key." in name)
+    await websocket.accept(
+        headers={"X-Request-Id": g.socket_id} | await services.limiter.headers(),
+        subprotocol=offered[0] if offered else None,
+    )
+
+
+async def close_failed(error: ApiError) -> None:
+    """Say what is wrong, then close the accepted connection with the code that stands for it."""
+    await websocket.send(orjson.dumps(error.envelope()).decode())
+    code = 4000 + error.status if error.status in (401, 403, 429) else 1011
+    await websocket.close(code, error.code or error.kind)
 
 
 def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> None:
@@ -166,6 +189,7 @@ class _Session:
         done: dict[str, Any] | None = None
         try:
             services = self._services
+            await services.guard.recheck()
             answer = await self._prepare(
                 services.registry, services.text, body, strict=self._strict
             )
@@ -173,6 +197,8 @@ class _Session:
             running.generation = answer.generation
             if running.cancelled:
                 answer.generation.cancel()
+            model = services.registry.get(answer.shape.model).name
+            await services.limiter.admit_answer(answer, model)
             if not answer.stream:
                 await self._send(await answer.whole(), name)
                 return
@@ -185,9 +211,12 @@ class _Session:
             failure = as_api_error(error)
             record.note(error=failure.code or failure.kind)
             await self._send(failure.envelope(), name)
+            if failure.status == 401:  # the key was revoked, or has expired
+                await websocket.close(4401, failure.code or failure.kind)
         finally:
             del self._running[key]
             if running.generation is not None:
+                running.generation.end()  # should it never have begun
                 record.note_usage(running.generation.usage)
             record.write("websocket_request")
         if done is not None:

@@ -1,8 +1,12 @@
 """Strictness for every test, and the models that tests share."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+# Servers under test must not find the API keys of whoever runs the tests.
+_DATA = tempfile.TemporaryDirectory()
+os.environ["XDG_DATA_HOME"] = _DATA.name
 
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -12,6 +12,7 @@ from server.http import json_response, read_object, wants_strict
 from server.prepare import validate
 from server.protocol.completions import PromptInput
 from server.protocol.embeddings import EmbeddingBody, embedding_answer
+from server.protocol.shape import Usage
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -43,8 +44,17 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         ids = await services.text.run(size, lambda: _tokenize(model, body.input, keep))
         num_tokens = sum(map(len, ids))
         record.note(prompt_tokens=num_tokens)
-        # Should the client leave, this is cancelled, and the future with it.
-        vectors = await asyncio.wrap_future(model.embedder.embed(ids))
+        reserved = await services.limiter.admit(model.name, num_tokens, 0)
+        spent: Usage | None = Usage(prompt=num_tokens)
+        try:
+            # Should the client leave, this is cancelled, and the future with it.
+            vectors = await asyncio.wrap_future(model.embedder.embed(ids))
+        except Exception:
+            spent = None
+            raise
+        finally:
+            if reserved is not None:
+                reserved.settle(spent)
 
         def write() -> Response:
             return json_response(

@@ -22,9 +22,8 @@ def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: 
 
     async def create() -> Response:
         fields = await read_object(services.text)
-        return await _respond(
-            await prepare(services.registry, services.text, fields, strict=wants_strict())
-        )
+        answer = await prepare(services.registry, services.text, fields, strict=wants_strict())
+        return await _respond(services, answer)
 
     async def socket() -> None:
         await serve_socket(services, prepare)
@@ -33,10 +32,12 @@ def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: 
     blueprint.add_websocket(path, name + "_socket", socket)
 
 
-async def _respond(answer: Answer) -> Response:
+async def _respond(services: Services, answer: Answer) -> Response:
     current, generation = current_request(), answer.generation
     current.record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
     current.cleanup.callback(lambda: current.record.note_usage(generation.usage))
+    await services.limiter.admit_answer(answer, services.registry.get(answer.shape.model).name)
+    current.cleanup.callback(generation.end)  # should it never begin
     if not answer.stream:
         return json_response(await answer.whole())
     chunks = answer.chunks()

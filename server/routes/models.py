@@ -16,7 +16,8 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
 
     @blueprint.get("/models")
     async def list_models() -> Response:
-        models = [_card(model, model.name) for model in services.registry.models()]
+        mine = [m for m in services.registry.models() if services.guard.permits(m.name)]
+        models = [_card(model, model.name) for model in mine]
         return json_response({"object": "list", "data": models})
 
     @blueprint.get("/models/<path:model_id>")

@@ -83,7 +83,7 @@ async def _read_chat(services: Services, fields: dict[str, Any]) -> Tokenized:
 
 def _model(services: Services, name: str | None) -> "Model":
     """The model of this name, or the first one."""
-    model = services.registry.models()[0] if name is None else services.registry.get(name)
+    model = services.registry.get(services.registry.models()[0].name if name is None else name)
     current_request().record.note(model=name or model.name)
     return model
 

@@ -1,0 +1,294 @@
+"""Who may do what. Every route needs a key unless this file says otherwise."""
+
+import ipaddress
+import time
+from contextlib import suppress
+from functools import partial
+
+import structlog
+from quart import request
+from quart.wrappers.base import BaseRequestWebsocket
+
+from server.caller import caller, set_caller
+from server.connection import current_request
+from server.errors import ApiError
+from server.keys import Key, digest, id_of
+from server.settings import Settings
+from server.store_threads import StoreThreads
+
+log = structlog.get_logger(__name__)
+
+FRESH_SECONDS = 1.0
+"""For so long a key that was looked up is believed: what changes takes effect within that time."""
+_MOST_FRESH = 4096
+
+OPEN_ENDPOINTS = frozenset({"health.health", "health.ready"})
+SCOPE_OF = {
+    "/v1/models": None,
+    "/v1/models/<path:model_id>": None,
+    "/v1/usage": None,
+    "/v1/ws-tickets": None,
+    "/version": None,
+    "/openapi.json": None,
+    "/docs": None,
+    "/docs/<file>": None,
+    "/v1/completions": "inference",
+    "/v1/chat/completions": "inference",
+    "/tokenize": "inference",
+    "/detokenize": "inference",
+    "/v1/embeddings": "embeddings",
+    "/metrics": "metrics",
+}
+"""The scope that a rule asks of a key; None: any will do. What is not listed needs ``admin``."""
+
+_HOW = "Send it as the header Authorization: Bearer <key>."
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
+
+
+def unauthenticated(message: str) -> ApiError:
+    """No key, or none that counts; what was sent is not repeated."""
+    return ApiError(
+        401,
+        message,
+        kind="authentication_error",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def forbidden(message: str, code: str, param: str | None = None) -> ApiError:
+    """A key that may not do this, or nobody who may."""
+    return ApiError(403, message, kind="permission_error", code=code, param=param)
+
+
+class Guard:
+    """Finds the key of every request, and refuses those without."""
+
+    def __init__(self, settings: Settings, threads: StoreThreads) -> None:
+        self._settings = settings
+        self._threads = threads
+        self._store = threads.store
+        self._keys_exist = settings.require_key == "true"
+        self._fresh: dict[str, tuple[Key, float]] = {}
+        self._pepper: bytes | None = None
+
+    async def announce(self) -> None:
+        """Say at start whom the server will serve."""
+        if self._settings.require_key == "false":
+            log.warning("no_key_required", reason="INFERNEO_REQUIRE_KEY is false: all are served")
+            return
+        with suppress(ApiError):  # logged
+            if not await self._closed():
+                reason = (
+                    "no API key exists: only this machine is served, without a key. "
+                    "`inferneo keys create NAME` makes one"
+                )
+                log.warning("no_keys", reason=reason)
+
+    async def admit_request(self) -> None:
+        """Before every HTTP request.
+
+        Raises:
+            ApiError: it has no key that may do this.
+        """
+        if request.endpoint in OPEN_ENDPOINTS or await self.serves_without_key(request):
+            return
+        key = await self.identify(bearer(request))
+        set_caller(key)
+        current_request().record.note(key=key.id)
+        if request.url_rule is not None:  # else: a 404 or 405, which says little to any key
+            check_scope(key, request.url_rule.rule)
+
+    async def serves_without_key(self, connection: BaseRequestWebsocket) -> bool:
+        """Whether this one needs no key.
+
+        Raises:
+            ApiError: nobody has a key, and it comes from elsewhere.
+        """
+        if self._settings.require_key == "false":
+            return True
+        if await self._closed():
+            return False
+        check_local(connection)
+        return True
+
+    async def identify(self, text: str | None) -> Key:
+        """The key that reads ``text``.
+
+        Raises:
+            ApiError: there is none that counts, or the store cannot be used.
+        """
+        if text is None:
+            raise unauthenticated(f"This server needs an API key. {_HOW}")
+        if (key_id := id_of(text)) is None:
+            raise unauthenticated(f"What was sent is no API key of this server. {_HOW}")
+        pepper = await self._get_pepper()
+        key = self._known(key_id)
+        if key is None or not key.matches(pepper, text):  # another one since: it may be rotated
+            key = await self._find(key_id)
+        if key is None or not key.matches(pepper, text):
+            raise unauthenticated("There is no such API key. Check it, or ask for a new one.")
+        return _counting(key)
+
+    async def recheck(self) -> Key | None:
+        """The caller as it is now, in the course of a long connection; None: it needed no key.
+
+        Raises:
+            ApiError: its key does not count any more, or the store cannot be used.
+        """
+        before = caller()
+        if before is None:
+            return None
+        key = self._known(before.id) or await self._find(before.id)
+        if key is None or key.digest != before.digest:
+            raise unauthenticated("This API key was replaced by another one.")
+        set_caller(_counting(key))
+        return key
+
+    async def ticket_holder(self, ticket: str) -> Key:
+        """The key that a ticket was made for, which is then used up.
+
+        Raises:
+            ApiError: it is none, or none any more.
+        """
+        pepper = await self._get_pepper()
+        take = partial(self._store.take_ticket, digest(pepper, ticket), time.time())
+        key_id = await self._threads.call(take)
+        key = await self._find(key_id) if key_id is not None else None
+        if key is None:
+            raise unauthenticated(
+                "token must be a ticket of POST /v1/ws-tickets, used once and in time; never a key."
+            )
+        return _counting(key)
+
+    async def keep_ticket(self, ticket: str, key: Key, seconds: float) -> None:
+        """Let ``ticket`` stand for the key, once.
+
+        Raises:
+            ApiError: the store cannot be used.
+        """
+        kept = digest(await self._get_pepper(), ticket)
+        add = partial(self._store.add_ticket, kept, key.id, time.time() + seconds)
+        await self._threads.call(add)
+
+    def permit(self, name: str) -> None:
+        """Let the caller use the model of this id or alias.
+
+        Raises:
+            ApiError: its key is for others.
+        """
+        if not self.permits(name):
+            raise forbidden(
+                f"This API key may not use the model {name[:100]!r}.", "model_not_allowed", "model"
+            )
+
+    def permits(self, name: str) -> bool:
+        """Whether the caller may use this model."""
+        key, aliases = caller(), self._settings.aliases
+        if key is None or not key.models:
+            return True
+        return aliases.get(name, name) in {aliases.get(each, each) for each in key.models}
+
+    async def _closed(self) -> bool:
+        """Whether keys are needed; once they were, they are for as long as the server runs."""
+        if not self._keys_exist and self._store.exists():
+            self._keys_exist = await self._threads.call(self._store.has_keys)
+        return self._keys_exist
+
+    async def _get_pepper(self) -> bytes:
+        if self._pepper is None:
+            self._pepper = await self._threads.call(self._store.pepper)
+        return self._pepper
+
+    def _known(self, key_id: str) -> Key | None:
+        key, until = self._fresh.get(key_id, (None, 0.0))
+        return key if time.monotonic() < until else None
+
+    async def _find(self, key_id: str) -> Key | None:
+        now = time.monotonic()
+        key = await self._threads.call(partial(self._store.find_key, key_id))
+        if key is not None:
+            if len(self._fresh) >= _MOST_FRESH:
+                self._fresh.clear()
+            self._fresh[key_id] = key, now + FRESH_SECONDS
+        return key
+
+
+def bearer(connection: BaseRequestWebsocket) -> str | None:
+    """The token of the Authorization header.
+
+    Raises:
+        ApiError: there are several, or it is of another kind.
+    """
+    values = connection.headers.getlist("Authorization")
+    if not values:
+        return None
+    scheme, _, token = values[0].partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer" or not token.strip():
+        raise unauthenticated("The Authorization header must be one: Authorization: Bearer <key>.")
+    return token.strip()
+
+
+def check_scope(key: Key, rule: str) -> None:
+    """Let a key do what a route does.
+
+    Raises:
+        ApiError: it lacks the scope.
+    """
+    scope = SCOPE_OF.get(rule, "admin")
+    if scope is not None and scope not in key.scopes:
+        raise forbidden(
+            f"This API key lacks the scope {scope}, which this path needs.", "insufficient_scope"
+        )
+
+
+def check_local(connection: BaseRequestWebsocket) -> None:
+    """Let in what comes from this machine.
+
+    Neither another machine, nor a proxy on this one, nor a web page under a name that was made to
+    point here (DNS rebinding) may use a server that asks for no key.
+
+    Raises:
+        ApiError: it comes from elsewhere, or that cannot be told.
+    """
+    server = connection.scope.get("server")
+    reached = server is None or _is_loopback(server[0]) or server[1] is None  # a Unix socket
+    forwarded = any(name in connection.headers for name in _FORWARDED)
+    if reached and not forwarded and _is_local_name(connection.headers.get("Host", "")):
+        return
+    raise forbidden(
+        "This server has no API keys yet and serves its own machine only, at localhost. Create a "
+        "key there (inferneo keys create NAME) and send it, or set INFERNEO_REQUIRE_KEY=false.",
+        "local_only",
+    )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback
+
+
+def _is_local_name(host: str) -> bool:
+    """No name that a stranger could own: an address, ``localhost``, or a name without a dot."""
+    if host.startswith("["):
+        return "]" in host
+    name = host.rpartition(":")[0] if ":" in host else host
+    name = name.rstrip(".").lower()
+    if "." not in name or name.endswith(".localhost"):
+        return True
+    with suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return False
+
+
+def _counting(key: Key) -> Key:
+    if key.revoked is not None:
+        raise unauthenticated("This API key was revoked. Ask for a new one.")
+    if key.expires is not None and key.expires <= time.time():
+        raise unauthenticated("This API key has expired. Ask for a new one.")
+    return key

@@ -1,0 +1,237 @@
+"""``inferneo keys``: make, list, change and end API keys, and read what they took."""
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from inferneo_jax import ConfigError
+from server.keys import (
+    DEFAULT_SCOPES,
+    SCOPES,
+    Key,
+    Limits,
+    digest,
+    encode_fields,
+    new_key,
+    new_text,
+)
+from server.settings import Settings
+from server.store import Store, open_store
+from server.usage import usage_rows
+
+app = typer.Typer(help="Make, list and end API keys.", no_args_is_help=True)
+
+_WIDE = 1000
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_FIELDS = {
+    "rpm": "requests",
+    "tpm": "tokens",
+    "rpd": "day_requests",
+    "concurrent": "concurrent",
+}
+
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--db", help="Path or Redis URL of the key database; by default INFERNEO_KEYS_DB."
+    ),
+]
+Which = Annotated[str, typer.Argument(metavar="KEY", help="Id or name.", show_default=False)]
+Rpm = Annotated[str | None, typer.Option(help="Requests a minute, or none.", metavar="N")]
+Tpm = Annotated[str | None, typer.Option(help="Tokens a minute, or none.", metavar="N")]
+Rpd = Annotated[str | None, typer.Option(help="Requests a day, or none.", metavar="N")]
+Concurrent = Annotated[str | None, typer.Option(help="Requests at once, or none.", metavar="N")]
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="For whom or what it is.", show_default=False)],
+    scope: Annotated[
+        list[str] | None, typer.Option(help=f"May be repeated: {', '.join(SCOPES)}.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model it may use, by default all; repeatable.")
+    ] = None,
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    rpd: Rpd = None,
+    concurrent: Concurrent = None,
+    expires_in: Annotated[
+        str | None, typer.Option(help="Such as 12h or 30d; by default never.", metavar="TIME")
+    ] = None,
+    db: Database = None,
+) -> None:
+    """Make a key. It is printed once, alone on the last line."""
+    for each in scope or ():
+        if each not in SCOPES:
+            raise ConfigError(f"--scope is {each!r}; there are {', '.join(SCOPES)}")
+    now = time.time()
+    rights: dict[str, Any] = {
+        "scopes": frozenset(scope or DEFAULT_SCOPES),
+        "models": tuple(model or ()),
+        "limits": _limits(Limits(), rpm=rpm, tpm=tpm, rpd=rpd, concurrent=concurrent),
+        "expires": None if expires_in is None else now + _duration(expires_in),
+    }
+    with _store(db) as store:
+        key, text = new_key(store.pepper(), name=name, created=now, **rights)
+        store.add_key(key)
+    _print(f"Key {key.id} ({name}). This is the only time it is shown:")
+    print(text)
+
+
+@app.command("list")
+def list_keys(db: Database = None) -> None:
+    """List the keys; none of them can be read again."""
+    table = _table("id", "name", "state", "scopes", "models", *_FIELDS, "expires")
+    with _store(db) as store:
+        keys = store.list_keys()
+    for key in keys:
+        limits = [_shown(getattr(key.limits, field)) for field in _FIELDS.values()]
+        scopes, models = ", ".join(sorted(key.scopes)), ", ".join(key.models) or "all"
+        table.add_row(key.id, key.name, _state(key), scopes, models, *limits, _date(key.expires))
+    _print(table)
+
+
+@app.command()
+def revoke(which: Which, db: Database = None) -> None:
+    """End a key, for ever; servers notice within a second."""
+    with _store(db) as store:
+        key = _find(store, which)
+        if key.revoked is None:
+            store.change_key(key.id, encode_fields({"revoked": time.time()}))
+    _print(f"{key.id}: revoked")
+
+
+@app.command()
+def rotate(which: Which, db: Database = None) -> None:
+    """Replace a key by a new one with its name, rights, limits and usage; the old one ends."""
+    with _store(db) as store:
+        key = _find(store, which)
+        if key.revoked is not None:
+            raise ConfigError(f"the key {key.id} is revoked; create another one")
+        text = new_text(key.id)
+        store.change_key(key.id, encode_fields({"digest": digest(store.pepper(), text)}))
+    _print(f"Key {key.id} ({key.name}). This is the only time it is shown:")
+    print(text)
+
+
+@app.command()
+def limits(
+    which: Which,
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    rpd: Rpd = None,
+    concurrent: Concurrent = None,
+    db: Database = None,
+) -> None:
+    """Change the limits that are given, and show all."""
+    with _store(db) as store:
+        key = _find(store, which)
+        found = _limits(key.limits, rpm=rpm, tpm=tpm, rpd=rpd, concurrent=concurrent)
+        if found != key.limits:
+            store.change_key(key.id, encode_fields({"limits": found}))
+    table = Table(box=None, show_header=False)
+    for option, field in _FIELDS.items():
+        table.add_row(option, _shown(getattr(found, field)))
+    _print(table)
+
+
+@app.command()
+def usage(
+    which: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Id or name.")] = None,
+    db: Database = None,
+) -> None:
+    """Show what keys took, by day (UTC) and model."""
+    columns = ("date", "model", "requests", "prompt_tokens", "completion_tokens", "cached_tokens")
+    table = _table("id", "name", *(name.replace("_", " ") for name in columns))
+    with _store(db) as store:
+        store.sweep(None)
+        for key in store.list_keys() if which is None else [_find(store, which)]:
+            for row in usage_rows(store.usage(key.id)):
+                table.add_row(key.id, key.name, *(str(row[name]) for name in columns))
+    _print(table)
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None)
+    for name in names:
+        table.add_column(name, no_wrap=name == "id")
+    return table
+
+
+def _print(what: object) -> None:
+    """On a terminal as it fits; elsewhere, where a program may read it, with nothing left out."""
+    width = None if sys.stdout.isatty() else _WIDE
+    Console(width=width, soft_wrap=True, highlight=False).print(what)
+
+
+@contextmanager
+def _store(db: str | None) -> Iterator[Store]:
+    store = open_store(Settings.load().keys_location() if db is None else db)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _find(store: Store, which: str) -> Key:
+    """The key of this id, or the only one of this name that is not revoked.
+
+    Raises:
+        ConfigError: there is none, or several.
+    """
+    keys = store.list_keys()
+    found = [key for key in keys if key.id == which] or [key for key in keys if key.name == which]
+    living = [key for key in found if key.revoked is None] or found[-1:]
+    if not living:
+        raise ConfigError(f"there is no key {which!r}; see inferneo keys list")
+    if len(living) > 1:
+        ids = ", ".join(key.id for key in living)
+        raise ConfigError(f"several keys are called {which!r}; name one by its id: {ids}")
+    return living[0]
+
+
+def _limits(before: Limits, **options: str | None) -> Limits:
+    values = {field: getattr(before, field) for field in _FIELDS.values()}
+    for option, text in options.items():
+        if text is None:
+            continue
+        if text.lower() == "none":
+            values[_FIELDS[option]] = None
+        elif re.fullmatch(r"[0-9]{1,12}", text) and int(text) > 0:
+            values[_FIELDS[option]] = int(text)
+        else:
+            raise ConfigError(f"--{option} is {text!r}; it must be a whole number above 0, or none")
+    return Limits(**values)
+
+
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
+    if match is None or int(match[1]) == 0:
+        raise ConfigError(
+            f"--expires-in is {text!r}; write a number and s, m, h, d or w, as in 30d"
+        )
+    return float(int(match[1]) * _SECONDS[match[2]])
+
+
+def _state(key: Key) -> str:
+    if key.revoked is not None:
+        return "revoked"
+    return "expired" if key.expires is not None and key.expires <= time.time() else "active"
+
+
+def _shown(limit: int | None) -> str:
+    return "none" if limit is None else f"{limit:,}"
+
+
+def _date(moment: float | None) -> str:
+    if moment is None:
+        return "never"
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))

@@ -23,6 +23,9 @@ known is named in `warnings` of the answer, or refused if the header `X-Inferneo
 there. Every response carries `X-Request-Id`, and every error the body `Error`; a path that takes
 another method answers 405 with `Allow`.
 
+**Keys.** Once the server has API keys, every path but `/health` and `/ready` needs one:
+`Authorization: Bearer <key>`.
+
 **WebSocket.** `/v1/completions` and `/v1/chat/completions` take WebSocket connections too. A text
 frame with a request body starts an answer: with `"stream": true` its frames are the chunks that the
 events hold, then `{"object": "done", "id": "..."}`; without, one frame holds it whole.
@@ -36,6 +39,7 @@ _TAGS = {
     "embeddings": "Vectors of texts.",
     "models": "Which models there are.",
     "tokens": "What the tokenizers do, at vLLM's paths.",
+    "keys": "The caller's API key.",
     "server": "The server itself.",
 }
 

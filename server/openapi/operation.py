@@ -64,6 +64,8 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Retry-After": ({"type": "string", "pattern": "^[0-9]+$"}, "In seconds."),
     "Retry-After-Ms": ({"type": "string", "pattern": "^[0-9]+$"}, "In milliseconds."),
+    "X-Should-Retry": ({"enum": ["true", "false"]}, "Whether to send it again at all."),
+    "WWW-Authenticate": ({"const": "Bearer"}, "How to send a key."),
     "Content-Security-Policy": ({"type": "string"}, "What the page may load: nothing from afar."),
 }
 
@@ -93,10 +95,18 @@ def _error(description: str, *headers: str) -> Answer:
 
 _ERRORS = {
     400: _error("A parameter is missing or wrong, or the body is no JSON object."),
+    401: _error("The server needs an API key, and none that counts was sent.", "WWW-Authenticate"),
+    403: _error("The key may not do this, or there are no keys and the request is not local."),
     404: _error("There is no such model (`model_not_found`), or path (`not_found`)."),
     408: _error("The body did not arrive in time."),
     413: _error("The body is too large."),
     415: _error("The body is not declared to be JSON."),
+    429: _error(
+        "A limit of the key (`rate_limit_exceeded`), or of its day (`insufficient_quota`).",
+        "Retry-After",
+        "Retry-After-Ms",
+        "X-Should-Retry",
+    ),
     500: _error("The fault is the server's; its log has the details under the request's id."),
     503: _error(
         "The models are still being loaded (`model_loading`), or too many requests wait "
@@ -105,4 +115,4 @@ _ERRORS = {
         "Retry-After-Ms",
     ),
 }
-BODY_ERRORS = errors(400, 404, 408, 413, 415, 503)
+BODY_ERRORS = errors(400, 401, 403, 404, 408, 413, 415, 429, 503)

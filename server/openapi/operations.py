@@ -36,7 +36,7 @@ OPERATIONS = (
         name="listModels",
         tag="models",
         summary="List the models served",
-        answers=ok(states.ModelList) | errors(503),
+        answers=ok(states.ModelList) | errors(401, 403, 503),
     ),
     Operation(
         path="/v1/models/{model_id}",
@@ -49,7 +49,7 @@ OPERATIONS = (
                 "Ids may hold slashes, written as they are or as %2F.",
             )
         },
-        answers=ok(states.ModelDetails) | errors(404, 503),
+        answers=ok(states.ModelDetails) | errors(401, 403, 404, 503),
     ),
     Operation(
         path="/v1/completions",
@@ -104,6 +104,21 @@ OPERATIONS = (
         body=(DetokenizeBody,),
         answers=ok(answers.Detokenized) | BODY_ERRORS,
         example={"model": _EXAMPLE_CHAT, "tokens": [19556, 17]},
+    ),
+    Operation(
+        path="/v1/usage",
+        name="getUsage",
+        tag="keys",
+        summary="Get the limits and the usage of the caller's own key",
+        answers=ok(states.KeyUsage) | errors(400, 401, 403, 503),
+    ),
+    Operation(
+        path="/v1/ws-tickets",
+        method="post",
+        name="createTicket",
+        tag="keys",
+        summary="Get a one-use ticket for a WebSocket of a web page",
+        answers=ok(states.SocketTicket) | errors(400, 401, 403, 503),
     ),
     Operation(
         path="/health",

@@ -13,7 +13,14 @@ class ErrorDetails(Part):
     """What went wrong, and what to do about it."""
 
     message: str = Field(description="A sentence that names the field, its value and its bound.")
-    type: Literal["invalid_request_error", "server_error", "permission_error"]
+    type: Literal[
+        "invalid_request_error",
+        "server_error",
+        "permission_error",
+        "authentication_error",
+        "rate_limit_exceeded",
+        "insufficient_quota",
+    ]
     param: str | None = Field(description="The path of the field at fault.")
     code: str | None = Field(description="What programs may tell errors apart by.")
 
@@ -22,6 +29,56 @@ class Error(Part):
     """Every error has this body."""
 
     error: ErrorDetails
+
+
+class KeyLimits(Part):
+    """Of a key; null is without limit."""
+
+    requests: int | None = Field(description="A minute.")
+    tokens: int | None = Field(description="A minute.")
+    day_requests: int | None = Field(description="A day of UTC.")
+    concurrent: int | None = Field(description="At once.")
+
+
+class KeyCard(Part):
+    """The caller's key, without its secret."""
+
+    id: str
+    name: str
+    limits: KeyLimits
+
+
+class UsageTotal(Part):
+    """What was used."""
+
+    requests: Count
+    prompt_tokens: Count
+    completion_tokens: Count
+    cached_tokens: Count
+
+
+class UsageRow(UsageTotal):
+    """What was used of a model on a day of UTC."""
+
+    date: str
+    model: str
+
+
+class KeyUsage(Part):
+    """What the caller's key has used."""
+
+    object: Literal["usage"]
+    key: KeyCard
+    data: list[UsageRow]
+    total: UsageTotal
+
+
+class SocketTicket(Part):
+    """A ticket that opens one WebSocket, as `?token=`."""
+
+    object: Literal["ws_ticket"]
+    ticket: str
+    expires_in: int = Field(description="In seconds.")
 
 
 class ModelCard(Part):

@@ -1,5 +1,6 @@
 """Stores to test: SQLite in a file, and a Redis server of our own if the machine has one."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -8,8 +9,12 @@ from pathlib import Path
 
 import pytest
 import redis
+from fake_engine import writes
 from fixtures import tokenizer
+from harness import CHAT, EMBED, REPLY
+from rigs import KeyRig, key_rig
 
+from inferneo_jax import Tokenizer
 from server.store import Store, open_store
 
 __all__ = ["tokenizer"]
@@ -19,6 +24,7 @@ __all__ = ["tokenizer"]
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program = shutil.which("redis-server") or shutil.which("valkey-server")
     if program is None:
+        assert not os.environ.get("REQUIRE_CLIENTS"), "redis-server is to be installed"
         pytest.skip("neither redis-server nor valkey-server is installed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,3 +59,23 @@ def store(location: str) -> Iterator[Store]:
     opened = open_store(location)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyRig]:
+    location = str(tmp_path_factory.mktemp("keys") / "keys.db")
+    aliases = {"gpt-4o": CHAT, "ada": EMBED}
+    with key_rig(tokenizer, location, require_key="true", aliases=aliases) as found:
+        yield found
+
+
+@pytest.fixture
+def rig(served: KeyRig, tokenizer: Tokenizer) -> Iterator[KeyRig]:
+    """The module's server, requiring keys, with its engine as new."""
+    engine = served.engine
+    engine.script, engine.limit, engine.failure = writes(tokenizer, REPLY), None, None
+    engine.refusal = None
+    engine.submitted.clear()
+    yield served
+    engine.release()
+    engine.wait_until(lambda e: e.num_running == 0)

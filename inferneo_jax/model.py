@@ -1,7 +1,6 @@
 """From a checkpoint folder to a model that serves: weights, compiled steps, tokenizer."""
 
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,12 +12,9 @@ from inferneo_jax import compiles, models
 from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, ModelConfig
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
-from inferneo_jax.runner import Runner
+from inferneo_jax.runner import Progress, Runner
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import read_info, restore_weights
-
-Progress = Callable[[str, int, int], None]
-"""Told the stage, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     priority: int = 0
     cache_salt: bytes = b""
+    owner: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

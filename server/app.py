@@ -5,11 +5,13 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 import structlog
-from quart import Blueprint, Quart, Response, has_websocket_context, websocket
+from quart import Blueprint, Quart, Response, has_websocket_context, request, websocket
 
 from inferneo_jax import ConfigError, InferneoError
 from server import connection, log
+from server.admission import TIMEOUT_HEADER, Admission
 from server.auth import Guard
+from server.caller import owner
 from server.connection import current_request, request_id
 from server.errors import as_api_error
 from server.exit import exit_failed
@@ -19,10 +21,12 @@ from server.models import Loader, Registry, load_from_disk, still_loading
 from server.routes import docs, embeddings, generate, health, keys, models, text
 from server.services import Services
 from server.settings import Settings, unknown_variables
+from server.shutdown import drain, end_if_lost, held_up
 from server.socket_auth import admit_socket
 from server.store import open_store
 from server.store_threads import StoreThreads
 from server.text import TextWork
+from server.transport import refuse_h2c_upgrade
 
 logger = structlog.get_logger(__name__)
 
@@ -38,15 +42,17 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     threads = StoreThreads(open_store(settings.keys_location()))
     guard, limiter = Guard(settings, threads), Limiter(threads)
     registry = Registry(settings, loader, guard.permit)
-    services = Services(settings, registry, TextWork(), threads, guard, limiter)
+    admission = Admission(settings.places(), settings.request_seconds)
+    services = Services(settings, registry, TextWork(), threads, guard, limiter, admission)
 
     app = Quart("server", static_folder=None)
-    connection.install(app)
+    connections = connection.install(app)
+    refuse_h2c_upgrade()
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
     app.url_map.merge_slashes = False  # a redirect would be no answer of the API
     _handle_errors(app)
-    _name_responses(app, limiter)
+    _name_responses(app, services)
     app.before_request(guard.admit_request)
     app.before_websocket(partial(admit_socket, services))
     app.register_blueprint(health.blueprint(services))
@@ -64,14 +70,18 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
         for sentence in unknown_variables():
             logger.warning("unknown_setting", reason=sentence)
         await guard.announce()
-        loading = asyncio.create_task(_load(services.registry))
-        renewing = asyncio.create_task(limiter.run())
+        tasks = [
+            asyncio.create_task(_load(registry)),
+            asyncio.create_task(limiter.run()),
+            asyncio.create_task(end_if_lost(services)),
+        ]
         try:
-            yield
+            async with held_up(partial(drain, services, connections)):
+                yield
         finally:
-            loading.cancel()
-            renewing.cancel()
-            await asyncio.to_thread(services.registry.stop)
+            for task in tasks:
+                task.cancel()
+            await asyncio.to_thread(registry.stop)
             services.text.close()
             await asyncio.to_thread(threads.close)
 
@@ -88,7 +98,14 @@ def _with_models(
         if not services.registry.loaded:
             raise still_loading()
 
+    async def take_place() -> None:
+        if request.method == "POST":
+            current, timeout = current_request(), request.headers.get(TIMEOUT_HEADER)
+            current.place = services.admission.enter(owner(), timeout)
+            current.cleanup.enter_context(current.place)
+
     routes.before_request(require_models)
+    routes.before_request(take_place)
     routes.before_websocket(require_models)
     for add_routes in parts:
         add_routes(routes, services)
@@ -119,12 +136,14 @@ def _handle_errors(app: Quart) -> None:
         return response
 
 
-def _name_responses(app: Quart, limiter: Limiter) -> None:
+def _name_responses(app: Quart, services: Services) -> None:
     @app.after_request
     async def finish(response: Response) -> Response:
         current = current_request()
         response.headers["X-Request-Id"] = current.id
-        response.headers.update(await limiter.headers())
+        response.headers.update(await services.limiter.headers())
+        if services.admission.closed.is_set() and current.http_version.startswith("1"):
+            response.headers["Connection"] = "close"
         current.record.note(status=response.status_code)
         await current.body.drain()
         return response

@@ -28,6 +28,12 @@ def set_standing(found: Standing) -> None:
     g.standing = found
 
 
+def owner() -> str | None:
+    """The id of the caller's key."""
+    key = caller()
+    return None if key is None else key.id
+
+
 def cache_salt(wanted: str) -> bytes:
     """What a request's cached prompts are salted with: two keys never share them."""
     key = caller()

@@ -4,9 +4,9 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack, suppress
-from typing import Any, cast
+from collections.abc import Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from hypercorn.typing import (
@@ -24,10 +24,14 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from server.protocol.shape import Usage
 from server.transport import Departure, Patience, bound_frames, pinged
 
+if TYPE_CHECKING:
+    from server.admission import Place
+
 log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
+_CONNECTIONS = "connections"
 _INBOUND_FRAMES = 8
 _INSIST_SECONDS = 0.05
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -96,7 +100,11 @@ class LimitedBody(Body):
 
 
 class ApiRequest(Request):
-    """A request with its id, its log record, and what must be closed when it is over."""
+    """A request with its id, its log record, and what must be closed when it is over.
+
+    Attributes:
+        place: held until then; None: a request that needs none.
+    """
 
     body_class: type[Body] = LimitedBody
     body: LimitedBody
@@ -106,11 +114,45 @@ class ApiRequest(Request):
         self.id = request_id(self.headers)
         self.record = Record()
         self.cleanup = AsyncExitStack()
+        self.place: Place | None = None
 
 
 def current_request() -> ApiRequest:
     """The request that is being handled."""
     return cast(ApiRequest, cast(Any, request)._get_current_object())
+
+
+class Connections:
+    """The connections with a request under way, or a WebSocket."""
+
+    def __init__(self) -> None:
+        self._open: set[Patience] = set()
+        self._none = asyncio.Event()
+        self._none.set()
+
+    @contextmanager
+    def opened(self, patience: Patience) -> Iterator[None]:
+        """One of them, while this is open."""
+        self._open.add(patience)
+        self._none.clear()
+        try:
+            yield
+        finally:
+            self._open.discard(patience)
+            if not self._open:
+                self._none.set()
+
+    async def ended(self, seconds: float) -> None:
+        """Wait until there are none, at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._none.wait()
+
+    def cut(self) -> int:
+        """Cut them all, whatever lies unread; how many there were."""
+        for patience in self._open:
+            patience.cut()
+        return len(self._open)
 
 
 async def _while_connected(
@@ -151,11 +193,13 @@ class HttpConnection(ASGIHTTPConnection):
         departure = Departure(send)
         try:
             with departure.noticed():
-                patient = Patience(send).send
-                request = self._create_request_from_scope(patient)
-                await _while_connected(
-                    self.handle_request(request, patient), self.handle_messages(request, receive)
-                )
+                patience = Patience(send)
+                request = self._create_request_from_scope(patience.send)
+                with self.app.extensions[_CONNECTIONS].opened(patience):
+                    await _while_connected(
+                        self.handle_request(request, patience.send),
+                        self.handle_messages(request, receive),
+                    )
             await departure.finish()
         finally:
             if (current := self._request) is not None:
@@ -195,15 +239,18 @@ class WebsocketConnection(ASGIWebsocketConnection):
         """Serve one connection."""
         bound_frames(send, self.app.config["MAX_CONTENT_LENGTH"])
         async with pinged(send):
-            patient = Patience(send).send
-            opened = self._create_websocket_from_scope(patient)
-            await _while_connected(
-                self.handle_websocket(opened, patient), self.handle_messages(receive)
-            )
+            patience = Patience(send)
+            websocket = self._create_websocket_from_scope(patience.send)
+            with self.app.extensions[_CONNECTIONS].opened(patience):
+                await _while_connected(
+                    self.handle_websocket(websocket, patience.send), self.handle_messages(receive)
+                )
 
 
-def install(app: Quart) -> None:
-    """Make ``app`` use these classes."""
+def install(app: Quart) -> Connections:
+    """Make ``app`` use these classes; its open connections."""
+    connections = app.extensions[_CONNECTIONS] = Connections()
     app.request_class = ApiRequest
     app.asgi_http_class = HttpConnection
     app.asgi_websocket_class = WebsocketConnection
+    return connections

@@ -70,6 +70,12 @@ def unavailable(message: str, code: str, seconds: int) -> ApiError:
     return ApiError(503, message, kind="server_error", code=code, headers=headers)
 
 
+def shutting_down() -> ApiError:
+    """The answer once the server is going to end."""
+    message = "The server is shutting down. Send the request again, to another server."
+    return unavailable(message, "overloaded", RETRY_LOADING_SECONDS)
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """The client's view of any exception; what is our own fault is logged here."""
     match error:
@@ -85,11 +91,10 @@ def as_api_error(error: BaseException) -> ApiError:
         case OverloadedError():
             return unavailable(_sentence(error), "overloaded", RETRY_OVERLOADED_SECONDS)
         case EngineStoppedError():
-            message = "The server is shutting down. Send the request again, to another server."
-            return unavailable(message, "overloaded", RETRY_LOADING_SECONDS)
+            return shutting_down()
         case EngineFailedError():
-            log.error("request_failed", reason="the engine has failed")
-            message = "The engine has failed; the server needs to be restarted."
+            log.error("request_failed", reason=str(error))
+            message = "The engine failed while it had this request. Send it again."
             return ApiError(500, message, kind="server_error", code="engine_failed")
         case HTTPException():
             return _from_http(error)

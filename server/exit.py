@@ -9,12 +9,14 @@ from typing import NoReturn
 from hypercorn.config import Config
 
 
-def exit_failed(message: str | None = None) -> NoReturn:
+def exit_failed(message: str | None = None, *, at_once: bool = False) -> NoReturn:
     """End this process with the exit code 1, and Hypercorn's main process with it.
 
     ``hypercorn server.app:app`` serves in a child process, and (0.18) ends with exit code 0
     whatever the child's was. Of all that reaches it from here only a signal that it does not handle
     makes it end otherwise; a supervisor or a script then sees that the server failed.
+
+    With ``at_once`` nothing is waited for or tidied up: a thread may never return.
     """
     if message is not None:
         print(message, file=sys.stderr, flush=True)
@@ -23,4 +25,7 @@ def exit_failed(message: str | None = None) -> NoReturn:
     # With more workers than this one the others would be left without a parent.
     if parent is not None and isinstance(config, Config) and config.workers == 1:
         os.kill(os.getppid(), signal.SIGUSR1)
+    if at_once:
+        sys.stderr.flush()
+        os._exit(1)
     raise SystemExit(1)

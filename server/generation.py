@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from inferneo_jax import (
-    EngineError,
     EngineStoppedError,
     GenerationOutput,
     GenerationRequest,
@@ -25,6 +24,7 @@ from server.protocol.shape import Usage
 
 if TYPE_CHECKING:
     from inferneo_jax import Engine, Tokenizer
+    from server.admission import Place
 
 MAX_UNTAKEN = 64
 """Outputs of a choice that may wait for a reader that cannot keep up."""
@@ -44,6 +44,7 @@ class Plan:
         sampling: with the seed of choice 0; choice i has the seed i above it.
         logprobs: alternatives wanted beside each token's own log probability; None: nothing.
         ranked: log probabilities are needed to choose the best, whatever the client sees.
+        owner: the id of the caller's key.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Plan:
     ranked: bool = False
     priority: int = 0
     cache_salt: bytes = b""
+    owner: str = ""
 
     def request(self, index: int) -> GenerationRequest:
         """The engine's request for the choice of this index."""
@@ -72,6 +74,7 @@ class Plan:
             prompt_logprobs=self.logprobs if self.text.echo else None,
             priority=self.priority,
             cache_salt=self.cache_salt,
+            owner=self.owner,
         )
 
 
@@ -140,6 +143,7 @@ class Generation:
     Attributes:
         usage: what it has taken so far; complete when the events are.
         on_end: told the usage once, when nothing more will be generated; None: nothing ever was.
+        place: whose deadline ends it; None: nothing does.
     """
 
     def __init__(self, engine: "Engine", tokenizer: "Tokenizer", plan: Plan) -> None:
@@ -147,10 +151,11 @@ class Generation:
         self.usage = Usage(prompt=sum(len(prompt.ids) for prompt in plan.prompts))
         self.cancelled = False
         self.on_end: Callable[[Usage | None], None] | None = None
+        self.place: Place | None = None
         self._submitted = False
         self._engine = engine
         self._mailbox: _Mailbox | None = None
-        self._failure: EngineError | None = None
+        self._failure: Exception | None = None
         self.choices = [
             Choice(i, tokenizer, plan.prompts[i // plan.num_choices], plan.text)
             for i in range(len(plan.prompts) * plan.num_choices)
@@ -174,9 +179,11 @@ class Generation:
         Raises:
             RequestError: the engine cannot serve it.
             EngineError: the engine cannot serve it now, or failed meanwhile.
+            ApiError: its deadline has come.
         """
         self._mailbox = mailbox = _Mailbox(self._engine)
         running: dict[int, str] = {}
+        clock = self._expire_in_time(running)
         try:
             for index in range(len(self.choices)):
                 request = self.plan.request(index)
@@ -193,9 +200,25 @@ class Generation:
                 if self._failure is not None:
                     raise self._failure
         finally:
+            if clock is not None:
+                clock.cancel()
             for request_id in running.values():
                 self._engine.abort(request_id)
             self.end()
+
+    def _expire_in_time(self, running: dict[int, str]) -> asyncio.TimerHandle | None:
+        """Fail when the deadline has come, even while the reader is stuck and takes nothing."""
+        if (place := self.place) is None:
+            return None
+
+        def expire() -> None:
+            self._failure = place.too_late()
+            for request_id in running.values():
+                self._engine.abort(request_id)
+            assert self._mailbox is not None
+            self._mailbox.wake()
+
+        return asyncio.get_running_loop().call_at(place.deadline, expire)
 
     def _commit(
         self, outputs: list[tuple[int, GenerationOutput]], running: dict[int, str]
@@ -206,7 +229,8 @@ class Generation:
             if index not in running:
                 continue  # what the engine had under way when its choice was finished here
             if output.finish_reason in ("error", "abort"):  # not by us: that left ``running``
-                self._failure = output.error or EngineStoppedError("the engine was stopped")
+                stopped = EngineStoppedError("the engine was stopped")
+                self._failure = self._failure or output.error or stopped
                 break
             self.choices[index].feed(output)
             touched[index] = output.finish_reason is not None

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+LOST_SECONDS = 30.0
+"""A step that takes so much longer than it should is not waited for any more."""
+
 Progress = Callable[[str, int, int], None]
 Loader = Callable[["Source", Settings, Progress], "Model"]
 
@@ -115,6 +118,10 @@ class Registry:
     def loaded(self) -> bool:
         """Every model is loaded."""
         return all(entry.model for entry in self._entries.values())
+
+    def lost(self) -> str | None:
+        """Why a model will not serve again; None: all do, or may."""
+        return next(filter(None, map(_lost, self.models())), None)
 
     def models(self) -> list["Model"]:
         """Those that are loaded."""
@@ -255,7 +262,18 @@ def still_loading() -> ApiError:
 def _serves(model: "Model | None") -> bool:
     if model is None:
         return False
-    return model.kind == "encoder" or model.engine.stats().ready
+    if model.kind == "encoder":
+        return model.embedder.stuck() == 0.0
+    return model.engine.stats().ready
+
+
+def _lost(model: "Model") -> str | None:
+    worker = model.embedder if model.kind == "encoder" else model.engine
+    if (seconds := worker.stuck()) > LOST_SECONDS:
+        return f"{model.name} has not answered for {seconds:.0f} s"
+    if model.kind == "decoder" and not seconds and not model.engine.stats().ready:
+        return f"{model.name} has failed for good"
+    return None
 
 
 def _source(name: str) -> Source:

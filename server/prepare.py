@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from inferneo_jax import SamplingParams
 from server.answer import Answer
-from server.caller import cache_salt
+from server.caller import cache_salt, owner
 from server.choice import Prompt, TextOptions
 from server.conversation import conversation_ids
 from server.errors import bad_request
@@ -161,6 +161,7 @@ def _answer(
         ranked=num_choices > body.n,
         priority=body.priority,
         cache_salt=cache_salt(body.cache_salt),
+        owner=owner() or "",
     )
     return Answer(
         generation=Generation(model.engine, model.tokenizer, plan),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from server.admission import Admission
 from server.auth import Guard
 from server.limits import Limiter
 from server.models import Registry
@@ -12,7 +13,7 @@ from server.text import TextWork
 
 @dataclass(frozen=True)
 class Services:
-    """One application's settings, models, threads, keys and limits."""
+    """One application's settings, models, threads, keys, limits and places."""
 
     settings: Settings
     registry: Registry
@@ -20,3 +21,4 @@ class Services:
     threads: StoreThreads
     guard: Guard
     limiter: Limiter
+    admission: Admission

@@ -67,6 +67,11 @@ class Settings(BaseSettings):
         kernels: ``auto`` and ``xla`` both run what XLA compiles.
         slots: requests that run at once.
         max_len: most tokens of one request, prompt and output.
+        max_waiting: requests that wait while every slot is taken; more are refused.
+        request_seconds: how long a request may take, and the most that ``X-Request-Timeout`` can
+            ask for.
+        drain_seconds: how long a server that is told to end waits for requests to end first; less
+            than whoever tells it waits before killing it (Kubernetes: 30 s).
         max_body_bytes: largest request body, and largest WebSocket frame.
         allowed_origins: web pages that may open WebSockets, besides this machine's own;
             ``scheme://host[:port]``.
@@ -89,6 +94,9 @@ class Settings(BaseSettings):
     kernels: Literal["auto", "xla"] = "auto"
     slots: int | None = Field(default=None, ge=1, le=256)
     max_len: int | None = Field(default=None, ge=2)
+    max_waiting: int = Field(default=256, ge=0, le=100_000)
+    request_seconds: float = Field(default=3600.0, gt=0, le=7 * 86_400)
+    drain_seconds: float = Field(default=25.0, ge=0, le=86_400)
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=1024**3)
     allowed_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     keys_db: str | None = Field(default=None, min_length=1)
@@ -138,6 +146,10 @@ class Settings(BaseSettings):
         # Neither the checkout nor a cache folder: keys must not be committed, nor cleaned away.
         folder = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
         return str(Path(folder) / "inferneo" / "keys.db")
+
+    def places(self) -> int:
+        """How many requests are served or wait at once."""
+        return self.engine_config().slots + self.max_waiting
 
     def engine_config(self) -> EngineConfig:
         """The part that the engine reads.

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
+import h11
 import structlog
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.h2 import H2Protocol
@@ -51,16 +52,21 @@ class Patience:
         """Pass a message on, which waits until the client has made room for it."""
         if self._server is None:
             return await self._send(message)
-        watch = self._loop.call_later(STALL_SECONDS, self._cut)
+        watch = self._loop.call_later(STALL_SECONDS, self._lose)
         try:
             await self._send(message)
         finally:
             watch.cancel()
         return None
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """End the connection at once, whatever it still had to carry."""
+        if self._server is not None:
+            self._server.writer.transport.abort()
+
+    def _lose(self) -> None:
         log.info("reader_stalled", seconds=STALL_SECONDS)
-        self._server.writer.transport.abort()
+        self.cut()
 
 
 class Departure:
@@ -144,6 +150,23 @@ def bound_frames(send: ASGISendCallable, limit: int) -> None:
     if (stream := _owner(send, WSStream)) is not None:
         stream.handshake.extensions = None
         stream.buffer = _CutBuffer(limit + 1)
+
+
+_check_protocol = H11Protocol._check_protocol
+
+
+async def _check_without_h2c(self: H11Protocol, event: h11.Request) -> None:
+    if not any(n == b"upgrade" and v.strip().lower() == b"h2c" for n, v in event.headers):
+        await _check_protocol(self, event)
+
+
+def refuse_h2c_upgrade() -> None:
+    """Answer ``Upgrade: h2c`` in HTTP/1.1, as RFC 9110 (7.8) allows.
+
+    A proxy that passes the header on would find itself tunnelling, unseen, requests that its own
+    rules were to judge. A client that knows that it talks to HTTP/2 begins in it at once.
+    """
+    H11Protocol._check_protocol = _check_without_h2c  # type: ignore[method-assign]
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ as fast as they are dealt with and sent as fast as the client reads, so neither 
 """
 
 import asyncio
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ import orjson
 import structlog
 from quart import g, websocket
 
+from server.admission import TIMEOUT_HEADER, admit
+from server.caller import owner
 from server.connection import Record, request_id
 from server.errors import ApiError, as_api_error, bad_request
 from server.generation import Generation
@@ -96,6 +98,7 @@ class _Running:
 
     generation: Generation | None = None
     cancelled: bool = False
+    streamed: bool = False
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -118,7 +121,9 @@ class _Session:
 
     async def run(self) -> None:
         """Deal with frames until the client goes away, which cancels this and all it started."""
+        answers: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._leave_in_time(answers))
             while True:
                 frame = await websocket.receive()
                 try:
@@ -136,7 +141,16 @@ class _Session:
                 if body is not None:
                     key = object() if name is None else name
                     self._running[key] = _Running()
-                    tasks.create_task(self._answer(key, name, body))
+                    task = tasks.create_task(self._answer(key, name, body))
+                    answers.add(task)
+                    task.add_done_callback(answers.discard)
+
+    async def _leave_in_time(self, answers: set[asyncio.Task[None]]) -> None:
+        """Once the server is going to end: close when nothing runs here any more."""
+        await self._services.admission.closed.wait()
+        while answers:
+            await asyncio.wait(tuple(answers))
+        await websocket.close(1001, "the server is shutting down")
 
     async def _parse(self, frame: str | bytes | None) -> dict[str, Any]:
         frame, limit = frame or b"", self._services.settings.max_body_bytes
@@ -186,41 +200,53 @@ class _Session:
         """Run one request to its end; whatever happens to it stays with it."""
         record, running = Record(), self._running[key]
         record.note(request_id=name)
-        done: dict[str, Any] | None = None
-        try:
-            services = self._services
-            await services.guard.recheck()
-            answer = await self._prepare(
-                services.registry, services.text, body, strict=self._strict
-            )
-            record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
-            running.generation = answer.generation
-            if running.cancelled:
-                answer.generation.cancel()
-            model = services.registry.get(answer.shape.model).name
-            await services.limiter.admit_answer(answer, model)
-            if not answer.stream:
-                await self._send(await answer.whole(), name)
-                return
-            async with aclosing(answer.chunks()) as chunks:
-                async for chunk in chunks:
-                    done = {"object": "done", "id": answer.shape.id}
-                    if chunk is not None:  # silence: the protocol's own pings tell of life
-                        await self._send(chunk, name)
-        except Exception as error:  # noqa: BLE001
-            failure = as_api_error(error)
-            record.note(error=failure.code or failure.kind)
-            await self._send(failure.envelope(), name)
-            if failure.status == 401:  # the key was revoked, or has expired
-                await websocket.close(4401, failure.code or failure.kind)
-        finally:
-            del self._running[key]
-            if running.generation is not None:
-                running.generation.end()  # should it never have begun
-                record.note_usage(running.generation.usage)
-            record.write("websocket_request")
-        if done is not None:
-            await self._send(done, name)
+        with ExitStack() as held:
+            try:
+                await self._generate(held, running, record, name, body)
+            except Exception as error:  # noqa: BLE001
+                failure = as_api_error(error)
+                record.note(error=failure.code or failure.kind)
+                await self._send(failure.envelope(), name)
+                if failure.status == 401:  # the key was revoked, or has expired
+                    await websocket.close(4401, failure.code or failure.kind)
+            finally:
+                del self._running[key]
+                if running.generation is not None:
+                    running.generation.end()  # should it never have begun
+                    record.note_usage(running.generation.usage)
+                record.write("websocket_request")
+            if running.streamed:
+                assert running.generation is not None
+                await self._send({"object": "done", "id": running.generation.plan.id}, name)
+
+    async def _generate(
+        self,
+        held: ExitStack,
+        running: _Running,
+        record: Record,
+        name: str | None,
+        body: dict[str, Any],
+    ) -> None:
+        """Answer a request, in a place that ``held`` gives back."""
+        services = self._services
+        timeout = websocket.headers.get(TIMEOUT_HEADER)
+        place = held.enter_context(services.admission.enter(owner(), timeout))
+        await services.guard.recheck()
+        answer = await self._prepare(services.registry, services.text, body, strict=self._strict)
+        record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
+        running.generation = answer.generation
+        if running.cancelled:
+            answer.generation.cancel()
+        model = services.registry.get(answer.shape.model).name
+        await admit(place, answer, services.limiter, model)
+        if not answer.stream:
+            await self._send(await answer.whole(), name)
+            return
+        async with aclosing(answer.chunks()) as chunks:
+            async for chunk in chunks:
+                running.streamed = True
+                if chunk is not None:  # silence: the protocol's own pings tell of life
+                    await self._send(chunk, name)
 
     async def _send(self, payload: dict[str, Any], name: str | None) -> None:
         if name is not None:

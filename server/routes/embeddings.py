@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
+from server.caller import owner
 from server.connection import current_request
 from server.errors import bad_request
 from server.http import json_response, read_object, wants_strict
@@ -46,9 +47,14 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         record.note(prompt_tokens=num_tokens)
         reserved = await services.limiter.admit(model.name, num_tokens, 0)
         spent: Usage | None = Usage(prompt=num_tokens)
+        place = current_request().place
+        assert place is not None
         try:
             # Should the client leave, this is cancelled, and the future with it.
-            vectors = await asyncio.wrap_future(model.embedder.embed(ids))
+            async with asyncio.timeout_at(place.deadline):
+                vectors = await asyncio.wrap_future(model.embedder.embed(ids, owner() or ""))
+        except TimeoutError:
+            raise place.too_late() from None
         except Exception:
             spent = None
             raise

@@ -3,6 +3,7 @@
 from quart import Blueprint, Response
 
 from server import sse
+from server.admission import admit
 from server.answer import Answer
 from server.connection import current_request
 from server.http import json_response, read_object, wants_strict
@@ -36,7 +37,9 @@ async def _respond(services: Services, answer: Answer) -> Response:
     current, generation = current_request(), answer.generation
     current.record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
     current.cleanup.callback(lambda: current.record.note_usage(generation.usage))
-    await services.limiter.admit_answer(answer, services.registry.get(answer.shape.model).name)
+    model = services.registry.get(answer.shape.model).name
+    assert current.place is not None
+    await admit(current.place, answer, services.limiter, model)
     current.cleanup.callback(generation.end)  # should it never begin
     if not answer.stream:
         return json_response(await answer.whole())

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
-from server.errors import ApiError
+from server.errors import ApiError, shutting_down
 from server.http import json_response
 from server.models import still_loading
 from server.services import Services
@@ -30,8 +30,13 @@ def blueprint(services: Services) -> Blueprint:
             state = {"status": "loading", "models": registry.progress(), **error.envelope()}
             return json_response(state, 503, error.headers)
         models = [_state(model) for model in registry.models()]
+        if services.admission.closed.is_set():
+            error = shutting_down()
+            state = {"status": "draining", "models": models, **error.envelope()}
+            return json_response(state, 503, error.headers)
         if not registry.ready:
-            error = ApiError(503, "An engine has stopped or failed.", kind="server_error")
+            message = "An engine has stopped, failed or does not answer."
+            error = ApiError(503, message, kind="server_error", code="engine_failed")
             return json_response({"status": "failed", "models": models, **error.envelope()}, 503)
         compiles = max(model.get("compiles_after_ready", 0) for model in models)
         state = {"status": "ready", "compiles_after_ready": compiles, "models": models}

@@ -52,6 +52,7 @@ class FakeEngine:
         limit: tokens that each request may have until ``release`` is called; None: no limit.
         refusal: raised by ``submit``.
         failure: ends every request at its limit.
+        stuck_seconds: for how long a step has not answered.
     """
 
     script: Script
@@ -60,6 +61,7 @@ class FakeEngine:
     limit: int | None = None
     refusal: Exception | None = None
     failure: EngineError | None = None
+    stuck_seconds: float = 0.0
     submitted: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
@@ -109,7 +111,10 @@ class FakeEngine:
             used = len(self._jobs)
         counts = dict.fromkeys(EngineStats.__slots__, 0)
         counts |= {"slots": 4, "slots_used": used, "running": used, "pages": 64, "page_len": 16}
-        return EngineStats(**counts | {"ready": not self._stopped})
+        return EngineStats(**counts | {"ready": not self._stopped and not self.stuck_seconds})
+
+    def stuck(self) -> float:
+        return self.stuck_seconds
 
     def release(self) -> None:
         """Let every request run on."""
@@ -205,7 +210,7 @@ class FakeEmbedder:
         self.max_tokens = max_tokens
         self.calls: list[Sequence[Sequence[int]]] = []
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Future[np.ndarray]:
+    def embed(self, texts: Sequence[Sequence[int]], owner: str = "") -> Future[np.ndarray]:
         self.calls.append(texts)
         for ids in texts:
             if wrong := [i for i in ids if not 0 <= i < 256 + 7]:
@@ -214,6 +219,9 @@ class FakeEmbedder:
         vectors = np.array([[sum(ids) % 97 + i for i in range(1, 9)] for ids in texts], np.float32)
         future.set_result(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
         return future
+
+    def stuck(self) -> float:
+        return 0.0
 
     def stop(self) -> None:
         pass

@@ -120,7 +120,7 @@ def test_a_client_that_leaves_cancels_its_embedding(
 ) -> None:
     asked, cancelled = threading.Event(), threading.Event()
 
-    def embed(texts: Any) -> Future[np.ndarray]:
+    def embed(texts: Any, owner: str = "") -> Future[np.ndarray]:
         future: Future[np.ndarray] = Future()
         future.add_done_callback(lambda f: f.cancelled() and cancelled.set())
         asked.set()

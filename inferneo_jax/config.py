@@ -125,7 +125,8 @@ class EngineConfig:
         quantization: of the weights; auto: what is fastest within the quality bound.
         max_logprobs: most alternatives a request may ask for.
         max_logit_bias: most biased tokens of one request.
-        max_waiting: requests that may wait; more are refused.
+        step_seconds: a step that takes longer hangs, unless ten times the slowest step at start
+            is more.
         compilation_cache: folder of JAX's persistent compilation cache; None: off.
     """
 
@@ -138,14 +139,16 @@ class EngineConfig:
     quantization: Literal["auto", "none"] = "auto"
     max_logprobs: int = 20
     max_logit_bias: int = 1024
-    max_waiting: int = 1024
+    step_seconds: float = 4.0
     compilation_cache: str | None = None
     row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
 
     def __post_init__(self) -> None:
-        for name in ("slots", "page_len", "max_logit_bias", "max_waiting"):
+        for name in ("slots", "page_len", "max_logit_bias"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.step_seconds > 0:
+            raise ConfigError(f"step_seconds is {self.step_seconds}; it must be above 0")
         if self.slots > max(self.row_buckets):
             raise ConfigError(f"slots is {self.slots}; the most is {max(self.row_buckets)}")
         if self.max_len is not None and self.max_len < 2:

@@ -1,7 +1,9 @@
 """Embeddings in batches: token ids in, one vector per text out."""
 
+import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +17,18 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int
 
 from inferneo_jax import compiles, models
-from inferneo_jax.config import EncoderConfig
-from inferneo_jax.errors import ContextLengthError, EngineStoppedError, RequestError
+from inferneo_jax.config import EncoderConfig, EngineConfig
+from inferneo_jax.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineFailedError,
+    EngineStoppedError,
+    OverloadedError,
+    RequestError,
+)
+from inferneo_jax.heartbeat import PATIENCE, Heartbeat
+
+log = logging.getLogger(__name__)
 
 Vectors = Float32[np.ndarray, "texts embed"]
 
@@ -28,21 +40,25 @@ _ROUND_BATCHES = 4
 """Full batches' worth of texts that one request gets before it is the next one's turn."""
 
 
+_STOP_SECONDS = 0.1
+
+
 @dataclass(eq=False, slots=True)
 class _Job:
-    """One request: its texts, longest last, and the vectors found so far."""
+    """One request: its texts, longest last, and the vectors found so far; and whose it is."""
 
     texts: Sequence[Sequence[int]]
     order: list[int]
     vectors: Vectors
+    owner: str
     future: Future[Vectors] = field(default_factory=Future)
 
 
 class Embedder:
     """Runs one encoder on a thread of its own, over a closed list of batch shapes.
 
-    Texts are sorted by length, so that a batch pads little; requests take turns, so that a large
-    one does not hold up the small.
+    Texts are sorted by length, so that a batch pads little; owners take turns, and the requests of
+    each, so that neither many nor a large one hold up the others.
     """
 
     def __init__(
@@ -51,7 +67,9 @@ class Embedder:
         weights: list[Array],
         dtype: jnp.dtype,
         max_len: int | None = None,
+        step_seconds: float = EngineConfig.step_seconds,
     ) -> None:
+        self._step_seconds = step_seconds
         self.vocab_size = model.vocab_size
         self.hidden_size = model.hidden_size
         self.max_tokens = min(max_len or model.max_tokens, model.max_tokens)
@@ -59,8 +77,9 @@ class Embedder:
         self._graphdef, self._treedef = models.skeleton(model, dtype)
         self._compiled: dict[tuple[int, int], Any] = {}
         self._changed = threading.Condition()
-        self._jobs: deque[_Job] = deque()
-        self._stopped = False
+        self._jobs: dict[str, deque[_Job]] = {}  # by owner, whose turn it is first
+        self._current: _Job | None = None
+        self._stopped = self._hung = False
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
 
     def start(self, progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -78,16 +97,27 @@ class Embedder:
             for done, _ in enumerate(pool.map(build, shapes)):
                 if progress:
                     progress("compile", done + 1, len(shapes))
+        self._heartbeat = Heartbeat("embedder", self._warm_up(), self._give_up_round)
         self._thread.start()
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Future[Vectors]:
+    def _warm_up(self) -> float:
+        """Run every batch shape once; the seconds after which a round of batches hangs."""
+        slowest = 0.0
+        for (rows, length), step in self._compiled.items():
+            started = time.perf_counter()
+            padding = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+            jax.block_until_ready(step(self._weights, *padding))
+            slowest = max(slowest, time.perf_counter() - started)
+        return max(self._step_seconds, PATIENCE * _ROUND_BATCHES * slowest)
+
+    def embed(self, texts: Sequence[Sequence[int]], owner: str = "") -> Future[Vectors]:
         """Queue texts, as token ids; the future gives float32 ``[texts, embed]``. Thread-safe.
 
         Cancelling the future drops what is not computed yet.
 
         Raises:
             RequestError: a text is empty or holds an unknown id; ContextLengthError: too long.
-            EngineStoppedError: ``stop`` was called.
+            EngineStoppedError: ``stop`` was called; OverloadedError: a batch hangs.
         """
         for i, text in enumerate(texts):
             if not text:
@@ -105,21 +135,35 @@ class Embedder:
                         "input",
                     )
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        job = _Job(texts, order, np.empty((len(texts), self.hidden_size), np.float32))
+        vectors = np.empty((len(texts), self.hidden_size), np.float32)
+        job = _Job(texts, order, vectors, owner)
         with self._changed:
             if self._stopped:
                 raise EngineStoppedError("the embedding model was stopped")
-            self._jobs.append(job)
+            if self._hung:
+                raise OverloadedError("the embedding model does not answer; try again later")
+            self._queue(job)
             self._changed.notify()
         return job.future
 
+    def stuck(self) -> float:
+        """Seconds by which the current round has exceeded its limit. Thread-safe."""
+        return self._heartbeat.late()
+
     def stop(self) -> None:
-        """End the thread; what is queued fails with EngineStoppedError. Thread-safe."""
+        """End the thread, unless it hangs; what is queued fails with EngineStoppedError.
+
+        Thread-safe.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self._thread.ident is None:
+            return
+        self._thread.join(self._heartbeat.limit)
+        while self._thread.is_alive() and not self._heartbeat.condemn():
+            self._thread.join(_STOP_SECONDS)
+        self._heartbeat.stop()
 
     def _forward(
         self, weights: list[Array], tokens: Int[Array, "rows tokens"], lengths: Int[Array, " rows"]
@@ -135,33 +179,61 @@ class Embedder:
         return sorted({1, max(1, _BATCH_TOKENS // length)})
 
     def _run(self) -> None:
-        """The embedder's thread: a round of each request in turn."""
+        """The embedder's thread: a round of each owner in turn."""
         while job := self._next_job():
             try:
-                self._round(job)
+                with self._heartbeat:
+                    self._round(job)
             except Exception as error:  # noqa: BLE001 - one request's fault is not the others'
-                job.future.set_exception(error)
+                self._hung = False
+                if not job.future.done():  # it is, if it hung
+                    job.future.set_exception(error)
                 continue
             if not job.order:
                 job.future.set_result(job.vectors)
             else:
                 with self._changed:
-                    self._jobs.append(job)
-        with self._changed:
-            left, self._jobs = self._jobs, deque()
-        for job in left:
-            if job.future.running() or job.future.set_running_or_notify_cancel():
-                job.future.set_exception(EngineStoppedError("the embedding model was stopped"))
+                    self._queue(job)
+        self._fail_all(EngineStoppedError("the embedding model was stopped"))
+
+    def _queue(self, job: _Job) -> None:
+        self._jobs.setdefault(job.owner, deque()).append(job)
 
     def _next_job(self) -> _Job | None:
         with self._changed:
             while True:
+                self._current = None
                 self._changed.wait_for(lambda: self._stopped or self._jobs)
                 if self._stopped:
                     return None
-                job = self._jobs.popleft()
+                owner = next(iter(self._jobs))
+                jobs = self._jobs.pop(owner)
+                job = jobs.popleft()
+                if jobs:
+                    self._jobs[owner] = jobs  # behind the other owners
                 if job.future.running() or job.future.set_running_or_notify_cancel():
+                    self._current = job
                     return job
+
+    def _give_up_round(self) -> None:
+        """Fail every request while a round hangs. The heartbeat holds the thread there."""
+        with self._changed:
+            self._hung, stopped = True, self._stopped
+        log.error("a round of embeddings hangs")
+        self._fail_all(
+            EngineStoppedError("the embedding model was stopped")
+            if stopped
+            else EngineFailedError("the embedding model does not answer")
+        )
+
+    def _fail_all(self, error: EngineError) -> None:
+        with self._changed:
+            left = [job for jobs in self._jobs.values() for job in jobs]
+            left += [self._current] if self._current else []
+            self._jobs = {}
+        for job in left:
+            if job.future.running() or job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
 
     def _round(self, job: _Job) -> None:
         """Compute the longest texts that are left: dispatch all batches, then read them."""

@@ -4,6 +4,7 @@ One thread owns the scheduler and the runner. Other threads only leave requests 
 inbox; outputs go to each request's sink, called on the engine's thread.
 """
 
+import dataclasses
 import logging
 import threading
 import time
@@ -17,9 +18,11 @@ from inferneo_jax.errors import (
     OverloadedError,
     RequestError,
 )
+from inferneo_jax.heartbeat import Heartbeat
 from inferneo_jax.pages import PagePool
 from inferneo_jax.request import (
     EngineStats,
+    EngineTotals,
     FinishReason,
     GenerationRequest,
     OutputSink,
@@ -28,13 +31,16 @@ from inferneo_jax.request import (
 )
 from inferneo_jax.runner import MAX_STOP_IDS, PendingStep, Runner
 from inferneo_jax.sampling import Scores
-from inferneo_jax.scheduler import PrefillChunk, Scheduler
+from inferneo_jax.scheduler import Scheduler, StepPlan
+from inferneo_jax.scores import keep_prompt_scores, token_logprob
 from inferneo_jax.sequence import Sequence
+from inferneo_jax.steps import Sampled
 
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES, _FAILURE_SECONDS = 3, 60.0
 """An engine whose steps fail so often within so long a time is not rebuilt once more."""
+_STOP_SECONDS = 0.1
 
 
 class Engine:
@@ -63,7 +69,9 @@ class Engine:
         self._arrivals = 0
         self._failures: list[float] = []
         self._end: EngineError | None = None
-        self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._hung = False
+        self._heartbeat = Heartbeat("engine", runner.step_seconds, self._give_up_step)
+        self._totals = EngineTotals()
         self._compiles_before = compiles.num_unexpected()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -75,8 +83,8 @@ class Engine:
 
         Raises:
             RequestError: it can never be served; ContextLengthError when it is too long.
-            OverloadedError: too many requests wait.
-            EngineStoppedError: the engine was stopped; EngineFailedError: a step failed.
+            OverloadedError: a step hangs.
+            EngineStoppedError: the engine was stopped; EngineFailedError: it failed for good.
         """
         self._limits.check(request)
         with self._changed:
@@ -84,9 +92,8 @@ class Engine:
                 raise self._end
             if request.id in self._ids:
                 raise RequestError(f"a request with id {request.id} is already under way", "id")
-            waiting = self._scheduler.num_waiting + len(self._submitted)
-            if waiting >= self._runner.config.max_waiting:
-                raise OverloadedError(f"{waiting} requests are waiting already; try again later")
+            if self._hung:
+                raise OverloadedError("the engine does not answer; try again later")
             self._ids.add(request.id)
             self._submitted.append(Sequence(request, sink, self._arrivals))
             self._arrivals += 1
@@ -112,33 +119,27 @@ class Engine:
         self._set_paused(request_id, paused=False)
 
     def stop(self) -> None:
-        """End every request, and the thread. Thread-safe; returns when it is done."""
+        """End every request, and the thread unless it hangs. Thread-safe."""
         with self._changed:
             self._end = self._end or EngineStoppedError("the engine was stopped")
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(self._heartbeat.limit)
+        while self._thread.is_alive() and not self._heartbeat.condemn():
+            self._thread.join(_STOP_SECONDS)
+        self._heartbeat.stop()
+
+    def stuck(self) -> float:
+        """Seconds by which the current step has exceeded its limit. Thread-safe."""
+        return self._heartbeat.late()
 
     def stats(self) -> EngineStats:
         """The engine's numbers as of its latest step. Thread-safe."""
-        scheduler, pool = self._scheduler, self._pool
         with self._changed:
-            running = len(scheduler.running)
             return EngineStats(
-                ready=self._end is None,
-                slots=self._runner.config.slots,
-                slots_used=running,
-                pages=pool.num_pages,
-                pages_used=pool.num_used,
-                pages_cached=pool.num_cached,
-                page_len=pool.page_len,
-                running=running,
-                waiting=scheduler.num_waiting + len(self._submitted),
-                steps=self._steps,
+                ready=not (self._end or self._hung),
                 compiles_after_ready=compiles.num_unexpected() - self._compiles_before,
-                preemptions=scheduler.num_preemptions,
-                prompt_tokens=self._prompt_tokens,
-                cached_tokens=self._cached_tokens,
-                output_tokens=self._output_tokens,
+                **self._scheduler.counts(len(self._submitted)),
+                **dataclasses.asdict(self._totals),
             )
 
     def _run(self) -> None:
@@ -152,7 +153,7 @@ class Engine:
                 log.exception("a step of the engine failed")
                 failure = EngineFailedError("the engine failed while it ran this request")
                 failure.__cause__ = error
-                if not self._rebuild(failure):
+                if self._end or not self._rebuild(failure):
                     break
         with self._changed:
             end = self._end
@@ -171,7 +172,7 @@ class Engine:
         now = time.monotonic()
         self._failures = [t for t in self._failures if now - t < _FAILURE_SECONDS] + [now]
         with self._changed:
-            known = [*self._sequences.values()]
+            known = [s for s in self._sequences.values() if not s.finished]
         untouched = [s for s in known if s.slot is None and s.num_sampled == len(s.output)]
         spoiled = [s for s in known if s not in untouched]
         self._clear()
@@ -183,14 +184,29 @@ class Engine:
         try:
             if len(self._failures) >= _MAX_FAILURES:
                 raise failure
-            self._runner.reset()
+            with self._heartbeat:
+                self._runner.reset()
         except Exception:
             log.exception("the engine cannot be rebuilt")
             with self._changed:
                 self._end = failure
             return False
+        with self._changed:
+            self._hung = False
         log.warning("the engine was rebuilt; %d requests were lost", len(spoiled))
         return True
+
+    def _give_up_step(self) -> None:
+        """End every request while a step hangs. The heartbeat holds the engine's thread there."""
+        with self._changed:
+            self._hung = True
+            known = [*self._sequences.values(), *self._submitted]
+            self._submitted.clear()
+            self._ids.clear()
+            error = self._end or EngineFailedError("a step of the engine does not return")
+        log.error("a step hangs; %d requests were lost", len(known))
+        for sequence in known:
+            sequence.deliver(reason="error", error=error)
 
     def _clear(self) -> None:
         """Forget every sequence, page and step under way."""
@@ -211,9 +227,11 @@ class Engine:
         """Dispatch the next step, then read the one before it, which ran meanwhile."""
         with self._changed:
             plan = self._scheduler.schedule()
-        pending = self._runner.run(plan) if plan else None
-        if self._in_flight:
-            self._commit(self._in_flight)
+        with self._heartbeat:
+            pending = self._runner.run(plan) if plan else None
+            results = self._in_flight.wait() if self._in_flight else None
+        if self._in_flight and results:
+            self._commit(self._in_flight.plan, *results)
         elif not pending:
             self._stuck = True  # all that is left is paused, or waits for what the paused hold
         self._in_flight = pending
@@ -251,17 +269,16 @@ class Engine:
                 self._finish(known, "abort")
         return True
 
-    def _commit(self, step: PendingStep) -> None:
+    def _commit(self, plan: StepPlan, decode: Sampled | None, prefill: Sampled | None) -> None:
         """Hand out the results of a step to the requests that still want them."""
-        self._steps += 1
-        decode, prefill = step.wait()
+        self._totals.steps += 1
         if decode:
             ids = decode.ids.tolist()
-            for i, row in enumerate(step.plan.decode):
+            for i, row in enumerate(plan.decode):
                 self._commit_token(row.sequence, ids[i], decode.scores, i)
-        if (chunk := step.plan.prefill) and prefill:
-            self._prompt_tokens += chunk.length
-            self._commit_prompt_scores(chunk, prefill.prompt_scores)
+        if (chunk := plan.prefill) and prefill:
+            self._totals.prompt_tokens += chunk.length
+            keep_prompt_scores(chunk, prefill.prompt_scores)
             if chunk.sample:
                 self._commit_token(chunk.sequence, int(prefill.ids[0]), prefill.scores, 0)
             elif chunk.ends_prompt and chunk.sequence.request.max_tokens == 0:
@@ -270,25 +287,15 @@ class Engine:
     def _commit_token(self, sequence: Sequence, token: int, scores: Scores, row: int) -> None:
         if sequence.finished:
             return  # it ended while this step was under way
-        self._output_tokens += 1
-        self._cached_tokens += 0 if sequence.started else sequence.cached_tokens or 0
+        self._totals.output_tokens += 1
+        self._totals.cached_tokens += 0 if sequence.started else sequence.cached_tokens or 0
         logprobs = None
         if (num_top := sequence.request.logprobs) is not None:
-            logprobs = (_token_logprob(scores, (row,), token, num_top),)
+            logprobs = (token_logprob(scores, (row,), token, num_top),)
         if reason := sequence.accept(token):
             self._finish(sequence, reason, (token,), logprobs)
         else:
             sequence.deliver((token,), logprobs)
-
-    def _commit_prompt_scores(self, chunk: PrefillChunk, scores: Scores | None) -> None:
-        """Position i's scores are of the token at i + 1; a prompt computed twice is scored once."""
-        request, known = chunk.sequence.request, chunk.sequence.prompt_scores
-        if request.prompt_logprobs is None or scores is None:
-            return
-        for i in range(chunk.length):
-            if len(known) == chunk.start + i + 1 < len(request.prompt):
-                token = request.prompt[chunk.start + i + 1]
-                known.append(_token_logprob(scores, (0, i), token, request.prompt_logprobs))
 
     def _finish(
         self,
@@ -303,9 +310,3 @@ class Engine:
                 self._scheduler.remove(sequence)
             self._ids.discard(sequence.request.id)
         sequence.deliver(token_ids, logprobs, reason)
-
-
-def _token_logprob(scores: Scores, at: tuple[int, ...], token: int, num_top: int) -> TokenLogprob:
-    ids = scores.top_ids[at][:num_top].tolist()
-    top = scores.top[at][:num_top].tolist()
-    return TokenLogprob(token, float(scores.chosen[at]), tuple(zip(ids, top, strict=True)))

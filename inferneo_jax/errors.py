@@ -12,9 +12,9 @@
      |   |- ContextLengthError   prompt and max_tokens do not fit the context
      |   `- TemplateError        the chat template refused the messages
      `- EngineError              the engine cannot serve any request now
-         |- OverloadedError      the waiting queue is full
+         |- OverloadedError      it cannot take a request now, but may soon
          |- EngineStoppedError   it was told to stop
-         `- EngineFailedError    a step raised; the cause is chained
+         `- EngineFailedError    a step raised, the cause is chained, or did not return
 """
 
 
@@ -67,7 +67,7 @@ class EngineError(InferneoError):
 
 
 class OverloadedError(EngineError):
-    """The waiting queue is full; the same request may succeed later."""
+    """The engine cannot take a request now; the same request may succeed later."""
 
 
 class EngineStoppedError(EngineError):
@@ -75,4 +75,4 @@ class EngineStoppedError(EngineError):
 
 
 class EngineFailedError(EngineError):
-    """A step of the engine raised; the cause is chained."""
+    """A step of the engine raised, the cause is chained, or did not return in time."""

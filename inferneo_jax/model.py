@@ -12,6 +12,7 @@ from inferneo_jax import compiles, models
 from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, ModelConfig
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
+from inferneo_jax.memory import explained, require
 from inferneo_jax.runner import Progress, Runner
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import read_info, restore_weights
@@ -66,8 +67,9 @@ def load_model(
     with compiles.expected():
         weights = _load_weights(path, info.config, dtype)
         if isinstance(info.config, EncoderConfig):
-            embedder = Embedder(info.config, weights, dtype, config.max_len)
-            embedder.start(progress)
+            embedder = Embedder(info.config, weights, dtype, config.max_len, config.step_seconds)
+            with explained("the batches were compiled and first run"):
+                embedder.start(progress)
             return EmbeddingModel(
                 name=name,
                 created=info.created,
@@ -77,7 +79,8 @@ def load_model(
             )
         assert isinstance(info.config, DecoderConfig)
         runner = Runner(info.config, weights, config, dtype)
-        runner.compile(progress)
+        with explained("the steps were compiled and first run"):
+            runner.compile(progress)
     return LanguageModel(
         name=name,
         created=info.created,
@@ -107,7 +110,9 @@ def _load_weights(path: Path, config: ModelConfig, dtype: jnp.dtype) -> list[jax
         name: jax.ShapeDtypeStruct(spec.shape, spec.dtype)
         for name, spec in models.declare(config, dtype).items()
     }
-    return models.weight_list(config, restore_weights(path, targets))
+    require(sum(each.size * each.dtype.itemsize for each in targets.values()), "the weights")
+    with explained("the weights were loaded"):
+        return models.weight_list(config, restore_weights(path, targets))
 
 
 def _use_compilation_cache(folder: str) -> None:

@@ -81,8 +81,9 @@ class GenerationRequest:
         min_tokens: before this many tokens the stop tokens cannot be sampled.
         logprobs: None, or how many alternatives to report beside each sampled token's own.
         prompt_logprobs: the same for the prompt's tokens.
-        priority: lower runs first; equal ones in order of arrival.
+        priority: of its owner's requests, lower runs first; equal ones in order of arrival.
         cache_salt: requests share cached prefixes only with requests of an equal salt.
+        owner: whose it is; owners share the engine evenly.
     """
 
     id: str
@@ -186,7 +187,17 @@ class GenerationOutput:
 
 
 OutputSink = Callable[[GenerationOutput], None]
-"""Receives a request's outputs on the engine's thread; must return at once and never raise."""
+"""Receives a request's outputs on a thread of the engine; must return at once and never raise."""
+
+
+@dataclass(slots=True)
+class EngineTotals:
+    """What an engine has done since it began, in steps and tokens."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Owns the weights, the cache and the compiled steps: the only one that touches the device."""
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from inferneo_jax import compiles, models
 from inferneo_jax.cache import KVCache, PagedAttention
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.heartbeat import PATIENCE
+from inferneo_jax.memory import explained, free_memory, require, total_memory
 from inferneo_jax.rows import RowBuilder
 from inferneo_jax.sampling import Sampler
 from inferneo_jax.scheduler import DecodeRow, PrefillChunk, StepPlan
@@ -47,6 +50,9 @@ class Runner:
 
     Every shape it may meet is compiled by ``compile``; after that it calls executables only, so a
     shape that was not foreseen raises instead of compiling.
+
+    Attributes:
+        step_seconds: a step that takes longer hangs; known after ``compile``.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Runner:
         self._row_buckets = [b for b in config.row_buckets if b < config.slots]
         self._row_buckets.append(next(b for b in config.row_buckets if b >= config.slots))
         self._compiled: dict[tuple[str, int], Any] = {}
+        self.step_seconds = config.step_seconds
         self._cache: KVCache
         self._state: SlotState
         self.reset()
@@ -87,7 +94,10 @@ class Runner:
     def reset(self) -> None:
         """Allocate cache and slots anew, after a step failed with the old ones in its hands."""
         vars(self).pop("_cache", None)  # freed first: there may be no room for two
-        with compiles.expected():
+        tokens = self.num_pages * self.config.page_len
+        what = f"the KV cache of {tokens} tokens"
+        require(tokens * token_bytes(self.model), what)
+        with compiles.expected(), explained(f"{what} was allocated"):
             self._cache = self._steps.attention.init(self.model, self.num_pages)
             self._state = jax.tree.map(jnp.asarray, self._rows.empty_state())
 
@@ -114,6 +124,20 @@ class Runner:
             for done, _ in enumerate(pool.map(build, jobs)):
                 if progress:
                     progress("compile", done + 1, len(jobs))
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run every step once, on padding, and see how long the slowest takes."""
+        slowest = 0.0
+        for kind, size in self._compiled:
+            started = time.perf_counter()
+            if kind == "decode":
+                self._dispatch(self._compiled[kind, size], self._rows.decode((), size))
+            elif kind == "prefill":
+                self._dispatch(self._compiled[kind, size], self._rows.prefill(None))
+            jax.block_until_ready(self._cache)
+            slowest = max(slowest, time.perf_counter() - started)
+        self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
 
     def run(self, plan: StepPlan) -> PendingStep:
         """Dispatch a planned step and return at once."""
@@ -144,33 +168,35 @@ class Runner:
         return cast(Sampled, sampled)
 
 
+def token_bytes(model: DecoderConfig) -> int:
+    """What the KV cache of one token takes."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * _cache_dtype().itemsize
+
+
 def cache_size(model: DecoderConfig, config: EngineConfig) -> tuple[int, int]:
     """The longest sequence, in tokens, and the number of KV pages, page 0 included.
 
     Raises:
         ConfigError: the longest sequence does not fit the cache.
     """
-    itemsize = _cache_dtype().itemsize
-    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
+    each = token_bytes(model)
     longest = min(config.max_len or model.context_length, model.context_length)
-    tokens = config.kv_tokens or min(config.slots * longest, _cache_budget() // token_bytes)
+    tokens = config.kv_tokens or min(config.slots * longest, _cache_budget() // each)
     max_len = longest if config.max_len else min(longest, tokens)
     pages = tokens // config.page_len
-    if max_len > pages * config.page_len:
+    if max_len > pages * config.page_len or max_len < 2:
         raise ConfigError(
             f"max_len is {max_len} tokens but the KV cache holds {pages * config.page_len} "
-            f"({token_bytes} bytes each); lower max_len or raise kv_tokens"
+            f"({each} bytes each); lower max_len or raise kv_tokens"
         )
     return max_len, pages + 1
 
 
 def _cache_budget() -> int:
     """Bytes for the KV cache: most of what an accelerator has left, a sixteenth of a host's."""
-    device = jax.devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats:
-        return int(0.9 * stats["bytes_limit"]) - int(stats["bytes_in_use"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
+    if jax.default_backend() != "cpu":
+        return int(0.9 * free_memory())
+    return total_memory() // 16
 
 
 def _cache_dtype() -> jnp.dtype:

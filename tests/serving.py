@@ -11,9 +11,75 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
 READY_SECONDS = 400.0
+
+
+class Process:
+    """A server in a process of its own.
+
+    Attributes:
+        address: ``host:port``.
+        log: what it wrote.
+    """
+
+    def __init__(self, command: list[str], address: str, log: Path, **popen: Any) -> None:
+        self.address = address
+        self.url, self.ws = f"http://{address}", f"ws://{address}"
+        self.log = log
+        with log.open("a") as out:
+            self.popen = subprocess.Popen(command, stdout=out, stderr=out, **popen)
+
+    def wait_ready(self, seconds: float = READY_SECONDS) -> None:
+        """Return once it can serve."""
+        deadline = time.monotonic() + seconds
+        while not _ready(self.address):
+            assert self.popen.poll() is None, self.tail()
+            assert time.monotonic() < deadline, self.tail()
+            time.sleep(0.05)
+
+    def tail(self) -> str:
+        """The end of what it wrote."""
+        return self.log.read_text()[-4000:]
+
+    def memory(self) -> int:
+        """Bytes of physical memory that it and its children have."""
+        top = psutil.Process(self.popen.pid)
+        return sum(each.memory_info().rss for each in (top, *top.children(recursive=True)))
+
+
+@contextlib.contextmanager
+def process(
+    log: Path, settings: dict[str, str], app: str = "server.app:app", workers: int = 1, **popen: Any
+) -> Iterator[Process]:
+    """A server of these settings; if it still runs at the end it must stop cleanly."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", address, app]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("INFERNEO_")}
+    environment = kept | {"INFERNEO_LOG_FORMAT": "json"} | settings
+    server = Process(command, address, log, env=environment, **popen)
+    try:
+        yield server
+        if server.popen.poll() is None:
+            server.popen.terminate()
+            assert server.popen.wait(timeout=40) == 0, server.tail()
+    finally:
+        for each in _family(server.popen.pid):
+            each.kill()
+        server.popen.wait()
+    assert "Traceback" not in log.read_text(), server.tail()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        top = psutil.Process(pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 @contextlib.contextmanager
@@ -22,32 +88,17 @@ def real_server(checkpoints: Path, log: Path) -> Iterator[str]:
 
     At the end it must hold nothing, have compiled nothing after it was ready, and stop cleanly.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {
+    settings = {
         "INFERNEO_CHECKPOINTS": str(checkpoints),
         "INFERNEO_DTYPE": "float32",
         "INFERNEO_SLOTS": "16",
-        "INFERNEO_LOG_FORMAT": "json",
     }
-    command = [sys.executable, "-m", "hypercorn", "-b", address, "server.app:app"]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + READY_SECONDS
-        while not _ready(address):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield address
-        stats = stats_of(address)
+    with process(log, settings) as server:
+        server.wait_ready()
+        yield server.address
+        stats = stats_of(server.address)
         assert (stats["slots_used"], stats["pages_used"]) == (0, 0)
         assert stats["compiles_after_ready"] == 0
-    finally:
-        process.terminate()
-        assert process.wait(timeout=30) == 0
-    assert "Traceback" not in log.read_text()
 
 
 def stats_of(address: str) -> dict[str, Any]:
@@ -58,6 +109,8 @@ def stats_of(address: str) -> dict[str, Any]:
 
 def _ready(address: str) -> bool:
     try:
-        return httpx.get(f"http://{address}/ready").status_code == 200
+        status = httpx.get(f"http://{address}/ready").status_code
     except httpx.TransportError:
         return False
+    assert status in (200, 503), status
+    return status == 200

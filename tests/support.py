@@ -37,7 +37,7 @@ TINY = DecoderConfig(
     tie_embeddings=True,
 )
 TINY_ENGINE = EngineConfig(
-    slots=4, page_len=4, prefill_chunks=(4, 8), kv_tokens=160, row_buckets=(4,), max_waiting=64
+    slots=4, page_len=4, prefill_chunks=(4, 8), kv_tokens=160, row_buckets=(4,)
 )
 GREEDY = SamplingParams(temperature=0.0)
 _numbers = itertools.count()

@@ -9,14 +9,11 @@ import pytest
 from inferneo_jax.engine import Engine
 from inferneo_jax.errors import (
     ContextLengthError,
-    EngineFailedError,
     EngineStoppedError,
-    OverloadedError,
     RequestError,
 )
-from inferneo_jax.request import GenerationOutput, GenerationRequest, SamplingParams
-from inferneo_jax.runner import PendingStep, Runner
-from inferneo_jax.scheduler import Scheduler, StepPlan
+from inferneo_jax.request import SamplingParams
+from inferneo_jax.scheduler import Scheduler
 from tests.support import GREEDY, Collected, prompt, submit
 
 MakeEngine = Callable[..., Engine]
@@ -278,18 +275,6 @@ def test_an_id_in_use_is_refused(tiny_engine: MakeEngine) -> None:
     assert len(submit(engine, prompt(4), id="same").tokens) == 12
 
 
-def test_a_full_queue_refuses(tiny_engine: MakeEngine) -> None:
-    engine = tiny_engine()
-
-    def flood() -> None:
-        for _ in range(200):
-            submit(engine, prompt(4), 60)
-
-    with pytest.raises(OverloadedError):
-        flood()
-    engine.stop()
-
-
 def test_stop_ends_every_request(tiny_engine: MakeEngine) -> None:
     engine = tiny_engine()
     crowd = [submit(engine, prompt(5), 50) for _ in range(6)]
@@ -298,57 +283,3 @@ def test_stop_ends_every_request(tiny_engine: MakeEngine) -> None:
         assert collected.finish_reason in ("error", "length")
     with pytest.raises(EngineStoppedError):
         submit(engine, prompt(5))
-
-
-def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
-    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = tiny_engine()
-    expected = submit(engine, prompt(9), 20).tokens
-    run = Runner.run
-
-    def explode_once(self: Runner, plan: StepPlan) -> PendingStep:
-        if len(plan.decode) == 4:
-            monkeypatch.setattr(Runner, "run", run)
-            raise RuntimeError("the device hiccups")
-        return run(self, plan)
-
-    monkeypatch.setattr(Runner, "run", explode_once)
-    lost = [submit(engine, prompt(5, seed=i), 50) for i in range(4)]
-    waiting = [submit(engine, prompt(9), 20) for _ in range(2)]
-    for collected in lost:
-        error = collected.wait().outputs[-1].error
-        assert isinstance(error, EngineFailedError)
-        assert isinstance(error.__cause__, RuntimeError)
-    assert [collected.tokens for collected in waiting] == [expected, expected]
-    assert waiting[0].outputs[0].cached_tokens == 0
-    assert engine.stats().ready
-
-
-def test_an_engine_that_keeps_failing_gives_up(
-    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = tiny_engine()
-
-    def explode(self: Runner, plan: object) -> None:
-        raise RuntimeError("the device is gone")
-
-    monkeypatch.setattr(Runner, "run", explode)
-    for _ in range(3):
-        collected = submit(engine, prompt(5)).wait()
-        assert isinstance(collected.outputs[-1].error, EngineFailedError)
-    engine.stop()
-    assert not engine.stats().ready
-    with pytest.raises(EngineFailedError):
-        submit(engine, prompt(5))
-
-
-def test_a_raising_sink_harms_nobody_else(tiny_engine: MakeEngine) -> None:
-    engine = tiny_engine()
-
-    def raising(output: GenerationOutput) -> None:
-        raise ValueError("reader at fault")
-
-    request = GenerationRequest(id="bad", prompt=prompt(4), max_tokens=5, sampling=GREEDY)
-    engine.submit(request, raising)
-    assert len(submit(engine, prompt(5)).tokens) == 12

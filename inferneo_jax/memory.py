@@ -1,0 +1,91 @@
+"""How much memory there is, and what to say when it is not enough."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from inferneo_jax.errors import ConfigError
+
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
+)
+_MEMINFO = Path("/proc/meminfo")
+_ADVICE = "Lower slots or max_len, or serve a smaller model"
+
+
+def total_memory() -> int:
+    """Bytes that this process may have at all: the machine's, or its control group's."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for limit, _ in _group())])
+
+
+def free_memory() -> int:
+    """Bytes that can still be had: of the first accelerator, else of this machine."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats:
+        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+    return min([_available(), *(limit - used for limit, used in _group())])
+
+
+def require(needed: int, what: str) -> None:
+    """Refuse to begin what would not fit.
+
+    Raises:
+        ConfigError: ``needed`` bytes are more than are free.
+    """
+    if needed > (free := free_memory()):
+        raise ConfigError(
+            f"{what} would take {_gigabytes(needed)} and {_gigabytes(free)} of memory are free. "
+            f"{_ADVICE}"
+        )
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Say in a sentence that memory ran out.
+
+    Raises:
+        ConfigError: it did.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise _exhausted(what) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise _exhausted(what) from error
+
+
+def _exhausted(what: str) -> ConfigError:
+    return ConfigError(f"memory ran out while {what}. {_ADVICE}")
+
+
+def _available() -> int:
+    """What the kernel reckons new programs can have; unknown elsewhere, so everything."""
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+            name, _, rest = line.partition(":")
+            if name == "MemAvailable":
+                return int(rest.split()[0]) * 1024
+    return total_memory()
+
+
+def _group() -> Iterator[tuple[int, int]]:
+    """Limit and use of the control group, in bytes, where there is one."""
+    for limit_name, used_name in _LIMITS:
+        limit, used = _CGROUP / limit_name, _CGROUP / used_name
+        if limit.exists() and used.exists():
+            text = limit.read_text(encoding="ascii").strip()
+            if text.isdigit():
+                yield int(text), int(used.read_text(encoding="ascii"))
+
+
+def _gigabytes(number: int) -> str:
+    return f"{max(0, number) / 1e9:.1f} GB"

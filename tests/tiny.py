@@ -1,0 +1,28 @@
+"""Tiny random models as checkpoints: a whole real server on them starts and runs quickly."""
+
+import json
+import shutil
+from pathlib import Path
+
+from inferneo_jax.weights.convert import convert
+
+_FAMILIES = Path(__file__).parent / "golden" / "families"
+CHAT, EMBEDDING = "tiny-llama", "tiny-bert"
+CONTEXT = 32_768
+
+
+def tiny_checkpoints(folder: Path) -> dict[str, str]:
+    """Make them; the settings of a server that serves both."""
+    source = folder / "source"
+    shutil.copytree(_FAMILIES / "llama-tied", source)
+    config = json.loads((source / "config.json").read_text())
+    config["max_position_embeddings"] = CONTEXT
+    (source / "config.json").write_text(json.dumps(config))
+    paths = convert(source, folder / CHAT), convert(_FAMILIES / "bert", folder / EMBEDDING)
+    return {
+        "INFERNEO_CHECKPOINTS": str(folder),
+        "INFERNEO_MODELS": ",".join(map(str, paths)),
+        "INFERNEO_DTYPE": "float32",
+        "INFERNEO_SLOTS": "4",
+        "INFERNEO_KEYS_DB": str(folder / "keys.db"),
+    }

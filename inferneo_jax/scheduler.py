@@ -124,11 +124,13 @@ class Scheduler:
 
     def _plan_decode(self) -> tuple[DecodeRow, ...]:
         rows = []
-        for sequence in sorted(self.running, key=lambda s: s.urgency):
+        # Who gives way when pages run out comes last, so that nothing planned is taken back.
+        order = self._by_claim()
+        for sequence in order:
             if not sequence.can_decode:
                 continue
             self.publish(sequence)
-            if not self._ensure_page(sequence):
+            if not self._ensure_page(sequence, order):
                 continue
             rows.append(DecodeRow(sequence, sequence.num_computed))
             self._served[sequence.request.owner] += _OUTPUT_COST
@@ -136,24 +138,24 @@ class Scheduler:
             sequence.num_sampled += 1
         return tuple(rows)
 
-    def _ensure_page(self, sequence: Sequence) -> bool:
+    def _by_claim(self) -> list[Sequence]:
+        """The running sequences: the owner that holds least pages first, there the most urgent."""
+        held: Counter[str] = Counter()
+        for sequence in self.running:
+            held[sequence.request.owner] += len(sequence.pages)
+        return sorted(self.running, key=lambda s: (held[s.request.owner], s.urgency))
+
+    def _ensure_page(self, sequence: Sequence, order: list[Sequence]) -> bool:
         """Make room for one more token; False when the sequence itself had to give way."""
         while sequence.num_computed >= len(sequence.pages) * self.pool.page_len:
             if pages := self.pool.allocate(1):
                 sequence.pages += pages
                 continue
-            victim = self._largest_owners_last()
+            victim = next(each for each in reversed(order) if each.slot is not None)
             self._preempt(victim)
             if victim is sequence:
                 return False
         return sequence.slot is not None
-
-    def _largest_owners_last(self) -> Sequence:
-        """Of the owner that holds most pages, the least urgent running sequence."""
-        held: Counter[str] = Counter()
-        for sequence in self.running:
-            held[sequence.request.owner] += len(sequence.pages)
-        return max(self.running, key=lambda s: (held[s.request.owner], s.urgency))
 
     def _next(self) -> Sequence | None:
         """Whose turn it is of those that wait: the owner served least, there the most urgent."""

@@ -76,7 +76,7 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
             asyncio.create_task(end_if_lost(services)),
         ]
         try:
-            async with held_up(partial(drain, services, connections)):
+            with held_up(partial(drain, services, connections)):
                 yield
         finally:
             for task in tasks:

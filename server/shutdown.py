@@ -8,8 +8,8 @@ it back until :func:`drain` is done.
 import asyncio
 import multiprocessing
 import signal
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -62,8 +62,8 @@ async def end_if_lost(services: Services) -> None:
     exit_failed(at_once=True)
 
 
-@asynccontextmanager
-async def held_up(before: Callable[[], Awaitable[None]]) -> AsyncGenerator[None, None]:
+@contextmanager
+def held_up(before: Callable[[], Awaitable[None]]) -> Iterator[None]:
     """While this is open, a signal to end first runs ``before``, and only then reaches Hypercorn.
 
     To be entered while the application starts. Where Hypercorn is not as expected, or is embedded

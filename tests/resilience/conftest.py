@@ -1,0 +1,11 @@
+"""A whole server on tiny random models, in a process of its own."""
+
+import pytest
+
+from tests.tiny import tiny_checkpoints
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Its settings; what it compiles is kept for the next."""
+    return tiny_checkpoints(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,118 @@
+"""Ten times too much: refusals are quick, what is accepted is finished, memory is flat."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving import Process, process
+from tests.tiny import CHAT
+
+DEADLINE = 10.0
+TOKENS = 300
+SECONDS = 6.0
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module")
+def server(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    settings = tiny | {"INFERNEO_MAX_WAITING": "12"}
+    with process(tmp_path_factory.mktemp("overload") / "log", settings) as made:
+        made.wait_ready(120)
+        yield made
+
+
+class Answer:
+    """What a request got, and how many seconds after it was sent."""
+
+    def __init__(self, status: int, seconds: float, body: bytes) -> None:
+        self.status, self.seconds, self.body = status, seconds, body
+
+
+async def ask(address: str, number: int) -> Answer:
+    """One request over a connection of its own; by hand, which costs least."""
+    host, port = address.split(":")
+    asked = {"model": CHAT, "prompt": f"{number}", "max_tokens": TOKENS, "ignore_eos": True}
+    content = json.dumps(asked).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nX-Request-Timeout: {DEADLINE}\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(head.encode() + content)
+        answer = await reader.read()
+    finally:
+        writer.close()
+    seconds = time.perf_counter() - started
+    status = int(answer.split(b" ", 2)[1])
+    return Answer(status, seconds, answer.split(b"\r\n\r\n", 1)[1])
+
+
+async def capacity(address: str) -> float:
+    """Requests a second that the server finishes when it always has enough to do."""
+    numbers = iter(range(48))
+
+    async def client() -> None:
+        for number in numbers:
+            assert (await ask(address, -number)).status == 200
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(8)))
+    return 48 / (time.perf_counter() - started)
+
+
+async def flood(address: str, rate: float) -> list[Answer]:
+    """Requests at a steady rate, whatever becomes of those before."""
+    tasks = []
+    started = time.perf_counter()
+    for number in range(int(rate * SECONDS)):
+        await asyncio.sleep(max(0.0, started + number / rate - time.perf_counter()))
+        tasks.append(asyncio.create_task(ask(address, number)))
+    return await asyncio.gather(*tasks)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+def test_ten_times_too_much_is_refused_quickly_and_the_rest_is_served(server: Process) -> None:
+    rate = 10 * asyncio.run(capacity(server.address))
+    memory: list[int] = []
+    slowest: list[float] = []
+    for _ in range(ROUNDS):
+        answers = asyncio.run(flood(server.address, rate))
+        memory.append(server.memory())
+        refused = [answer for answer in answers if answer.status == 503]
+        served = [answer for answer in answers if answer.status == 200]
+        assert len(refused) + len(served) == len(answers)
+        assert len(refused) > 0.8 * len(answers)
+        assert served
+        assert max(answer.seconds for answer in served) < DEADLINE
+        for answer in served:
+            assert json.loads(answer.body)["usage"]["completion_tokens"] == TOKENS
+        for answer in refused:
+            assert json.loads(answer.body)["error"]["code"] == "overloaded"
+        waits = [answer.seconds for answer in refused]
+        slowest.append(percentile(waits, 0.99))
+        print(
+            f"{rate:.0f} requests/s, {len(served)} of {len(answers)} served, refusals p50 "
+            f"{percentile(waits, 0.5) * 1e3:.1f} p99 {slowest[-1] * 1e3:.1f} ms, served p99 "
+            f"{percentile([a.seconds for a in served], 0.99):.2f} s, {memory[-1] / 1e6:.0f} MB"
+        )
+    # The machine may have other things to do in one round, hardly in all.
+    assert min(slowest) < 0.05
+    assert memory[-1] - memory[0] < 16e6
+    check_empty(server)
+
+
+def check_empty(server: Process) -> None:
+    models: list[dict[str, Any]] = httpx.get(server.url + "/ready").json()["models"]
+    stats = models[0]
+    assert (stats["slots_used"], stats["pages_used"], stats["waiting"]) == (0, 0, 0)

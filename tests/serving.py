@@ -52,9 +52,18 @@ class Process:
 
 @contextlib.contextmanager
 def process(
-    log: Path, settings: dict[str, str], app: str = "server.app:app", workers: int = 1, **popen: Any
+    log: Path,
+    settings: dict[str, str],
+    app: str = "server.app:app",
+    *,
+    workers: int = 1,
+    tracebacks: bool = False,
+    **popen: Any,
 ) -> Iterator[Process]:
-    """A server of these settings; if it still runs at the end it must stop cleanly."""
+    """A server of these settings; if it still runs at the end it must stop cleanly.
+
+    With ``tracebacks`` its log may hold some.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -71,7 +80,7 @@ def process(
         for each in _family(server.popen.pid):
             each.kill()
         server.popen.wait()
-    assert "Traceback" not in log.read_text(), server.tail()
+    assert tracebacks or "Traceback" not in log.read_text(), server.tail()
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -101,10 +110,10 @@ def real_server(checkpoints: Path, log: Path) -> Iterator[str]:
         assert stats["compiles_after_ready"] == 0
 
 
-def stats_of(address: str) -> dict[str, Any]:
+def stats_of(address: str, model: str = CHAT_MODEL) -> dict[str, Any]:
     """What the server says about its chat model."""
     models = httpx.get(f"http://{address}/ready").json()["models"]
-    return next(model for model in models if model["id"] == CHAT_MODEL)
+    return next(each for each in models if each["id"] == model)
 
 
 def _ready(address: str) -> bool:

@@ -23,6 +23,6 @@ def tiny_checkpoints(folder: Path) -> dict[str, str]:
         "INFERNEO_CHECKPOINTS": str(folder),
         "INFERNEO_MODELS": ",".join(map(str, paths)),
         "INFERNEO_DTYPE": "float32",
-        "INFERNEO_SLOTS": "4",
+        "INFERNEO_SLOTS": "8",
         "INFERNEO_KEYS_DB": str(folder / "keys.db"),
     }

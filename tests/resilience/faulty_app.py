@@ -1,0 +1,31 @@
+"""The application, with an engine that can be made to fail: the faults come as a file of orders.
+
+A step looks for the file that the environment names. ``raise`` in it makes the step raise, a number
+makes it hang for so many seconds.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from inferneo_jax.runner import PendingStep
+from server.app import create_app
+
+ORDERS = Path(os.environ["TEST_FAULTS"])
+_wait = PendingStep.wait
+
+
+def wait(step: PendingStep) -> Any:
+    """Read a step's results, unless there are orders."""
+    if ORDERS.exists():
+        order = ORDERS.read_text()
+        ORDERS.unlink()
+        if order == "raise":
+            raise RuntimeError("a fault that was ordered")
+        time.sleep(float(order))
+    return _wait(step)
+
+
+PendingStep.wait = wait  # type: ignore[method-assign]
+app = create_app()

@@ -1,0 +1,59 @@
+"""A stream of ten minutes ends with ``[DONE]``: ``python -m tests.resilience.long_stream``.
+
+The tiny model is read at a steady pace, which pauses its generation whenever it is ahead.
+``--minutes`` sets another length.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.serving import Process, process
+from tests.tiny import CHAT, tiny_checkpoints
+
+TOKENS = 30_000
+
+
+async def paced(server: Process, seconds: float) -> dict[str, object]:
+    """Read a long stream evenly over so many seconds."""
+    asked = {"model": CHAT, "prompt": "x", "max_tokens": TOKENS, "ignore_eos": True}
+    asked |= {"stream": True, "logprobs": 5, "stream_options": {"include_usage": True}}
+    started, events, last, usage = time.monotonic(), 0, "", ""
+    async with (
+        httpx.AsyncClient(timeout=None) as client,
+        client.stream("POST", server.url + "/v1/completions", json=asked) as answer,
+    ):
+        async for line in answer.aiter_lines():
+            if line.startswith("data: "):
+                usage, last = last, line
+                events += 1
+                due = started + seconds * min(1.0, events / TOKENS)
+                if (early := due - time.monotonic()) > 0.05:
+                    await asyncio.sleep(early)
+    tokens = int(usage.partition('"completion_tokens":')[2].partition(",")[0])
+    took = time.monotonic() - started
+    return {"seconds": round(took, 1), "events": events, "tokens": tokens, "last": last}
+
+
+def main() -> None:
+    """Run it and say how it ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.2)
+    seconds = parser.parse_args().minutes * 60
+    with tempfile.TemporaryDirectory() as folder:
+        settings = tiny_checkpoints(Path(folder))
+        with process(Path(folder) / "log", settings) as server:
+            server.wait_ready()
+            found = asyncio.run(paced(server, seconds))
+    print(found)
+    assert found["last"] == "data: [DONE]"
+    assert found["tokens"] == TOKENS
+    assert float(str(found["seconds"])) >= 0.95 * seconds
+
+
+if __name__ == "__main__":
+    main()

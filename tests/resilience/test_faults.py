@@ -1,0 +1,162 @@
+"""An engine that raises, hangs or dies: every client is told within five seconds."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+from clients import Ending, body, plain, socketed, stream, until
+
+from tests.serving import Process, process, stats_of
+from tests.tiny import CHAT
+
+LONG = 30_000
+AT_MOST = 5.0
+ROOT = Path(__file__).parents[2]
+
+
+class Faulty:
+    """A server and the file of its orders."""
+
+    def __init__(self, server: Process, orders: Path) -> None:
+        self.server, self.orders = server, orders
+
+    def order(self, what: str) -> None:
+        """Write at once, or the engine might read half."""
+        new = self.orders.with_suffix(".new")
+        new.write_text(what)
+        new.rename(self.orders)
+
+
+@pytest.fixture
+def faulty(tiny: dict[str, str], tmp_path: Path) -> Iterator[Faulty]:
+    orders = tmp_path / "orders"
+    settings = tiny | {"TEST_FAULTS": str(orders), "PYTHONPATH": str(ROOT), "INFERNEO_SLOTS": "8"}
+    folder = Path(__file__).parent
+    app = "faulty_app:app"
+    with process(tmp_path / "log", settings, app, cwd=folder, tracebacks=True) as server:
+        server.wait_ready(120)
+        yield Faulty(server, orders)
+
+
+async def crowd(server: Process) -> list[asyncio.Task[Ending]]:
+    """Clients of each kind, twelve in all: some run, some wait."""
+    kinds = (stream, plain, partial(socketed, patient=False)) * 4
+    tasks = [asyncio.create_task(kind(server, body(LONG))) for kind in kinds]
+
+    async def here() -> bool:
+        stats = stats_of(server.address, CHAT)
+        return stats["running"] == 8 and stats["waiting"] == 4
+
+    await until(here)
+    return tasks
+
+
+async def ended(tasks: list[asyncio.Task[Ending]], told: float, seconds: float) -> list[Ending]:
+    """All of them, in time."""
+    endings = []
+    for task in tasks:
+        async with asyncio.timeout(seconds - (time.monotonic() - told)):
+            endings.append(await task)
+    return endings
+
+
+async def ready(server: Process) -> bool:
+    async with httpx.AsyncClient(timeout=5) as client:
+        return (await client.get(server.url + "/ready")).status_code == 200
+
+
+async def check_serves(server: Process) -> None:
+    assert (await plain(server, body(20))).tokens == 20
+    stats = stats_of(server.address, CHAT)
+    assert (stats["slots_used"], stats["pages_used"], stats["waiting"]) == (0, 0, 0)
+
+
+def test_a_step_that_raises_ends_its_requests_and_no_others(faulty: Faulty) -> None:
+    server = faulty.server
+
+    async def run() -> None:
+        long = [asyncio.create_task(stream(server, body(LONG))) for _ in range(8)]
+
+        async def full() -> bool:
+            return bool(stats_of(server.address, CHAT)["running"] == 8)
+
+        await until(full)
+        waiting = [asyncio.create_task(kind(server, body(30))) for kind in (stream, plain)]
+        await asyncio.sleep(0.2)
+        told = time.monotonic()
+        faulty.order("raise")
+        for ending in await ended(long, told, AT_MOST):
+            assert (ending.complete, ending.error) == (True, "engine_failed"), ending
+        for ending in await ended(waiting, told, AT_MOST):
+            assert (ending.complete, ending.error) == (True, None), ending
+        print(f"raise: all ended {time.monotonic() - told:.2f} s later")
+        await until(lambda: ready(server), 5)
+        await check_serves(server)
+
+    asyncio.run(run())
+
+
+def test_a_step_that_hangs_ends_every_request_and_the_engine_comes_back(faulty: Faulty) -> None:
+    server = faulty.server
+
+    async def run() -> None:
+        tasks = await crowd(server)
+        told = time.monotonic()
+        faulty.order("9")
+        for ending in await ended(tasks, told, AT_MOST):
+            assert (ending.complete, ending.error) == (True, "engine_failed"), ending
+        print(f"hang: all ended {time.monotonic() - told:.2f} s later")
+        assert not await ready(server)
+        refused = await plain(server, body(5))
+        assert (refused.status, refused.error) == (503, "overloaded")
+        await until(lambda: ready(server), 15)
+        await check_serves(server)
+        assert server.popen.poll() is None
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_never_answers_again_ends_the_server(faulty: Faulty) -> None:
+    server = faulty.server
+
+    async def run() -> None:
+        task = asyncio.create_task(stream(server, body(LONG)))
+
+        async def runs() -> bool:
+            return bool(stats_of(server.address, CHAT)["running"] == 1)
+
+        await until(runs)
+        told = time.monotonic()
+        faulty.order("600")
+        (ending,) = await ended([task], told, AT_MOST)
+        assert ending.error == "engine_failed"
+        assert await asyncio.to_thread(server.popen.wait, 60) != 0
+        print(f"lost: the process ended {time.monotonic() - told:.1f} s later")
+
+    asyncio.run(run())
+    assert "engine_lost" in server.log.read_text()
+
+
+def test_a_server_that_is_killed_leaves_no_client_waiting(
+    tiny: dict[str, str], tmp_path: Path
+) -> None:
+    with process(tmp_path / "log", tiny, workers=0) as server:
+        server.wait_ready(120)
+
+        async def run() -> None:
+            tasks = await crowd(server)
+            told = time.monotonic()
+            os.kill(server.popen.pid, 9)
+            for ending in await ended(tasks, told, AT_MOST):
+                assert not ending.complete, ending
+
+        asyncio.run(run())
+        assert server.popen.wait(5) == -9
+    with process(tmp_path / "log", tiny, workers=0) as server:
+        server.wait_ready(60)
+        asyncio.run(check_serves(server))

@@ -1,0 +1,70 @@
+"""A server that is told to end cuts nobody off without a word."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from clients import body, plain, socketed, stream, stuck, until
+
+from tests.serving import Process, process, stats_of
+from tests.tiny import CHAT
+
+SHORT, LONG = 400, 30_000
+
+
+async def running(server: Process, number: int) -> bool:
+    stats = stats_of(server.address, CHAT)
+    return stats["running"] + stats["waiting"] >= number
+
+
+async def status(server: Process, client: httpx.AsyncClient) -> str:
+    return (await client.get(server.url + "/ready")).json()["status"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_under_load_ends_everything_with_a_word(
+    tiny: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    settings = tiny | {"INFERNEO_DRAIN_SECONDS": "4"}
+
+    async def load(server: Process) -> None:
+        raw = stuck(server)
+        kinds = (stream, plain, socketed)
+        jobs = {n: [asyncio.create_task(k(server, body(n))) for k in kinds] for n in (SHORT, LONG)}
+        idle = asyncio.create_task(socketed(server, None))
+        await until(lambda: running(server, 4))
+        async with httpx.AsyncClient() as client:  # a probe, on a connection that it keeps
+            assert await status(server, client) == "ready"
+            told = time.monotonic()
+            server.popen.terminate()
+            await until(lambda: draining(server, client), 2)
+            assert time.monotonic() - told < 2
+            refused = await plain(server, body(5))
+            assert (refused.status, refused.error) == (503, "overloaded")
+        for ending in await asyncio.gather(*jobs[SHORT]):
+            assert (ending.complete, ending.error) == (True, None), ending
+            assert ending.tokens >= 1
+        for ending in await asyncio.gather(*jobs[LONG]):
+            assert (ending.complete, ending.error) == (True, "overloaded"), ending
+        assert (await idle).status == 1001
+        with raw:
+            assert await asyncio.to_thread(server.popen.wait, 15) == 0, server.tail()
+        assert 4 <= time.monotonic() - told < 12
+
+    async def draining(server: Process, client: httpx.AsyncClient) -> bool:
+        return await status(server, client) == "draining"
+
+    with process(tmp_path / "log", settings, workers=workers) as server:
+        server.wait_ready(120)
+        asyncio.run(load(server))
+
+
+def test_an_idle_server_ends_at_once(tiny: dict[str, str], tmp_path: Path) -> None:
+    with process(tmp_path / "log", tiny) as server:
+        server.wait_ready(120)
+        told = time.monotonic()
+        server.popen.terminate()
+        assert server.popen.wait(10) == 0
+        assert time.monotonic() - told < 5

@@ -27,7 +27,7 @@ from server.socket_auth import admit_socket
 from server.store import open_store
 from server.store_threads import StoreThreads
 from server.text import TextWork
-from server.transport import refuse_h2c_upgrade
+from server.transport import mend_hypercorn
 
 logger = structlog.get_logger(__name__)
 
@@ -48,7 +48,7 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
 
     app = Quart("server", static_folder=None)
     connections = connection.install(app)
-    refuse_h2c_upgrade()
+    mend_hypercorn()
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
     app.url_map.merge_slashes = False  # a redirect would be no answer of the API

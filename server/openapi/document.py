@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from inferneo_jax import __version__
+from server.admission import TIMEOUT_HEADER
 from server.http import STRICT_HEADER
 from server.openapi.operation import HEADERS, Answer, Operation
 from server.openapi.operations import OPERATIONS
@@ -82,6 +83,12 @@ def document() -> dict[str, Any]:
                 "RequestId": _parameter(
                     "X-Request-Id", "header", {"type": "string"}, "Your name for the request."
                 ),
+                "Timeout": _parameter(
+                    TIMEOUT_HEADER,
+                    "header",
+                    {"type": "string", "pattern": r"^\d{1,9}(\.\d{1,9})?$", "examples": ["30"]},
+                    "How many seconds the request may take, above 0; the server may allow fewer.",
+                ),
                 "Strict": _parameter(
                     STRICT_HEADER,
                     "header",
@@ -131,6 +138,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
         described["description"] = operation.description
     if operation.body:
         parameters.append({"$ref": "#/components/parameters/Strict"})
+        parameters.append({"$ref": "#/components/parameters/Timeout"})
         references = [_reference(model) for model in operation.body]
         media: dict[str, Any] = {
             "schema": references[0] if len(references) == 1 else {"anyOf": references}

@@ -114,5 +114,6 @@ _ERRORS = {
         "Retry-After",
         "Retry-After-Ms",
     ),
+    504: _error("It was not done in the time that it was allowed.", "X-Should-Retry"),
 }
-BODY_ERRORS = errors(400, 401, 403, 404, 408, 413, 415, 429, 503)
+BODY_ERRORS = errors(400, 401, 403, 404, 408, 413, 415, 429, 503, 504)

@@ -169,10 +169,10 @@ class Progress(Part):
 
 
 class Unready(Part):
-    """Models are being loaded, or an engine has failed."""
+    """Models are being loaded, the server shuts down, or an engine has failed."""
 
     error: ErrorDetails
-    status: Literal["loading", "failed"]
+    status: Literal["loading", "draining", "failed"]
     models: list[Progress | ModelState]  # type: ignore[valid-type]
 
 

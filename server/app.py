@@ -19,7 +19,7 @@ from server.exit import exit_failed
 from server.http import json_response
 from server.limits import Limiter
 from server.models import Loader, Registry, load_from_disk, still_loading
-from server.routes import docs, embeddings, generate, health, keys, models, text
+from server.routes import admin, docs, embeddings, generate, health, keys, models, text
 from server.services import Services
 from server.settings import Settings, unknown_variables
 from server.shutdown import drain, end_if_lost, held_up
@@ -59,6 +59,7 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     app.register_blueprint(health.blueprint(services))
     app.register_blueprint(docs.blueprint())
     app.register_blueprint(keys.blueprint(services))
+    app.register_blueprint(admin.blueprint(services))
     api = (models.add_routes, generate.add_routes, embeddings.add_routes)
     app.register_blueprint(_with_models("v1", "/v1", services, *api))
     app.register_blueprint(_with_models("text", None, services, text.add_routes))

@@ -38,6 +38,10 @@ SCOPE_OF = {
     "/detokenize": "inference",
     "/v1/embeddings": "embeddings",
     "/metrics": "metrics",
+    "/admin/keys": "admin",
+    "/admin/keys/<key_id>": "admin",
+    "/admin/keys/<key_id>/rotate": "admin",
+    "/admin/keys/<key_id>/usage": "admin",
 }
 """The scope that a rule asks of a key; None: any will do. What is not listed needs ``admin``."""
 
@@ -188,6 +192,10 @@ class Guard:
         if key is None or not key.models:
             return True
         return aliases.get(name, name) in {aliases.get(each, each) for each in key.models}
+
+    def forget(self, key_id: str) -> None:
+        """Look a key up anew: it has been changed."""
+        self._fresh.pop(key_id, None)
 
     async def _closed(self) -> bool:
         """Whether keys are needed; once they were, they are for as long as the server runs."""

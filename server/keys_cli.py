@@ -5,23 +5,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from inferneo_jax import ConfigError
-from server.keys import (
-    DEFAULT_SCOPES,
-    SCOPES,
-    Key,
-    Limits,
-    digest,
-    encode_fields,
-    new_key,
-    new_text,
-)
+from server.keyring import Keyring, state_of
+from server.keys import SCOPES, Limits
 from server.settings import Settings
 from server.store import Store, open_store
 from server.usage import usage_rows
@@ -69,19 +61,14 @@ def create(
     db: Database = None,
 ) -> None:
     """Make a key. It is printed once, alone on the last line."""
-    for each in scope or ():
-        if each not in SCOPES:
-            raise ConfigError(f"--scope is {each!r}; there are {', '.join(SCOPES)}")
-    now = time.time()
-    rights: dict[str, Any] = {
-        "scopes": frozenset(scope or DEFAULT_SCOPES),
-        "models": tuple(model or ()),
-        "limits": _limits(Limits(), rpm=rpm, tpm=tpm, rpd=rpd, concurrent=concurrent),
-        "expires": None if expires_in is None else now + _duration(expires_in),
-    }
-    with _store(db) as store:
-        key, text = new_key(store.pepper(), name=name, created=now, **rights)
-        store.add_key(key)
+    with _keyring(db) as keyring:
+        key, text = keyring.create(
+            name,
+            scopes=scope,
+            models=model or (),
+            limits=_limits(Limits(), rpm=rpm, tpm=tpm, rpd=rpd, concurrent=concurrent),
+            expires_in=None if expires_in is None else _duration(expires_in),
+        )
     _print(f"Key {key.id} ({name}). This is the only time it is shown:")
     print(text)
 
@@ -90,34 +77,29 @@ def create(
 def list_keys(db: Database = None) -> None:
     """List the keys; none of them can be read again."""
     table = _table("id", "name", "state", "scopes", "models", *_FIELDS, "expires")
-    with _store(db) as store:
-        keys = store.list_keys()
+    with _keyring(db) as keyring:
+        keys = keyring.all()
     for key in keys:
         limits = [_shown(getattr(key.limits, field)) for field in _FIELDS.values()]
         scopes, models = ", ".join(sorted(key.scopes)), ", ".join(key.models) or "all"
-        table.add_row(key.id, key.name, _state(key), scopes, models, *limits, _date(key.expires))
+        table.add_row(key.id, key.name, state_of(key), scopes, models, *limits, _date(key.expires))
     _print(table)
 
 
 @app.command()
 def revoke(which: Which, db: Database = None) -> None:
     """End a key, for ever; servers notice within a second."""
-    with _store(db) as store:
-        key = _find(store, which)
-        if key.revoked is None:
-            store.change_key(key.id, encode_fields({"revoked": time.time()}))
+    with _keyring(db) as keyring:
+        key = keyring.revoke(keyring.find(which))
     _print(f"{key.id}: revoked")
 
 
 @app.command()
 def rotate(which: Which, db: Database = None) -> None:
     """Replace a key by a new one with its name, rights, limits and usage; the old one ends."""
-    with _store(db) as store:
-        key = _find(store, which)
-        if key.revoked is not None:
-            raise ConfigError(f"the key {key.id} is revoked; create another one")
-        text = new_text(key.id)
-        store.change_key(key.id, encode_fields({"digest": digest(store.pepper(), text)}))
+    with _keyring(db) as keyring:
+        key = keyring.find(which)
+        text = keyring.rotate(key)
     _print(f"Key {key.id} ({key.name}). This is the only time it is shown:")
     print(text)
 
@@ -132,11 +114,11 @@ def limits(
     db: Database = None,
 ) -> None:
     """Change the limits that are given, and show all."""
-    with _store(db) as store:
-        key = _find(store, which)
+    with _keyring(db) as keyring:
+        key = keyring.find(which)
         found = _limits(key.limits, rpm=rpm, tpm=tpm, rpd=rpd, concurrent=concurrent)
         if found != key.limits:
-            store.change_key(key.id, encode_fields({"limits": found}))
+            keyring.change(key, limits=found)
     table = Table(box=None, show_header=False)
     for option, field in _FIELDS.items():
         table.add_row(option, _shown(getattr(found, field)))
@@ -153,7 +135,8 @@ def usage(
     table = _table("id", "name", *(name.replace("_", " ") for name in columns))
     with _store(db) as store:
         store.sweep(None)
-        for key in store.list_keys() if which is None else [_find(store, which)]:
+        keyring = Keyring(store)
+        for key in keyring.all() if which is None else [keyring.find(which)]:
             for row in usage_rows(store.usage(key.id)):
                 table.add_row(key.id, key.name, *(str(row[name]) for name in columns))
     _print(table)
@@ -181,21 +164,10 @@ def _store(db: str | None) -> Iterator[Store]:
         store.close()
 
 
-def _find(store: Store, which: str) -> Key:
-    """The key of this id, or the only one of this name that is not revoked.
-
-    Raises:
-        ConfigError: there is none, or several.
-    """
-    keys = store.list_keys()
-    found = [key for key in keys if key.id == which] or [key for key in keys if key.name == which]
-    living = [key for key in found if key.revoked is None] or found[-1:]
-    if not living:
-        raise ConfigError(f"there is no key {which!r}; see inferneo keys list")
-    if len(living) > 1:
-        ids = ", ".join(key.id for key in living)
-        raise ConfigError(f"several keys are called {which!r}; name one by its id: {ids}")
-    return living[0]
+@contextmanager
+def _keyring(db: str | None) -> Iterator[Keyring]:
+    with _store(db) as store:
+        yield Keyring(store)
 
 
 def _limits(before: Limits, **options: str | None) -> Limits:
@@ -219,12 +191,6 @@ def _duration(text: str) -> float:
             f"--expires-in is {text!r}; write a number and s, m, h, d or w, as in 30d"
         )
     return float(int(match[1]) * _SECONDS[match[2]])
-
-
-def _state(key: Key) -> str:
-    if key.revoked is not None:
-        return "revoked"
-    return "expired" if key.expires is not None and key.expires <= time.time() else "active"
 
 
 def _shown(limit: int | None) -> str:

@@ -41,6 +41,7 @@ _TAGS = {
     "models": "Which models there are.",
     "tokens": "What the tokenizers do, at vLLM's paths.",
     "keys": "The caller's API key.",
+    "admin": "All keys, for a key of the scope `admin`.",
     "server": "The server itself.",
 }
 

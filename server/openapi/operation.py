@@ -66,6 +66,7 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     "Retry-After-Ms": ({"type": "string", "pattern": "^[0-9]+$"}, "In milliseconds."),
     "X-Should-Retry": ({"enum": ["true", "false"]}, "Whether to send it again at all."),
     "WWW-Authenticate": ({"const": "Bearer"}, "How to send a key."),
+    "Cache-Control": ({"const": "no-store"}, "It is not to be kept."),
     "Content-Security-Policy": ({"type": "string"}, "What the page may load: nothing from afar."),
 }
 
@@ -75,9 +76,9 @@ def json(model: type[BaseModel]) -> Media:
     return {"application/json": model}
 
 
-def ok(model: type[BaseModel]) -> dict[int, Answer]:
+def ok(model: type[BaseModel], status: int = 200, *headers: str) -> dict[int, Answer]:
     """The answer to a request that succeeds."""
-    return {200: Answer(description=_words(model), content=json(model))}
+    return {status: Answer(description=_words(model), content=json(model), headers=headers)}
 
 
 def errors(*statuses: int) -> dict[int, Answer]:
@@ -98,6 +99,7 @@ _ERRORS = {
     401: _error("The server needs an API key, and none that counts was sent.", "WWW-Authenticate"),
     403: _error("The key may not do this, or there are no keys and the request is not local."),
     404: _error("There is no such model (`model_not_found`), or path (`not_found`)."),
+    409: _error("The key is revoked, or the last that may manage keys (`key_conflict`)."),
     408: _error("The body did not arrive in time."),
     413: _error("The body is too large."),
     415: _error("The body is not declared to be JSON."),

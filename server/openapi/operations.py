@@ -1,5 +1,6 @@
 """Every operation of the API; a test holds this list to the application's routes."""
 
+from server.openapi import admin
 from server.openapi.operation import BODY_ERRORS, Answer, Operation, errors, json, ok
 from server.protocol import answers, states
 from server.protocol.chat import ChatBody
@@ -178,4 +179,5 @@ OPERATIONS = (
         }
         | errors(404),
     ),
+    *admin.OPERATIONS,
 )

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from inferneo_jax import EngineStats
+from server.keys import Scope
 from server.protocol.answers import Count, Part
 
 
@@ -71,6 +72,34 @@ class KeyUsage(Part):
     key: KeyCard
     data: list[UsageRow]
     total: UsageTotal
+
+
+class KeyState(Part):
+    """A key, without its secret; times are in seconds since 1970, null: never."""
+
+    object: Literal["key"]
+    id: str
+    name: str
+    state: Literal["active", "expired", "revoked"]
+    scopes: list[Scope]
+    models: list[str] = Field(description="That it may use; empty: all.")
+    limits: KeyLimits
+    created: int
+    expires: int | None
+    revoked: int | None
+
+
+class NewKey(KeyState):
+    """A key and its text, which cannot be had again."""
+
+    key: str
+
+
+class KeyList(Part):
+    """All keys, oldest first."""
+
+    object: Literal["list"]
+    data: list[KeyState]
 
 
 class SocketTicket(Part):

@@ -1,9 +1,6 @@
 """What a key's holder may know and have: ``GET /v1/usage`` and ``POST /v1/ws-tickets``."""
 
-import dataclasses
 import secrets
-from functools import partial
-from typing import Any
 
 from quart import Blueprint, Response
 
@@ -12,7 +9,7 @@ from server.errors import bad_request
 from server.http import json_response
 from server.keys import Key
 from server.services import Services
-from server.usage import usage_rows
+from server.usage import usage_answer
 
 TICKET_SECONDS = 30
 
@@ -23,18 +20,7 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.get("/usage")
     async def usage() -> Response:
-        key = _needed()
-        await services.threads.flush()
-        rows = await services.threads.call(partial(services.threads.store.usage, key.id))
-        data = usage_rows(rows)
-        names = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
-        answer: dict[str, Any] = {
-            "object": "usage",
-            "key": {"id": key.id, "name": key.name, "limits": dataclasses.asdict(key.limits)},
-            "data": data,
-            "total": {name: sum(row[name] for row in data) for name in names},
-        }
-        return json_response(answer)
+        return json_response(await usage_answer(services.threads, _needed()))
 
     @routes.post("/ws-tickets")
     async def create_ticket() -> Response:

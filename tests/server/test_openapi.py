@@ -86,7 +86,8 @@ def test_every_parameter_is_described_with_its_bounds_and_default(model: type[Ba
 
 
 def test_the_manual_names_every_path_and_parameter() -> None:
-    manual = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    docs = Path(__file__).parents[2] / "docs"
+    manual = "".join((docs / page).read_text(encoding="utf-8") for page in ("api.md", "keys.md"))
     names = {name for model in BODIES for name in model.model_fields}
     for operation in OPERATIONS:
         path = operation.path.replace("model_id", "id")

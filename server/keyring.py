@@ -1,0 +1,185 @@
+"""What can be done with keys, for the command line and for HTTP alike. Blocks, as stores do."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Collection
+from typing import Any, Literal
+
+from inferneo_jax import InferneoError
+from server.keys import (
+    DEFAULT_SCOPES,
+    SCOPES,
+    Key,
+    Limits,
+    digest,
+    encode_fields,
+    new_key,
+    new_text,
+)
+from server.store import Store
+
+LONGEST_NAME = 100
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+
+
+class KeyringError(InferneoError):
+    """What was asked cannot be done.
+
+    Attributes:
+        kind: whether the key is not there, the request is wrong, or the key's state forbids it.
+        param: the field at fault.
+    """
+
+    def __init__(
+        self, message: str, kind: Literal["unknown", "wrong", "conflict"], param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.param = param
+
+
+class Keyring:
+    """The keys of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def create(
+        self,
+        name: str,
+        *,
+        scopes: Collection[str] | None = None,
+        models: Collection[str] = (),
+        limits: Limits | None = None,
+        expires_in: float | None = None,
+    ) -> tuple[Key, str]:
+        """A new key and its text, which cannot be had again; ``expires_in`` is in seconds.
+
+        Raises:
+            KeyringError: the name or a scope is wrong.
+        """
+        now = time.time()
+        key, text = new_key(
+            self._store.pepper(),
+            name=_name(name),
+            created=now,
+            scopes=_scopes(DEFAULT_SCOPES if scopes is None else scopes),
+            models=tuple(models),
+            limits=limits or Limits(),
+            expires=None if expires_in is None else now + expires_in,
+        )
+        self._store.add_key(key)
+        return key, text
+
+    def all(self) -> list[Key]:
+        """Every key, oldest first."""
+        return self._store.list_keys()
+
+    def get(self, key_id: str) -> Key:
+        """The key of this id.
+
+        Raises:
+            KeyringError: there is none.
+        """
+        key = self._store.find_key(key_id)
+        if key is None:
+            raise KeyringError(f"there is no key of the id {key_id[:40]!r}", "unknown")
+        return key
+
+    def find(self, which: str) -> Key:
+        """The key of this id, or the only one of this name that is not revoked.
+
+        Raises:
+            KeyringError: there is none, or several.
+        """
+        keys = self.all()
+        found = [key for key in keys if key.id == which] or [k for k in keys if k.name == which]
+        living = [key for key in found if key.revoked is None] or found[-1:]
+        if not living:
+            raise KeyringError(f"there is no key {which!r}; see inferneo keys list", "unknown")
+        if len(living) > 1:
+            ids = ", ".join(key.id for key in living)
+            raise KeyringError(
+                f"several keys are called {which!r}; name one by its id: {ids}", "conflict"
+            )
+        return living[0]
+
+    def change(self, key: Key, **changes: Any) -> Key:
+        """The key with attributes replaced, such as ``name``, ``scopes`` or ``limits``.
+
+        Raises:
+            KeyringError: it is revoked, or a value is wrong.
+        """
+        if key.revoked is not None:
+            raise KeyringError(f"the key {key.id} is revoked; create another one", "conflict")
+        if "name" in changes:
+            changes["name"] = _name(changes["name"])
+        if "scopes" in changes:
+            changes["scopes"] = _scopes(changes["scopes"])
+        changed = dataclasses.replace(key, **changes)
+        differs = {n: v for n, v in changes.items() if v != getattr(key, n)}
+        if differs:
+            self._store.change_key(key.id, encode_fields(differs))
+        return changed
+
+    def revoke(self, key: Key) -> Key:
+        """End a key, for ever."""
+        if key.revoked is None:
+            key = dataclasses.replace(key, revoked=time.time())
+            self._store.change_key(key.id, encode_fields({"revoked": key.revoked}))
+        return key
+
+    def rotate(self, key: Key) -> str:
+        """A new text for a key, with which the old one ends.
+
+        Raises:
+            KeyringError: it is revoked.
+        """
+        text = new_text(key.id)
+        self.change(key, digest=digest(self._store.pepper(), text))
+        return text
+
+    def keep_an_admin(self, without: Key) -> None:
+        """Make sure that there would be another active key of the scope ``admin``.
+
+        Raises:
+            KeyringError: there would not.
+        """
+        for key in self.all():
+            if key.id != without.id and "admin" in key.scopes and state_of(key) == "active":
+                return
+        if "admin" in without.scopes and state_of(without) == "active":
+            raise KeyringError(
+                f"the key {without.id} is the last one that may manage keys; create another of the "
+                "scope admin first, or use the command line",
+                "conflict",
+            )
+
+
+def state_of(key: Key) -> Literal["active", "expired", "revoked"]:
+    """Whether a key counts now."""
+    if key.revoked is not None:
+        return "revoked"
+    return "expired" if key.expires is not None and key.expires <= time.time() else "active"
+
+
+def _name(name: str) -> str:
+    if not (len(name) <= LONGEST_NAME and _NAME.fullmatch(name) and name.strip()):
+        raise KeyringError(
+            f"name must hold 1 to {LONGEST_NAME} characters, and no control characters",
+            "wrong",
+            "name",
+        )
+    return name
+
+
+def _scopes(scopes: Collection[str]) -> frozenset[str]:
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise KeyringError(
+                f"scope is {scope[:40]!r}; there are {', '.join(SCOPES)}", "wrong", "scopes"
+            )
+    if not scopes:
+        raise KeyringError("scopes is empty; a key needs at least one", "wrong", "scopes")
+    return frozenset(scopes)

@@ -15,6 +15,7 @@ import psutil
 
 CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
 READY_SECONDS = 400.0
+ROOT = Path(__file__).parents[1]
 
 
 class Process:
@@ -69,7 +70,8 @@ def process(
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", address, app]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("INFERNEO_")}
-    environment = kept | {"INFERNEO_LOG_FORMAT": "json"} | settings
+    found = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'server'}", "INFERNEO_LOG_FORMAT": "json"}
+    environment = kept | found | settings
     server = Process(command, address, log, env=environment, **popen)
     try:
         yield server

@@ -1,64 +1,17 @@
-"""Stores to test: SQLite in a file, and a Redis server of our own if the machine has one."""
+"""A server with keys, over a store of each kind."""
 
-import os
-import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import redis
 from fake_engine import writes
 from fixtures import tokenizer
 from harness import CHAT, EMBED, REPLY
 from rigs import KeyRig, key_rig
+from stores import location, redis_url, store
 
 from inferneo_jax import Tokenizer
-from server.store import Store, open_store
 
-__all__ = ["tokenizer"]
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        assert not os.environ.get("REQUIRE_CLIENTS"), "redis-server is to be installed"
-        pytest.skip("neither redis-server nor valkey-server is installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    folder = str(tmp_path_factory.mktemp("redis"))
-    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-    with subprocess.Popen([program, *options], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if "eady to accept connections" in line:
-                    break
-            assert process.poll() is None
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            process.terminate()
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty store."""
-    if request.param == "sqlite":
-        return str(tmp_path / "keys.db")
-    url: str = request.getfixturevalue("redis_url")
-    with redis.Redis.from_url(url) as client:
-        client.flushdb()
-    return url
-
-
-@pytest.fixture
-def store(location: str) -> Iterator[Store]:
-    opened = open_store(location)
-    yield opened
-    opened.close()
+__all__ = ["location", "redis_url", "store", "tokenizer"]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 """A whole server on tiny random models, in a process of its own."""
 
 import pytest
+from stores import location, redis_url
 
 from tests.tiny import tiny_checkpoints
+
+__all__ = ["location", "redis_url"]
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from tests.tiny import CHAT
 
 LONG = 30_000
 AT_MOST = 5.0
-ROOT = Path(__file__).parents[2]
 
 
 class Faulty:
@@ -35,10 +34,9 @@ class Faulty:
 @pytest.fixture
 def faulty(tiny: dict[str, str], tmp_path: Path) -> Iterator[Faulty]:
     orders = tmp_path / "orders"
-    settings = tiny | {"TEST_FAULTS": str(orders), "PYTHONPATH": str(ROOT), "INFERNEO_SLOTS": "8"}
-    folder = Path(__file__).parent
-    app = "faulty_app:app"
-    with process(tmp_path / "log", settings, app, cwd=folder, tracebacks=True) as server:
+    settings = tiny | {"TEST_FAULTS": str(orders)}
+    app = "tests.resilience.faulty_app:app"
+    with process(tmp_path / "log", settings, app, tracebacks=True) as server:
         server.wait_ready(120)
         yield Faulty(server, orders)
 

@@ -58,7 +58,7 @@ def run(rig: Rig, max_examples: int) -> Report:
         # 400, and what is large is a 413.
         positive_data_acceptance=config.PositiveDataAcceptanceConfig(enabled=False),
         negative_data_rejection=NegativeDataRejectionConfig(
-            expected_statuses=["400", "404", "405", "413", "415"]
+            expected_statuses=["400", "403", "404", "405", "413", "415"]  # 403: no key, no admin
         ),
     )
     project = config.ProjectConfig(

@@ -208,12 +208,12 @@ def test_a_socket_has_a_deadline_for_each_request(endless: Rig) -> None:
 
 def test_a_stuck_reader_keeps_its_slot_until_its_deadline_only(endless: Rig) -> None:
     endless.engine.release()
-    body = {**BODY, "stream": True, "n": 20, "logprobs": 5}
+    body = {**BODY, "stream": True, "n": 100, "logprobs": 5}
     with (
         httpx.Client(base_url=endless.url) as client,
         client.stream("POST", COMPLETIONS, json=body, headers={TIMEOUT_HEADER: "1"}),
     ):
-        endless.engine.wait_until(lambda e: len(e.finished) == 20)
+        endless.engine.wait_until(lambda e: len(e.finished) == 100)
         assert endless.engine.aborted
 
 

@@ -1,6 +1,5 @@
 """Who may do what. Every route needs a key unless this file says otherwise."""
 
-import ipaddress
 import time
 from contextlib import suppress
 from functools import partial
@@ -13,6 +12,7 @@ from server.caller import caller, set_caller
 from server.connection import current_request
 from server.errors import ApiError
 from server.keys import Key, digest, id_of
+from server.locality import is_local_name, is_loopback
 from server.settings import Settings
 from server.store_threads import StoreThreads
 
@@ -260,38 +260,15 @@ def check_local(connection: BaseRequestWebsocket) -> None:
         ApiError: it comes from elsewhere, or that cannot be told.
     """
     server = connection.scope.get("server")
-    reached = server is None or _is_loopback(server[0]) or server[1] is None  # a Unix socket
+    reached = server is None or is_loopback(server[0]) or server[1] is None  # a Unix socket
     forwarded = any(name in connection.headers for name in _FORWARDED)
-    if reached and not forwarded and _is_local_name(connection.headers.get("Host", "")):
+    if reached and not forwarded and is_local_name(connection.headers.get("Host", "")):
         return
     raise forbidden(
         "This server has no API keys yet and serves its own machine only, at localhost. Create a "
         "key there (inferneo keys create NAME) and send it, or set INFERNEO_REQUIRE_KEY=false.",
         "local_only",
     )
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
-
-
-def _is_local_name(host: str) -> bool:
-    """No name that a stranger could own: an address, ``localhost``, or a name without a dot."""
-    if host.startswith("["):
-        return "]" in host
-    name = host.rpartition(":")[0] if ":" in host else host
-    name = name.rstrip(".").lower()
-    if "." not in name or name.endswith(".localhost"):
-        return True
-    with suppress(ValueError):
-        ipaddress.ip_address(name)
-        return True
-    return False
 
 
 def _counting(key: Key) -> Key:

@@ -150,9 +150,13 @@ def _table(*names: str) -> Table:
 
 
 def _print(what: object) -> None:
-    """On a terminal as it fits; elsewhere, where a program may read it, with nothing left out."""
+    """On a terminal as it fits; elsewhere, where a program may read it, with nothing left out.
+
+    Names are shown as they are: brackets and colons in them are no markup.
+    """
     width = None if sys.stdout.isatty() else _WIDE
-    Console(width=width, soft_wrap=True, highlight=False).print(what)
+    console = Console(width=width, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(what)
 
 
 @contextmanager

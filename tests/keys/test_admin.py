@@ -1,5 +1,7 @@
 """Managing keys over HTTP: by those who may, and never so that nobody may any more."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ KEYS = "/admin/keys"
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
 Ask = Callable[..., httpx.Response]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -174,3 +177,18 @@ def test_every_change_is_logged_and_no_secret_is(
     for secret in (made["key"].split("-")[2], rotated["key"].split("-")[2], kept.digest):
         assert secret not in logged
         assert secret not in listed
+
+
+def cli(*arguments: str, db: str) -> str:
+    command = [sys.executable, "-m", "server.cli", "keys", *arguments, "--db", db]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[red]a[/red]", ":smile:", "\u540d\u524d"])
+def test_names_are_shown_by_the_command_line_as_they_are(location: str, name: str) -> None:
+    printed = cli("create", name, db=location)
+    assert f"({name})" in printed
+    assert printed.splitlines()[-1].startswith("inferneo-")
+    assert name in cli("list", db=location)

@@ -42,6 +42,7 @@ SCOPE_OF = {
     "/admin/keys/<key_id>": "admin",
     "/admin/keys/<key_id>/rotate": "admin",
     "/admin/keys/<key_id>/usage": "admin",
+    "/admin/usage": "admin",
 }
 """The scope that a rule asks of a key; None: any will do. What is not listed needs ``admin``."""
 

@@ -20,6 +20,7 @@ from server.keys import (
 from server.store import Store
 
 LONGEST_NAME = 100
+LONGEST_MODEL = 512
 _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
@@ -57,7 +58,7 @@ class Keyring:
         """A new key and its text, which cannot be had again; ``expires_in`` is in seconds.
 
         Raises:
-            KeyringError: the name or a scope is wrong.
+            KeyringError: the name, a scope or a model is wrong.
         """
         now = time.time()
         key, text = new_key(
@@ -65,7 +66,7 @@ class Keyring:
             name=_name(name),
             created=now,
             scopes=_scopes(DEFAULT_SCOPES if scopes is None else scopes),
-            models=tuple(models),
+            models=_models(models),
             limits=limits or Limits(),
             expires=None if expires_in is None else now + expires_in,
         )
@@ -117,6 +118,8 @@ class Keyring:
             changes["name"] = _name(changes["name"])
         if "scopes" in changes:
             changes["scopes"] = _scopes(changes["scopes"])
+        if "models" in changes:
+            changes["models"] = _models(changes["models"])
         changed = dataclasses.replace(key, **changes)
         differs = {n: v for n, v in changes.items() if v != getattr(key, n)}
         if differs:
@@ -164,6 +167,22 @@ def state_of(key: Key) -> Literal["active", "expired", "revoked"]:
     return "expired" if key.expires is not None and key.expires <= time.time() else "active"
 
 
+def describe(key: Key) -> dict[str, Any]:
+    """A key as it may be shown: without what is kept of its secret; times are epoch seconds."""
+    return {
+        "object": "key",
+        "id": key.id,
+        "name": key.name,
+        "state": state_of(key),
+        "scopes": sorted(key.scopes),
+        "models": list(key.models),
+        "limits": dataclasses.asdict(key.limits),
+        "created": int(key.created),
+        "expires": None if key.expires is None else int(key.expires),
+        "revoked": None if key.revoked is None else int(key.revoked),
+    }
+
+
 def _name(name: str) -> str:
     if not (len(name) <= LONGEST_NAME and _NAME.fullmatch(name) and name.strip()):
         raise KeyringError(
@@ -172,6 +191,19 @@ def _name(name: str) -> str:
             "name",
         )
     return name
+
+
+def _models(models: Collection[str]) -> tuple[str, ...]:
+    """Models need not be served: they may be later, or by another server of the same store."""
+    for model in models:
+        if not (len(model) <= LONGEST_MODEL and _NAME.fullmatch(model)):
+            raise KeyringError(
+                f"models must be ids or aliases of 1 to {LONGEST_MODEL} characters, and no control "
+                "characters",
+                "wrong",
+                "models",
+            )
+    return tuple(models)
 
 
 def _scopes(scopes: Collection[str]) -> frozenset[str]:

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
+import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from inferneo_jax import ConfigError
-from server.keyring import Keyring, state_of
+from server.keyring import Keyring, describe, state_of
 from server.keys import SCOPES, Limits
 from server.settings import Settings
 from server.store import Store, open_store
-from server.usage import usage_rows
+from server.usage import usage_of
 
 app = typer.Typer(help="Make, list and end API keys.", no_args_is_help=True)
 
@@ -36,6 +37,7 @@ Database = Annotated[
     ),
 ]
 Which = Annotated[str, typer.Argument(metavar="KEY", help="Id or name.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print what /admin answers over HTTP.")]
 Rpm = Annotated[str | None, typer.Option(help="Requests a minute, or none.", metavar="N")]
 Tpm = Annotated[str | None, typer.Option(help="Tokens a minute, or none.", metavar="N")]
 Rpd = Annotated[str | None, typer.Option(help="Requests a day, or none.", metavar="N")]
@@ -74,11 +76,14 @@ def create(
 
 
 @app.command("list")
-def list_keys(db: Database = None) -> None:
+def list_keys(db: Database = None, as_json: Json = False) -> None:
     """List the keys; none of them can be read again."""
     table = _table("id", "name", "state", "scopes", "models", *_FIELDS, "expires")
     with _keyring(db) as keyring:
         keys = keyring.all()
+    if as_json:
+        _print_json({"object": "list", "data": [describe(key) for key in keys]})
+        return
     for key in keys:
         limits = [_shown(getattr(key.limits, field)) for field in _FIELDS.values()]
         scopes, models = ", ".join(sorted(key.scopes)), ", ".join(key.models) or "all"
@@ -129,16 +134,20 @@ def limits(
 def usage(
     which: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Id or name.")] = None,
     db: Database = None,
+    as_json: Json = False,
 ) -> None:
     """Show what keys took, by day (UTC) and model."""
     columns = ("date", "model", "requests", "prompt_tokens", "completion_tokens", "cached_tokens")
-    table = _table("id", "name", *(name.replace("_", " ") for name in columns))
     with _store(db) as store:
         store.sweep(None)
         keyring = Keyring(store)
-        for key in keyring.all() if which is None else [keyring.find(which)]:
-            for row in usage_rows(store.usage(key.id)):
-                table.add_row(key.id, key.name, *(str(row[name]) for name in columns))
+        found = usage_of(store, keyring.all() if which is None else [keyring.find(which)])
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("id", "name", *(name.replace("_", " ") for name in columns))
+    for row in found["data"]:
+        table.add_row(row["key"], row["name"], *(str(row[name]) for name in columns))
     _print(table)
 
 
@@ -157,6 +166,10 @@ def _print(what: object) -> None:
     width = None if sys.stdout.isatty() else _WIDE
     console = Console(width=width, soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(what)
+
+
+def _print_json(what: object) -> None:
+    print(orjson.dumps(what, option=orjson.OPT_INDENT_2).decode())
 
 
 @contextmanager

@@ -3,44 +3,67 @@
 import dataclasses
 import datetime
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 from server.keys import Key
-from server.store import DAY_SECONDS, UsageRow
-from server.store_threads import StoreThreads
+from server.store import Store
 
 _TOTALS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
+_EPOCH = datetime.date(1970, 1, 1)
 
 
-async def usage_answer(threads: StoreThreads, key: Key) -> dict[str, Any]:
-    """All that a key took, for its holder or for an administrator.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Days:
+    """Days of UTC, both ends included; None is open."""
 
-    Raises:
-        ApiError: the store cannot be used.
-    """
-    await threads.flush()
-    data = usage_rows(await threads.call(partial(threads.store.usage, key.id)))
+    since: datetime.date | None = None
+    until: datetime.date | None = None
+
+    def __contains__(self, day: datetime.date) -> bool:
+        return (self.since is None or self.since <= day) and (
+            self.until is None or day <= self.until
+        )
+
+
+ALWAYS = Days()
+
+
+def key_usage(store: Store, key: Key, days: Days = ALWAYS) -> dict[str, Any]:
+    """What a key took, for its holder or for an administrator; blocks, as the store does."""
+    data = usage_rows(store, key, days)
     return {
         "object": "usage",
         "key": {"id": key.id, "name": key.name, "limits": dataclasses.asdict(key.limits)},
         "data": data,
-        "total": {name: sum(row[name] for row in data) for name in _TOTALS},
+        "total": _total(data),
     }
 
 
-def usage_rows(rows: Iterable[UsageRow]) -> list[dict[str, Any]]:
+def usage_of(store: Store, keys: Iterable[Key], days: Days = ALWAYS) -> dict[str, Any]:
+    """What several keys took; blocks, as the store does."""
+    data = [
+        {"key": key.id, "name": key.name, **row}
+        for key in keys
+        for row in usage_rows(store, key, days)
+    ]
+    return {"object": "usage", "data": data, "total": _total(data)}
+
+
+def usage_rows(store: Store, key: Key, days: Days = ALWAYS) -> list[dict[str, Any]]:
     """One object for each day and model."""
     return [
         {
-            "date": datetime.datetime.fromtimestamp(row.day * DAY_SECONDS, datetime.UTC)
-            .date()
-            .isoformat(),
+            "date": day.isoformat(),
             "model": row.model,
             "requests": row.requests,
             "prompt_tokens": row.prompt,
             "completion_tokens": row.completion,
             "cached_tokens": row.cached,
         }
-        for row in rows
+        for row in store.usage(key.id)
+        if (day := _EPOCH + datetime.timedelta(row.day)) in days
     ]
+
+
+def _total(rows: list[dict[str, Any]]) -> dict[str, int]:
+    return {name: sum(row[name] for row in rows) for name in _TOTALS}

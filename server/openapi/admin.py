@@ -5,6 +5,11 @@ from server.protocol import states
 from server.protocol.keys import ChangeKeyBody, NewKeyBody
 
 _KEY = {"key_id": ({"type": "string", "minLength": 1}, "A key's id.")}
+_DAY = {"type": "string", "format": "date"}
+_DAYS = {
+    "since": (_DAY, "The first day of UTC that counts."),
+    "until": (_DAY, "The last one; no earlier than `since`."),
+}
 _ERRORS = errors(401, 403, 503)
 _KEY_ERRORS = _ERRORS | errors(404)
 _BODY_ERRORS = _ERRORS | errors(400, 408, 413, 415)
@@ -24,6 +29,7 @@ OPERATIONS = (
         tag="admin",
         summary="Make a key; its text is shown this once",
         body=(NewKeyBody,),
+        options=(),
         answers=ok(states.NewKey, 201, "Cache-Control") | _BODY_ERRORS,
         example={"name": "laptop", "scopes": ["inference"], "limits": {"requests": 10}},
     ),
@@ -43,6 +49,7 @@ OPERATIONS = (
         summary="Change a key's name, rights, limits or expiry",
         parameters=_KEY,
         body=(ChangeKeyBody,),
+        options=(),
         answers=ok(states.KeyState) | _KEY_ERRORS | _BODY_ERRORS | errors(409),
         example={"limits": {"tokens": "none"}, "expires_in": 86400},
     ),
@@ -71,6 +78,15 @@ OPERATIONS = (
         tag="admin",
         summary="Get what a key has used",
         parameters=_KEY,
-        answers=ok(states.KeyUsage) | _KEY_ERRORS,
+        query=_DAYS,
+        answers=ok(states.KeyUsage) | _KEY_ERRORS | errors(400),
+    ),
+    Operation(
+        path="/admin/usage",
+        name="getAllUsage",
+        tag="admin",
+        summary="Get what all keys have used",
+        query=_DAYS,
+        answers=ok(states.AllUsage) | _ERRORS | errors(400),
     ),
 )

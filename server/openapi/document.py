@@ -128,6 +128,9 @@ def _operation(operation: Operation) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         _parameter(name, "path", schema, text, required=True)
         for name, (schema, text) in (operation.parameters or {}).items()
+    ] + [
+        _parameter(name, "query", schema, text)
+        for name, (schema, text) in (operation.query or {}).items()
     ]
     parameters.append({"$ref": "#/components/parameters/RequestId"})
     described: dict[str, Any] = {
@@ -138,8 +141,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     if operation.description:
         described["description"] = operation.description
     if operation.body:
-        parameters.append({"$ref": "#/components/parameters/Strict"})
-        parameters.append({"$ref": "#/components/parameters/Timeout"})
+        parameters += [{"$ref": f"#/components/parameters/{name}"} for name in operation.options]
         references = [_reference(model) for model in operation.body]
         media: dict[str, Any] = {
             "schema": references[0] if len(references) == 1 else {"anyOf": references}

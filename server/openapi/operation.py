@@ -42,7 +42,9 @@ class Operation:
         answers: by status.
         body: the models of the request's body, any of which it may be.
         parameters: in the path, by name: schema and description.
+        query: the same of the query; all may be left out.
         example: a request body.
+        options: headers that a request with a body may carry, from the document's parameters.
     """
 
     path: str
@@ -54,7 +56,9 @@ class Operation:
     answers: dict[int, Answer]
     body: tuple[type[BaseModel], ...] = ()
     parameters: dict[str, tuple[dict[str, Any], str]] | None = None
+    query: dict[str, tuple[dict[str, Any], str]] | None = None
     example: dict[str, Any] | None = None
+    options: tuple[str, ...] = ("Strict", "Timeout")
 
 
 HEADERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -2,17 +2,24 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from server.keys import Scope
 from server.protocol.common import Body
 
 _MOST = 10**12
+_NAME = "For people: 1 to 100 characters, and no control characters."
 Limit = Annotated[int, Field(ge=1, le=_MOST)] | Literal["none"]
 Expiry = Annotated[int, Field(ge=1, le=10**10)] | Literal["never"]
 
 
-class LimitsBody(Body):
+class AdminBody(Body):
+    """A body whose routes validate it strictly, whatever the request's headers say."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
+
+
+class LimitsBody(AdminBody):
     """Limits of a key; those that are left out stay as they are."""
 
     requests: Limit | None = Field(None, description="Requests a minute.")
@@ -21,10 +28,10 @@ class LimitsBody(Body):
     concurrent: Limit | None = Field(None, description="Requests that run at once.")
 
 
-class ChangeKeyBody(Body):
+class ChangeKeyBody(AdminBody):
     """What is to change of a key; what is left out stays."""
 
-    name: str | None = Field(None, description="For people: whose or what it is for.")
+    name: str | None = Field(None, description=_NAME)
     scopes: list[Scope] | None = Field(
         None, min_length=1, max_length=10, description="What it may be used for."
     )
@@ -45,4 +52,4 @@ class ChangeKeyBody(Body):
 class NewKeyBody(ChangeKeyBody):
     """A new key; what is left out has its default."""
 
-    name: str = Field(description="For people: whose or what it is for.")
+    name: str = Field(description=_NAME)

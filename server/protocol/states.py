@@ -74,6 +74,21 @@ class KeyUsage(Part):
     total: UsageTotal
 
 
+class KeyUsageRow(UsageRow):
+    """What a key has used of a model on a day of UTC."""
+
+    key: str = Field(description="Its id.")
+    name: str
+
+
+class AllUsage(Part):
+    """What all keys have used."""
+
+    object: Literal["usage"]
+    data: list[KeyUsageRow]
+    total: UsageTotal
+
+
 class KeyState(Part):
     """A key, without its secret; times are in seconds since 1970, null: never."""
 

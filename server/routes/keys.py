@@ -1,6 +1,7 @@
 """What a key's holder may know and have: ``GET /v1/usage`` and ``POST /v1/ws-tickets``."""
 
 import secrets
+from functools import partial
 
 from quart import Blueprint, Response
 
@@ -9,7 +10,7 @@ from server.errors import bad_request
 from server.http import json_response
 from server.keys import Key
 from server.services import Services
-from server.usage import usage_answer
+from server.usage import key_usage
 
 TICKET_SECONDS = 30
 
@@ -20,7 +21,11 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.get("/usage")
     async def usage() -> Response:
-        return json_response(await usage_answer(services.threads, _needed()))
+        key = _needed()
+        await services.threads.flush()
+        return json_response(
+            await services.threads.call(partial(key_usage, services.threads.store, key))
+        )
 
     @routes.post("/ws-tickets")
     async def create_ticket() -> Response:

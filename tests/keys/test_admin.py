@@ -1,25 +1,38 @@
 """Managing keys over HTTP: by those who may, and never so that nobody may any more."""
 
+import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from harness import CHAT, EMBED
 from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server import log
+from server.keyring import Keyring
+from server.keys import Key
+from server.store import DAY_SECONDS, Call, Spent
 
 KEYS = "/admin/keys"
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
 Ask = Callable[..., httpx.Response]
+ADMIN = frozenset({"admin"})
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def rig(tokenizer: Tokenizer, location: str) -> Iterator[KeyRig]:
+    """A server of its own for each test, over each store."""
+    with key_rig(tokenizer, location) as found:
+        yield found
 
 
 @pytest.fixture
@@ -27,8 +40,8 @@ def ask(rig: KeyRig) -> Ask:
     """Requests of an administrator."""
     headers = rig.headers(scopes=frozenset({"admin"}))
 
-    def send(method: str, path: str, body: Any = None) -> httpx.Response:
-        return rig.client.request(method, KEYS + path, json=body, headers=headers)
+    def send(method: str, path: str, body: Any = None, base: str = KEYS) -> httpx.Response:
+        return rig.client.request(method, base + path, json=body, headers=headers)
 
     return send
 
@@ -96,6 +109,10 @@ def test_a_key_is_made_used_changed_and_ended(rig: KeyRig, ask: Ask) -> None:
         ({"name": "x", "limits": {"requests": 0}}, "limits.requests.int"),
         ({"name": "x", "limits": {"request": 5}}, "limits.request"),
         ({"name": "x", "expires_in": -5}, "expires_in.int"),
+        ({"name": "x", "models": [""]}, "models"),
+        ({"name": "x", "models": ["\x1b[2J"]}, "models"),
+        ({"name": "x", "models": ["m" * 513]}, "models"),
+        ({"name": "x", "expires_in": 1.5}, "expires_in"),
         ({"name": "x", "digest": "0"}, "digest"),
         ({"name": "x", "id": "0"}, "id"),
     ],
@@ -179,11 +196,174 @@ def test_every_change_is_logged_and_no_secret_is(
         assert secret not in listed
 
 
+def test_what_changes_nothing_leaves_no_line_in_the_log(
+    rig: KeyRig, ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("json")
+    key, _ = rig.key()
+    for _ in range(2):
+        assert ask("PATCH", f"/{key.id}", {"name": "other"}).status_code == 200
+    assert ask("PATCH", f"/{key.id}", {}).status_code == 200
+    for _ in range(2):
+        assert ask("DELETE", f"/{key.id}").status_code == 200
+    logged = capsys.readouterr().err
+    assert [logged.count(f'"{event}"') for event in ("key_changed", "key_revoked")] == [1, 1]
+
+
+def test_every_line_names_who_did_it_and_in_which_request(
+    rig: KeyRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("json")
+    acting, text = rig.key(scopes=ADMIN)
+    made = rig.client.post(KEYS, json={"name": "x"}, headers=bearer(text))
+    lines = map(orjson.loads, capsys.readouterr().err.splitlines())
+    (line,) = [line for line in lines if line["event"] == "key_created"]
+    assert (line["key"], line["target"]) == (acting.id, made.json()["id"])
+    assert line["id"] == made.headers["X-Request-Id"]
+
+
+def test_nothing_that_is_kept_of_a_secret_is_ever_answered(rig: KeyRig, ask: Ask) -> None:
+    key, text = rig.key(scopes=ADMIN)
+    path = f"/{key.id}"
+    answers = [
+        ask("GET", ""),
+        ask("GET", path),
+        ask("PATCH", path, {"name": "new"}),
+        ask("PATCH", path, {"digest": key.digest}),
+        ask("GET", path + "/usage"),
+        ask("GET", "/usage", base="/admin"),
+        ask("POST", path + "/rotate"),
+        ask("DELETE", path),
+        ask("POST", path + "/rotate"),
+        ask("GET", f"/{text}"),
+    ]
+    rotated = rig.store.find_key(key.id)
+    assert rotated is not None
+    for answer in answers:
+        for hidden in (key.digest, rotated.digest, rig.store.pepper().hex(), text.split("-")[2]):
+            assert hidden not in answer.text + str(answer.headers)
+    assert [answer.text.count("inferneo-") for answer in answers[:9]] == [0, 0, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_a_key_without_the_scope_is_told_so(rig: KeyRig) -> None:
+    headers = rig.headers(scopes=frozenset({"inference", "embeddings", "metrics"}))
+    for method, path in (("GET", KEYS), ("POST", KEYS), ("GET", "/admin/usage")):
+        refused = rig.client.request(method, path, headers=headers, json={"name": "mine"})
+        assert refused.status_code == 403
+        assert refused.json()["error"]["code"] == "insufficient_scope"
+    assert len(rig.store.list_keys()) == 1
+
+
+def test_another_server_of_the_same_store_notices_within_a_second(
+    rig: KeyRig, ask: Ask, tokenizer: Tokenizer
+) -> None:
+    key, text = rig.key()
+    with key_rig(tokenizer, rig.location) as other:
+        assert other.client.get("/v1/models", headers=bearer(text)).status_code == 200
+        assert ask("DELETE", f"/{key.id}").status_code == 200
+        ended = time.monotonic()
+        while other.client.get("/v1/models", headers=bearer(text)).status_code == 200:
+            began = time.monotonic()
+            assert began < ended + 1.5  # of those that began later none may be served
+        assert rig.client.get("/v1/models", headers=bearer(text)).status_code == 401
+
+
+def charge(rig: KeyRig, key: Key, model: str, day: int, tokens: int) -> None:
+    """A call of the past."""
+    call = Call(id=f"{key.id}{model}{day}", model=model, prompt=tokens, completion=1)
+    at = day * DAY_SECONDS + 60.0
+    rig.store.reserve(key.id, key.limits, call, at)
+    rig.store.settle(key.id, call.id, Spent(prompt=tokens, completion=1), at)
+
+
+def test_usage_is_told_of_each_key_and_all_between_two_days(rig: KeyRig, ask: Ask) -> None:
+    first, second = rig.key()[0], rig.key()[0]
+    for key, day in itertools.product((first, second), (1, 2, 31)):  # of January 1970
+        charge(rig, key, "m", day - 1, 10 * day)
+    charge(rig, second, "other", 1, 5)
+
+    def dates(path: str) -> list[str]:
+        answer = ask("GET", path, base="/admin").json()
+        for name in ("requests", "prompt_tokens"):
+            assert answer["total"][name] == sum(row[name] for row in answer["data"])
+        return [row["date"] for row in answer["data"]]
+
+    days = ["1970-01-01", "1970-01-02", "1970-01-31"]
+    one = f"/keys/{first.id}/usage"
+    assert dates(one) == days
+    assert dates(one + "?since=1970-01-02") == days[1:]
+    assert dates(one + "?until=1970-01-30") == days[:2]
+    assert dates(one + "?since=1970-01-02&until=1970-01-02") == days[1:2]
+    assert dates(one + "?since=1970-02-01") == dates("/usage?until=1969-12-31") == []
+    assert dates("/usage") == [*days, *days[:2], days[1], days[2]]
+    every = ask("GET", "/usage?since=1970-01-02&until=1970-01-02", base="/admin").json()
+    assert [(row["key"], row["name"], row["model"]) for row in every["data"]] == [
+        (first.id, "test", "m"),
+        (second.id, "test", "m"),
+        (second.id, "test", "other"),
+    ]
+    assert every["total"] == {
+        "requests": 3,
+        "prompt_tokens": 45,
+        "completion_tokens": 3,
+        "cached_tokens": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("since=yesterday", "since"),
+        ("since=", "since"),
+        ("until=2026-02-30", "until"),
+        ("until=20260131", "until"),
+        ("since=2026-01-01&since=2026-01-02", "since"),
+        ("since=2026-01-02&until=2026-01-01", "since"),
+    ],
+)
+def test_a_wrong_day_is_refused(ask: Ask, query: str, param: str) -> None:
+    refused = ask("GET", f"/usage?{query}", base="/admin")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
 def cli(*arguments: str, db: str) -> str:
     command = [sys.executable, "-m", "server.cli", "keys", *arguments, "--db", db]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_the_command_line_and_http_show_and_do_the_same(rig: KeyRig, ask: Ask) -> None:
+    options = ["--model", CHAT, "--rpm", "7", "--tpm", "none", "--expires-in", "1h"]
+    text = cli("create", "shared", *options, db=rig.location).splitlines()[-1]
+    assert rig.client.post(CHATS, headers=bearer(text), json=BODY).status_code == 200
+    limits = {"requests": 7, "tokens": "none"}
+    body = {"name": "shared 2", "models": [CHAT], "limits": limits, "expires_in": 3600}
+    made = ask("POST", "", body).json()
+    by_name = {card["name"]: card for card in ask("GET", "").json()["data"]}
+    cards = [by_name[name] for name in ("shared", "shared 2")]
+    assert abs(cards[0]["expires"] - cards[1]["expires"]) < 60
+    for card in cards:
+        for name in ("id", "name", "created", "expires"):
+            del card[name]
+    assert cards[0] == cards[1]
+
+    assert orjson.loads(cli("list", "--json", db=rig.location)) == ask("GET", "").json()
+    every = ask("GET", "/usage", base="/admin").json()
+    assert every["total"]["requests"] == 1
+    assert orjson.loads(cli("usage", "--json", db=rig.location)) == every
+
+    cli("revoke", "shared 2", db=rig.location)
+    assert ask("GET", f"/{made['id']}").json()["state"] == "revoked"
+
+
+def test_the_command_line_can_end_the_last_who_may_manage_keys(rig: KeyRig) -> None:
+    key, text = rig.key(scopes=ADMIN)
+    assert rig.client.delete(f"{KEYS}/{key.id}", headers=bearer(text)).status_code == 409
+    cli("revoke", key.id, db=rig.location)
+    end = time.monotonic() + 5
+    while rig.client.get(KEYS, headers=bearer(text)).status_code != 401:
+        assert time.monotonic() < end
 
 
 @pytest.mark.parametrize("name", ["[/x]", "[red]a[/red]", ":smile:", "\u540d\u524d"])
@@ -192,3 +372,48 @@ def test_names_are_shown_by_the_command_line_as_they_are(location: str, name: st
     assert f"({name})" in printed
     assert printed.splitlines()[-1].startswith("inferneo-")
     assert name in cli("list", db=location)
+
+
+def test_asking_without_any_key_makes_no_database(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "keys.db"
+    with key_rig(tokenizer, str(path)) as rig:
+        for headers in ({}, bearer("inferneo-0000000000-" + "0" * 22)):
+            refused = rig.client.get(KEYS, headers=headers)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (
+                *(403, "admin_key_required"),
+            )
+        assert not path.exists()
+
+
+def test_a_keyring_finds_by_id_or_by_the_only_living_name(rig: KeyRig) -> None:
+    keyring = Keyring(rig.store)
+    old, _ = keyring.create("twin")
+    new, _ = keyring.create("twin")
+    with pytest.raises(Exception, match=f"several keys.*{old.id}, {new.id}"):
+        keyring.find("twin")
+    keyring.revoke(old)
+    assert keyring.find("twin").id == new.id
+    assert keyring.find(old.id).id == old.id
+    with pytest.raises(Exception, match="no key 'nobody'"):
+        keyring.find("nobody")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"name": ""}, "name"),
+        ({"scopes": []}, "scopes"),
+        ({"models": ["\x1b[2J"]}, "models"),
+        ({"limits": {"tokens": -1}}, "limits.tokens"),
+        ({"limits": {"requests": 5}, "expires_in": 0}, "expires_in"),
+        ({"limits": {"requests": 5}, "revoked": 1}, "revoked"),
+    ],
+)
+def test_a_wrong_change_changes_nothing(
+    rig: KeyRig, ask: Ask, body: dict[str, Any], param: str
+) -> None:
+    key, _ = rig.key()
+    refused = ask("PATCH", f"/{key.id}", body)
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"].startswith(param)
+    assert rig.store.find_key(key.id) == key

@@ -51,7 +51,12 @@ def known_models() -> dict[str, Any]:
     return description
 
 
-def run(rig: Rig, max_examples: int) -> Report:
+def run(
+    rig: Rig,
+    max_examples: int,
+    description: dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Report:
     """The requests that cover each schema, and up to ``max_examples`` random ones of each."""
     checks = config.ChecksConfig(
         # Rules that bind several parameters are no part of a schema, so some of what fits it is a
@@ -63,6 +68,7 @@ def run(rig: Rig, max_examples: int) -> Report:
     )
     project = config.ProjectConfig(
         base_url=rig.url,
+        headers=headers,
         checks=checks,
         continue_on_failure=True,
         generation=config.GenerationConfig(max_examples=max_examples, database="none"),
@@ -70,7 +76,7 @@ def run(rig: Rig, max_examples: int) -> Report:
     )
     projects = config.ProjectsConfig(default=project)
     settings = config.SchemathesisConfig(seed=SEED, projects=projects)
-    schema = schemathesis.openapi.from_dict(known_models(), config=settings)
+    schema = schemathesis.openapi.from_dict(description or known_models(), config=settings)
     report = Report()
     for event in schemathesis.engine.from_schema(schema).execute():
         if isinstance(event, events.ScenarioFinished):

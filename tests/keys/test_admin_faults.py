@@ -1,0 +1,98 @@
+"""Changes of keys that overlap, and clients that leave in the middle of one."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from rigs import KeyRig, bearer, key_rig
+
+from inferneo_jax import Tokenizer
+from server import log
+from server.store_redis import RedisStore
+from server.store_sqlite import SqliteStore
+
+KEYS = "/admin/keys"
+ADMIN = frozenset({"admin"})
+PATIENCE = 20.0
+
+
+@pytest.fixture
+def either(tokenizer: Tokenizer, location: str) -> Iterator[KeyRig]:
+    """A server over each store."""
+    with key_rig(tokenizer, location) as found:
+        yield found
+
+
+def slow_changes(monkeypatch: pytest.MonkeyPatch, held: Any) -> None:
+    """Have both stores call ``held`` before they change a key."""
+    for kind in (SqliteStore, RedisStore):
+        change = kind.change_key
+
+        def held_up(self: Any, *arguments: Any, _change: Any = change) -> None:
+            held()
+            _change(self, *arguments)
+
+        monkeypatch.setattr(kind, "change_key", held_up)
+
+
+def test_two_administrators_cannot_end_each_other_at_once(
+    either: KeyRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admins = [either.key(scopes=ADMIN) for _ in range(2)]
+    both = threading.Barrier(2)
+
+    def meet() -> None:
+        """Let the second check before the first has changed anything, if it can."""
+        try:
+            both.wait(0.5)
+        except threading.BrokenBarrierError:
+            both.reset()
+
+    slow_changes(monkeypatch, meet)
+
+    def end(which: int) -> int:
+        path = f"{KEYS}/{admins[1 - which][0].id}"
+        headers = bearer(admins[which][1])
+        return httpx.delete(either.url + path, headers=headers, timeout=PATIENCE).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(end, range(2))) in ([200, 409], [200, 401])
+    assert sum(key.revoked is None for key in either.store.list_keys()) == 1
+
+
+def test_a_client_that_leaves_takes_no_line_of_the_log_with_it(
+    either: KeyRig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure("json")
+    headers = either.headers(scopes=ADMIN)
+    key, text = either.key()
+    assert either.client.get("/v1/models", headers=bearer(text)).status_code == 200
+    started, left = threading.Event(), threading.Event()
+
+    def wait_for_departure() -> None:
+        started.set()
+        assert left.wait(PATIENCE)
+
+    slow_changes(monkeypatch, wait_for_departure)
+    written = ""
+
+    def wait_for(event: str, fact: str) -> None:
+        nonlocal written
+        end = time.monotonic() + PATIENCE
+        while not any(event in line and fact in line for line in written.splitlines()):
+            assert time.monotonic() < end, written
+            written += capsys.readouterr().err
+            time.sleep(0.01)
+
+    with httpx.Client(base_url=either.url) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.delete(f"{KEYS}/{key.id}", headers=headers, timeout=0.2)
+        assert started.wait(PATIENCE)
+    wait_for('"request"', '"disconnected": true')
+    left.set()
+    wait_for('"key_revoked"', f'"target": "{key.id}"')
+    assert either.client.get("/v1/models", headers=bearer(text)).status_code == 401

@@ -37,6 +37,8 @@ async def admit_socket(services: Services) -> Response | None:
     elif (ticket := websocket.args.get("token")) is not None:
         await _enter(guard, limiter, await guard.ticket_holder(ticket))
     else:
+        if websocket.url_rule is None:  # no socket is to be had here, with or without a key
+            raise unauthenticated("This server needs an API key.")
         if not services.registry.loaded:
             raise still_loading()
         await open_socket(services)

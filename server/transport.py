@@ -178,6 +178,8 @@ async def _check_without_h2c(self: H11Protocol, event: h11.Request) -> None:
 async def _read_until_closed(self: TCPServer) -> None:
     await _read_data(self)
     await self.idle_task.stop()
+    # What an answer that is still under way would leave waiting.
+    self._idle_timeout = self._initiate_server_close  # type: ignore[method-assign]
 
 
 @asynccontextmanager

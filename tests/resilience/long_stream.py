@@ -6,6 +6,7 @@ The tiny model is read at a steady pace, which pauses its generation whenever it
 
 import argparse
 import asyncio
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -16,13 +17,14 @@ from tests.serving import Process, process
 from tests.tiny import CHAT, tiny_checkpoints
 
 TOKENS = 30_000
+DONE = "data: [DONE]"
 
 
 async def paced(server: Process, seconds: float) -> dict[str, object]:
     """Read a long stream evenly over so many seconds."""
     asked = {"model": CHAT, "prompt": "x", "max_tokens": TOKENS, "ignore_eos": True}
     asked |= {"stream": True, "logprobs": 5, "stream_options": {"include_usage": True}}
-    started, events, last, usage = time.monotonic(), 0, "", ""
+    started, events, tokens, last, usage = time.monotonic(), 0, 0, "", ""
     async with (
         httpx.AsyncClient(timeout=None) as client,
         client.stream("POST", server.url + "/v1/completions", json=asked) as answer,
@@ -31,11 +33,13 @@ async def paced(server: Process, seconds: float) -> dict[str, object]:
             if line.startswith("data: "):
                 usage, last = last, line
                 events += 1
-                due = started + seconds * min(1.0, events / TOKENS)
+                for choice in json.loads(line[6:])["choices"] if line != DONE else ():
+                    tokens += len((choice["logprobs"] or {"tokens": ()})["tokens"])
+                due = started + seconds * tokens / TOKENS
                 if (early := due - time.monotonic()) > 0.05:
                     await asyncio.sleep(early)
-    tokens = int(usage.partition('"completion_tokens":')[2].partition(",")[0])
     took = time.monotonic() - started
+    assert json.loads(usage[6:])["usage"]["completion_tokens"] == tokens
     return {"seconds": round(took, 1), "events": events, "tokens": tokens, "last": last}
 
 
@@ -50,7 +54,7 @@ def main() -> None:
             server.wait_ready()
             found = asyncio.run(paced(server, seconds))
     print(found)
-    assert found["last"] == "data: [DONE]"
+    assert found["last"] == DONE
     assert found["tokens"] == TOKENS
     assert float(str(found["seconds"])) >= 0.95 * seconds
 

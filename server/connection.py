@@ -15,7 +15,7 @@ from hypercorn.typing import (
     HTTPScope,
     WebsocketScope,
 )
-from quart import Quart, Request, request
+from quart import Quart, Request, current_app, request
 from quart.asgi import ASGIHTTPConnection, ASGIWebsocketConnection
 from quart.wrappers.request import Body
 from werkzeug.datastructures import Headers
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
 _CONNECTIONS = "connections"
-_INBOUND_FRAMES = 8
+_INBOUND_FRAMES = 1
 _INSIST_SECONDS = 0.05
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -74,6 +74,7 @@ class LimitedBody(Body):
     def __init__(self, expected: int | None, maximum: int | None) -> None:
         super().__init__(expected, maximum)
         self._left = maximum
+        self._answered = False
         self._ended = asyncio.Event()
 
     def append(self, data: bytes) -> None:
@@ -83,7 +84,7 @@ class LimitedBody(Body):
             if self._left < 0 and self._must_raise is None:
                 self._must_raise = RequestEntityTooLarge()
                 super().set_complete()
-        if self._must_raise is None:
+        if self._must_raise is None and not self._answered:
             self._data.extend(data)
             self._has_data.set()
 
@@ -93,7 +94,9 @@ class LimitedBody(Body):
         super().set_complete()
 
     async def drain(self) -> None:
-        """Wait for the last byte, for a while."""
+        """Wait for the last byte, for a while; keep none, since the answer is known."""
+        self._answered = True
+        self._data.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await self._ended.wait()
@@ -123,9 +126,14 @@ def current_request() -> ApiRequest:
 
 
 class Connections:
-    """The connections with a request under way, or a WebSocket."""
+    """The connections with a request under way, or a WebSocket.
+
+    Attributes:
+        num_sockets: how many of them are WebSockets, accepted or not.
+    """
 
     def __init__(self) -> None:
+        self.num_sockets = 0
         self._open: set[Patience] = set()
         self._none = asyncio.Event()
         self._none.set()
@@ -241,10 +249,21 @@ class WebsocketConnection(ASGIWebsocketConnection):
         async with pinged(send):
             patience = Patience(send)
             websocket = self._create_websocket_from_scope(patience.send)
-            with self.app.extensions[_CONNECTIONS].opened(patience):
-                await _while_connected(
-                    self.handle_websocket(websocket, patience.send), self.handle_messages(receive)
-                )
+            connections: Connections = self.app.extensions[_CONNECTIONS]
+            connections.num_sockets += 1
+            try:
+                with connections.opened(patience):
+                    await _while_connected(
+                        self.handle_websocket(websocket, patience.send),
+                        self.handle_messages(receive),
+                    )
+            finally:
+                connections.num_sockets -= 1
+
+
+def num_sockets() -> int:
+    """How many WebSockets the application has open, with that which is being opened."""
+    return cast(Connections, current_app.extensions[_CONNECTIONS]).num_sockets
 
 
 def install(app: Quart) -> Connections:

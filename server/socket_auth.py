@@ -6,7 +6,8 @@ from quart import Response, websocket
 
 from server.auth import Guard, bearer, check_scope, unauthenticated
 from server.caller import set_caller, set_standing
-from server.errors import ApiError
+from server.connection import num_sockets
+from server.errors import RETRY_OVERLOADED_SECONDS, ApiError, unavailable
 from server.http import parse_object
 from server.keys import Key
 from server.limits import Limiter, exhausted
@@ -27,8 +28,12 @@ async def admit_socket(services: Services) -> Response | None:
     ``{"type": "auth", "api_key": ...}`` as its first frame.
 
     Raises:
-        ApiError: it has no key that may do this; it was not accepted.
+        ApiError: it has no key that may do this, or there are too many; it was not accepted.
     """
+    # Each may have a frame of the largest size waiting, whoever has opened it.
+    if num_sockets() > services.settings.places():
+        message = "The server has as many WebSockets as it can take. Try again later."
+        raise unavailable(message, "overloaded", RETRY_OVERLOADED_SECONDS)
     guard, limiter = services.guard, services.limiter
     if await guard.serves_without_key(websocket):
         return None

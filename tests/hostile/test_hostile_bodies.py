@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -85,6 +85,20 @@ def test_many_unknown_names_make_a_short_warning(rig: Rig) -> None:
     assert response.status_code == 200
     assert len(response.content) < 10_000
     assert "49980 more" in response.json()["warnings"][-1]
+
+
+def test_the_bodies_of_many_who_are_refused_are_not_kept(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stays just below the bound for one body, and does not come to its end."""
+    head = b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
+    before = _resident()
+    with ExitStack() as held:
+        for _ in range(60):
+            raw = held.enter_context(socket.create_connection(("127.0.0.1", rig.server.port), 10))
+            raw.sendall(head + b"x" * 3_900_000)
+        assert _resident() - before < 60 * MIB
+        assert rig.client.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])

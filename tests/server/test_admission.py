@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -13,6 +13,7 @@ import orjson
 import pytest
 from fake_engine import writes
 from harness import CHAT, EMBED, Rig, parse_events, running
+from websockets import InvalidStatus
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
@@ -162,6 +163,21 @@ def test_a_full_server_refuses_before_it_reads(full: Rig) -> None:
     assert len(full.engine.submitted) == 4
     assert full.client.get("/v1/models").status_code == 200
     assert full.client.get("/ready").status_code == 200
+
+
+def test_there_are_no_more_sockets_than_places(small: Rig) -> None:
+    with ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(connect(small.ws + COMPLETIONS))
+        with pytest.raises(InvalidStatus) as refused:
+            connect(small.ws + COMPLETIONS)
+        assert refused.value.response.status_code == 503
+        assert "Retry-After" in refused.value.response.headers
+    deadline = time.monotonic() + 10
+    while True:
+        with suppress(InvalidStatus), connect(small.ws + COMPLETIONS):
+            return
+        assert time.monotonic() < deadline
 
 
 def test_who_leaves_makes_room(full: Rig) -> None:

@@ -12,7 +12,7 @@ from server.caller import caller, set_caller
 from server.connection import current_request
 from server.errors import ApiError
 from server.keys import Key, digest, id_of
-from server.locality import is_local_name, is_loopback
+from server.locality import is_local_name, is_loopback, name_of
 from server.settings import Settings
 from server.store_threads import StoreThreads
 
@@ -108,8 +108,15 @@ class Guard:
         """Whether this one needs no key.
 
         Raises:
-            ApiError: nobody has a key, and it comes from elsewhere.
+            ApiError: nobody has a key, and it comes from elsewhere; or it names another host.
         """
+        hosts = self._settings.allowed_hosts
+        if hosts and name_of(connection.headers.get("Host", "")) not in hosts:
+            raise forbidden(
+                "The server is not to be asked for under this name; INFERNEO_ALLOWED_HOSTS lists "
+                "those that are.",
+                "host_not_allowed",
+            )
         if self._settings.require_key == "false":
             return True
         if await self._closed():

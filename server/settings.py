@@ -75,6 +75,8 @@ class Settings(BaseSettings):
         max_body_bytes: largest request body, and largest WebSocket frame.
         allowed_origins: web pages that may open WebSockets, besides this machine's own;
             ``scheme://host[:port]``.
+        allowed_hosts: names under which the server may be asked for, as in the header ``Host``,
+            without ports; none: any, where keys are needed or ``require_key`` is false.
         keys_db: where API keys, limits and usage are kept: a path of SQLite, or a URL of Redis or
             Valkey; None: ``inferneo/keys.db`` in the user's data folder.
         require_key: ``auto``: as soon as there are keys; until then only this machine is served.
@@ -99,6 +101,7 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=25.0, ge=0, le=86_400)
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=1024**3)
     allowed_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     keys_db: str | None = Field(default=None, min_length=1)
     require_key: Annotated[Literal["auto", "true", "false"], BeforeValidator(_word)] = "auto"
     log_format: Literal["auto", "json", "console"] = "auto"

@@ -259,6 +259,29 @@ def test_a_server_that_requires_no_key_asks_for_none(tokenizer: Tokenizer, tmp_p
         assert "X-RateLimit-Limit" not in response.headers
 
 
+@pytest.mark.parametrize("require", ["true", "false"])
+def test_only_the_hosts_that_are_listed_are_answered_for(
+    tokenizer: Tokenizer, tmp_path: Path, require: str
+) -> None:
+    hosts = ("api.example", "localhost")
+    location = str(tmp_path / "keys.db")
+    with key_rig(tokenizer, location, require_key=require, allowed_hosts=hosts) as rig:
+        headers = rig.headers()
+        for host, status in (
+            ("api.example", 200),
+            ("API.example:8000", 200),
+            ("localhost:1", 200),
+            ("rebound.example", 403),
+            ("api.example.evil", 403),
+            ("127.0.0.1", 403),
+        ):
+            answer = rig.client.get("/v1/models", headers=headers | {"Host": host})
+            assert answer.status_code == status, host
+            assert rig.client.get("/health", headers={"Host": host}).status_code == 200
+        with pytest.raises(websockets.InvalidStatus):
+            connect(rig.ws + CHATS, additional_headers=headers)  # at 127.0.0.1
+
+
 def test_a_store_that_fails_closes_the_server(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "keys.db"
     path.write_bytes(b"no database" * 1000)

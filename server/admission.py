@@ -132,8 +132,6 @@ class Admission:
         # Every key may have one request, however large: what never fits could only be sent in vain.
         only = mine == held and self._total < 2 * self._places
         if not (fits or only):
-            if not mine:
-                del self._taken[owner]
             raise self._full()
         self._taken[owner] += more
         self._total += more

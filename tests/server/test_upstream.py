@@ -19,7 +19,10 @@ from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer
+from quart import Quart
+from quart.wrappers.request import Body
 from websockets.asyncio.client import connect
+from werkzeug.exceptions import RequestEntityTooLarge
 from wsproto.events import TextMessage
 
 from server import transport
@@ -214,3 +217,24 @@ def test_a_worker_that_fails_after_its_start_is_not_told_of(tmp_path: Path) -> N
     finally:
         process.kill()
         process.wait()
+
+
+def test_quart_ends_long_answers_and_lists_methods_of_sockets() -> None:
+    """Or what ``create_app`` does about ``RESPONSE_TIMEOUT`` and ``rule.methods`` can go."""
+    app = Quart("plain")
+    assert app.config["RESPONSE_TIMEOUT"] == 60
+
+    @app.websocket("/socket")
+    async def opened() -> None: ...
+
+    (rule,) = (rule for rule in app.url_map.iter_rules() if rule.rule == "/socket")
+    assert "GET" in (rule.methods or ())
+
+
+async def test_quart_drops_a_body_that_is_too_large_unread() -> None:
+    """Or ``LimitedBody`` in connection.py can go."""
+    body = Body(None, 10)
+    body.append(b"x" * 11)
+    with pytest.raises(RequestEntityTooLarge):
+        await body
+    assert not hasattr(body, "drain")

@@ -14,6 +14,7 @@ from server.keys import (
     Limits,
     digest,
     encode_fields,
+    id_of,
     new_key,
     new_text,
 )
@@ -81,11 +82,11 @@ class Keyring:
         """The key of this id.
 
         Raises:
-            KeyringError: there is none.
+            KeyringError: there is none; the id is not repeated, as it may be a key's text.
         """
         key = self._store.find_key(key_id)
         if key is None:
-            raise KeyringError(f"there is no key of the id {key_id[:40]!r}", "unknown")
+            raise KeyringError("there is no key of this id", "unknown")
         return key
 
     def find(self, which: str) -> Key:
@@ -94,6 +95,8 @@ class Keyring:
         Raises:
             KeyringError: there is none, or several.
         """
+        if (key_id := id_of(which)) is not None:
+            raise KeyringError(f"a key's text names no key; use its id, {key_id}", "wrong")
         keys = self.all()
         found = [key for key in keys if key.id == which] or [k for k in keys if k.name == which]
         living = [key for key in found if key.revoked is None] or found[-1:]

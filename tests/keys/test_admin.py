@@ -16,7 +16,7 @@ from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server import log
-from server.keyring import Keyring
+from server.keyring import Keyring, KeyringError
 from server.keys import Key
 from server.store import DAY_SECONDS, Call, Spent
 
@@ -235,14 +235,21 @@ def test_nothing_that_is_kept_of_a_secret_is_ever_answered(rig: KeyRig, ask: Ask
         ask("POST", path + "/rotate"),
         ask("DELETE", path),
         ask("POST", path + "/rotate"),
-        ask("GET", f"/{text}"),
     ]
+    answers += [
+        ask(method, f"/{text}{end}", {"name": "x"} if method == "PATCH" else None)
+        for method, end in (
+            *(("GET", ""), ("PATCH", ""), ("DELETE", ""), ("POST", "/rotate"), ("GET", "/usage")),
+        )
+    ]
+    assert [answer.status_code for answer in answers[9:]] == [404] * 5
     rotated = rig.store.find_key(key.id)
     assert rotated is not None
     for answer in answers:
-        for hidden in (key.digest, rotated.digest, rig.store.pepper().hex(), text.split("-")[2]):
+        parts = key.digest, rotated.digest, rig.store.pepper().hex(), text.split("-")[2]
+        for hidden in (part[:8] for part in parts):
             assert hidden not in answer.text + str(answer.headers)
-    assert [answer.text.count("inferneo-") for answer in answers[:9]] == [0, 0, 0, 0, 0, 0, 1, 0, 0]
+    assert [answer.text.count("inferneo-") for answer in answers] == [*[0] * 6, 1, *[0] * 7]
 
 
 def test_a_key_without_the_scope_is_told_so(rig: KeyRig) -> None:
@@ -389,13 +396,22 @@ def test_a_keyring_finds_by_id_or_by_the_only_living_name(rig: KeyRig) -> None:
     keyring = Keyring(rig.store)
     old, _ = keyring.create("twin")
     new, _ = keyring.create("twin")
-    with pytest.raises(Exception, match=f"several keys.*{old.id}, {new.id}"):
+    with pytest.raises(KeyringError, match=f"several keys.*{old.id}, {new.id}"):
         keyring.find("twin")
     keyring.revoke(old)
     assert keyring.find("twin").id == new.id
     assert keyring.find(old.id).id == old.id
-    with pytest.raises(Exception, match="no key 'nobody'"):
+    with pytest.raises(KeyringError, match="no key 'nobody'"):
         keyring.find("nobody")
+
+
+def test_a_keyring_never_repeats_the_text_of_a_key(rig: KeyRig) -> None:
+    keyring = Keyring(rig.store)
+    key, text = keyring.create("mine")
+    with pytest.raises(KeyringError, match=key.id) as caught:
+        keyring.find(text)
+    assert text.split("-")[2][:8] not in str(caught.value)
+    assert keyring.get(key.id) == key
 
 
 @pytest.mark.parametrize(

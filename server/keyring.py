@@ -1,6 +1,7 @@
 """What can be done with keys, for the command line and for HTTP alike. Blocks, as stores do."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Collection
@@ -42,10 +43,16 @@ class KeyringError(InferneoError):
 
 
 class Keyring:
-    """The keys of a store."""
+    """The keys of a store.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        store: where they are.
+        keep_admin: whether to refuse what would leave nobody to manage keys.
+    """
+
+    def __init__(self, store: Store, *, keep_admin: bool = False) -> None:
         self._store = store
+        self._keep_admin = keep_admin
 
     def create(
         self,
@@ -113,7 +120,7 @@ class Keyring:
         """The key with attributes replaced, such as ``name``, ``scopes`` or ``limits``.
 
         Raises:
-            KeyringError: it is revoked, or a value is wrong.
+            KeyringError: it is revoked, a value is wrong, or nobody would be left to manage keys.
         """
         if key.revoked is not None:
             raise KeyringError(f"the key {key.id} is revoked; create another one", "conflict")
@@ -123,18 +130,15 @@ class Keyring:
             changes["scopes"] = _scopes(changes["scopes"])
         if "models" in changes:
             changes["models"] = _models(changes["models"])
-        changed = dataclasses.replace(key, **changes)
-        differs = {n: v for n, v in changes.items() if v != getattr(key, n)}
-        if differs:
-            self._store.change_key(key.id, encode_fields(differs))
-        return changed
+        return self._write(key, changes)
 
     def revoke(self, key: Key) -> Key:
-        """End a key, for ever."""
-        if key.revoked is None:
-            key = dataclasses.replace(key, revoked=time.time())
-            self._store.change_key(key.id, encode_fields({"revoked": key.revoked}))
-        return key
+        """End a key, for ever.
+
+        Raises:
+            KeyringError: nobody would be left to manage keys.
+        """
+        return key if key.revoked is not None else self._write(key, {"revoked": time.time()})
 
     def rotate(self, key: Key) -> str:
         """A new text for a key, with which the old one ends.
@@ -146,21 +150,42 @@ class Keyring:
         self.change(key, digest=digest(self._store.pepper(), text))
         return text
 
-    def keep_an_admin(self, without: Key) -> None:
-        """Make sure that there would be another active key of the scope ``admin``.
+    def _write(self, key: Key, changes: dict[str, Any]) -> Key:
+        changed = dataclasses.replace(key, **changes)
+        differs = {n: v for n, v in changes.items() if v != getattr(key, n)}
+        loses = self._keep_admin and _manages_until(changed) < _manages_until(key)
+        if loses:
+            self._find_successor(key)
+        if differs:
+            self._store.change_key(key.id, encode_fields(differs))
+        if loses:  # another server may have ended the successor between the look and the change
+            try:
+                self._find_successor(key)
+            except KeyringError:
+                before = {name: getattr(key, name) for name in differs}
+                self._store.change_key(key.id, encode_fields(before))
+                raise
+        return changed
 
-        Raises:
-            KeyringError: there would not.
-        """
-        for key in self.all():
-            if key.id != without.id and "admin" in key.scopes and state_of(key) == "active":
+    def _find_successor(self, key: Key) -> None:
+        lasting = _manages_until(key) == math.inf
+        for other in self.all():
+            until = _manages_until(other)
+            if other.id != key.id and until > 0 and (until == math.inf or not lasting):
                 return
-        if "admin" in without.scopes and state_of(without) == "active":
-            raise KeyringError(
-                f"the key {without.id} is the last one that may manage keys; create another of the "
-                "scope admin first, or use the command line",
-                "conflict",
-            )
+        raise KeyringError(
+            f"the key {key.id} is the last one that may manage keys"
+            f"{' and never expires' if lasting else ''}; create another such key of the scope "
+            "admin first, or use the command line",
+            "conflict",
+        )
+
+
+def _manages_until(key: Key) -> float:
+    """When the key can manage keys no more, in epoch seconds; 0: it cannot now."""
+    if "admin" not in key.scopes or state_of(key) != "active":
+        return 0.0
+    return math.inf if key.expires is None else key.expires
 
 
 def state_of(key: Key) -> Literal["active", "expired", "revoked"]:

@@ -44,7 +44,7 @@ def blueprint(services: Services) -> Blueprint:
     """All its routes. What changes is logged, and counts at once in this process."""
     routes = Blueprint("admin", __name__, url_prefix="/admin")
     threads, store = services.threads, services.threads.store
-    keyring = Keyring(store)
+    keyring = Keyring(store, keep_admin=True)
     turns = threading.Lock()
 
     async def do(work: Callable[[], Result]) -> Result:
@@ -133,7 +133,6 @@ def blueprint(services: Services) -> Blueprint:
     async def revoke_key(key_id: str) -> Response:
         def revoke() -> Changed:
             key = keyring.get(key_id)
-            keyring.keep_an_admin(key)
             ended = keyring.revoke(key)
             return Changed(ended, differs=ended != key)
 
@@ -168,8 +167,6 @@ def _change(keyring: Keyring, key_id: str, body: ChangeKeyBody) -> Changed:
     if body.expires_in is not None:
         never = body.expires_in == "never"
         changes["expires"] = None if never else time.time() + float(body.expires_in)
-    if "admin" not in changes.get("scopes", {"admin"}) or changes.get("expires") is not None:
-        keyring.keep_an_admin(key)
     changed = keyring.change(key, **changes)
     return Changed(changed, differs=changed != key)
 

@@ -160,6 +160,42 @@ def test_the_last_who_may_manage_keys_cannot_be_ended_here(rig: KeyRig) -> None:
     assert rig.client.get(KEYS, headers=headers).status_code == 401
 
 
+def test_expiries_cannot_leave_nobody_to_manage_keys_later(rig: KeyRig) -> None:
+    """Else each of two keys could be given an expiry because the other counts at the moment."""
+    first, (second, text) = rig.key(scopes=ADMIN)[0], rig.key(scopes=ADMIN)
+    brief, last = f"{KEYS}/{first.id}", f"{KEYS}/{second.id}"
+
+    def ask(method: str, path: str, body: Any = None) -> int:
+        return rig.client.request(method, path, json=body, headers=bearer(text)).status_code
+
+    assert ask("PATCH", brief, {"expires_in": 3600}) == 200
+    for method, body in (
+        ("PATCH", {"expires_in": 7200}),
+        ("PATCH", {"scopes": ["inference"]}),
+        ("DELETE", None),
+    ):
+        assert ask(method, last, body) == 409
+    assert rig.store.find_key(second.id) == second
+    assert ask("PATCH", brief, {"expires_in": 60}) == 200
+    assert ask("PATCH", brief, {"expires_in": 7200}) == 200
+    assert ask("PATCH", brief, {"expires_in": "never"}) == 200
+    assert ask("PATCH", last, {"expires_in": 3600}) == 200
+
+
+def test_the_last_key_may_last_longer_but_not_less_long(rig: KeyRig) -> None:
+    key, text = rig.key(scopes=ADMIN, expires=time.time() + 3600)
+    for expires_in, status in ((1800, 409), (7200, 200), ("never", 200), (7200, 409)):
+        body = {"expires_in": expires_in}
+        answer = rig.client.patch(f"{KEYS}/{key.id}", json=body, headers=bearer(text))
+        assert answer.status_code == status, expires_in
+
+
+def test_among_keys_that_expire_any_other_may_take_over(rig: KeyRig) -> None:
+    until = time.time() + 3600
+    (first, _), (_, text) = (rig.key(scopes=ADMIN, expires=until) for _ in range(2))
+    assert rig.client.delete(f"{KEYS}/{first.id}", headers=bearer(text)).status_code == 200
+
+
 @pytest.mark.parametrize("require", ["auto", "false"])
 def test_a_server_without_keys_lets_nobody_manage_them(
     tokenizer: Tokenizer, tmp_path: Path, require: str

@@ -1,5 +1,6 @@
 """Changes of keys that overlap, and clients that leave in the middle of one."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -62,6 +63,33 @@ def test_two_administrators_cannot_end_each_other_at_once(
     with ThreadPoolExecutor(2) as pool:
         assert sorted(pool.map(end, range(2))) in ([200, 409], [200, 401])
     assert sum(key.revoked is None for key in either.store.list_keys()) == 1
+
+
+def test_two_administrators_cannot_end_each_other_by_two_servers(
+    either: KeyRig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admins = [either.key(scopes=ADMIN) for _ in range(2)]
+    both, calls = threading.Barrier(2), itertools.count()
+
+    def meet() -> None:
+        """Change nothing before both servers have found that there is another administrator."""
+        if next(calls) < 2:
+            both.wait(PATIENCE)
+
+    slow_changes(monkeypatch, meet)
+    with key_rig(tokenizer, either.location) as other, ThreadPoolExecutor(2) as pool:
+
+        def end(which: int) -> int:
+            url = (either, other)[which].url
+            path = f"{KEYS}/{admins[1 - which][0].id}"
+            headers = bearer(admins[which][1])
+            return httpx.delete(url + path, headers=headers, timeout=PATIENCE).status_code
+
+        statuses = list(pool.map(end, range(2)))
+    assert sorted(statuses) in ([200, 409], [409, 409])
+    assert [key.revoked is None for key in either.store.list_keys()].count(True) == statuses.count(
+        409
+    )
 
 
 def test_a_client_that_leaves_takes_no_line_of_the_log_with_it(

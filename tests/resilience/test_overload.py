@@ -13,7 +13,7 @@ from tests.serving import Process, process
 from tests.tiny import CHAT
 
 DEADLINE = 10.0
-TOKENS = 300
+TOKENS = 1000
 SECONDS = 6.0
 ROUNDS = 3
 
@@ -57,7 +57,7 @@ async def ask(address: str, number: int) -> Answer:
 
 async def capacity(address: str) -> float:
     """Requests a second that the server finishes when it always has enough to do."""
-    numbers = iter(range(48))
+    numbers = iter(range(24))
 
     async def client() -> None:
         for number in numbers:
@@ -65,7 +65,7 @@ async def capacity(address: str) -> float:
 
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(8)))
-    return 48 / (time.perf_counter() - started)
+    return 24 / (time.perf_counter() - started)
 
 
 async def flood(address: str, rate: float) -> list[Answer]:

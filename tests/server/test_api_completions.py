@@ -92,7 +92,7 @@ def test_every_sampling_parameter_reaches_the_engine(rig: Rig, tokenizer: Tokeni
     assert sampling.logit_bias == {5: -100.0, 6: 2.5}
     assert sampling.seed == 2**64 - 1
     assert request.stop_token_ids == {9} | tokenizer.eos_token_ids
-    assert (request.min_tokens, request.priority, request.cache_salt) == (3, -2, b"tenant")
+    assert (request.min_tokens, request.priority, request.cache_salt) == (3, -2, b":tenant")
 
 
 def test_ignore_eos_leaves_only_the_clients_stop_tokens(rig: Rig, tokenizer: Tokenizer) -> None:

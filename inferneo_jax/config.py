@@ -139,7 +139,7 @@ class EngineConfig:
     quantization: Literal["auto", "none"] = "auto"
     max_logprobs: int = 20
     max_logit_bias: int = 1024
-    step_seconds: float = 4.0
+    step_seconds: float = 3.0
     compilation_cache: str | None = None
     row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
 

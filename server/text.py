@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
+from server.caller import owner
 from server.errors import bad_request
 
 INLINE_CHARACTERS = 2000
@@ -15,10 +17,11 @@ Result = TypeVar("Result")
 
 
 class TextWork:
-    """A small pool of threads for text."""
+    """A small pool of threads for text; a key has one of them at a time, so keys take turns."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(self, size: int, work: Callable[[], Result]) -> Result:
         """Do ``work`` on a text of ``size`` characters, in a thread unless it is short.
@@ -28,6 +31,12 @@ class TextWork:
         """
         if size <= INLINE_CHARACTERS:
             return work()
+        if (name := owner()) is None:
+            return await self._in_a_thread(work)
+        async with self._turns.setdefault(name, asyncio.Lock()):
+            return await self._in_a_thread(work)
+
+    async def _in_a_thread(self, work: Callable[[], Result]) -> Result:
         future = asyncio.get_running_loop().run_in_executor(self._pool, work)
         try:
             async with asyncio.timeout(BUDGET_SECONDS):

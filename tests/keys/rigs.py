@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import websockets
 from harness import Rig, running
+from websockets.sync.client import ClientConnection
 
 from inferneo_jax import Tokenizer
 from server.keys import Key, Limits, encode_fields, new_key
@@ -50,3 +52,12 @@ def key_rig(tokenizer: Tokenizer, location: str, **settings: Any) -> Iterator[Ke
         rig.engine.release()
         rig.engine.wait_until(lambda e: e.num_running == 0)
     store.close()
+
+
+def closing_code(ws: ClientConnection) -> int:
+    """What an open socket is closed with."""
+    with suppress(websockets.ConnectionClosed):
+        while True:
+            ws.recv(timeout=10)
+    assert ws.close_code is not None
+    return ws.close_code

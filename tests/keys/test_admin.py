@@ -1,49 +1,19 @@
 """Managing keys over HTTP: by those who may, and never so that nobody may any more."""
 
-import itertools
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import orjson
 import pytest
+from admins import ADMIN, BODY, CHATS, KEYS, Ask, ask, rig
 from harness import CHAT, EMBED
 from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server import log
-from server.keyring import Keyring, KeyringError
-from server.keys import Key
-from server.store import DAY_SECONDS, Call, Spent
 
-KEYS = "/admin/keys"
-CHATS = "/v1/chat/completions"
-BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
-Ask = Callable[..., httpx.Response]
-ADMIN = frozenset({"admin"})
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def rig(tokenizer: Tokenizer, location: str) -> Iterator[KeyRig]:
-    """A server of its own for each test, over each store."""
-    with key_rig(tokenizer, location) as found:
-        yield found
-
-
-@pytest.fixture
-def ask(rig: KeyRig) -> Ask:
-    """Requests of an administrator."""
-    headers = rig.headers(scopes=frozenset({"admin"}))
-
-    def send(method: str, path: str, body: Any = None, base: str = KEYS) -> httpx.Response:
-        return rig.client.request(method, base + path, json=body, headers=headers)
-
-    return send
+__all__ = ["ask", "rig"]
 
 
 def test_a_key_is_made_used_changed_and_ended(rig: KeyRig, ask: Ask) -> None:
@@ -309,163 +279,3 @@ def test_another_server_of_the_same_store_notices_within_a_second(
             began = time.monotonic()
             assert began < ended + 1.5  # of those that began later none may be served
         assert rig.client.get("/v1/models", headers=bearer(text)).status_code == 401
-
-
-def charge(rig: KeyRig, key: Key, model: str, day: int, tokens: int) -> None:
-    """A call of the past."""
-    call = Call(id=f"{key.id}{model}{day}", model=model, prompt=tokens, completion=1)
-    at = day * DAY_SECONDS + 60.0
-    rig.store.reserve(key.id, key.limits, call, at)
-    rig.store.settle(key.id, call.id, Spent(prompt=tokens, completion=1), at)
-
-
-def test_usage_is_told_of_each_key_and_all_between_two_days(rig: KeyRig, ask: Ask) -> None:
-    first, second = rig.key()[0], rig.key()[0]
-    for key, day in itertools.product((first, second), (1, 2, 31)):  # of January 1970
-        charge(rig, key, "m", day - 1, 10 * day)
-    charge(rig, second, "other", 1, 5)
-
-    def dates(path: str) -> list[str]:
-        answer = ask("GET", path, base="/admin").json()
-        for name in ("requests", "prompt_tokens"):
-            assert answer["total"][name] == sum(row[name] for row in answer["data"])
-        return [row["date"] for row in answer["data"]]
-
-    days = ["1970-01-01", "1970-01-02", "1970-01-31"]
-    one = f"/keys/{first.id}/usage"
-    assert dates(one) == days
-    assert dates(one + "?since=1970-01-02") == days[1:]
-    assert dates(one + "?until=1970-01-30") == days[:2]
-    assert dates(one + "?since=1970-01-02&until=1970-01-02") == days[1:2]
-    assert dates(one + "?since=1970-02-01") == dates("/usage?until=1969-12-31") == []
-    assert dates("/usage") == [*days, *days[:2], days[1], days[2]]
-    every = ask("GET", "/usage?since=1970-01-02&until=1970-01-02", base="/admin").json()
-    assert [(row["key"], row["name"], row["model"]) for row in every["data"]] == [
-        (first.id, "test", "m"),
-        (second.id, "test", "m"),
-        (second.id, "test", "other"),
-    ]
-    assert every["total"] == {
-        "requests": 3,
-        "prompt_tokens": 45,
-        "completion_tokens": 3,
-        "cached_tokens": 0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("query", "param"),
-    [
-        ("since=yesterday", "since"),
-        ("since=", "since"),
-        ("until=2026-02-30", "until"),
-        ("until=20260131", "until"),
-        ("since=2026-01-01&since=2026-01-02", "since"),
-        ("since=2026-01-02&until=2026-01-01", "since"),
-    ],
-)
-def test_a_wrong_day_is_refused(ask: Ask, query: str, param: str) -> None:
-    refused = ask("GET", f"/usage?{query}", base="/admin")
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
-
-
-def cli(*arguments: str, db: str) -> str:
-    command = [sys.executable, "-m", "server.cli", "keys", *arguments, "--db", db]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_the_command_line_and_http_show_and_do_the_same(rig: KeyRig, ask: Ask) -> None:
-    options = ["--model", CHAT, "--rpm", "7", "--tpm", "none", "--expires-in", "1h"]
-    text = cli("create", "shared", *options, db=rig.location).splitlines()[-1]
-    assert rig.client.post(CHATS, headers=bearer(text), json=BODY).status_code == 200
-    limits = {"requests": 7, "tokens": "none"}
-    body = {"name": "shared 2", "models": [CHAT], "limits": limits, "expires_in": 3600}
-    made = ask("POST", "", body).json()
-    by_name = {card["name"]: card for card in ask("GET", "").json()["data"]}
-    cards = [by_name[name] for name in ("shared", "shared 2")]
-    assert abs(cards[0]["expires"] - cards[1]["expires"]) < 60
-    for card in cards:
-        for name in ("id", "name", "created", "expires"):
-            del card[name]
-    assert cards[0] == cards[1]
-
-    assert orjson.loads(cli("list", "--json", db=rig.location)) == ask("GET", "").json()
-    every = ask("GET", "/usage", base="/admin").json()
-    assert every["total"]["requests"] == 1
-    assert orjson.loads(cli("usage", "--json", db=rig.location)) == every
-
-    cli("revoke", "shared 2", db=rig.location)
-    assert ask("GET", f"/{made['id']}").json()["state"] == "revoked"
-
-
-def test_the_command_line_can_end_the_last_who_may_manage_keys(rig: KeyRig) -> None:
-    key, text = rig.key(scopes=ADMIN)
-    assert rig.client.delete(f"{KEYS}/{key.id}", headers=bearer(text)).status_code == 409
-    cli("revoke", key.id, db=rig.location)
-    end = time.monotonic() + 5
-    while rig.client.get(KEYS, headers=bearer(text)).status_code != 401:
-        assert time.monotonic() < end
-
-
-@pytest.mark.parametrize("name", ["[/x]", "[red]a[/red]", ":smile:", "\u540d\u524d"])
-def test_names_are_shown_by_the_command_line_as_they_are(location: str, name: str) -> None:
-    printed = cli("create", name, db=location)
-    assert f"({name})" in printed
-    assert printed.splitlines()[-1].startswith("inferneo-")
-    assert name in cli("list", db=location)
-
-
-def test_asking_without_any_key_makes_no_database(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "keys.db"
-    with key_rig(tokenizer, str(path)) as rig:
-        for headers in ({}, bearer("inferneo-0000000000-" + "0" * 22)):
-            refused = rig.client.get(KEYS, headers=headers)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (
-                *(403, "admin_key_required"),
-            )
-        assert not path.exists()
-
-
-def test_a_keyring_finds_by_id_or_by_the_only_living_name(rig: KeyRig) -> None:
-    keyring = Keyring(rig.store)
-    old, _ = keyring.create("twin")
-    new, _ = keyring.create("twin")
-    with pytest.raises(KeyringError, match=f"several keys.*{old.id}, {new.id}"):
-        keyring.find("twin")
-    keyring.revoke(old)
-    assert keyring.find("twin").id == new.id
-    assert keyring.find(old.id).id == old.id
-    with pytest.raises(KeyringError, match="no key 'nobody'"):
-        keyring.find("nobody")
-
-
-def test_a_keyring_never_repeats_the_text_of_a_key(rig: KeyRig) -> None:
-    keyring = Keyring(rig.store)
-    key, text = keyring.create("mine")
-    with pytest.raises(KeyringError, match=key.id) as caught:
-        keyring.find(text)
-    assert text.split("-")[2][:8] not in str(caught.value)
-    assert keyring.get(key.id) == key
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"name": ""}, "name"),
-        ({"scopes": []}, "scopes"),
-        ({"models": ["\x1b[2J"]}, "models"),
-        ({"limits": {"tokens": -1}}, "limits.tokens"),
-        ({"limits": {"requests": 5}, "expires_in": 0}, "expires_in"),
-        ({"limits": {"requests": 5}, "revoked": 1}, "revoked"),
-    ],
-)
-def test_a_wrong_change_changes_nothing(
-    rig: KeyRig, ask: Ask, body: dict[str, Any], param: str
-) -> None:
-    key, _ = rig.key()
-    refused = ask("PATCH", f"/{key.id}", body)
-    assert refused.status_code == 400, refused.text
-    assert refused.json()["error"]["param"].startswith(param)
-    assert rig.store.find_key(key.id) == key

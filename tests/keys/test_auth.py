@@ -4,19 +4,14 @@ import io
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import httpx
-import orjson
 import pytest
 import websockets
-from harness import CHAT, EMBED, REPLY
-from rigs import KeyRig, bearer, key_rig
-from websockets.sync.client import ClientConnection, connect
+from harness import CHAT, EMBED
+from rigs import KeyRig, bearer, closing_code
+from websockets.sync.client import connect
 
-from inferneo_jax import Tokenizer
 from server import log
 from server.app import create_app
 from server.auth import OPEN_ENDPOINTS, SCOPE_OF
@@ -33,15 +28,6 @@ RULES = [
     if rule.endpoint not in OPEN_ENDPOINTS
     for method in (["WEBSOCKET"] if rule.websocket else sorted(rule.methods or ()))
 ]
-
-
-def closing_code(ws: ClientConnection) -> int:
-    """What an open socket is closed with."""
-    with suppress(websockets.ConnectionClosed):
-        while True:
-            ws.recv(timeout=10)
-    assert ws.close_code is not None
-    return ws.close_code
 
 
 def status_of(rig: KeyRig, method: str, path: str, headers: dict[str, str]) -> int:
@@ -201,99 +187,6 @@ def test_two_keys_never_share_cached_prompts(rig: KeyRig) -> None:
     assert len(set(salts)) == 4
 
 
-@pytest.fixture
-def keyless(tokenizer: Tokenizer, tmp_path: Path) -> Any:
-    with key_rig(tokenizer, str(tmp_path / "keys.db")) as found:
-        yield found
-
-
-def test_without_keys_only_this_machine_is_served(keyless: KeyRig) -> None:
-    def status(**headers: str) -> int:
-        return keyless.client.get("/v1/models", headers=headers).status_code
-
-    assert status() == status(Host="localhost:1") == status(Host="[::1]:1") == 200
-    assert status(Authorization="Bearer unused") == 200
-    for headers in (
-        {"Host": "rebound.example"},
-        {"Host": "localhost.evil.example:80"},
-        {"X-Forwarded-For": "192.0.2.1"},
-        {"Forwarded": "for=192.0.2.1"},
-    ):
-        response = keyless.client.get("/v1/models", headers=headers)
-        assert response.status_code == 403
-        assert "inferneo keys create" in response.json()["error"]["message"]
-    assert not Path(keyless.location).exists()
-    assert keyless.client.get("/v1/usage").status_code == 400
-
-
-def test_the_first_key_closes_the_server_at_once(keyless: KeyRig) -> None:
-    assert keyless.client.get("/v1/models").status_code == 200
-    headers = keyless.headers()
-    assert keyless.client.get("/v1/models").status_code == 401
-    assert keyless.client.get("/v1/models", headers=headers).status_code == 200
-    Path(keyless.location).unlink()
-    assert keyless.client.get("/v1/models").status_code == 401
-
-
-async def test_an_address_of_another_network_is_not_served_without_keys(tmp_path: Path) -> None:
-    app = create_app(Settings(keys_db=str(tmp_path / "keys.db")))
-    for server, status in (
-        (("192.0.2.1", 80), 403),
-        (("::ffff:127.0.0.1", 80), 503),
-        (("/run/socket", None), 503),
-        (("2001:db8::1", 80), 403),
-        (("127.0.0.2", 80), 503),
-    ):
-        client = app.test_client()
-        response = await client.get(
-            "/v1/models", headers={"Host": "localhost"}, scope_base={"server": server}
-        )
-        assert response.status_code == status, server
-
-
-def test_a_server_that_requires_no_key_asks_for_none(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with key_rig(tokenizer, str(tmp_path / "keys.db"), require_key="false") as rig:
-        rig.key()
-        response = rig.client.get("/v1/models", headers={"Host": "any.example"})
-        assert response.status_code == 200
-        assert "X-RateLimit-Limit" not in response.headers
-
-
-@pytest.mark.parametrize("require", ["true", "false"])
-def test_only_the_hosts_that_are_listed_are_answered_for(
-    tokenizer: Tokenizer, tmp_path: Path, require: str
-) -> None:
-    hosts = ("api.example", "localhost")
-    location = str(tmp_path / "keys.db")
-    with key_rig(tokenizer, location, require_key=require, allowed_hosts=hosts) as rig:
-        headers = rig.headers()
-        for host, status in (
-            ("api.example", 200),
-            ("API.example:8000", 200),
-            ("localhost:1", 200),
-            ("rebound.example", 403),
-            ("api.example.evil", 403),
-            ("127.0.0.1", 403),
-        ):
-            answer = rig.client.get("/v1/models", headers=headers | {"Host": host})
-            assert answer.status_code == status, host
-            assert rig.client.get("/health", headers={"Host": host}).status_code == 200
-        with pytest.raises(websockets.InvalidStatus):
-            connect(rig.ws + CHATS, additional_headers=headers)  # at 127.0.0.1
-
-
-def test_a_store_that_fails_closes_the_server(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "keys.db"
-    path.write_bytes(b"no database" * 1000)
-    with key_rig(tokenizer, str(path)) as rig:
-        for headers in ({}, bearer(new_text("0000000000"))):
-            response = rig.client.get("/v1/models", headers=headers)
-            assert response.status_code == 503
-            assert response.headers["Retry-After"]
-            assert str(tmp_path) not in response.text
-        assert rig.client.get("/health").status_code == 200
-
-
 def cli(*arguments: str, db: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "server.cli", "keys", *arguments, "--db", db]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -327,91 +220,3 @@ def test_the_commands_make_change_and_end_keys(rig: KeyRig) -> None:
         result = cli(*wrong, db=rig.location)
         assert result.returncode == 1
         assert "Traceback" not in result.stderr
-
-
-def receive(ws: Any) -> list[Any]:
-    frames = []
-    while not frames or frames[-1]["object"] != "done":
-        frames.append(orjson.loads(ws.recv(timeout=10)))
-    return frames
-
-
-@pytest.mark.parametrize("way", ["header", "protocol", "protocols", "ticket", "frame"])
-def test_sockets_take_keys_in_four_ways(rig: KeyRig, way: str) -> None:
-    text, url, options = rig.key()[1], rig.ws + CHATS, {}
-    if way == "header":
-        options = {"additional_headers": bearer(text)}
-    elif way.startswith("protocol"):
-        names = [f"inferneo.key.{text}", "inferneo"]
-        options = {"subprotocols": names[:1] if way == "protocol" else names}
-    elif way == "ticket":
-        answer = rig.client.post("/v1/ws-tickets", headers=bearer(text))
-        url += "?token=" + answer.json()["ticket"]
-    with connect(url, **options) as ws:  # type: ignore[arg-type]
-        if way == "protocols":
-            assert ws.subprotocol == "inferneo"
-        if way == "frame":
-            ws.send(orjson.dumps({"type": "auth", "api_key": text}).decode())
-        ws.send(orjson.dumps({**BODY, "stream": True}).decode())
-        chunks = receive(ws)[:-1]
-    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == REPLY
-    if way == "ticket":
-        with pytest.raises(websockets.InvalidStatus) as caught:
-            connect(url)
-        assert caught.value.response.status_code == 401
-
-
-def test_a_first_frame_without_a_right_key_closes_the_socket(rig: KeyRig) -> None:
-    unscoped = rig.key(scopes=frozenset({"embeddings"}))[1]
-    for key, code in ((new_text("0000000000"), 4401), (unscoped, 4403), (None, 4401)):
-        with connect(rig.ws + CHATS) as ws:
-            ws.send(orjson.dumps({"type": "auth", "api_key": key}).decode())
-            assert closing_code(ws) == code
-    for frame in ("{}", "nonsense", orjson.dumps(BODY).decode(), b"\xff", "x" * 5000):
-        with connect(rig.ws + CHATS) as ws:
-            ws.send(frame)
-            assert closing_code(ws) in (4401, 1011)
-    assert rig.engine.submitted == []
-
-
-def test_a_silent_socket_is_closed(rig: KeyRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.socket_auth.FIRST_FRAME_SECONDS", 0.05)
-    with connect(rig.ws + CHATS) as ws:
-        assert closing_code(ws) == 4401
-
-
-def test_a_revoked_key_ends_an_open_socket_at_its_next_request(
-    rig: KeyRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.auth.FRESH_SECONDS", 0.0)
-    key, text = rig.key()
-    with connect(rig.ws + CHATS, additional_headers=bearer(text)) as ws:
-        ws.send(orjson.dumps({**BODY, "stream": True}).decode())
-        receive(ws)
-        rig.change(key, revoked=time.time())
-        ws.send(orjson.dumps(BODY).decode())
-        assert orjson.loads(ws.recv(timeout=10))["error"]["type"] == "authentication_error"
-        assert closing_code(ws) == 4401
-
-
-def test_a_ticket_of_a_revoked_key_is_none(rig: KeyRig) -> None:
-    key, text = rig.key()
-    ticket = rig.client.post("/v1/ws-tickets", headers=bearer(text)).json()["ticket"]
-    rig.change(key, revoked=time.time())
-    with pytest.raises(websockets.InvalidStatus) as caught:
-        connect(rig.ws + CHATS + "?token=" + ticket)
-    assert caught.value.response.status_code == 401
-
-
-def test_models_cannot_be_probed_over_a_socket(rig: KeyRig) -> None:
-    headers = rig.headers(models=(CHAT,))
-    with connect(rig.ws + CHATS, additional_headers=headers) as ws:
-        ws.send(orjson.dumps({**BODY, "model": "secret"}).decode())
-        assert orjson.loads(ws.recv(timeout=10))["error"]["code"] == "model_not_allowed"
-
-
-def test_a_key_in_a_query_is_not_accepted(rig: KeyRig) -> None:
-    text = rig.key()[1]
-    for query in ("token", "api_key", "key"):
-        response = httpx.get(f"{rig.url}/v1/models?{query}={text}")
-        assert response.status_code == 401

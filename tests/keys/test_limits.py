@@ -1,11 +1,6 @@
 """What a key's holder sees of its limits, and what it is charged for."""
 
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +11,12 @@ import pytest
 import websockets
 from fake_engine import writes
 from harness import CHAT, EMBED, parse_events
-from rigs import FREE, KeyRig, bearer, key_rig
+from rigs import KeyRig, bearer, key_rig
 from websockets.sync.client import connect
 
 from inferneo_jax import EngineFailedError, OverloadedError, RequestError, Tokenizer
-from server.keys import Limits, new_key
+from server.keys import Limits
 from server.limits import duration
-from server.store import LEASE_SECONDS, open_store
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 100}
@@ -297,67 +291,3 @@ def test_servers_share_limits_over_redis(
         with pytest.raises(websockets.InvalidStatus) as caught:
             connect(f"{two.ws}{COMPLETIONS}?token={ticket}")
         assert caught.value.response.status_code == 429  # known there, and exhausted
-
-
-APP = """
-import sys
-sys.path[:0] = [{tests!r}, {root!r}]
-from fake_engine import FakeEmbedder, FakeEngine, writes
-from harness import make_tokenizer, models_of
-from server.app import create_app
-from server.settings import Settings
-
-tokenizer = make_tokenizer()
-engine = FakeEngine(writes(tokenizer, "x", end=False), limit=5)
-models = models_of(engine, FakeEmbedder(), tokenizer)
-settings = Settings(models=tuple(models), keys_db={db!r})
-app = create_app(settings, lambda source, *_: models[source.id]())
-"""
-
-
-@pytest.fixture
-def victim(tmp_path: Path, location: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
-    """A server in a process of its own, to be killed."""
-    root = Path(__file__).parents[2]
-    source = APP.format(tests=str(root / "tests" / "server"), root=str(root), db=location)
-    (tmp_path / "victim.py").write_text(source)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("INFERNEO_")}
-    command = [sys.executable, "-m", "hypercorn", "-w", "0", "-b", address, "victim:app"]
-    with subprocess.Popen(command, cwd=tmp_path, env=kept, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield process, f"http://{address}"
-        finally:
-            process.kill()
-
-
-def test_a_killed_server_leaves_the_ledger_complete(
-    victim: tuple["subprocess.Popen[bytes]", str], location: str
-) -> None:
-    process, url = victim
-    store = open_store(location)
-    key, text = new_key(store.pepper(), name="k", created=time.time(), limits=FREE)
-    store.add_key(key)
-    received = 0
-    with httpx.Client(base_url=url, transport=httpx.HTTPTransport(retries=20)) as client:
-        while client.get("/ready").status_code != 200:
-            pass
-        body = {**BODY, "stream": True}
-        with client.stream("POST", COMPLETIONS, headers=bearer(text), json=body) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: "):
-                    received += len(orjson.loads(line[6:])["choices"][0]["text"])
-                if received == 5:  # before the loop ends, which closes the connection
-                    process.kill()
-                    process.wait()
-                    break
-    assert store.standing(key.id, None).running == 1
-    later = time.time() + LEASE_SECONDS
-    store.sweep(later)
-    assert store.standing(key.id, later).running == 0
-    (row,) = store.usage(key.id)
-    assert (row.requests, row.prompt) == (1, 2)
-    assert row.completion >= received
-    store.close()

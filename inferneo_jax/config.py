@@ -72,7 +72,7 @@ class EncoderConfig:
     """A bidirectional encoder that makes embeddings.
 
     ``max_tokens`` is the longest input the model was made for, which may be less than its
-    ``num_positions``.
+    ``num_positions``; ``head_dim`` 0 becomes the share of each head in ``hidden_size``.
     """
 
     vocab_size: int
@@ -82,21 +82,20 @@ class EncoderConfig:
     num_heads: int
     num_positions: int
     max_tokens: int
+    head_dim: int = 0
     num_token_types: int = 2
     norm_eps: float = 1e-12
     pooling: Literal["mean", "cls"] = "mean"
     normalize: bool = True
 
     def __post_init__(self) -> None:
+        if self.head_dim:
+            return
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
             )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
+        object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -109,6 +108,50 @@ class EncoderConfig:
 
 
 ModelConfig = DecoderConfig | EncoderConfig
+
+
+@dataclass(frozen=True, slots=True)
+class MeshShape:
+    """How many devices along each axis; ``model`` None takes all that ``data`` leaves."""
+
+    data: int = 1
+    model: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in (("data", self.data), ("model", self.model)):
+            if size is not None and size < 1:
+                raise ConfigError(f"mesh has {name}={size}; it must be at least 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``data=1,model=8``; what is not named keeps its default.
+
+        Raises:
+            ConfigError: it is not written like that.
+        """
+        sizes: dict[str, int] = {}
+        for part in filter(None, text.replace(" ", "").split(",")):
+            name, _, size = part.partition("=")
+            if name not in ("data", "model") or name in sizes or not size.isdecimal():
+                raise ConfigError(f"mesh is {text!r}; write it as data=1,model=8")
+            sizes[name] = int(size)
+        return cls(**sizes)
+
+    def over(self, num_devices: int) -> tuple[int, int]:
+        """Sizes of both axes over so many devices.
+
+        Raises:
+            ConfigError: there are fewer, or ``data`` does not divide them.
+        """
+        model = self.model or num_devices // self.data
+        if not model or self.data * model > num_devices:
+            raise ConfigError(
+                f"the mesh data={self.data},model={self.model or 1} needs "
+                f"{self.data * max(model, 1)} devices and there are {num_devices}"
+            )
+        if self.model is None and num_devices % self.data:
+            raise ConfigError(f"data={self.data} does not divide the {num_devices} devices")
+        return self.data, model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +171,8 @@ class EngineConfig:
         step_seconds: a step that takes longer hangs, unless ten times the slowest step at start
             is more.
         compilation_cache: folder of JAX's persistent compilation cache; None: off.
+        mesh: how the devices are shared out; all of them over ``model`` by default.
+        row_buckets: rows of a decode step for which a program is compiled, rising.
     """
 
     slots: int = 32
@@ -141,6 +186,7 @@ class EngineConfig:
     max_logit_bias: int = 1024
     step_seconds: float = 3.0
     compilation_cache: str | None = None
+    mesh: MeshShape = field(default_factory=MeshShape)
     row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
 
     def __post_init__(self) -> None:
@@ -149,8 +195,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.step_seconds > 0:
             raise ConfigError(f"step_seconds is {self.step_seconds}; it must be above 0")
-        if self.slots > max(self.row_buckets):
-            raise ConfigError(f"slots is {self.slots}; the most is {max(self.row_buckets)}")
+        if self.slots > (most := max(self.row_buckets) * self.mesh.data):
+            raise ConfigError(f"slots is {self.slots}; the most is {most}")
         if self.max_len is not None and self.max_len < 2:
             raise ConfigError(f"max_len is {self.max_len}; it must be at least 2")
         if list(self.prefill_chunks) != sorted(set(self.prefill_chunks)) or not self.prefill_chunks:

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float32, Int
 
 from inferneo_jax import compiles, models
+from inferneo_jax import mesh as meshes
 from inferneo_jax.config import EncoderConfig, EngineConfig
 from inferneo_jax.errors import (
     ContextLengthError,
@@ -26,7 +28,9 @@ from inferneo_jax.errors import (
     OverloadedError,
     RequestError,
 )
+from inferneo_jax.fitting import fit
 from inferneo_jax.heartbeat import PATIENCE, Heartbeat
+from inferneo_jax.weights.placement import weight_shapes
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ class Embedder:
         model: EncoderConfig,
         weights: list[Array],
         dtype: jnp.dtype,
+        mesh: Mesh,
         max_len: int | None = None,
         step_seconds: float = EngineConfig.step_seconds,
     ) -> None:
@@ -74,7 +79,10 @@ class Embedder:
         self.hidden_size = model.hidden_size
         self.max_tokens = min(max_len or model.max_tokens, model.max_tokens)
         self._weights = weights
-        self._graphdef, self._treedef = models.skeleton(model, dtype)
+        fitted = fit(model, meshes.parts(mesh, "heads"))
+        self._graphdef, self._treedef = models.skeleton(fitted, dtype)
+        self._mesh = mesh
+        self._weight_specs = [each.sharding.spec for each in weight_shapes(model, mesh, dtype)]
         self._compiled: dict[tuple[int, int], Any] = {}
         self._changed = threading.Condition()
         self._jobs: dict[str, deque[_Job]] = {}  # by owner, whose turn it is first
@@ -91,7 +99,7 @@ class Embedder:
         def build(shape: tuple[int, int]) -> None:
             args = (self._weights, np.zeros(shape, np.int32), np.zeros(shape[0], np.int32))
             with compiles.expected():
-                self._compiled[shape] = jax.jit(self._forward).lower(*args).compile()
+                self._compiled[shape] = self._step(shape[0]).lower(*args).compile()
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for done, _ in enumerate(pool.map(build, shapes)):
@@ -164,6 +172,20 @@ class Embedder:
         while self._thread.is_alive() and not self._heartbeat.condemn():
             self._thread.join(_STOP_SECONDS)
         self._heartbeat.stop()
+
+    def _step(self, rows: int) -> Any:
+        """The jitted step: rows are split over the mesh where they divide, else each has all."""
+        divides = rows % meshes.parts(self._mesh, "rows") == 0
+        split = meshes.spec("rows") if divides else PartitionSpec()
+        return jax.jit(
+            jax.shard_map(
+                self._forward,
+                mesh=self._mesh,
+                in_specs=(self._weight_specs, split, split),
+                out_specs=split,
+                check_vma=False,
+            )
+        )
 
     def _forward(
         self, weights: list[Array], tokens: Int[Array, "rows tokens"], lengths: Int[Array, " rows"]

@@ -18,8 +18,9 @@ from inferneo_jax.errors import (
     OverloadedError,
     RequestError,
 )
+from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.heartbeat import Heartbeat
-from inferneo_jax.pages import PagePool
+from inferneo_jax.programs import MAX_STOP_IDS
 from inferneo_jax.request import (
     EngineStats,
     EngineTotals,
@@ -29,9 +30,8 @@ from inferneo_jax.request import (
     RequestLimits,
     TokenLogprob,
 )
-from inferneo_jax.runner import MAX_STOP_IDS, PendingStep, Runner
+from inferneo_jax.runner import PendingStep, Runner
 from inferneo_jax.sampling import Scores
-from inferneo_jax.scheduler import Scheduler, StepPlan
 from inferneo_jax.scores import keep_prompt_scores, token_logprob
 from inferneo_jax.sequence import Sequence
 from inferneo_jax.steps import Sampled
@@ -57,8 +57,13 @@ class Engine:
             max_stop_ids=MAX_STOP_IDS,
         )
         self._runner = runner
-        self._pool = PagePool(runner.num_pages, config.page_len)
-        self._scheduler = self._new_scheduler()
+        self._groups = Groups(
+            runner.groups,
+            slots=runner.slots,
+            num_pages=runner.num_pages,
+            page_len=config.page_len,
+            max_chunk=config.prefill_chunks[-1],
+        )
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: PendingStep | None = None
         self._changed = threading.Condition()
@@ -138,7 +143,7 @@ class Engine:
             return EngineStats(
                 ready=not (self._end or self._hung),
                 compiles_after_ready=compiles.num_unexpected() - self._compiles_before,
-                **self._scheduler.counts(len(self._submitted)),
+                **self._groups.counts(len(self._submitted)),
                 **dataclasses.asdict(self._totals),
             )
 
@@ -214,24 +219,17 @@ class Engine:
             self._ids -= self._sequences.keys()
             self._sequences = {}
             self._in_flight = None
-            self._pool = PagePool(self._runner.num_pages, self._runner.config.page_len)
-            preemptions = self._scheduler.num_preemptions
-            self._scheduler = self._new_scheduler()
-            self._scheduler.num_preemptions = preemptions
-
-    def _new_scheduler(self) -> Scheduler:
-        config = self._runner.config
-        return Scheduler(config.slots, self._pool, config.prefill_chunks[-1])
+            self._groups.clear()
 
     def step(self) -> None:
         """Dispatch the next step, then read the one before it, which ran meanwhile."""
         with self._changed:
-            plan = self._scheduler.schedule()
+            plans = self._groups.schedule()
         with self._heartbeat:
-            pending = self._runner.run(plan) if plan else None
+            pending = self._runner.run(plans) if plans else None
             results = self._in_flight.wait() if self._in_flight else None
         if self._in_flight and results:
-            self._commit(self._in_flight.plan, *results)
+            self._commit(self._in_flight.plans, *results)
         elif not pending:
             self._stuck = True  # all that is left is paused, or waits for what the paused hold
         self._in_flight = pending
@@ -262,25 +260,30 @@ class Engine:
             while self._submitted:
                 sequence = self._submitted.popleft()
                 self._sequences[sequence.request.id] = sequence
-                self._scheduler.add(sequence)
+                self._groups.add(sequence)
             aborted, self._aborted = self._aborted, deque()
         for request_id in aborted:
             if known := self._sequences.get(request_id):
                 self._finish(known, "abort")
         return True
 
-    def _commit(self, plan: StepPlan, decode: Sampled | None, prefill: Sampled | None) -> None:
+    def _commit(self, plans: Plans, decode: Sampled | None, prefill: Sampled | None) -> None:
         """Hand out the results of a step to the requests that still want them."""
         self._totals.steps += 1
         if decode:
             ids = decode.ids.tolist()
-            for i, row in enumerate(plan.decode):
-                self._commit_token(row.sequence, ids[i], decode.scores, i)
-        if (chunk := plan.prefill) and prefill:
+            bucket = len(ids) // len(plans)
+            for group, plan in enumerate(plans):
+                for i, row in enumerate(plan.decode, start=group * bucket):
+                    self._commit_token(row.sequence, ids[i], decode.scores, i)
+        for group, plan in enumerate(plans):
+            if not (prefill and (chunk := plan.prefill)):
+                continue
             self._totals.prompt_tokens += chunk.length
-            keep_prompt_scores(chunk, prefill.prompt_scores)
+            keep_prompt_scores(chunk, prefill.prompt_scores, group)
             if chunk.sample:
-                self._commit_token(chunk.sequence, int(prefill.ids[0]), prefill.scores, 0)
+                token = int(prefill.ids[group])
+                self._commit_token(chunk.sequence, token, prefill.scores, group)
             elif chunk.ends_prompt and chunk.sequence.request.max_tokens == 0:
                 self._finish(chunk.sequence, "length")
 
@@ -307,6 +310,6 @@ class Engine:
         """Free what the sequence holds, then deliver its last output."""
         with self._changed:
             if self._sequences.pop(sequence.request.id, None):
-                self._scheduler.remove(sequence)
+                self._groups.remove(sequence)
             self._ids.discard(sequence.request.id)
         sequence.deliver(token_ids, logprobs, reason)

@@ -7,15 +7,24 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from inferneo_jax import compiles, models
-from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, ModelConfig
+from inferneo_jax.config import (
+    DecoderConfig,
+    EncoderConfig,
+    EngineConfig,
+    MeshShape,
+    ModelConfig,
+)
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
 from inferneo_jax.memory import explained, require
-from inferneo_jax.runner import Progress, Runner
+from inferneo_jax.mesh import make_mesh
+from inferneo_jax.runner import Progress, Runner, sharing
 from inferneo_jax.tokenizer import Tokenizer
-from inferneo_jax.weights.checkpoint import read_info, restore_weights
+from inferneo_jax.weights.checkpoint import open_weights, read_info
+from inferneo_jax.weights.placement import local_bytes, place_weights, weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +74,14 @@ def load_model(
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
     with compiles.expected():
-        weights = _load_weights(path, info.config, dtype)
         if isinstance(info.config, EncoderConfig):
-            embedder = Embedder(info.config, weights, dtype, config.max_len, config.step_seconds)
+            # A small model: where there are several hosts, the devices of this one are plenty.
+            shape = config.mesh if jax.process_count() == 1 else MeshShape()
+            mesh = make_mesh(shape, jax.local_devices())
+            weights = _load_weights(path, info.config, mesh, dtype)
+            embedder = Embedder(
+                info.config, weights, dtype, mesh, config.max_len, config.step_seconds
+            )
             with explained("the batches were compiled and first run"):
                 embedder.start(progress)
             return EmbeddingModel(
@@ -78,7 +92,9 @@ def load_model(
                 max_tokens=embedder.max_tokens,
             )
         assert isinstance(info.config, DecoderConfig)
-        runner = Runner(info.config, weights, config, dtype)
+        mesh = make_mesh(config.mesh)
+        weights = _load_weights(path, info.config, mesh, dtype)
+        runner = Runner(info.config, weights, config, dtype, mesh)
         with explained("the steps were compiled and first run"):
             runner.compile(progress)
     return LanguageModel(
@@ -105,14 +121,12 @@ def _cpu_multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _load_weights(path: Path, config: ModelConfig, dtype: jnp.dtype) -> list[jax.Array]:
-    targets = {
-        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype)
-        for name, spec in models.declare(config, dtype).items()
-    }
-    require(sum(each.size * each.dtype.itemsize for each in targets.values()), "the weights")
+def _load_weights(path: Path, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> list[jax.Array]:
+    needed = local_bytes(weight_shapes(config, mesh, dtype))
+    require(needed * sharing(mesh), "the weights")
+    shapes = {name: spec.shape for name, spec in models.declare(config).items()}
     with explained("the weights were loaded"):
-        return models.weight_list(config, restore_weights(path, targets))
+        return place_weights(open_weights(path, shapes), config, mesh, dtype)
 
 
 def _use_compilation_cache(folder: str) -> None:

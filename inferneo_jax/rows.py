@@ -1,5 +1,10 @@
-"""What the host hands to a step: plans and requests written out as numpy arrays."""
+"""What the host hands to a step: plans and requests written out as numpy arrays.
 
+Each array holds as many rows of every group of devices, group after group; slots and pages are
+counted from 0 within a group.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +23,19 @@ from inferneo_jax.steps import DecodeRows, PrefillRows, SlotState
 
 @dataclass(frozen=True, kw_only=True)
 class RowBuilder:
-    """Sizes of everything that is handed over; they never change while a model is loaded."""
+    """Sizes of everything that is handed over; they never change while a model is loaded.
 
+    Attributes:
+        groups: of devices, on the mesh's ``data`` axis.
+        slots: of one group.
+        max_len: tokens of the longest sequence.
+        max_pages: pages of the longest sequence.
+        vocab_size: of the model.
+        max_bias: biased tokens of one request.
+        max_stops: stop tokens of one request.
+    """
+
+    groups: int
     slots: int
     max_len: int
     max_pages: int
@@ -28,30 +44,32 @@ class RowBuilder:
     max_stops: int
 
     def empty_state(self) -> SlotState:
-        """Slots without tokens, greedy and with no sampling feature in use."""
-        rows = self.slots
-        zeros: Any = np.zeros(rows, np.float32)
-        ones: Any = np.ones(rows, np.float32)
-        counts: Any = np.zeros(rows, np.int32)
-        flags: Any = np.zeros(rows, np.bool_)
+        """All slots without tokens, greedy and with no sampling feature in use."""
+        return self._unused(self.groups * self.slots)
+
+    def _unused(self, rows: int) -> SlotState:
+
+        def full(value: Any, dtype: type[np.generic]) -> Any:
+            return np.full(rows, value, dtype)
+
         unused: tuple[Any, Any, Any] = self._tables({}, frozenset())
         tiled: Any = [np.tile(table, (rows, 1)) for table in unused]
         bias_ids, bias, stop_ids = tiled
         seed: Any = np.zeros((rows, 2), np.uint32)
         tokens: Any = np.zeros((rows, self.max_len), np.int32)
         sampling = SamplingRows(
-            temperature=zeros,
-            top_k=counts,
-            top_p=ones,
-            min_p=zeros,
-            frequency_penalty=zeros,
-            presence_penalty=zeros,
-            repetition_penalty=ones,
+            temperature=full(0, np.float32),
+            top_k=full(0, np.int32),
+            top_p=full(1, np.float32),
+            min_p=full(0, np.float32),
+            frequency_penalty=full(0, np.float32),
+            presence_penalty=full(0, np.float32),
+            repetition_penalty=full(1, np.float32),
             seed=seed,
-            prompt_len=counts,
-            min_len=counts,
-            want_logprobs=flags,
-            want_prompt_logprobs=flags,
+            prompt_len=full(0, np.int32),
+            min_len=full(0, np.int32),
+            want_logprobs=full(False, np.bool_),
+            want_prompt_logprobs=full(False, np.bool_),
             bias_ids=bias_ids,
             bias=bias,
             stop_ids=stop_ids,
@@ -64,29 +82,46 @@ class RowBuilder:
         tokens[: sequence.num_known] = sequence.tokens
         return SlotState(tokens, self._sampling_row(sequence.request))
 
-    def decode(self, rows: tuple[DecodeRow, ...], bucket: int) -> DecodeRows:
-        """Rows of a decode step, padded to the bucket with rows that have no slot."""
-        slots: Any = np.full(bucket, self.slots, np.int32)
-        positions: Any = np.zeros(bucket, np.int32)
-        tables: Any = np.full((bucket, self.max_pages), NO_PAGE, np.int32)
-        for i, row in enumerate(rows):
-            slots[i] = row.sequence.slot
-            positions[i] = row.position
-            tables[i, : len(row.sequence.pages)] = row.sequence.pages
+    def admit(self, admitted: Iterable[Sequence | None]) -> tuple[Any, SlotState]:
+        """The sequence that each group admits, if it does: its slot, and what to put there."""
+        slots: Any = np.full(self.groups, self.slots, np.int32)
+        rows = self._unused(self.groups)
+        for group, sequence in enumerate(admitted):
+            if sequence:
+                slots[group] = sequence.slot
+                for array, value in zip(
+                    _arrays(rows), _arrays(self.slot_row(sequence)), strict=True
+                ):
+                    array[group] = value
+        return slots, rows
+
+    def decode(self, groups: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeRows:
+        """Rows of a decode step; each group's are padded to the bucket with rows without a slot."""
+        total = self.groups * bucket
+        slots: Any = np.full(total, self.slots, np.int32)
+        positions: Any = np.zeros(total, np.int32)
+        tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
+        for group, rows in enumerate(groups):
+            for i, row in enumerate(rows, start=group * bucket):
+                slots[i] = row.sequence.slot
+                positions[i] = row.position
+                tables[i, : len(row.sequence.pages)] = row.sequence.pages
         return DecodeRows(slots, positions, tables)
 
-    def prefill(self, chunk: PrefillChunk | None) -> PrefillRows:
-        """The row of a prefill step; None gives one of the same shape without a slot."""
-        tables: Any = np.full((1, self.max_pages), NO_PAGE, np.int32)
-        slot, start, length, sample = self.slots, 0, 1, False
-        if chunk:
-            assert chunk.sequence.slot is not None
-            slot, start, length = chunk.sequence.slot, chunk.start, chunk.length
-            sample = chunk.sample
-            tables[0, : len(chunk.sequence.pages)] = chunk.sequence.pages
-        numbers: Any = np.array([[slot], [start], [length]], np.int32)
-        flags: Any = np.array([sample])
-        return PrefillRows(numbers[0], numbers[1], numbers[2], flags, tables)
+    def prefill(self, chunks: Iterable[PrefillChunk | None]) -> PrefillRows:
+        """The row of each group in a prefill step; None gives one without a slot."""
+        slots: Any = np.full(self.groups, self.slots, np.int32)
+        start: Any = np.zeros(self.groups, np.int32)
+        length: Any = np.ones(self.groups, np.int32)
+        sample: Any = np.zeros(self.groups, np.bool_)
+        tables: Any = np.full((self.groups, self.max_pages), NO_PAGE, np.int32)
+        for group, chunk in enumerate(chunks):
+            if chunk:
+                slots[group] = chunk.sequence.slot
+                start[group], length[group] = chunk.start, chunk.length
+                sample[group] = chunk.sample
+                tables[group, : len(chunk.sequence.pages)] = chunk.sequence.pages
+        return PrefillRows(slots, start, length, sample, tables)
 
     def _sampling_row(self, request: GenerationRequest) -> SamplingRows:
         params = request.sampling
@@ -129,3 +164,7 @@ class RowBuilder:
         stop_ids = np.full(self.max_stops, self.vocab_size, np.int32)
         stop_ids[: len(stop_token_ids)] = sorted(stop_token_ids)
         return bias_ids, bias, stop_ids
+
+
+def _arrays(state: SlotState) -> tuple[Any, ...]:
+    return (state.tokens, *state.sampling)

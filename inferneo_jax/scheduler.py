@@ -63,6 +63,11 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._served: Counter[str] = Counter()  # by owner; more than that of those not in it
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run or wait."""
+        return len(self.running) + len(self._waiting)
+
     def counts(self, arriving: int) -> dict[str, int]:
         """Numbers for ``EngineStats``; ``arriving`` sequences will be added soon."""
         return {

@@ -12,10 +12,10 @@ def token_logprob(scores: Scores, at: tuple[int, ...], token: int, num_top: int)
     return TokenLogprob(token, float(scores.chosen[at]), tuple(zip(ids, top, strict=True)))
 
 
-def keep_prompt_scores(chunk: PrefillChunk, scores: Scores | None) -> None:
+def keep_prompt_scores(chunk: PrefillChunk, scores: Scores | None, row: int) -> None:
     """Add a chunk's to its sequence's; a prompt that is computed twice is scored once.
 
-    The scores at position i are of the token at i + 1.
+    The scores of ``row`` at position i are of the token at i + 1.
     """
     request, known = chunk.sequence.request, chunk.sequence.prompt_scores
     if request.prompt_logprobs is None or scores is None:
@@ -23,4 +23,4 @@ def keep_prompt_scores(chunk: PrefillChunk, scores: Scores | None) -> None:
     for i in range(chunk.length):
         if len(known) == chunk.start + i + 1 < len(request.prompt):
             token = request.prompt[chunk.start + i + 1]
-            known.append(token_logprob(scores, (0, i), token, request.prompt_logprobs))
+            known.append(token_logprob(scores, (row, i), token, request.prompt_logprobs))

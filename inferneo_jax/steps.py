@@ -3,6 +3,9 @@
 Both are pure functions over the weights, the cache and the state of all slots. What the host
 passes per step is small: which slots, at which positions, in which pages. The tokens themselves
 never leave the device between steps: each step reads its input where the last one left it.
+
+On a mesh each device runs them on its part (see ``programs.py``): its weights and KV heads, and the
+slots, pages and rows of its group, all counted from 0 there. Results are those of all groups.
 """
 
 import math
@@ -15,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from inferneo_jax import mesh
 from inferneo_jax.cache import KVCache, PagedAttention, PageView
 from inferneo_jax.models.decoder import Decoder
 from inferneo_jax.sampling import Sampler, SamplingRows, Scores
@@ -69,17 +73,19 @@ Weights = list[Array]
 class Steps:
     """The pure steps of one model.
 
-    ``graphdef`` and ``treedef`` are those of ``models.skeleton``.
+    ``graphdef`` and ``treedef`` are those of ``models.skeleton`` of the fitted model, whose
+    vocabulary may be padded beyond ``vocab_size``.
     """
 
     graphdef: nnx.GraphDef[Decoder]
     treedef: jax.tree_util.PyTreeDef
     attention: PagedAttention
     sampler: Sampler
+    vocab_size: int
 
-    def admit(self, state: SlotState, slot: Int[Array, ""], row: SlotState) -> SlotState:
-        """Put a request into a slot: its known tokens and its parameters (no leading axis)."""
-        return jax.tree.map(lambda rows, new: rows.at[slot].set(new), state, row)
+    def admit(self, state: SlotState, slots: Int[Array, " rows"], rows: SlotState) -> SlotState:
+        """Put requests into slots: their tokens and parameters. A slot beyond the last: none."""
+        return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, rows)
 
     def decode(
         self, weights: Weights, cache: KVCache, state: SlotState, rows: DecodeRows
@@ -89,9 +95,9 @@ class Steps:
         newest = state.tokens.at[rows.slots, rows.positions].get(mode="clip")
         view = PageView(rows.tables, rows.positions[:, None])
         hidden, cache = model(newest[:, None], self.attention, cache, view)
-        logits = model.logits(hidden[:, 0])
+        logits = self._logits(model, hidden[:, 0])
         state, ids, scores = self._sample(state, rows.slots, rows.positions + 1, logits)
-        return cache, state, Sampled(ids, scores)
+        return cache, state, _from_all(Sampled(ids, scores))
 
     def prefill(
         self,
@@ -120,12 +126,17 @@ class Steps:
         num_slots = state.tokens.shape[0]
         targets = jnp.where(rows.last, rows.slots, num_slots)  # elsewhere nothing is written
         state, ids, scores = self._sample(
-            state, rows.slots, rows.start + rows.length, model.logits(final), targets
+            state, rows.slots, rows.start + rows.length, self._logits(model, final), targets
         )
-        return cache, state, Sampled(ids, scores, prompt_scores)
+        return cache, state, _from_all(Sampled(ids, scores, prompt_scores))
 
     def _model(self, weights: Weights) -> Decoder:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
+
+    def _logits(
+        self, model: Decoder, hidden: Float[Array, "rows embed"]
+    ) -> Float[Array, "rows vocab"]:
+        return model.logits(hidden)[:, : self.vocab_size]
 
     def _sample(
         self,
@@ -162,7 +173,8 @@ class Steps:
         def compute() -> Scores:
             always = jnp.bool_(True)
             return lax.map(
-                lambda part: self.sampler.score(model.logits(part[0]), part[1], always), parts
+                lambda part: self.sampler.score(self._logits(model, part[0]), part[1], always),
+                parts,
             )
 
         def skip() -> Scores:
@@ -171,3 +183,8 @@ class Steps:
 
         scores = lax.cond(wanted, compute, skip)
         return jax.tree.map(lambda x: x.reshape(rows, chunk, *x.shape[2:]), scores)
+
+
+def _from_all(sampled: Sampled) -> Sampled:
+    """The results of every group of devices, on each: whichever host reads them has them all."""
+    return jax.tree.map(lambda x: mesh.gather(x, "rows", 0), sampled)

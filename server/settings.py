@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from inferneo_jax import ConfigError, EngineConfig
+from inferneo_jax.config import MeshShape
 from server.protocol.validation import describe
 
 PREFIX = "INFERNEO_"
@@ -65,6 +66,8 @@ class Settings(BaseSettings):
         dtype: of weights and matrix products.
         quantization: of the weights.
         kernels: ``auto`` and ``xla`` both run what XLA compiles.
+        mesh: devices of the mesh, as ``data=1,model=8``: ``model`` splits weights and heads,
+            ``data`` makes groups that serve requests of their own; empty: all devices on ``model``.
         slots: requests that run at once.
         max_len: most tokens of one request, prompt and output.
         max_waiting: requests that wait while every slot is taken; more are refused.
@@ -94,6 +97,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["auto", "none"] = "auto"
     kernels: Literal["auto", "xla"] = "auto"
+    mesh: str = ""
     slots: int | None = Field(default=None, ge=1, le=256)
     max_len: int | None = Field(default=None, ge=2)
     max_waiting: int = Field(default=256, ge=0, le=100_000)
@@ -167,6 +171,7 @@ class Settings(BaseSettings):
             dtype=self.dtype,
             quantization=self.quantization,
             max_len=self.max_len,
+            mesh=MeshShape.parse(self.mesh),
             compilation_cache=str(cache.expanduser().absolute()),
         )
 

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Servers under test must not find the API keys of whoever runs the tests.
 _DATA = tempfile.TemporaryDirectory()
 os.environ["XDG_DATA_HOME"] = _DATA.name
@@ -29,7 +29,7 @@ from inferneo_jax.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
 from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, real_server
-from tests.support import TINY, TINY_ENGINE, tiny_weights
+from tests.support import ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,9 @@ def tiny_engine(tiny_runner: Callable[..., Runner]) -> Iterator[Callable[..., En
 @pytest.fixture(scope="session")
 def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
     """The catalog's chat model with reference numerics."""
-    config = EngineConfig(slots=16, dtype="float32", quantization="none", row_buckets=(2, 16))
+    config = EngineConfig(
+        slots=16, dtype="float32", quantization="none", row_buckets=(2, 16), mesh=ONE_DEVICE
+    )
     model = load_model(real_checkpoints / CHAT_MODEL, config, name=CHAT_MODEL)
     assert isinstance(model, LanguageModel)
     yield model
@@ -87,7 +89,7 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
 @pytest.fixture(scope="session")
 def real_embedder(real_checkpoints: Path) -> Iterator[Embedder]:
     """The catalog's embedding model with reference numerics."""
-    config = EngineConfig(dtype="float32", quantization="none")
+    config = EngineConfig(dtype="float32", quantization="none", mesh=ONE_DEVICE)
     model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
     assert isinstance(model, EmbeddingModel)
     yield model.embedder

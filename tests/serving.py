@@ -69,7 +69,9 @@ def process(
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", address, app]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("INFERNEO_")}
+    # One device, as a user's machine without settings has.
+    dropped = ("INFERNEO_", "XLA_FLAGS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     found = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'server'}", "INFERNEO_LOG_FORMAT": "json"}
     environment = kept | found | settings
     server = Process(command, address, log, env=environment, **popen)

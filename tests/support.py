@@ -12,16 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from inferneo_jax import models
-from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.engine import Engine
+from inferneo_jax.mesh import make_mesh
 from inferneo_jax.request import (
     GenerationOutput,
     GenerationRequest,
     SamplingParams,
     TokenLogprob,
 )
+from inferneo_jax.weights.placement import place_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,22 +39,45 @@ TINY = DecoderConfig(
     context_length=64,
     tie_embeddings=True,
 )
+ONE_DEVICE = MeshShape(data=1, model=1)
 TINY_ENGINE = EngineConfig(
-    slots=4, page_len=4, prefill_chunks=(4, 8), kv_tokens=160, row_buckets=(4,)
+    slots=4,
+    page_len=4,
+    prefill_chunks=(4, 8),
+    kv_tokens=160,
+    row_buckets=(4,),
+    mesh=ONE_DEVICE,
 )
 GREEDY = SamplingParams(temperature=0.0)
+MIXED: list[dict[str, Any]] = [
+    {"sampling": GREEDY},
+    {"sampling": SamplingParams(temperature=1.0, seed=1)},
+    {"sampling": SamplingParams(temperature=0.8, top_p=0.7, top_k=9, min_p=0.02, seed=2)},
+    {
+        "sampling": SamplingParams(
+            temperature=0.0,
+            frequency_penalty=0.7,
+            presence_penalty=0.3,
+            repetition_penalty=1.3,
+            logit_bias={3: 2.0, 90: -100.0},
+        )
+    },
+    {"sampling": SamplingParams(temperature=1.3, seed=2**63 + 5), "logprobs": 3},
+    {"sampling": GREEDY, "logprobs": 0, "prompt_logprobs": 2},
+]
+"""Fields of requests that use every feature of sampling."""
 _numbers = itertools.count()
 
 
 @cache
-def tiny_weights() -> list[jax.Array]:
+def tiny_weights(config: DecoderConfig = TINY, shape: MeshShape = ONE_DEVICE) -> list[jax.Array]:
     """Random weights, large enough that the next token depends on all before it."""
     rng = np.random.default_rng(0)
     weights = {
-        name: jnp.asarray(_random(rng, spec.shape), spec.dtype)
-        for name, spec in models.declare(TINY).items()
+        name: _random(rng, spec.shape).astype(spec.dtype)
+        for name, spec in models.declare(config).items()
     }
-    return models.weight_list(TINY, weights)
+    return place_weights(weights, config, make_mesh(shape), jnp.dtype("float32"))
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -126,3 +152,12 @@ def submit(engine: Engine, ids: tuple[int, ...], max_tokens: int = 12, **fields:
     collected = Collected(GenerationRequest(prompt=ids, max_tokens=max_tokens, **fields))
     engine.submit(collected.request, collected)
     return collected
+
+
+def close(a: Collected, b: Collected) -> None:
+    """Equal tokens, and log probabilities as equal as float32 sums in another order allow."""
+    assert a.tokens == b.tokens
+    assert a.finish_reason == b.finish_reason
+    for x, y in zip(a.logprobs, b.logprobs, strict=True):
+        assert x.logprob == pytest.approx(y.logprob, abs=1e-4)
+        assert [i for i, _ in x.top] == [i for i, _ in y.top]

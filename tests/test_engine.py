@@ -14,35 +14,9 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.request import SamplingParams
 from inferneo_jax.scheduler import Scheduler
-from tests.support import GREEDY, Collected, prompt, submit
+from tests.support import MIXED, Collected, close, prompt, submit
 
 MakeEngine = Callable[..., Engine]
-
-MIXED = [
-    {"sampling": GREEDY},
-    {"sampling": SamplingParams(temperature=1.0, seed=1)},
-    {"sampling": SamplingParams(temperature=0.8, top_p=0.7, top_k=9, min_p=0.02, seed=2)},
-    {
-        "sampling": SamplingParams(
-            temperature=0.0,
-            frequency_penalty=0.7,
-            presence_penalty=0.3,
-            repetition_penalty=1.3,
-            logit_bias={3: 2.0, 90: -100.0},
-        )
-    },
-    {"sampling": SamplingParams(temperature=1.3, seed=2**63 + 5), "logprobs": 3},
-    {"sampling": GREEDY, "logprobs": 0, "prompt_logprobs": 2},
-]
-
-
-def _close(a: Collected, b: Collected) -> None:
-    """Equal tokens, and log probabilities as equal as float32 sums in another order allow."""
-    assert a.tokens == b.tokens
-    assert a.finish_reason == b.finish_reason
-    for x, y in zip(a.logprobs, b.logprobs, strict=True):
-        assert x.logprob == pytest.approx(y.logprob, abs=1e-4)
-        assert [i for i, _ in x.top] == [i for i, _ in y.top]
 
 
 def _prompt_scores(collected: Collected) -> list[float]:
@@ -59,7 +33,7 @@ def test_alone_equals_in_any_batch(tiny_engine: MakeEngine, fields: dict[str, ob
     crowd = [submit(engine, prompt(5 + i, seed=i), **MIXED[i]) for i in range(len(MIXED))]
     among = submit(engine, prompt(9), **fields)
     crowd += [submit(engine, prompt(30, seed=9), **MIXED[1])]
-    _close(alone, among)
+    close(alone, among)
     assert all(len(other.tokens) == 12 for other in crowd)
 
 
@@ -68,7 +42,7 @@ def test_chunked_prefill_equals_whole(tiny_engine: MakeEngine) -> None:
     for length in (1, 3, 4, 5, 8, 9, 16, 31, 52):
         fields = {"logprobs": 2, "prompt_logprobs": 1}
         a, b = (submit(engine, prompt(length), **fields) for engine in (chunked, whole))
-        _close(a, b)
+        close(a, b)
         assert _prompt_scores(a) == pytest.approx(_prompt_scores(b), abs=1e-4)
 
 
@@ -80,7 +54,7 @@ def test_a_late_request_changes_no_other(tiny_engine: MakeEngine) -> None:
     for count in (1, 5, 9):
         early.wait_for_tokens(count)
         submit(engine, prompt(40, seed=count), 4)
-    _close(undisturbed, early)
+    close(undisturbed, early)
 
 
 def test_seeds_repeat_and_differ(tiny_engine: MakeEngine) -> None:
@@ -100,7 +74,7 @@ def test_preempted_equals_undisturbed(tiny_engine: MakeEngine) -> None:
     expected = [submit(roomy, p, 30, **f).wait() for p, f in zip(prompts, fields, strict=True)]
     squeezed = [submit(cramped, p, 30, **f) for p, f in zip(prompts, fields, strict=True)]
     for a, b in zip(expected, squeezed, strict=True):
-        _close(a, b)
+        close(a, b)
     assert cramped.stats().preemptions > 0
 
 
@@ -120,7 +94,7 @@ def test_shared_prefix_equals_fresh(tiny_engine: MakeEngine) -> None:
     for tail in (prompt(3, seed=1), prompt(17, seed=2)):
         a = submit(engine, start + tail, logprobs=2)
         b = submit(engine, start + tail, logprobs=2, cache_salt=bytes(tail))
-        _close(a, b)
+        close(a, b)
         assert a.outputs[0].cached_tokens == 20
         assert b.outputs[0].cached_tokens == 0
 

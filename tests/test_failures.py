@@ -21,13 +21,13 @@ from inferneo_jax.errors import (
     EngineStoppedError,
     OverloadedError,
 )
+from inferneo_jax.groups import Plans
 from inferneo_jax.heartbeat import Heartbeat
 from inferneo_jax.model import EmbeddingModel, load_model
 from inferneo_jax.request import GenerationOutput, GenerationRequest
 from inferneo_jax.runner import PendingStep, Runner
-from inferneo_jax.scheduler import StepPlan
 from inferneo_jax.weights.convert import convert
-from tests.support import GREEDY, TINY, prompt, submit, tiny_weights
+from tests.support import GREEDY, ONE_DEVICE, TINY, prompt, submit, tiny_weights
 
 MakeEngine = Callable[..., Engine]
 FAMILIES = Path(__file__).parent / "golden" / "families"
@@ -42,11 +42,11 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
     expected = submit(engine, prompt(9), 20).tokens
     run = Runner.run
 
-    def explode_once(self: Runner, plan: StepPlan) -> PendingStep:
-        if len(plan.decode) == 4:
+    def explode_once(self: Runner, plans: Plans) -> PendingStep:
+        if len(plans[0].decode) == 4:
             monkeypatch.setattr(Runner, "run", run)
             raise RuntimeError("the device hiccups")
-        return run(self, plan)
+        return run(self, plans)
 
     monkeypatch.setattr(Runner, "run", explode_once)
     lost = [submit(engine, prompt(5, seed=i), 50) for i in range(4)]
@@ -197,7 +197,9 @@ def test_time_that_nobody_saw_pass_does_not_count(monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def embedder(tmp_path: Path) -> Iterator[Embedder]:
     folder = convert(FAMILIES / "bert", tmp_path / "bert")
-    model = load_model(folder, EngineConfig(dtype="float32", max_len=16), name="bert")
+    model = load_model(
+        folder, EngineConfig(dtype="float32", max_len=16, mesh=ONE_DEVICE), name="bert"
+    )
     assert isinstance(model, EmbeddingModel)
     model.embedder._heartbeat.limit = SOON
     yield model.embedder
@@ -239,7 +241,15 @@ def test_an_embedder_that_hangs_can_be_stopped(
 
 
 def runner(**changes: Any) -> Runner:
-    config = EngineConfig(**{"slots": 2, "page_len": 4, "kv_tokens": 64, **changes})
+    config = EngineConfig(
+        **{
+            "slots": 2,
+            "page_len": 4,
+            "kv_tokens": 64,
+            "mesh": ONE_DEVICE,
+            **changes,
+        }
+    )
     return Runner(TINY, tiny_weights(), config, jax.numpy.dtype("float32"))
 
 

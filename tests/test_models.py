@@ -12,10 +12,12 @@ from inferneo_jax import models
 from inferneo_jax.cache import PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, RopeScaling
 from inferneo_jax.layers.rope import frequencies
+from inferneo_jax.mesh import make_mesh
 from inferneo_jax.model import load_model
-from inferneo_jax.weights.checkpoint import read_info, restore_weights
+from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.convert import convert
-from tests.support import GOLDEN, TINY, golden
+from inferneo_jax.weights.placement import place_weights
+from tests.support import GOLDEN, ONE_DEVICE, TINY, golden
 
 CASES = {case["name"]: case for case in golden("families")}
 F32 = jnp.dtype("float32")
@@ -23,11 +25,8 @@ F32 = jnp.dtype("float32")
 
 def _load(folder: Path) -> tuple[DecoderConfig | EncoderConfig, nnx.Module]:
     config = read_info(folder).config
-    targets = {
-        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype)
-        for name, spec in models.declare(config).items()
-    }
-    weights = models.weight_list(config, restore_weights(folder, targets))
+    shapes = {name: spec.shape for name, spec in models.declare(config).items()}
+    weights = place_weights(open_weights(folder, shapes), config, make_mesh(ONE_DEVICE), F32)
     graphdef, treedef = models.skeleton(config, F32)
     return config, nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
@@ -58,7 +57,9 @@ def test_decoder_families_equal_the_reference(converted: Path, name: str) -> Non
 
 def test_encoder_equals_the_reference(converted: Path) -> None:
     case = CASES["bert"]
-    model = load_model(converted / "bert", EngineConfig(dtype="float32"), name="bert")
+    model = load_model(
+        converted / "bert", EngineConfig(dtype="float32", mesh=ONE_DEVICE), name="bert"
+    )
     try:
         vectors = model.embedder.embed(case["ids"]).result(timeout=60)
     finally:
@@ -74,10 +75,7 @@ def test_declared_names_follow_the_order_of_the_leaves(changes: dict[str, object
     config = DecoderConfig.from_dict(TINY.to_dict() | changes)
     declared = models.declare(config)
     graphdef, treedef = models.skeleton(config, F32)
-    numbered = {
-        name: jnp.full(spec.shape, i, spec.dtype) for i, (name, spec) in enumerate(declared.items())
-    }
-    leaves = models.weight_list(config, numbered)
+    leaves = [jnp.full(spec.flat_shape, i, spec.dtype) for i, spec in enumerate(declared.values())]
     model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
     for i, name in enumerate(declared):
         value: object = model

@@ -18,7 +18,7 @@ from inferneo_jax.sequence import Sequence
 
 VOCAB, MAX_LEN = 300, 16
 BUILDER = RowBuilder(
-    slots=4, max_len=MAX_LEN, max_pages=1, vocab_size=VOCAB, max_bias=8, max_stops=4
+    groups=1, slots=4, max_len=MAX_LEN, max_pages=1, vocab_size=VOCAB, max_bias=8, max_stops=4
 )
 
 
@@ -194,6 +194,6 @@ def test_parameters_out_of_range_are_named() -> None:
 
 def test_rows_for_the_device_are_padded_with_no_slot() -> None:
     sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, pages=[5])
-    rows = BUILDER.prefill(PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True))
+    rows = BUILDER.prefill([PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True)])
     assert [np.asarray(x).tolist() for x in rows] == [[2], [1], [2], [True], [[5]]]
-    assert BUILDER.decode((), 2).slots.tolist() == [4, 4]
+    assert BUILDER.decode([], 2).slots.tolist() == [4, 4]

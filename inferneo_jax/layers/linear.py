@@ -7,6 +7,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from inferneo_jax import mesh
 from inferneo_jax.layers.spec import weight
 
 MIN_ROWS = 2
@@ -18,7 +19,8 @@ class Linear(nnx.Module):
 
     The kernel's first ``inputs`` axes are contracted with the last axes of what it is applied to;
     the others are its outputs. The product is taken in the kernel's dtype and summed in float32,
-    which is also the dtype of the result.
+    which is also the dtype of the result. Where a contracted axis is split over a mesh, the sums of
+    all devices are added up, in the kernel's dtype to halve what crosses between chips.
     """
 
     def __init__(
@@ -31,31 +33,51 @@ class Linear(nnx.Module):
         bias: bool = False,
     ) -> None:
         self.inputs = inputs
-        self.kernel = weight(shape, axes, dtype)
+        self.contracted = axes[:inputs]
+        # A split axis has fewer entries on a device than it has in all.
+        self.outputs = tuple(
+            -1 if axis in mesh.RULES else size
+            for size, axis in zip(shape[inputs:], axes[inputs:], strict=True)
+        )
+        self.kernel = weight(shape, axes, dtype, inputs)
         if bias:
             self.bias = weight(shape[inputs:], axes[inputs:], jnp.dtype("float32"))
 
     def __call__(self, x: Float[Array, "*rows_and_inputs"]) -> Float[Array, "*rows_and_outputs"]:
         kernel = self.kernel[...]
-        rows, outputs = x.shape[: x.ndim - self.inputs], kernel.shape[self.inputs :]
-        width = math.prod(kernel.shape[: self.inputs])
-        product = _matmul(x.reshape(-1, width), kernel.reshape(width, -1), contract=0)
+        rows = x.shape[: x.ndim - self.inputs]
+        product = _matmul(x.reshape(math.prod(rows), -1), kernel, contract=0)
+        if any(map(mesh.is_split, self.contracted)):
+            product = mesh.reduce(product.astype(kernel.dtype), *self.contracted)
+            product = product.astype(jnp.float32)
         if hasattr(self, "bias"):
-            product = product + self.bias[...].reshape(1, -1)
-        return product.reshape(*rows, *outputs)
+            product = product + self.bias[...][None, :]
+        return product.reshape(*rows, *self.outputs)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, read by row or, as a tied output layer, multiplied with."""
+    """A table of vectors, read by row or, as a tied output layer, multiplied with.
+
+    A table whose rows are split over a mesh is read by the device that holds the row; the others
+    add nothing.
+    """
 
     def __init__(self, rows: int, embed: int, dtype: jnp.dtype, axis: str | None = None) -> None:
-        self.table = weight((rows, embed), (axis, "embed"), dtype)
+        self.axis = axis
+        self.table = weight((rows, embed), (axis, "embed"), dtype, inputs=1)
 
     def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows embed"]:
-        return jnp.take(self.table[...], ids, axis=0, mode="clip").astype(jnp.float32)
+        table = self.table[...]
+        if not mesh.is_split(self.axis):
+            return jnp.take(table, ids, axis=0, mode="clip").astype(jnp.float32)
+        local = ids - mesh.first_index(self.axis, table.shape[0])
+        held = (local >= 0) & (local < table.shape[0])
+        vectors = jnp.take(table, local, axis=0, mode="clip")
+        zero = jnp.zeros((), table.dtype)
+        return mesh.reduce(jnp.where(held[..., None], vectors, zero), self.axis).astype(jnp.float32)
 
     def attend(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows table_rows"]:
-        """Products of every row of ``x`` with every row of the table, summed in float32."""
+        """Products of every row of ``x`` with this device's rows of the table, in float32."""
         return _matmul(x, self.table[...], contract=1)
 
 

@@ -1,19 +1,17 @@
 """The two forward passes, and the flat names of their weights."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
 from inferneo_jax.config import DecoderConfig, ModelConfig
 from inferneo_jax.layers.spec import WeightSpec
 from inferneo_jax.models.decoder import Decoder
 from inferneo_jax.models.encoder import Encoder
 
-__all__ = ["WeightSpec", "declare", "skeleton", "weight_list"]
+__all__ = ["WeightSpec", "declare", "skeleton"]
 
 
 def _abstract(config: ModelConfig, dtype: jnp.dtype) -> nnx.Module:
@@ -46,8 +44,3 @@ def skeleton(
     """
     graphdef, state = nnx.split(_abstract(config, dtype))
     return graphdef, jax.tree.structure(state)
-
-
-def weight_list(config: ModelConfig, weights: Mapping[str, Array]) -> list[Array]:
-    """Named weights in the order of the module's leaves."""
-    return [weights[name] for name in declare(config)]

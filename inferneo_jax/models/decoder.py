@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from inferneo_jax import mesh
 from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.layers import rope
@@ -87,6 +88,7 @@ class Decoder(nnx.Module):
         return x, written
 
     def logits(self, hidden: Float[Array, "rows embed"]) -> Float[Array, "rows vocab"]:
-        """Scores of every vocabulary entry as the next token, float32."""
+        """Scores of every vocabulary entry as the next token, float32, on every device."""
         x = self.final_norm(hidden)
-        return self.head(x) if hasattr(self, "head") else self.embed.attend(x)
+        scores = self.head(x) if hasattr(self, "head") else self.embed.attend(x)
+        return mesh.gather(scores, "vocab", 1)

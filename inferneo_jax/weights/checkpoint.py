@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,15 +22,11 @@ from inferneo_jax.config import DecoderConfig, EncoderConfig, ModelConfig
 from inferneo_jax.errors import CheckpointError, ConfigError, WeightsError
 from inferneo_jax.weights.atomic import new_folder
 
-if TYPE_CHECKING:
-    import jax
-
-    Targets = Mapping[str, jax.ShapeDtypeStruct]
-
 FORMAT = 1
 INFO_FILE = "inferneo.json"
 WEIGHTS_FOLDER = "weights"
 _LISTED = 10
+_CHUNK_BYTES = 2**24
 _CONFIGS: dict[str, type[ModelConfig]] = {"decoder": DecoderConfig, "encoder": EncoderConfig}
 
 
@@ -135,40 +131,64 @@ def write_checkpoint(
             _write_json(folder / "tokenizer_config.json", tokenizer_config)
             checkpointer = _checkpointer()
             # Its own temporary folder is renamed inside ours.
-            checkpointer.save(folder / WEIGHTS_FOLDER, dict(weights))
+            checkpointer.save(folder / WEIGHTS_FOLDER, dict(weights), save_args=_chunked(weights))
     except OSError as error:
         raise CheckpointError(f"{destination} could not be written: {error}") from error
 
 
-def restore_weights(path: Path, targets: "Targets") -> "dict[str, jax.Array]":
-    """The weights of a checkpoint as device arrays.
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One weight of a checkpoint; a slice of it is read when it is asked for, and no more.
 
-    Every name and shape is compared before any array is read. Each array is cast to its target's
-    dtype and laid out in its sharding (on the first device where that is None).
+    Attributes:
+        shape: of the whole.
+    """
+
+    shape: tuple[int, ...]
+    _folder: Path
+    _array: Any
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray[Any, np.dtype[Any]]:
+        try:
+            return np.asarray(self._array[index].read().result())
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files come out of TensorStore as that
+            raise _damaged(self._folder, error) from error
+
+
+def open_weights(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, StoredWeight]:
+    """The weights of a checkpoint, to be read by slices.
+
+    Every name and shape is compared before any array is opened.
 
     Raises:
         WeightsError: names each missing, unused or misshapen weight.
         CheckpointError: the files are damaged or missing.
     """
-    import jax
-    import orbax.checkpoint as ocp
+    import tensorstore
 
     folder = Path(path).absolute() / WEIGHTS_FOLDER
-    wanted = {name: tuple(target.shape) for name, target in targets.items()}
     compare_shapes(stored_shapes(path), wanted, str(path))
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arguments = {
-        name: ocp.ArrayRestoreArgs(
-            dtype=target.dtype, sharding=target.sharding or first, global_shape=target.shape
+    context = tensorstore.Context()  # the weights share one view of the folder
+    opening = {
+        name: tensorstore.open(
+            {
+                "driver": "zarr3",
+                "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"},
+            },
+            open=True,
+            read=True,
+            context=context,
         )
-        for name, target in targets.items()
+        for name in wanted
     }
     try:
-        return dict(_checkpointer().restore(folder, restore_args=arguments))
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        # The device is at fault, not the files.
-        raise
-    except Exception as error:  # damaged files come out of Orbax as that
+        return {
+            name: StoredWeight(tuple(wanted[name]), folder, future.result())
+            for name, future in opening.items()
+        }
+    except Exception as error:
         raise _damaged(folder, error) from error
 
 
@@ -230,6 +250,13 @@ def _checkpointer() -> Any:
     # Its progress notes and timings are for training loops.
     logging.getLogger("absl").setLevel(logging.ERROR)
     return ocp.PyTreeCheckpointer(use_ocdbt=True, use_zarr3=True, use_compression=False)
+
+
+def _chunked(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Large weights in pieces, so that who needs a part of one reads little more than that."""
+    import orbax.checkpoint as ocp
+
+    return {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in weights}
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from inferneo_jax import ConfigError
+from inferneo_jax.config import MeshShape
 from server.models import sources_of
 from server.settings import Settings, unknown_variables
 
@@ -32,12 +33,14 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("INFERNEO_ALIASES", "gpt-4o=a, ada=org/b")
     monkeypatch.setenv("INFERNEO_SLOTS", "7")
     monkeypatch.setenv("INFERNEO_MAX_LEN", "99")
+    monkeypatch.setenv("INFERNEO_MESH", "data=2, model=4")
     monkeypatch.setenv("INFERNEO_DTYPE", "float32")
     settings = Settings.load()
     assert settings.models == ("a", "org/b")
     assert settings.aliases == {"gpt-4o": "a", "ada": "org/b"}
     config = settings.engine_config()
     assert (config.slots, config.max_len, config.dtype) == (7, 99, "float32")
+    assert config.mesh == MeshShape(2, 4)
     assert config.compilation_cache == str(tmp_path / ".compiled")
 
 
@@ -56,6 +59,7 @@ def test_variables_win_over_the_file(monkeypatch: pytest.MonkeyPatch, file: Path
         ("SLOTS", "0", "at least 1"),
         ("SLOTS", "257", "at most 256"),
         ("MAX_LEN", "1", "at least 2"),
+        ("MESH", "model=many", "write it as data=1,model=8"),
         ("DTYPE", "int4", "'auto', 'float32' or 'bfloat16'"),
         ("QUANTIZATION", "int3", "'auto' or 'none'"),
         ("KERNELS", "magic", "'auto' or 'xla'"),

@@ -1,7 +1,6 @@
 import json
 
 import gguf
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,18 +9,15 @@ from safetensors.numpy import save_file
 from inferneo_jax.errors import CheckpointError, ConfigError, WeightsError
 from inferneo_jax.models import declare
 from inferneo_jax.models.families import find_family
-from inferneo_jax.weights.checkpoint import read_info, restore_weights
+from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.convert import convert, read_source
 
 Q = gguf.GGMLQuantizationType
 
 
 def restored(path, dtype=np.float32):
-    targets = {
-        name: jax.ShapeDtypeStruct(spec.shape, dtype)
-        for name, spec in declare(read_info(path).config).items()
-    }
-    return {name: np.asarray(array) for name, array in restore_weights(path, targets).items()}
+    shapes = {name: spec.shape for name, spec in declare(read_info(path).config).items()}
+    return {name: weight[...].astype(dtype) for name, weight in open_weights(path, shapes).items()}
 
 
 def expected(config, tensors):

@@ -1,0 +1,104 @@
+"""A model's sizes made to divide by a mesh, and its weights as they then look.
+
+Sizes that do not divide by the number of parts are padded with zeros, which change no result: a
+padded query head has no way out, a padded feature is multiplied by nothing, and padded vocabulary
+entries are cut off the logits. Where there are more parts than KV heads, each head is held by
+several, which share its group of query heads among them.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from inferneo_jax.config import DecoderConfig, ModelConfig
+
+Index = tuple[slice, ...]
+
+
+class Sliceable(Protocol):
+    """A whole weight, of which parts can be read: a numpy array, or a file."""
+
+    def __getitem__(self, index: Index, /) -> Any:
+        """The part as a numpy array."""
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+def fit(config: Config, parts: int) -> Config:
+    """The configuration of what ``parts`` equal parts of the model make up together."""
+    padded: dict[str, Any] = {
+        name: _round_up(getattr(config, name), parts) for name in ("vocab_size", "mlp_size")
+    }
+    if isinstance(config, DecoderConfig):
+        group = -(-config.group_size // max(1, parts // config.num_kv_heads))
+        copies = -(-config.group_size // group)
+        padded["num_kv_heads"] = _round_up(config.num_kv_heads * copies, parts)
+        padded["num_heads"] = padded["num_kv_heads"] * group
+    else:
+        padded["num_heads"] = _round_up(config.num_heads, parts)
+    return dataclasses.replace(config, **padded)
+
+
+@dataclass(frozen=True)
+class FittedWeight:
+    """A weight with the shape that the fitted model declares, read from the original's.
+
+    Attributes:
+        source: the original weight.
+        stored: its shape.
+        shape: of the fitted weight.
+        axes: the logical axes of both.
+        group: query heads of one KV head, in the original and in the fitted model; None when the
+            weight has no KV heads.
+    """
+
+    source: Sliceable
+    stored: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    group: tuple[int, int] | None = None
+
+    def __getitem__(self, index: Index, /) -> np.ndarray[Any, np.dtype[Any]]:
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        if self.shape == self.stored:
+            return np.asarray(self.source[tuple(slice(*each) for each in bounds)])
+        if "kv_heads" in self.axes:
+            return self._heads(bounds)
+        kept = [np.minimum(each, size) for each, size in zip(bounds, self.stored, strict=True)]
+        read = np.asarray(self.source[tuple(slice(*each) for each in kept)])
+        missing = [(0, b - a - n) for (a, b), n in zip(bounds, read.shape, strict=True)]
+        return np.pad(read, missing)
+
+    def _heads(self, bounds: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[Any]]:
+        """Fitted KV head j is a copy of j // copies, with the next few heads of its group."""
+        assert self.group
+        dim = self.axes.index("kv_heads")
+        group, fitted_group = self.group
+        copies = -(-group // fitted_group)
+        before = tuple(slice(*each) for each in bounds[:dim])
+        after = tuple(slice(*each) for each in bounds[dim + 2 :])
+        every = (slice(None),) * dim
+        part: np.ndarray[Any, Any] = np.zeros([b - a for a, b in bounds], np.float32)
+        for place, head in enumerate(range(*bounds[dim])):
+            original, copy = divmod(head, copies)
+            if original >= self.stored[dim]:
+                continue
+            whole = slice(original, original + 1)
+            block = np.asarray(self.source[(*before, whole, slice(None), *after)])
+            part = part.astype(block.dtype, copy=False)
+            low, high = copy * fitted_group, min((copy + 1) * fitted_group, group)
+            # Queries, and behind them key and value, where they are in one with them.
+            for to, source in (
+                (slice(high - low), slice(low, high)),
+                (slice(fitted_group, None), slice(group, None)),
+            ):
+                target: Any = (*every, place, to)
+                part[target] = block[(*every, 0, source)]
+        return part
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,59 @@
+"""Requests shared out over the groups of devices that serve requests of their own.
+
+A group is what lies at one place of the mesh's ``data`` axis: it has its own slots and pages, and
+so its own scheduler. All groups run each step together. A request stays in the group it was given
+to, where its pages are.
+"""
+
+from inferneo_jax.pages import PagePool
+from inferneo_jax.scheduler import Scheduler, StepPlan
+from inferneo_jax.sequence import Sequence
+
+Plans = tuple[StepPlan, ...]
+"""What one step runs, group by group."""
+
+
+class Groups:
+    """The schedulers of all groups. With one group it is no more than that group's scheduler."""
+
+    def __init__(
+        self, groups: int, *, slots: int, num_pages: int, page_len: int, max_chunk: int
+    ) -> None:
+
+        def make() -> list[Scheduler]:
+            pools = [PagePool(num_pages, page_len) for _ in range(groups)]
+            return [Scheduler(slots, pool, max_chunk) for pool in pools]
+
+        self._make = make
+        self._schedulers = make()
+        self._preemptions_before = 0
+
+    def clear(self) -> None:
+        """Forget every sequence and page; what was counted stays."""
+        self._preemptions_before = self.counts(0)["preemptions"]
+        self._schedulers = self._make()
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence in the group that has least to do."""
+        loads = [scheduler.num_sequences for scheduler in self._schedulers]
+        sequence.group = loads.index(min(loads))
+        self._schedulers[sequence.group].add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, running or waiting, and free its slot and pages."""
+        self._schedulers[sequence.group].remove(sequence)
+
+    def schedule(self) -> Plans | None:
+        """Plan the next step, on the assumption that it will be run; None: there is none."""
+        plans = tuple(scheduler.schedule() for scheduler in self._schedulers)
+        return plans if any(plans) else None
+
+    def counts(self, arriving: int) -> dict[str, int]:
+        """Numbers for ``EngineStats``; ``arriving`` sequences will be added soon."""
+        each = [scheduler.counts(0) for scheduler in self._schedulers]
+        total = {name: sum(counts[name] for counts in each) for name in each[0]}
+        return total | {
+            "page_len": each[0]["page_len"],
+            "waiting": total["waiting"] + arriving,
+            "preemptions": total["preemptions"] + self._preemptions_before,
+        }

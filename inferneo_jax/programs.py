@@ -1,0 +1,230 @@
+"""The compiled programs of a model on a mesh: what the runner runs, and what a plan looks at.
+
+Each step is one ``jax.shard_map`` over the whole mesh, whatever its size: weights split by their
+logical axes, the cache by page and KV head, slots and rows by group (``data``). Everything here is
+abstract, shapes and shardings only, so the same programs are compiled for hardware that is there
+and for hardware that is not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from inferneo_jax import mesh as meshes
+from inferneo_jax import models
+from inferneo_jax.cache import KVCache, PagedAttention
+from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.errors import ConfigError
+from inferneo_jax.fitting import fit
+from inferneo_jax.rows import RowBuilder
+from inferneo_jax.sampling import Sampler
+from inferneo_jax.steps import Steps
+from inferneo_jax.weights.placement import local_bytes, weight_shapes
+
+Key = tuple[str, int]
+"""A program: ``decode`` and its rows in one group, ``prefill`` and its chunk, ``admit`` and 0."""
+
+MAX_STOP_IDS = 32
+"""Most stop token ids of one request."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """All programs of one decoder.
+
+    Attributes:
+        model: not fitted to the mesh.
+        config: of the engine.
+        mesh: of the devices they run on.
+        dtype: of the weights and products.
+        attention: how the cache is kept and read.
+        max_len: tokens of the longest sequence.
+        num_pages: of one group's cache, page 0 included.
+    """
+
+    model: DecoderConfig
+    config: EngineConfig
+    mesh: Mesh
+    dtype: jnp.dtype
+    attention: PagedAttention
+    max_len: int
+    num_pages: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of devices that each serve requests of their own."""
+        return meshes.parts(self.mesh, "slots")
+
+    @property
+    def rows(self) -> RowBuilder:
+        """What the host hands to the programs."""
+        return RowBuilder(
+            groups=self.groups,
+            slots=self.config.slots // self.groups,
+            max_len=self.max_len,
+            max_pages=-(-self.max_len // self.config.page_len),
+            vocab_size=self.model.vocab_size,
+            max_bias=self.config.max_logit_bias,
+            max_stops=MAX_STOP_IDS,
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """What one device holds of the cache."""
+        return local_bytes(jax.tree.leaves(self.cache()))
+
+    @property
+    def row_buckets(self) -> list[int]:
+        """Rows of one group for which decode is compiled, rising."""
+        slots = self.config.slots // self.groups
+        buckets = [b for b in self.config.row_buckets if b < slots]
+        return [*buckets, next(b for b in self.config.row_buckets if b >= slots)]
+
+    def keys(self) -> list[Key]:
+        """Every program there is."""
+        decodes = [("decode", bucket) for bucket in self.row_buckets]
+        return [*decodes, *(("prefill", c) for c in self.config.prefill_chunks), ("admit", 0)]
+
+    def empty_cache(self) -> Callable[[], KVCache]:
+        """A function that makes the cache of all groups, zeroed, where it belongs."""
+        fitted = fit(self.model, meshes.parts(self.mesh, "kv_heads"))
+        make = partial(self.attention.init, fitted, self.num_pages * self.groups)
+        sharding = NamedSharding(self.mesh, meshes.spec("pages", "kv_heads"))
+        return jax.jit(make, out_shardings=sharding)
+
+    def cache(self) -> KVCache:
+        """The cache's shapes."""
+        made: Any = jax.eval_shape(self.empty_cache())
+        return self._split(made, "pages", "kv_heads")
+
+    def host_arguments(self, key: Key) -> tuple[Any, ...]:
+        """What the host passes to a program when it has nothing to do, as numpy arrays."""
+        kind, size = key
+        if kind == "decode":
+            return (self.rows.decode(((),) * self.groups, size),)
+        if kind == "prefill":
+            return (self.rows.prefill((None,) * self.groups),)
+        return self.rows.admit((None,) * self.groups)
+
+    def place(self, arguments: Any) -> Any:
+        """Numpy arrays of all groups as arguments of a program.
+
+        Hosts that hold only a part of the mesh must each be given the same ones.
+        """
+        if jax.process_count() == 1:
+            return arguments  # the program splits them itself
+
+        def put(array: np.ndarray[Any, np.dtype[Any]]) -> jax.Array:
+            sharding = NamedSharding(self.mesh, meshes.spec("rows"))
+            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+        return jax.tree.map(put, arguments)
+
+    def lower(self, key: Key) -> Any:
+        """A program lowered for the mesh's devices; ``compile()`` it."""
+        kind, size = key
+        graphdef, treedef = models.skeleton(
+            fit(self.model, meshes.parts(self.mesh, "vocab")), self.dtype
+        )
+        sampler = Sampler(num_top=min(self.config.max_logprobs, self.model.vocab_size))
+        steps = Steps(graphdef, treedef, self.attention, sampler, self.model.vocab_size)
+        weights = weight_shapes(self.model, self.mesh, self.dtype)
+        in_weights = [each.sharding.spec for each in weights]
+        in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
+        state = self._split(self.rows.empty_state(), "slots")
+        rows = self._split(self.host_arguments(key), "rows")
+        in_state = meshes.spec("slots")
+        if kind == "admit":
+            step: Callable[..., Any] = steps.admit
+            specs: Any = (in_state, in_rows, in_rows)
+            out: Any = in_state
+            donate: tuple[int, ...] = (0,)
+            arguments: tuple[Any, ...] = (state, *rows)
+        else:
+            step = steps.decode if kind == "decode" else partial(steps.prefill, size)
+            specs = (in_weights, in_cache, in_state, in_rows)
+            out = (in_cache, in_state, PartitionSpec())
+            donate = (1, 2)
+            arguments = (weights, self.cache(), state, *rows)
+        mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
+        return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
+
+    def _split(self, tree: Any, *axes: str) -> Any:
+        """Shapes of a tree of arrays that are split by their leading logical axes."""
+        sharding = NamedSharding(self.mesh, meshes.spec(*axes))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+
+def make_programs(
+    model: DecoderConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    cache_budget: Callable[[], int],
+) -> Programs:
+    """The programs of a model, with a cache that fits.
+
+    Args:
+        model: not fitted to the mesh.
+        config: of the engine.
+        mesh: of the devices they run on.
+        dtype: of the weights and products.
+        cache_budget: bytes that one device can give the cache; asked where the configuration
+            leaves its size open.
+
+    Raises:
+        ConfigError: the longest sequence does not fit the cache, or the groups do not divide the
+            slots.
+    """
+    groups = meshes.parts(mesh, "slots")
+    if config.slots % groups:
+        raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={groups}")
+    fitted = fit(model, meshes.parts(mesh, "kv_heads"))
+    attention = PagedAttention(
+        kv_heads=fitted.num_kv_heads,
+        head_dim=model.head_dim,
+        page_len=config.page_len,
+        dtype=_cache_dtype(mesh),
+    )
+    one_page = Programs(model, config, mesh, dtype, attention, 1, 1).cache()
+    token_bytes = local_bytes(jax.tree.leaves(one_page)) // config.page_len
+    max_len, pages = _cache_size(model, config, groups, token_bytes, cache_budget)
+    return Programs(model, config, mesh, dtype, attention, max_len, pages + 1)
+
+
+def _cache_size(
+    model: DecoderConfig,
+    config: EngineConfig,
+    groups: int,
+    token_bytes: int,
+    budget: Callable[[], int],
+) -> tuple[int, int]:
+    """The longest sequence, in tokens, and the pages of one group's cache."""
+    longest = min(config.max_len or model.context_length, model.context_length)
+    if config.kv_tokens:
+        tokens = config.kv_tokens // groups
+    else:
+        tokens = min(config.slots // groups * longest, budget() // token_bytes)
+    max_len = longest if config.max_len else min(longest, tokens)
+    pages = tokens // config.page_len
+    if max_len > pages * config.page_len or max_len < 2:
+        raise ConfigError(
+            f"max_len is {max_len} tokens but the KV cache of "
+            f"{'each group' if groups > 1 else 'the model'} holds {pages * config.page_len} "
+            f"({token_bytes} bytes each on a device); lower max_len or raise kv_tokens"
+        )
+    return max_len, pages
+
+
+def _cache_dtype(mesh: Mesh) -> jnp.dtype:
+    """XLA:CPU writes to a bfloat16 array by copying it whole; elsewhere that halves the memory."""
+    platform = mesh.devices.flat[0].platform
+    return jnp.dtype("float32" if platform == "cpu" else "bfloat16")

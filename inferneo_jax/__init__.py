@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from inferneo_jax.version import __version__
 
 if TYPE_CHECKING:
-    from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig
+    from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, MeshShape
     from inferneo_jax.detokenize import IncrementalDecoder
     from inferneo_jax.embedder import Embedder
     from inferneo_jax.engine import Engine
@@ -44,6 +44,7 @@ _HOMES = {
         "DecoderConfig",
         "EncoderConfig",
         "EngineConfig",
+        "MeshShape",
     ),
     "detokenize": ("IncrementalDecoder",),
     "embedder": ("Embedder",),
@@ -100,6 +101,7 @@ __all__ = [
     "IncrementalDecoder",
     "InferneoError",
     "LanguageModel",
+    "MeshShape",
     "OverloadedError",
     "RequestError",
     "SamplingParams",

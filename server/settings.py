@@ -20,8 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from inferneo_jax import ConfigError, EngineConfig
-from inferneo_jax.config import MeshShape
+from inferneo_jax import ConfigError, EngineConfig, MeshShape
 from server.protocol.validation import describe
 
 PREFIX = "INFERNEO_"

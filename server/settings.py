@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -45,6 +45,15 @@ def _pairs(value: Any) -> Any:
             raise ValueError(f"holds {part!r}; write alias=model, several with commas between")
         pairs[alias] = model
     return pairs
+
+
+def _mesh(text: str) -> str:
+    """A text that says how devices are shared out."""
+    try:
+        MeshShape.parse(text)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("mesh ")) from None
+    return text
 
 
 def _word(value: Any) -> Any:
@@ -96,7 +105,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["auto", "none"] = "auto"
     kernels: Literal["auto", "xla"] = "auto"
-    mesh: str = ""
+    mesh: Annotated[str, AfterValidator(_mesh)] = ""
     slots: int | None = Field(default=None, ge=1, le=256)
     max_len: int | None = Field(default=None, ge=2)
     max_waiting: int = Field(default=256, ge=0, le=100_000)

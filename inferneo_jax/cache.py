@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from inferneo_jax.config import DecoderConfig
 
@@ -20,10 +20,18 @@ _MASKED = -1e30
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer."""
+    """Keys and values of one layer.
 
-    keys: Float[Array, "pages kv_heads page_len head_dim"]
-    values: Float[Array, "pages kv_heads page_len head_dim"]
+    int8 caches carry float32 scales, one for each token and KV head: 4 bytes beside ``head_dim``.
+    They lie along the last axis because scores do too, and pages and KV heads come first so that
+    they are sharded as the keys are. A TPU pads that axis to 128: nothing is lost at ``page_len``
+    128, and at 16 a scale costs 32 bytes.
+    """
+
+    keys: Num[Array, "pages kv_heads page_len head_dim"]
+    values: Num[Array, "pages kv_heads page_len head_dim"]
+    key_scales: Float[Array, "pages kv_heads 1 page_len"] | None = None
+    value_scales: Float[Array, "pages kv_heads 1 page_len"] | None = None
 
 
 KVCache = list[LayerCache]
@@ -58,10 +66,18 @@ class PagedAttention:
     def init(self, config: DecoderConfig, num_pages: int) -> KVCache:
         """Zeroed arrays for ``num_pages`` pages in every layer."""
         shape = (num_pages, self.kv_heads, self.page_len, self.head_dim)
-        return [
-            LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-            for _ in range(config.num_layers)
-        ]
+        scales = (num_pages, self.kv_heads, 1, self.page_len)
+        return [self._init_layer(shape, shape, scales) for _ in range(config.num_layers)]
+
+    def _init_layer(
+        self, keys: tuple[int, ...], values: tuple[int, ...], scales: tuple[int, ...]
+    ) -> LayerCache:
+        layer = LayerCache(jnp.zeros(keys, self.dtype), jnp.zeros(values, self.dtype))
+        if self.dtype != jnp.int8:
+            return layer
+        return layer._replace(
+            key_scales=jnp.zeros(scales, jnp.float32), value_scales=jnp.zeros(scales, jnp.float32)
+        )
 
     def write(
         self,
@@ -74,9 +90,17 @@ class PagedAttention:
         index = view.positions // self.page_len
         pages = jnp.take_along_axis(view.tables, index, axis=1, mode="fill", fill_value=0)
         offsets = view.positions % self.page_len
+        key_scales, value_scales = cache.key_scales, cache.value_scales
+        if key_scales is not None and value_scales is not None:
+            keys, new_key_scales = quantize(keys)
+            values, new_value_scales = quantize(values)
+            key_scales = key_scales.at[pages, :, 0, offsets].set(new_key_scales)
+            value_scales = value_scales.at[pages, :, 0, offsets].set(new_value_scales)
         return LayerCache(
             cache.keys.at[pages, :, offsets].set(keys.astype(self.dtype)),
             cache.values.at[pages, :, offsets].set(values.astype(self.dtype)),
+            key_scales,
+            value_scales,
         )
 
     def attend(
@@ -101,7 +125,8 @@ class PagedAttention:
         ) -> tuple[Array, Array, Array]:
             peak, total, mixed = carry
             ids = lax.dynamic_slice_in_dim(tables, i * pages_per_block, pages_per_block, axis=1)
-            keys, values = (_gather(array, ids) for array in cache)
+            keys = _gather(cache.keys, cache.key_scales, ids)
+            values = _gather(cache.values, cache.value_scales, ids)
             scores = jnp.einsum("rkqd,rkpd->rkqp", queries, keys)
             seen = (i * block_len + jnp.arange(block_len))[None, None, None, :] <= last_seen
             scores = jnp.where(seen, scores, _MASKED)
@@ -119,13 +144,29 @@ class PagedAttention:
         return mixed.transpose(0, 3, 1, 2, 4)
 
 
+def quantize(
+    x: Float[Array, "*batch head_dim"],
+) -> tuple[Int[Array, "*batch head_dim"], Float[Array, "*batch"]]:
+    """Symmetric int8 along the last axis: the nearest multiples of ``absmax / 127``, and that."""
+    x = x.astype(jnp.float32)
+    # Some floor is needed: zeros have no scale of their own.
+    scales = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
+    return jnp.round(x / scales).astype(jnp.int8), scales.squeeze(-1)
+
+
 def _gather(
-    pages: Float[Array, "pages kv_heads page_len head_dim"], ids: Int[Array, "rows block_pages"]
+    pages: Num[Array, "pages kv_heads page_len head_dim"],
+    scales: Float[Array, "pages kv_heads 1 page_len"] | None,
+    ids: Int[Array, "rows block_pages"],
 ) -> Float[Array, "rows kv_heads positions head_dim"]:
     rows, _ = ids.shape
     _, kv_heads, _, head_dim = pages.shape
     gathered = jnp.take(pages, ids, axis=0, mode="clip").swapaxes(1, 2)
-    return gathered.reshape(rows, kv_heads, -1, head_dim).astype(jnp.float32)
+    gathered = gathered.reshape(rows, kv_heads, -1, head_dim).astype(jnp.float32)
+    if scales is None:
+        return gathered
+    of_tokens = jnp.take(scales, ids, axis=0, mode="clip").swapaxes(1, 2)
+    return gathered * of_tokens.reshape(rows, kv_heads, -1, 1)
 
 
 def _pad_to_multiple(tables: Int[Array, "rows pages"], of: int) -> Int[Array, "rows padded"]:

@@ -161,10 +161,12 @@ class EngineConfig:
     Attributes:
         slots: requests that run at once; each is a row of the decode batch.
         max_len: most tokens (prompt and output) of one request; None: the model's context.
-        page_len: tokens of one KV page.
+        page_len: tokens of one KV page; None: 64 on TPUs, which read few large pages faster than
+            many small ones, 16 elsewhere.
         kv_tokens: KV cache size in tokens, shared by all requests; None: chosen from memory.
         prefill_chunks: prompt tokens of one prefill step; a prompt is cut into these sizes.
         dtype: of the weights and matrix products; auto: bfloat16 where it is fast.
+        kernels: of attention; auto: those made for the device, xla: the reference.
         quantization: of the weights; auto: what is fastest within the quality bound.
         max_logprobs: most alternatives a request may ask for.
         max_logit_bias: most biased tokens of one request.
@@ -177,10 +179,11 @@ class EngineConfig:
 
     slots: int = 32
     max_len: int | None = None
-    page_len: int = 16
+    page_len: int | None = None
     kv_tokens: int | None = None
     prefill_chunks: tuple[int, ...] = (32, 128, 256)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kernels: Literal["auto", "xla"] = "auto"
     quantization: Literal["auto", "none"] = "auto"
     max_logprobs: int = 20
     max_logit_bias: int = 1024
@@ -191,7 +194,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("slots", "page_len", "max_logit_bias"):
-            if getattr(self, name) < 1:
+            if (getattr(self, name) or 1) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.step_seconds > 0:
             raise ConfigError(f"step_seconds is {self.step_seconds}; it must be above 0")

@@ -61,7 +61,7 @@ class Engine:
             runner.groups,
             slots=runner.slots,
             num_pages=runner.num_pages,
-            page_len=config.page_len,
+            page_len=runner.page_len,
             max_chunk=config.prefill_chunks[-1],
         )
         self._sequences: dict[str, Sequence] = {}

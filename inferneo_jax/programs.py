@@ -6,6 +6,7 @@ abstract, shapes and shardings only, so the same programs are compiled for hardw
 and for hardware that is not.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from inferneo_jax.cache import KVCache, PagedAttention
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.fitting import fit
+from inferneo_jax.kernels import attention_for
 from inferneo_jax.rows import RowBuilder
 from inferneo_jax.sampling import Sampler
 from inferneo_jax.steps import Steps
@@ -57,6 +59,11 @@ class Programs:
     num_pages: int
 
     @property
+    def page_len(self) -> int:
+        """Tokens of one page."""
+        return self.attention.page_len
+
+    @property
     def groups(self) -> int:
         """Groups of devices that each serve requests of their own."""
         return meshes.parts(self.mesh, "slots")
@@ -68,7 +75,7 @@ class Programs:
             groups=self.groups,
             slots=self.config.slots // self.groups,
             max_len=self.max_len,
-            max_pages=-(-self.max_len // self.config.page_len),
+            max_pages=-(-self.max_len // self.page_len),
             vocab_size=self.model.vocab_size,
             max_bias=self.config.max_logit_bias,
             max_stops=MAX_STOP_IDS,
@@ -188,43 +195,42 @@ def make_programs(
     if config.slots % groups:
         raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={groups}")
     fitted = fit(model, meshes.parts(mesh, "kv_heads"))
-    attention = PagedAttention(
+    device = mesh.devices.flat[0]
+    attention = attention_for(device, config.kernels)(
         kv_heads=fitted.num_kv_heads,
         head_dim=model.head_dim,
-        page_len=config.page_len,
-        dtype=_cache_dtype(mesh),
+        page_len=config.page_len or (64 if device.platform == "tpu" else 16),
+        dtype=_cache_dtype(device),
     )
-    one_page = Programs(model, config, mesh, dtype, attention, 1, 1).cache()
-    token_bytes = local_bytes(jax.tree.leaves(one_page)) // config.page_len
-    max_len, pages = _cache_size(model, config, groups, token_bytes, cache_budget)
-    return Programs(model, config, mesh, dtype, attention, max_len, pages + 1)
+    one_page = Programs(model, config, mesh, dtype, attention, 1, 1)
+    max_len, pages = _cache_size(one_page, cache_budget)
+    return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
 
 
-def _cache_size(
-    model: DecoderConfig,
-    config: EngineConfig,
-    groups: int,
-    token_bytes: int,
-    budget: Callable[[], int],
-) -> tuple[int, int]:
-    """The longest sequence, in tokens, and the pages of one group's cache."""
-    longest = min(config.max_len or model.context_length, model.context_length)
+def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int]:
+    """The longest sequence, in tokens, and the pages of one group's cache.
+
+    The programs given have a cache of one page.
+    """
+    config, groups, page_len = programs.config, programs.groups, programs.page_len
+    token_bytes = programs.cache_bytes // page_len
+    context_length = programs.model.context_length
+    longest = min(config.max_len or context_length, context_length)
     if config.kv_tokens:
         tokens = config.kv_tokens // groups
     else:
         tokens = min(config.slots // groups * longest, budget() // token_bytes)
     max_len = longest if config.max_len else min(longest, tokens)
-    pages = tokens // config.page_len
-    if max_len > pages * config.page_len or max_len < 2:
+    pages = tokens // page_len
+    if max_len > pages * page_len or max_len < 2:
         raise ConfigError(
             f"max_len is {max_len} tokens but the KV cache of "
-            f"{'each group' if groups > 1 else 'the model'} holds {pages * config.page_len} "
+            f"{'each group' if groups > 1 else 'the model'} holds {pages * page_len} "
             f"({token_bytes} bytes each on a device); lower max_len or raise kv_tokens"
         )
     return max_len, pages
 
 
-def _cache_dtype(mesh: Mesh) -> jnp.dtype:
+def _cache_dtype(device: Any) -> jnp.dtype:
     """XLA:CPU writes to a bfloat16 array by copying it whole; elsewhere that halves the memory."""
-    platform = mesh.devices.flat[0].platform
-    return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+    return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")

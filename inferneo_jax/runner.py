@@ -66,11 +66,12 @@ class Runner:
         mesh: Mesh | None = None,
     ) -> None:
         self.model = model
-        self.config = config
         self._mesh = mesh or meshes.make_mesh(config.mesh)
         self._programs = make_programs(
             model, config, self._mesh, dtype, lambda: _cache_budget(self._mesh)
         )
+        self.config = config = self._programs.config
+        self.page_len = self._programs.page_len
         self.max_len, self.num_pages = self._programs.max_len, self._programs.num_pages
         self.groups = self._programs.groups
         self.slots = config.slots // self.groups
@@ -86,7 +87,7 @@ class Runner:
     def reset(self) -> None:
         """Allocate cache and slots anew, after a step failed with the old ones in its hands."""
         vars(self).pop("_cache", None)  # freed first: there may be no room for two
-        what = f"the KV cache of {self.groups * self.num_pages * self.config.page_len} tokens"
+        what = f"the KV cache of {self.groups * self.num_pages * self.page_len} tokens"
         require(self._programs.cache_bytes * sharing(self._mesh), what)
         with compiles.expected(), explained(f"{what} was allocated"):
             self._cache = self._make_cache()

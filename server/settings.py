@@ -73,7 +73,7 @@ class Settings(BaseSettings):
             ``.compiled`` among the checkpoints.
         dtype: of weights and matrix products.
         quantization: of the weights.
-        kernels: ``auto`` and ``xla`` both run what XLA compiles.
+        kernels: of attention; ``auto``: those made for the device; ``xla``: the reference.
         mesh: devices of the mesh, as ``data=1,model=8``: ``model`` splits weights and heads,
             ``data`` makes groups that serve requests of their own; empty: all devices on ``model``.
         slots: requests that run at once.
@@ -177,6 +177,7 @@ class Settings(BaseSettings):
         return dataclasses.replace(
             config,
             dtype=self.dtype,
+            kernels=self.kernels,
             quantization=self.quantization,
             max_len=self.max_len,
             mesh=MeshShape.parse(self.mesh),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from inferneo_jax.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.cache import LayerCache, PagedAttention, PageView, quantize
 from inferneo_jax.kernels import gpu
 from inferneo_jax.kernels.gpu import GpuPagedAttention
 
@@ -95,19 +95,11 @@ def test_equals_the_reference_in_bfloat16(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_equals_the_reference_over_int8_with_scales(tokens: int) -> None:
-    class ScaledCache(NamedTuple):
-        keys: jax.Array
-        values: jax.Array
-        key_scales: jax.Array
-        value_scales: jax.Array
-
     case = make_case(64, 2, 3, 16, tokens)
-    case = case._replace(cache=LayerCache(*map(jnp.nan_to_num, case.cache)))
-    scales = [jnp.abs(x).max(axis=-1) / 127 + 1e-9 for x in case.cache]
-    rounded = [jnp.round(x / s[..., None]) for x, s in zip(case.cache, scales, strict=True)]
-    whole = LayerCache(*(x * s[..., None] for x, s in zip(rounded, scales, strict=True)))
-    expected = jax.jit(PagedAttention(2, 64, 16, F32).attend)(case.queries, whole, case.view)
-    cache = ScaledCache(*(x.astype(INT8) for x in rounded), *scales)
+    arrays = [jnp.nan_to_num(array) for array in case.cache[:2]]
+    (keys, key_scales), (values, value_scales) = map(quantize, arrays)
+    cache = LayerCache(keys, values, key_scales[:, :, None], value_scales[:, :, None])
+    expected = jax.jit(PagedAttention(2, 64, 16, INT8).attend)(case.queries, cache, case.view)
     attention = dataclasses.replace(case.attention, dtype=INT8)
     got = jax.jit(attention.attend)(case.queries, cache, case.view)
     np.testing.assert_allclose(got, expected, atol=1e-2, rtol=1e-2)

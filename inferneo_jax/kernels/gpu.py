@@ -105,8 +105,8 @@ def _cut(shape: tuple[int, ...], dtype: jnp.dtype, max_len: int) -> _Blocks:
 
 def _scales(cache: LayerCache) -> tuple[Float[Array, "pages kv_heads page_len"], ...]:
     """The scales of int8 keys and values, or nothing."""
-    scales = (getattr(cache, "key_scales", None), getattr(cache, "value_scales", None))
-    return tuple(array for array in scales if array is not None)
+    scales = (cache.key_scales, cache.value_scales)
+    return tuple(array.squeeze(2) for array in scales if array is not None)
 
 
 def _attend(blocks: _Blocks, tables: Any, positions: Any, queries: Any, *rest: Any) -> None:

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 DUMP = tempfile.TemporaryDirectory()
 # The plugin looks for a GPU's driver unless CPU is the platform; its compiler needs none.
@@ -34,48 +33,14 @@ import nvidia.cuda_nvcc
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inferneo_jax.cache import PageView
+from inferneo_jax.cache import LayerCache, PageView
 from inferneo_jax.kernels.gpu import GpuPagedAttention
+from inferneo_jax.plan.h100 import TARGET
 
-H100 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-runtime_version { major: 12 minor: 9 }
-dnn_version_info { major: 9 minor: 10 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}
-"""
 PAGES, PAGE_LEN, MAX_PAGES = 4097, 16, 256
 STEPS = {"decode": (32, 1), "prefill": (1, 256), "prefill x 4": (4, 256)}
 SPLITS = ((1, 8, 4), (1, 3, 3), (2, 2, 9))
 """GPUs, KV heads over all of them, query heads to a KV head."""
-
-
-class Cache(NamedTuple):
-    """A layer's cache, with scales when its keys and values are int8."""
-
-    keys: jax.ShapeDtypeStruct
-    values: jax.ShapeDtypeStruct
-    key_scales: jax.ShapeDtypeStruct | None = None
-    value_scales: jax.ShapeDtypeStruct | None = None
 
 
 def compile_step(
@@ -88,7 +53,7 @@ def compile_step(
     kv_heads: int,
     group: int,
 ) -> jax.stages.Compiled:
-    """Write and attend, or attend alone over int8, split over the mesh by KV head."""
+    """Write and attend, split over the mesh by KV head."""
     local_heads = kv_heads // mesh.size
     attention = GpuPagedAttention(local_heads, head_dim, PAGE_LEN, dtype)
     by_head, whole = PartitionSpec(None, "model"), PartitionSpec()
@@ -98,16 +63,17 @@ def compile_step(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     pages = array(by_head, dtype, PAGES, kv_heads, PAGE_LEN, head_dim)
-    scales = array(by_head, jnp.float32, PAGES, kv_heads, PAGE_LEN) if dtype == jnp.int8 else None
-    cache = Cache(pages, pages, scales, scales)
+    scales = (
+        array(by_head, jnp.float32, PAGES, kv_heads, 1, PAGE_LEN) if dtype == jnp.int8 else None
+    )
+    cache = LayerCache(pages, pages, scales, scales)
     new = array(by_token, jnp.float32, rows, tokens, kv_heads, head_dim)
     queries = array(by_token, jnp.float32, rows, tokens, kv_heads, group, head_dim)
     tables = array(whole, jnp.int32, rows, MAX_PAGES)
     view = PageView(tables, array(whole, jnp.int32, rows, tokens))
 
     def step(cache, queries, keys, values, view):
-        if dtype != jnp.int8:
-            cache = Cache(*attention.write(cache, keys, values, view))
+        cache = attention.write(cache, keys, values, view)
         return attention.attend(queries, cache, view), cache
 
     specs = (by_head, by_token, by_token, by_token, whole)
@@ -139,7 +105,7 @@ def _number(pattern: str, text: str) -> int:
 
 def main() -> int:
     """Compile every case and print a line for each."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x2")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x2")
     heads = "{:9}{:>9} {:11} {:>9}{:>5}{:>12}{:>12}{:>10}{:>6}{:>6}{:>8}"
     print(heads.format("dtype", "head_dim", "step", "kv x group", "gpus", "argument", "alias",
                        "temporary", "regs", "spill", "shared"))  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a model would take and give on hardware that need not be there."""

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from inferneo_jax.errors import InferneoError
-from server import keys_cli
+from server import keys_cli, plan_cli
 
 app = typer.Typer(
     help="Serve language and embedding models over an OpenAI-compatible API.",
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_cli.app, name="keys")
+app.command()(plan_cli.plan)
 out = Console()
 err = Console(stderr=True)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -127,7 +128,8 @@ def replicas(folder: Path, settings: dict[str, str]) -> Iterator[Replicas]:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "RAY_TMPDIR": ray,
-            "RAY_OVERRIDE_NODE_IP_ADDRESS": "127.0.0.1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else it leaves one in the home folder
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
             "RAY_COLOR_PREFIX": "0",

@@ -100,15 +100,17 @@ class Programs:
 
     def empty_cache(self) -> Callable[[], KVCache]:
         """A function that makes the cache of all groups, zeroed, where it belongs."""
-        fitted = fit(self.model, meshes.parts(self.mesh, "kv_heads"))
-        make = partial(self.attention.init, fitted, self.num_pages * self.groups)
         sharding = NamedSharding(self.mesh, meshes.spec("pages", "kv_heads"))
-        return jax.jit(make, out_shardings=sharding)
+        return jax.jit(self._init_cache, out_shardings=sharding)
 
     def cache(self) -> KVCache:
         """The cache's shapes."""
-        made: Any = jax.eval_shape(self.empty_cache())
+        made: Any = jax.eval_shape(self._init_cache)
         return self._split(made, "pages", "kv_heads")
+
+    def _init_cache(self) -> KVCache:
+        fitted = fit(self.model, meshes.parts(self.mesh, "kv_heads"))
+        return self.attention.init(fitted, self.num_pages * self.groups)
 
     def host_arguments(self, key: Key) -> tuple[Any, ...]:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""

@@ -280,7 +280,7 @@ def test_memory_that_runs_out_is_explained(
     def allocate(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("inferneo_jax.cache.PagedAttention.init", allocate)
+    monkeypatch.setattr("inferneo_jax.programs.Programs.empty_cache", lambda _: allocate)
     with pytest.raises(ConfigError, match=r"memory ran out while the KV cache of"):
         runner()
 

@@ -19,7 +19,6 @@ _MAX_ROWS = 1024
 """Query rows of all heads in one step: with 256 positions, scores take 1 MiB of VMEM."""
 _BLOCK_BYTES = 1 << 20
 """Most bytes of one block of keys in VMEM; there are two, and as many of values."""
-
 _TABLE_BYTES = 1_000_000
 """Most bytes of all page tables, which lie in the 1 MiB of memory for scalars."""
 

@@ -19,6 +19,8 @@ _MAX_ROWS = 1024
 """Query rows of all heads in one step: with 256 positions, scores take 1 MiB of VMEM."""
 _BLOCK_BYTES = 1 << 20
 """Most bytes of one block of keys in VMEM; there are two, and as many of values."""
+_TABLE_BYTES = 1_000_000
+"""Most bytes of all page tables, which lie in the 1 MiB of memory for scalars."""
 
 Ref = Any  # Pallas gives its references no public type.
 
@@ -52,10 +54,20 @@ class Plan:
         view: PageView,
         block_len: int,
     ) -> Self:
-        """Fit steps over ``queries`` [rows, kv_heads, tokens * group, head_dim] into VMEM."""
+        """Fit steps over ``queries`` [rows, kv_heads, tokens * group, head_dim] into VMEM.
+
+        Raises:
+            ValueError: the page tables do not fit.
+        """
         rows, kv_heads, query_rows, _ = queries
         page_len, lanes = pages.shape[2:]
         max_pages = view.tables.shape[1]
+        if 4 * rows * max_pages > _TABLE_BYTES:
+            raise ValueError(
+                f"page tables of {rows} rows x {max_pages} pages take {4 * rows * max_pages} bytes "
+                f"but a TPU kernel has room for {_TABLE_BYTES}: raise page_len ({page_len}) or "
+                f"lower slots or max_len"
+            )
         pages_per_block = min(max(block_len // page_len, 1), max_pages)
         tokens = block_tokens = query_rows // group
         if query_rows > _MAX_ROWS:

@@ -2,7 +2,7 @@
 
 XLA's own scatter copies the whole cache where a token's KV heads lie apart, to bring them together.
 A TPU moves whole tiles of memory, so what is around a token is read, merged with it and written
-back: for one token a row some positions of its page, for more tokens whole pages.
+back: some positions of its page, or whole pages where there are tokens enough to fill them.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, Num
 
 from inferneo_jax.cache import PageView
 
@@ -41,13 +41,12 @@ def write_pages(
     (data, scales), (new_data, new_scales) = cache, new
     rows, tokens = view.positions.shape
     _, kv_heads, page_len, lanes = data[0].shape
-    unit = min(_TILE, page_len) if tokens == 1 else page_len
-    units = pl.cdiv(tokens - 1, unit) + 1
+    unit = page_len if tokens >= page_len else min(_TILE, page_len)
+    per_page = page_len // unit
+    units = _num_units(tokens, unit)
     starts = view.positions[:, 0]
     index = starts[:, None] // unit + jnp.arange(units, dtype=jnp.int32)[None, :]
-    pages = jnp.take_along_axis(
-        view.tables, index // (page_len // unit), axis=1, mode="fill", fill_value=0
-    )
+    pages = jnp.take_along_axis(view.tables, index // per_page, axis=1, mode="fill", fill_value=0)
     head_bytes = unit * lanes * data[0].dtype.itemsize
     heads = max(
         n
@@ -56,25 +55,27 @@ def write_pages(
     )
 
     def of_unit(row: Array, part: Array, i: Array, pages: Ref, starts: Ref) -> tuple[Any, ...]:
-        return pages[row * units + i], part, (starts[row] // unit + i) % (page_len // unit), 0
+        return pages[row * units + i], part, (starts[row] // unit + i) % per_page, 0
 
     def of_page(row: Array, part: Array, i: Array, pages: Ref, starts: Ref) -> tuple[Any, ...]:
         return pages[row * units + i], part, 0, 0
 
-    aligned = [_align(array, starts % unit, units, unit) for array in new_data]
-    for array in new_scales:
-        along_lanes = _align(array[..., None], starts % unit, units, unit).swapaxes(-1, -2)
-        missing = 0 if tokens == 1 else scales[0].shape[-1] - page_len
-        aligned.append(jnp.pad(along_lanes, [(0, 0)] * 4 + [(0, missing)]))
-    new_specs = [
-        pl.BlockSpec((1, 1, heads, *array.shape[3:]), lambda row, part, i, *_: (row, i, part, 0, 0))
-        for array in aligned
-    ]
+    def new_of_unit(row: Array, part: Array, i: Array, *_: Ref) -> tuple[Any, ...]:
+        return row, i, part, 0, 0
+
+    def new_of_page(row: Array, part: Array, i: Array, _: Ref, starts: Ref) -> tuple[Any, ...]:
+        page = (starts[row] // unit + i) // per_page - starts[row] // page_len
+        return row, page if tokens > 1 else 0, part, 0, 0
+
+    new_data = [_align(array, starts, unit) for array in new_data]
+    new_scales = [_align_scales(array, starts, page_len) for array in new_scales]
+    new_specs = [pl.BlockSpec((1, 1, heads, *a.shape[3:]), new_of_unit) for a in new_data]
+    new_specs += [pl.BlockSpec((1, 1, heads, *a.shape[3:]), new_of_page) for a in new_scales]
     page_specs = [pl.BlockSpec((1, heads, unit, lanes), of_unit) for _ in data]
-    page_specs += [pl.BlockSpec((1, heads, *array.shape[2:]), of_page) for array in scales]
+    page_specs += [pl.BlockSpec((1, heads, *a.shape[2:]), of_page) for a in scales]
     arrays = data + scales
     call = pl.pallas_call(
-        partial(_kernel, page_len, tokens, len(data), len(arrays)),
+        partial(_kernel, unit, page_len, tokens, len(data), len(arrays)),
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -87,33 +88,68 @@ def write_pages(
         interpret=pltpu.InterpretParams() if interpret else False,
         name="write_pages",
     )
-    written = call(pages.reshape(-1), starts, *aligned, *arrays)
+    written = call(pages.reshape(-1), starts, *new_data, *new_scales, *arrays)
     return list(written[: len(data)]), list(written[len(data) :])
 
 
-def _align(new: Array, shift: Int[Array, " rows"], units: int, unit: int) -> Array:
-    """[rows, units, kv_heads, unit, n] where each token is at its place in its unit.
+def _align(
+    new: Num[Array, "rows tokens kv_heads n"], starts: Int[Array, " rows"], unit: int
+) -> Num[Array, "rows units kv_heads unit n"]:
+    """Put each token at its place in the units that its row touches.
 
     A single token is left as it is, [rows, 1, kv_heads, 1, n], to be spread over its unit.
     """
     rows, tokens, kv_heads, n = new.shape
     if tokens == 1:
         return new[:, :, :, None]
-    padded = jnp.pad(new, ((0, 0), (unit, units * unit - tokens), (0, 0), (0, 0)))
-    moved = jax.vmap(lambda x, by: lax.dynamic_slice_in_dim(x, unit - by, units * unit))(
-        padded, shift
-    )
-    return moved.reshape(rows, units, unit, kv_heads, n).swapaxes(2, 3)
+    moved = _shift(new, starts, unit, axis=1)
+    return moved.reshape(rows, -1, unit, kv_heads, n).swapaxes(2, 3)
+
+
+def _align_scales(
+    new: Float[Array, "rows tokens kv_heads"], starts: Int[Array, " rows"], page_len: int
+) -> Float[Array, "rows pages kv_heads 1 lanes"]:
+    """The same for the scales of whole pages, along lanes."""
+    rows, tokens, kv_heads = new.shape
+    if tokens == 1:
+        return new[..., None, None]
+    moved = _shift(new.swapaxes(1, 2), starts, page_len, axis=2)
+    moved = moved.reshape(rows, kv_heads, -1, 1, page_len).swapaxes(1, 2)
+    return jnp.pad(moved, [(0, 0)] * 4 + [(0, -page_len % 128)])
+
+
+def _shift(new: Array, starts: Int[Array, " rows"], unit: int, axis: int) -> Array:
+    """Move tokens to where they are in whole units, between numbers that nobody will see."""
+    tokens = new.shape[axis]
+    length = _num_units(tokens, unit) * unit
+    padding = [(0, 0)] * new.ndim
+    padding[axis] = (unit, length - tokens)
+    slice_row = partial(lax.dynamic_slice_in_dim, slice_size=length, axis=axis - 1)
+    return jax.vmap(slice_row)(jnp.pad(new, padding), unit - starts % unit)
+
+
+def _num_units(tokens: int, unit: int) -> int:
+    """Most units that consecutive tokens can touch."""
+    return -(-(tokens - 1) // unit) + 1
 
 
 def _kernel(
-    page_len: int, tokens: int, num_data: int, num_arrays: int, pages: Ref, starts: Ref, *refs: Ref
+    unit: int,
+    page_len: int,
+    tokens: int,
+    num_data: int,
+    num_arrays: int,
+    pages: Ref,
+    starts: Ref,
+    *refs: Ref,
 ) -> None:
+    """Merge one unit of each array. A page's scales are merged whole, with each of its units."""
     new, old, out = refs[:num_arrays], refs[num_arrays : 2 * num_arrays], refs[2 * num_arrays :]
     start = starts[pl.program_id(0)]
+    first = (start // unit + pl.program_id(2)) * unit
     for i, (new_ref, old_ref, out_ref) in enumerate(zip(new, old, out, strict=True)):
-        length = old_ref.shape[2] if i < num_data else page_len
-        offset = lax.broadcasted_iota(jnp.int32, old_ref.shape[1:], 1 if i < num_data else 2)
-        position = (start // length + pl.program_id(2)) * length + offset
+        length, axis = (unit, 1) if i < num_data else (page_len, 2)
+        offset = lax.broadcasted_iota(jnp.int32, old_ref.shape[1:], axis)
+        position = first // length * length + offset
         mine = (position >= start) & (position < start + tokens) & (offset < length)
         out_ref[0] = jnp.where(mine, new_ref[0, 0], old_ref[0])

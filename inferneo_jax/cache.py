@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from inferneo_jax.config import DecoderConfig
+from inferneo_jax.layers.matrix import quantize
 
 _MASKED = -1e30
 """Finite, so that a row whose keys are all masked gives numbers and not NaN."""
@@ -142,16 +143,6 @@ class PagedAttention:
         _, total, mixed = lax.fori_loop(0, num_blocks, block, start)
         mixed = (mixed / total).reshape(rows, kv_heads, group, tokens, head_dim)
         return mixed.transpose(0, 3, 1, 2, 4)
-
-
-def quantize(
-    x: Float[Array, "*batch head_dim"],
-) -> tuple[Int[Array, "*batch head_dim"], Float[Array, "*batch"]]:
-    """Symmetric int8 along the last axis: the nearest multiples of ``absmax / 127``, and that."""
-    x = x.astype(jnp.float32)
-    # Some floor is needed: zeros have no scale of their own.
-    scales = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
-    return jnp.round(x / scales).astype(jnp.int8), scales.squeeze(-1)
 
 
 def _gather(

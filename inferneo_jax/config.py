@@ -166,8 +166,11 @@ class EngineConfig:
         kv_tokens: KV cache size in tokens, shared by all requests; None: chosen from memory.
         prefill_chunks: prompt tokens of one prefill step; a prompt is cut into these sizes.
         dtype: of the weights and matrix products; auto: bfloat16 where it is fast.
-        kernels: of attention; auto: those made for the device, xla: the reference.
-        quantization: of the weights; auto: what is fastest within the quality bound.
+        kernels: of attention; xla: the reference, native: those made for the device, auto: these
+            where there are some.
+        quantization: of the weights: int8, or none; auto: none.
+        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16 on
+            accelerators, float32 on a CPU or where dtype is that.
         max_logprobs: most alternatives a request may ask for.
         max_logit_bias: most biased tokens of one request.
         step_seconds: a step that takes longer hangs, unless ten times the slowest step at start
@@ -183,8 +186,9 @@ class EngineConfig:
     kv_tokens: int | None = None
     prefill_chunks: tuple[int, ...] = (32, 128, 256)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    kernels: Literal["auto", "xla"] = "auto"
-    quantization: Literal["auto", "none"] = "auto"
+    kernels: Literal["auto", "xla", "native"] = "auto"
+    quantization: Literal["auto", "none", "int8"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     max_logprobs: int = 20
     max_logit_bias: int = 1024
     step_seconds: float = 3.0

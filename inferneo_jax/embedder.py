@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -30,7 +29,8 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.fitting import fit
 from inferneo_jax.heartbeat import PATIENCE, Heartbeat
-from inferneo_jax.weights.placement import weight_shapes
+from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.weights.placement import flat, weight_shapes
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Embedder:
         self,
         model: EncoderConfig,
         weights: list[Array],
-        dtype: jnp.dtype,
+        formats: Formats,
         mesh: Mesh,
         max_len: int | None = None,
         step_seconds: float = EngineConfig.step_seconds,
@@ -80,9 +80,11 @@ class Embedder:
         self.max_tokens = min(max_len or model.max_tokens, model.max_tokens)
         self._weights = weights
         fitted = fit(model, meshes.parts(mesh, "heads"))
-        self._graphdef, self._treedef = models.skeleton(fitted, dtype)
+        self._graphdef, self._treedef = models.skeleton(fitted, formats)
         self._mesh = mesh
-        self._weight_specs = [each.sharding.spec for each in weight_shapes(model, mesh, dtype)]
+        self._weight_specs = [
+            each.sharding.spec for each in flat(weight_shapes(model, mesh, formats))
+        ]
         self._compiled: dict[tuple[int, int], Any] = {}
         self._changed = threading.Condition()
         self._jobs: dict[str, deque[_Job]] = {}  # by owner, whose turn it is first

@@ -75,6 +75,13 @@ def gather(part: Array, axis: str, dim: int) -> Array:
     return lax.all_gather(part, RULES[axis], axis=dim, tiled=True) if is_split(axis) else part
 
 
+def local_size(axis: str | None, size: int) -> int:
+    """How many of an axis's ``size`` entries the function being traced sees."""
+    if not (axis and is_split(axis)):
+        return size
+    return size // int(jax.sharding.get_abstract_mesh().shape[RULES[axis]])
+
+
 def first_index(axis: str | None, size: int) -> int | Int[Array, ""]:
     """Where this device's part of a logical axis begins, when each part has ``size`` entries."""
     return lax.axis_index(RULES[axis]) * np.int32(size) if axis and is_split(axis) else 0

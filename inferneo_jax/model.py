@@ -1,12 +1,10 @@
 """From a checkpoint folder to a model that serves: weights, compiled steps, tokenizer."""
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from inferneo_jax import compiles, models
@@ -19,12 +17,14 @@ from inferneo_jax.config import (
 )
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
+from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.memory import explained, require
 from inferneo_jax.mesh import make_mesh
+from inferneo_jax.numerics import dtype_for, formats_for
 from inferneo_jax.runner import Progress, Runner, sharing
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import open_weights, read_info
-from inferneo_jax.weights.placement import local_bytes, place_weights, weight_shapes
+from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,6 @@ def load_model(
     """
     info = read_info(path)
     tokenizer = Tokenizer.from_directory(path)
-    dtype = resolve_dtype(config.dtype)
     if config.compilation_cache:
         _use_compilation_cache(config.compilation_cache)
     with compiles.expected():
@@ -78,9 +77,10 @@ def load_model(
             # A small model: where there are several hosts, the devices of this one are plenty.
             shape = config.mesh if jax.process_count() == 1 else MeshShape()
             mesh = make_mesh(shape, jax.local_devices())
-            weights = _load_weights(path, info.config, mesh, dtype)
+            formats = Formats.plain(dtype_for(config, mesh.devices.flat[0]))
+            weights = _load_weights(path, info.config, mesh, formats)
             embedder = Embedder(
-                info.config, weights, dtype, mesh, config.max_len, config.step_seconds
+                info.config, weights, formats, mesh, config.max_len, config.step_seconds
             )
             with explained("the batches were compiled and first run"):
                 embedder.start(progress)
@@ -93,8 +93,9 @@ def load_model(
             )
         assert isinstance(info.config, DecoderConfig)
         mesh = make_mesh(config.mesh)
-        weights = _load_weights(path, info.config, mesh, dtype)
-        runner = Runner(info.config, weights, config, dtype, mesh)
+        formats = formats_for(config, mesh)
+        weights = _load_weights(path, info.config, mesh, formats)
+        runner = Runner(info.config, weights, config, formats, mesh)
         with explained("the steps were compiled and first run"):
             runner.compile(progress)
     return LanguageModel(
@@ -106,27 +107,12 @@ def load_model(
     )
 
 
-def resolve_dtype(wanted: Literal["auto", "float32", "bfloat16"]) -> jnp.dtype:
-    """The dtype of weights and products; auto is bfloat16 where the hardware multiplies it."""
-    if wanted != "auto":
-        return jnp.dtype(wanted)
-    native = jax.default_backend() != "cpu" or _cpu_multiplies_bfloat16()
-    return jnp.dtype("bfloat16" if native else "float32")
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    if platform.system() != "Linux":
-        return False
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _load_weights(path: Path, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> list[jax.Array]:
-    needed = local_bytes(weight_shapes(config, mesh, dtype))
+def _load_weights(path: Path, config: ModelConfig, mesh: Mesh, formats: Formats) -> list[jax.Array]:
+    needed = local_bytes(flat(weight_shapes(config, mesh, formats)))
     require(needed * sharing(mesh), "the weights")
     shapes = {name: spec.shape for name, spec in models.declare(config).items()}
     with explained("the weights were loaded"):
-        return place_weights(open_weights(path, shapes), config, mesh, dtype)
+        return place_weights(open_weights(path, shapes), config, mesh, formats)
 
 
 def _use_compilation_cache(folder: str) -> None:

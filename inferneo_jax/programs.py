@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,10 +23,12 @@ from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.fitting import fit
 from inferneo_jax.kernels import attention_for
+from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.numerics import cache_dtype_for
 from inferneo_jax.rows import RowBuilder
 from inferneo_jax.sampling import Sampler
 from inferneo_jax.steps import Steps
-from inferneo_jax.weights.placement import local_bytes, weight_shapes
+from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 Key = tuple[str, int]
 """A program: ``decode`` and its rows in one group, ``prefill`` and its chunk, ``admit`` and 0."""
@@ -44,7 +45,7 @@ class Programs:
         model: not fitted to the mesh.
         config: of the engine.
         mesh: of the devices they run on.
-        dtype: of the weights and products.
+        formats: of the weights.
         attention: how the cache is kept and read.
         max_len: tokens of the longest sequence.
         num_pages: of one group's cache, page 0 included.
@@ -53,7 +54,7 @@ class Programs:
     model: DecoderConfig
     config: EngineConfig
     mesh: Mesh
-    dtype: jnp.dtype
+    formats: Formats
     attention: PagedAttention
     max_len: int
     num_pages: int
@@ -139,11 +140,11 @@ class Programs:
         """A program lowered for the mesh's devices; ``compile()`` it."""
         kind, size = key
         graphdef, treedef = models.skeleton(
-            fit(self.model, meshes.parts(self.mesh, "vocab")), self.dtype
+            fit(self.model, meshes.parts(self.mesh, "vocab")), self.formats
         )
         sampler = Sampler(num_top=min(self.config.max_logprobs, self.model.vocab_size))
         steps = Steps(graphdef, treedef, self.attention, sampler, self.model.vocab_size)
-        weights = weight_shapes(self.model, self.mesh, self.dtype)
+        weights = flat(weight_shapes(self.model, self.mesh, self.formats))
         in_weights = [each.sharding.spec for each in weights]
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
         state = self._split(self.rows.empty_state(), "slots")
@@ -176,7 +177,7 @@ def make_programs(
     model: DecoderConfig,
     config: EngineConfig,
     mesh: Mesh,
-    dtype: jnp.dtype,
+    formats: Formats,
     cache_budget: Callable[[], int],
 ) -> Programs:
     """The programs of a model, with a cache that fits.
@@ -185,7 +186,7 @@ def make_programs(
         model: not fitted to the mesh.
         config: of the engine.
         mesh: of the devices they run on.
-        dtype: of the weights and products.
+        formats: of the weights.
         cache_budget: bytes that one device can give the cache; asked where the configuration
             leaves its size open.
 
@@ -202,9 +203,9 @@ def make_programs(
         kv_heads=fitted.num_kv_heads,
         head_dim=model.head_dim,
         page_len=config.page_len or (64 if device.platform == "tpu" else 16),
-        dtype=_cache_dtype(device),
+        dtype=cache_dtype_for(config, device),
     )
-    one_page = Programs(model, config, mesh, dtype, attention, 1, 1)
+    one_page = Programs(model, config, mesh, formats, attention, 1, 1)
     max_len, pages = _cache_size(one_page, cache_budget)
     return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
 
@@ -231,8 +232,3 @@ def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int
             f"({token_bytes} bytes each on a device); lower max_len or raise kv_tokens"
         )
     return max_len, pages
-
-
-def _cache_dtype(device: Any) -> jnp.dtype:
-    """XLA:CPU writes to a bfloat16 array by copying it whole; elsewhere that halves the memory."""
-    return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
@@ -19,6 +18,7 @@ from inferneo_jax.cache import KVCache
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.groups import Plans
 from inferneo_jax.heartbeat import PATIENCE
+from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.memory import explained, free_memory, require, total_memory
 from inferneo_jax.programs import Key, make_programs
 from inferneo_jax.steps import Sampled, SlotState
@@ -50,7 +50,7 @@ class Runner:
         model: as its checkpoint describes it.
         weights: as ``place_weights`` lays them out.
         config: of the engine.
-        dtype: of the weights and products.
+        formats: of the weights.
         mesh: of the devices; None: over all of them, as the configuration says.
 
     Attributes:
@@ -62,13 +62,13 @@ class Runner:
         model: DecoderConfig,
         weights: list[Array],
         config: EngineConfig,
-        dtype: jnp.dtype,
+        formats: Formats,
         mesh: Mesh | None = None,
     ) -> None:
         self.model = model
         self._mesh = mesh or meshes.make_mesh(config.mesh)
         self._programs = make_programs(
-            model, config, self._mesh, dtype, lambda: _cache_budget(self._mesh)
+            model, config, self._mesh, formats, lambda: _cache_budget(self._mesh)
         )
         self.config = config = self._programs.config
         self.page_len = self._programs.page_len

@@ -39,7 +39,10 @@ def plan(
     ] = None,
     context: Annotated[int, typer.Option(help="Live tokens each request is reckoned with.")] = 1024,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    quantization: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
+    quantization: Annotated[str, typer.Option(help="Of the weights: none or int8.")] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="Of keys and values: auto, float32, bfloat16 or int8.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Compile a model's steps for chips that need not be there; say what they take and give."""
@@ -50,7 +53,7 @@ def plan(
     from inferneo_jax.plan.chips import Topology
     from inferneo_jax.plan.planner import make_plan
 
-    choices: Any = {"dtype": dtype, "quantization": quantization}
+    choices: Any = {"dtype": dtype, "quantization": quantization, "kv_dtype": kv_dtype}
     engine = EngineConfig(slots=slots, max_len=max_len, mesh=MeshShape.parse(mesh), **choices)
     found = find_model(model)
     wish = Wish(
@@ -105,7 +108,7 @@ def find_model(name: str) -> "DecoderConfig":
 def _print(console: Console, model: str, made: "Plan") -> None:
     console.print(
         f"[bold]{model}[/] on {made.topology}, mesh data={made.mesh.data},model={made.mesh.model}, "
-        f"{made.dtype}{'' if made.quantization in ('auto', 'none') else ', ' + made.quantization}"
+        f"{_numbers(made)}"
     )
     console.print(_memory(made))
     if made.missing_bytes:
@@ -131,6 +134,12 @@ def _print(console: Console, model: str, made: "Plan") -> None:
     if made.advised_mesh != made.mesh:
         better = f"data={made.advised_mesh.data},model={made.advised_mesh.model}"
         console.print(f"Advised mesh: [bold]{better}[/], whose bound is higher.")
+
+
+def _numbers(made: "Plan") -> str:
+    """What numbers the plan is for."""
+    weights = made.dtype if made.quantization in ("auto", "none") else made.quantization
+    return weights if weights == made.kv_dtype else f"{weights} weights, {made.kv_dtype} KV"
 
 
 def _memory(made: "Plan") -> Table:

@@ -72,8 +72,10 @@ class Settings(BaseSettings):
         compilation_cache: where compiled programs are kept for the next start; None: in
             ``.compiled`` among the checkpoints.
         dtype: of weights and matrix products.
-        quantization: of the weights.
-        kernels: of attention; ``auto``: those made for the device; ``xla``: the reference.
+        quantization: of the weights: ``int8`` or ``none``.
+        kv_dtype: of keys and values; ``int8`` has a scale for each token and head.
+        kernels: of attention; ``xla``: the reference; ``native``: those made for the device;
+            ``auto``: these where there are some.
         mesh: devices of the mesh, as ``data=1,model=8``: ``model`` splits weights and heads,
             ``data`` makes groups that serve requests of their own; empty: all devices on ``model``.
         slots: requests that run at once.
@@ -103,8 +105,9 @@ class Settings(BaseSettings):
     checkpoints: Path | None = None
     compilation_cache: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantization: Literal["auto", "none"] = "auto"
-    kernels: Literal["auto", "xla"] = "auto"
+    quantization: Literal["auto", "none", "int8"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    kernels: Literal["auto", "xla", "native"] = "auto"
     mesh: Annotated[str, AfterValidator(_mesh)] = ""
     slots: int | None = Field(default=None, ge=1, le=256)
     max_len: int | None = Field(default=None, ge=2)
@@ -179,6 +182,7 @@ class Settings(BaseSettings):
             dtype=self.dtype,
             kernels=self.kernels,
             quantization=self.quantization,
+            kv_dtype=self.kv_dtype,
             max_len=self.max_len,
             mesh=MeshShape.parse(self.mesh),
             compilation_cache=str(cache.expanduser().absolute()),

@@ -25,6 +25,7 @@ from inferneo_jax.config import EngineConfig
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
+from inferneo_jax.models import REFERENCE
 from inferneo_jax.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
@@ -49,7 +50,7 @@ def tiny_runner() -> Callable[..., Runner]:
     def make(**changes: object) -> Runner:
         config = dataclasses.replace(TINY_ENGINE, **changes)
         if config not in made:
-            made[config] = Runner(TINY, tiny_weights(), config, jax.numpy.dtype("float32"))
+            made[config] = Runner(TINY, tiny_weights(), config, REFERENCE)
             made[config].compile()
         return made[config]
 

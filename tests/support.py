@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.engine import Engine
+from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.request import (
     GenerationOutput,
@@ -70,14 +70,18 @@ _numbers = itertools.count()
 
 
 @cache
-def tiny_weights(config: DecoderConfig = TINY, shape: MeshShape = ONE_DEVICE) -> list[jax.Array]:
+def tiny_weights(
+    config: DecoderConfig = TINY,
+    shape: MeshShape = ONE_DEVICE,
+    formats: Formats = models.REFERENCE,
+) -> list[jax.Array]:
     """Random weights, large enough that the next token depends on all before it."""
     rng = np.random.default_rng(0)
     weights = {
-        name: _random(rng, spec.shape).astype(spec.dtype)
+        name: _random(rng, spec.shape).astype(np.float32)
         for name, spec in models.declare(config).items()
     }
-    return place_weights(weights, config, make_mesh(shape), jnp.dtype("float32"))
+    return place_weights(weights, config, make_mesh(shape), formats)
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from inferneo_jax import memory
+from inferneo_jax import memory, models
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
@@ -250,7 +250,7 @@ def runner(**changes: Any) -> Runner:
             **changes,
         }
     )
-    return Runner(TINY, tiny_weights(), config, jax.numpy.dtype("float32"))
+    return Runner(TINY, tiny_weights(), config, models.REFERENCE)
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_what_to_lower() -> None:

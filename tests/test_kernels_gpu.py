@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from inferneo_jax.cache import LayerCache, PagedAttention, PageView, quantize
+from inferneo_jax.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.kernels import gpu
 from inferneo_jax.kernels.gpu import GpuPagedAttention
+from inferneo_jax.layers.matrix import quantize
 
 F32, BF16, INT8 = map(jnp.dtype, ("float32", "bfloat16", "int8"))
 

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,7 +28,6 @@ from tests.support import (
     tiny_weights,
 )
 
-F32 = jnp.dtype("float32")
 MESHES = [MeshShape(1, 2), MeshShape(1, 8), MeshShape(2, 4), MeshShape(8, 1)]
 DIVIDING = DecoderConfig.from_dict(
     TINY.to_dict()
@@ -45,7 +43,7 @@ def _engine(config: DecoderConfig, shape: MeshShape) -> Engine:
     sizes = dataclasses.replace(
         TINY_ENGINE, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,), mesh=shape
     )
-    runner = Runner(config, tiny_weights(config, shape), sizes, F32)
+    runner = Runner(config, tiny_weights(config, shape), sizes, models.REFERENCE)
     runner.compile()
     return Engine(runner)
 
@@ -132,7 +130,7 @@ def test_a_mesh_takes_all_devices_or_says_how_many_it_needs() -> None:
 
 def test_groups_must_divide_the_slots() -> None:
     with pytest.raises(ConfigError, match="slots is 4; it must be a multiple of data=8"):
-        Runner(TINY, [], dataclasses.replace(TINY_ENGINE, mesh=MeshShape(8, 1)), F32)
+        Runner(TINY, [], dataclasses.replace(TINY_ENGINE, mesh=MeshShape(8, 1)), models.REFERENCE)
 
 
 def _real(folder: Path, shape: MeshShape) -> LanguageModel:

@@ -11,9 +11,11 @@ from flax import nnx
 from inferneo_jax import models
 from inferneo_jax.cache import PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, RopeScaling
+from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.layers.rope import frequencies
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.model import load_model
+from inferneo_jax.models import REFERENCE
 from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.convert import convert
 from inferneo_jax.weights.placement import place_weights
@@ -26,8 +28,8 @@ F32 = jnp.dtype("float32")
 def _load(folder: Path) -> tuple[DecoderConfig | EncoderConfig, nnx.Module]:
     config = read_info(folder).config
     shapes = {name: spec.shape for name, spec in models.declare(config).items()}
-    weights = place_weights(open_weights(folder, shapes), config, make_mesh(ONE_DEVICE), F32)
-    graphdef, treedef = models.skeleton(config, F32)
+    weights = place_weights(open_weights(folder, shapes), config, make_mesh(ONE_DEVICE), REFERENCE)
+    graphdef, treedef = models.skeleton(config, REFERENCE)
     return config, nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
 
@@ -74,20 +76,21 @@ def test_encoder_equals_the_reference(converted: Path) -> None:
 def test_declared_names_follow_the_order_of_the_leaves(changes: dict[str, object]) -> None:
     config = DecoderConfig.from_dict(TINY.to_dict() | changes)
     declared = models.declare(config)
-    graphdef, treedef = models.skeleton(config, F32)
-    leaves = [jnp.full(spec.flat_shape, i, spec.dtype) for i, spec in enumerate(declared.values())]
+    graphdef, treedef = models.skeleton(config, REFERENCE)
+    leaves = [jnp.full(spec.flat_shape, i) for i, spec in enumerate(declared.values())]
     model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
     for i, name in enumerate(declared):
         value: object = model
         for part in name.split("."):
             value = value[int(part)] if part.isdigit() else getattr(value, part)
-        assert value[...].reshape(-1)[0] == i  # type: ignore[index]
+        assert jax.tree.leaves(value.get_value())[0].reshape(-1)[0] == i
 
 
 def test_weights_are_matrices_in_the_wanted_dtype_and_the_rest_float32() -> None:
-    specs = models.declare(TINY, jnp.dtype("bfloat16"))
-    assert {spec.dtype.name for spec in specs.values() if len(spec.shape) > 1} == {"bfloat16"}
-    assert {spec.dtype.name for spec in specs.values() if len(spec.shape) == 1} == {"float32"}
+    specs = models.declare(TINY, Formats.plain("bfloat16"))
+    for spec in specs.values():
+        (piece,) = spec.pieces
+        assert piece.dtype == ("bfloat16" if len(spec.shape) > 1 else "float32")
 
 
 def test_llama3_scaling_keeps_fast_pairs_and_stretches_slow_ones() -> None:

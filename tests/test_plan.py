@@ -54,7 +54,7 @@ def test_a_plan_counts_two_reductions_a_layer_and_one_for_the_lookup() -> None:
         assert each.participants == 8
     assert counted == {"all-reduce": 2 * TINY.num_layers + 1, "all-gather": 1}
     assert decode.aliased_bytes >= decode.cache_bytes
-    assert (plan.mesh, plan.missing_bytes, plan.dtype) == (MeshShape(1, 8), 0, "float32")
+    assert (plan.mesh, plan.missing_bytes, plan.kv_dtype) == (MeshShape(1, 8), 0, "float32")
     assert plan.kv_tokens > 10**6
     whole = plan.weight_bytes + plan.state_bytes + plan.temporary_bytes + plan.kv_bytes
     assert whole == plan.memory_bytes

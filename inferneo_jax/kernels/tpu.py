@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView, quantize
+from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.tpu_attend import Plan, attend_pages
 from inferneo_jax.kernels.tpu_write import write_pages
+from inferneo_jax.layers.matrix import quantize
 
 _LANES = 128
 

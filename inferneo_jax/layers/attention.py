@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 from inferneo_jax.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig, EncoderConfig
 from inferneo_jax.layers.linear import Linear
+from inferneo_jax.layers.matrix import MatrixFormat
 from inferneo_jax.layers.norm import RMSNorm
 from inferneo_jax.layers.rope import rotate
 
@@ -20,18 +21,18 @@ class CausalAttention(nnx.Module):
     part holds all that its heads need.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: DecoderConfig, format: MatrixFormat) -> None:
         kv_heads, group, head_dim = config.num_kv_heads, config.group_size, config.head_dim
         self.qkv = Linear(
             (config.hidden_size, kv_heads, group + 2, head_dim),
             ("embed", "kv_heads", None, None),
-            dtype,
+            format,
             bias=config.qkv_bias,
         )
         self.out = Linear(
             (kv_heads, group, head_dim, config.hidden_size),
             ("kv_heads", None, None, "embed"),
-            dtype,
+            format,
             inputs=3,
         )
         if config.qk_norm:
@@ -41,30 +42,32 @@ class CausalAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "rows tokens embed"],
+        norm: RMSNorm,
         rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         attention: PagedAttention,
         cache: LayerCache,
         view: PageView,
     ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
-        fused = self.qkv(x)
+        """``x`` and what ``norm(x)`` finds in the context."""
+        fused = self.qkv(x, prologue=norm)
         queries, keys, values = fused[..., :-2, :], fused[..., -2:-1, :], fused[..., -1, :]
         if hasattr(self, "q_norm"):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = rotate(queries, *rope), rotate(keys, *rope)
         cache = attention.write(cache, keys.squeeze(-2), values, view)
-        return self.out(attention.attend(queries, cache, view)), cache
+        return self.out(attention.attend(queries, cache, view), residual=x), cache
 
 
 class BidirectionalAttention(nnx.Module):
     """Every token of a row attends to every live token of that row (arXiv:1706.03762)."""
 
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: EncoderConfig, format: MatrixFormat) -> None:
         embed, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         self.qkv = Linear(
-            (embed, 3, heads, head_dim), ("embed", None, "heads", None), dtype, bias=True
+            (embed, 3, heads, head_dim), ("embed", None, "heads", None), format, bias=True
         )
         self.out = Linear(
-            (heads, head_dim, embed), ("heads", None, "embed"), dtype, inputs=2, bias=True
+            (heads, head_dim, embed), ("heads", None, "embed"), format, inputs=2, bias=True
         )
 
     def __call__(

@@ -4,30 +4,27 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from inferneo_jax import mesh
-from inferneo_jax.layers.spec import weight
-
-MIN_ROWS = 2
-"""XLA:CPU hands products of one row to a scalar loop, 10 times slower than those of two."""
+from inferneo_jax.layers.matrix import MatrixFormat, Prologue
+from inferneo_jax.layers.spec import WeightSpec, vector, weight
 
 
 class Linear(nnx.Module):
     """A matrix over named axes, with a bias when asked for.
 
     The kernel's first ``inputs`` axes are contracted with the last axes of what it is applied to;
-    the others are its outputs. The product is taken in the kernel's dtype and summed in float32,
-    which is also the dtype of the result. Where a contracted axis is split over a mesh, the sums of
-    all devices are added up, in the kernel's dtype to halve what crosses between chips.
+    the others are its outputs. Its format says how the product is taken; the result is float32.
+    Where a contracted axis is split over a mesh, the sums of all devices are added up, in the
+    format's dtype to halve what crosses between chips.
     """
 
     def __init__(
         self,
         shape: tuple[int, ...],
         axes: tuple[str | None, ...],
-        dtype: jnp.dtype,
+        format: MatrixFormat,
         *,
         inputs: int = 1,
         bias: bool = False,
@@ -39,17 +36,31 @@ class Linear(nnx.Module):
             -1 if axis in mesh.RULES else size
             for size, axis in zip(shape[inputs:], axes[inputs:], strict=True)
         )
-        self.kernel = weight(shape, axes, dtype, inputs)
+        self.format = format
+        self.kernel = weight(WeightSpec(shape, axes, format, inputs))
         if bias:
-            self.bias = weight(shape[inputs:], axes[inputs:], jnp.dtype("float32"))
+            self.bias = vector(shape[inputs:], axes[inputs:])
 
-    def __call__(self, x: Float[Array, "*rows_and_inputs"]) -> Float[Array, "*rows_and_outputs"]:
-        kernel = self.kernel[...]
+    def __call__(
+        self,
+        x: Float[Array, "*rows_and_inputs"],
+        *,
+        prologue: Prologue | None = None,
+        residual: Float[Array, "*rows_and_outputs"] | None = None,
+    ) -> Float[Array, "*rows_and_outputs"]:
+        """``residual + prologue(x) @ kernel + bias``; what is None is left out."""
         rows = x.shape[: x.ndim - self.inputs]
-        product = _matmul(x.reshape(math.prod(rows), -1), kernel, contract=0)
+        x = x.reshape(math.prod(rows), -1)
+        stored = self.kernel.get_value()
+        if residual is not None:
+            residual = residual.reshape(x.shape[0], -1)
         if any(map(mesh.is_split, self.contracted)):
-            product = mesh.reduce(product.astype(kernel.dtype), *self.contracted)
+            product = self.format.multiply(x, stored, prologue=prologue)
+            product = mesh.reduce(product.astype(self.format.dtype), *self.contracted)
             product = product.astype(jnp.float32)
+            product = product if residual is None else residual + product
+        else:
+            product = self.format.multiply(x, stored, prologue=prologue, residual=residual)
         if hasattr(self, "bias"):
             product = product + self.bias[...][None, :]
         return product.reshape(*rows, *self.outputs)
@@ -62,33 +73,29 @@ class Embedding(nnx.Module):
     add nothing.
     """
 
-    def __init__(self, rows: int, embed: int, dtype: jnp.dtype, axis: str | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        embed: int,
+        format: MatrixFormat,
+        axis: str | None = None,
+    ) -> None:
         self.axis = axis
-        self.table = weight((rows, embed), (axis, "embed"), dtype, inputs=1)
+        self.rows = rows
+        self.format = format
+        self.table = weight(WeightSpec((rows, embed), (axis, "embed"), format, 1, table=True))
 
     def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows embed"]:
-        table = self.table[...]
+        stored = self.table.get_value()
         if not mesh.is_split(self.axis):
-            return jnp.take(table, ids, axis=0, mode="clip").astype(jnp.float32)
-        local = ids - mesh.first_index(self.axis, table.shape[0])
-        held = (local >= 0) & (local < table.shape[0])
-        vectors = jnp.take(table, local, axis=0, mode="clip")
-        zero = jnp.zeros((), table.dtype)
+            return self.format.take(stored, ids).astype(jnp.float32)
+        num_rows = mesh.local_size(self.axis, self.rows)
+        local = ids - mesh.first_index(self.axis, num_rows)
+        held = (local >= 0) & (local < num_rows)
+        vectors = self.format.take(stored, local)
+        zero = jnp.zeros((), vectors.dtype)
         return mesh.reduce(jnp.where(held[..., None], vectors, zero), self.axis).astype(jnp.float32)
 
     def attend(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows table_rows"]:
         """Products of every row of ``x`` with this device's rows of the table, in float32."""
-        return _matmul(x, self.table[...], contract=1)
-
-
-def _matmul(
-    x: Float[Array, "rows inner"], matrix: Float[Array, "_ _"], *, contract: int
-) -> Float[Array, "rows outer"]:
-    num_rows = x.shape[0]
-    x = x.astype(matrix.dtype)
-    if num_rows < MIN_ROWS:
-        x = jnp.pad(x, ((0, MIN_ROWS - num_rows), (0, 0)))
-    product = lax.dot_general(
-        x, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return product[:num_rows]
+        return self.format.product(x, self.table.get_value(), table=True)

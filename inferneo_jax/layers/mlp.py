@@ -6,16 +6,26 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from inferneo_jax.layers.linear import Linear
+from inferneo_jax.layers.matrix import MatrixFormat
+from inferneo_jax.layers.norm import RMSNorm
 
 
 class SwiGLU(nnx.Module):
     """``down(silu(gate(x)) * up(x))`` (arXiv:2002.05202); gate and up are one kernel."""
 
-    def __init__(self, embed: int, mlp: int, dtype: jnp.dtype) -> None:
-        self.gate_up = Linear((embed, 2, mlp), ("embed", None, "mlp"), dtype)
-        self.down = Linear((mlp, embed), ("mlp", "embed"), dtype)
+    def __init__(self, embed: int, mlp: int, format: MatrixFormat) -> None:
+        self.gate_up = Linear((embed, 2, mlp), ("embed", None, "mlp"), format)
+        self.down = Linear((mlp, embed), ("mlp", "embed"), format)
 
-    def __call__(self, x: Float[Array, "rows tokens embed"]) -> Float[Array, "rows tokens embed"]:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-2)
-        hidden = (jax.nn.silu(gate) * up).squeeze(-2)
-        return self.down(hidden)
+    def __call__(
+        self, x: Float[Array, "rows tokens embed"], norm: RMSNorm
+    ) -> Float[Array, "rows tokens embed"]:
+        """``x`` and what is made of ``norm(x)``."""
+        both = self.gate_up(x, prologue=norm)
+        return self.down(both.reshape(*x.shape[:-1], -1), prologue=gate, residual=x)
+
+
+def gate(both: Float[Array, "*rows both"]) -> Float[Array, "*rows half"]:
+    """``silu(gate) * up`` of vectors that hold the one and then the other."""
+    gates, up = jnp.split(both, 2, axis=-1)
+    return jax.nn.silu(gates) * up

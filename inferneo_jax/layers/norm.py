@@ -5,7 +5,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from inferneo_jax.layers.spec import weight
+from inferneo_jax.layers.spec import vector
 
 
 class RMSNorm(nnx.Module):
@@ -13,7 +13,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, eps: float, axis: str | None = "embed") -> None:
         self.eps = eps
-        self.scale = weight((size,), (axis,), jnp.dtype("float32"))
+        self.scale = vector((size,), (axis,))
 
     def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
@@ -25,8 +25,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         self.eps = eps
-        self.scale = weight((size,), ("embed",), jnp.dtype("float32"))
-        self.bias = weight((size,), ("embed",), jnp.dtype("float32"))
+        self.scale = vector((size,), ("embed",))
+        self.bias = vector((size,), ("embed",))
 
     def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
         centred = x - jnp.mean(x, axis=-1, keepdims=True)

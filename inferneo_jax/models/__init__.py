@@ -3,10 +3,10 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from inferneo_jax.config import DecoderConfig, ModelConfig
+from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.layers.spec import WeightSpec
 from inferneo_jax.models.decoder import Decoder
 from inferneo_jax.models.encoder import Encoder
@@ -14,19 +14,22 @@ from inferneo_jax.models.encoder import Encoder
 __all__ = ["WeightSpec", "declare", "skeleton"]
 
 
-def _abstract(config: ModelConfig, dtype: jnp.dtype) -> nnx.Module:
+REFERENCE = Formats.plain("float32")
+
+
+def _abstract(config: ModelConfig, formats: Formats) -> nnx.Module:
     build = Decoder if isinstance(config, DecoderConfig) else Encoder
-    return nnx.eval_shape(lambda: build(config, dtype))  # type: ignore[arg-type]
+    return nnx.eval_shape(lambda: build(config, formats))  # type: ignore[arg-type]
 
 
-def declare(config: ModelConfig, dtype: jnp.dtype = jnp.dtype("float32")) -> dict[str, WeightSpec]:  # noqa: B008
+def declare(config: ModelConfig, formats: Formats = REFERENCE) -> dict[str, WeightSpec]:
     """Every weight of a model by its dotted name, in the order of its module's leaves.
 
     Args:
         config: of the model.
-        dtype: of the matrices; norms and biases are float32 whatever it is.
+        formats: of its matrices; norms and biases are float32 whatever these are.
     """
-    state = nnx.state(_abstract(config, dtype))
+    state = nnx.state(_abstract(config, formats))
     return {
         ".".join(str(part) for part in path): variable.get_metadata("spec")
         for path, variable in nnx.to_flat_state(state)
@@ -34,7 +37,7 @@ def declare(config: ModelConfig, dtype: jnp.dtype = jnp.dtype("float32")) -> dic
 
 
 def skeleton(
-    config: ModelConfig, dtype: jnp.dtype
+    config: ModelConfig, formats: Formats
 ) -> tuple[nnx.GraphDef[Any], jax.tree_util.PyTreeDef]:
     """The module without its weights: what a jitted step needs to put them back.
 
@@ -42,5 +45,5 @@ def skeleton(
     since it happens while tracing; between steps the weights are a plain list of arrays, which
     jax flattens in microseconds.
     """
-    graphdef, state = nnx.split(_abstract(config, dtype))
+    graphdef, state = nnx.split(_abstract(config, formats))
     return graphdef, jax.tree.structure(state)

@@ -14,6 +14,7 @@ from inferneo_jax.config import DecoderConfig
 from inferneo_jax.layers import rope
 from inferneo_jax.layers.attention import CausalAttention
 from inferneo_jax.layers.linear import Embedding, Linear
+from inferneo_jax.layers.matrix import Formats, Plain
 from inferneo_jax.layers.mlp import SwiGLU
 from inferneo_jax.layers.norm import RMSNorm
 
@@ -21,11 +22,11 @@ from inferneo_jax.layers.norm import RMSNorm
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each after a norm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: DecoderConfig, formats: Formats) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = CausalAttention(config, dtype)
+        self.attention = CausalAttention(config, formats.linear)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, dtype)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, formats.linear)
 
     def __call__(
         self,
@@ -35,9 +36,8 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache,
         view: PageView,
     ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
-        mixed, cache = self.attention(self.attention_norm(x), angles, attention, cache, view)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x, cache = self.attention(x, self.attention_norm, angles, attention, cache, view)
+        return self.mlp(x, self.mlp_norm), cache
 
 
 @partial(jax.jit, static_argnames=("graphdef", "attention"))
@@ -56,15 +56,17 @@ def _run_layer(
 class Decoder(nnx.Module):
     """Token ids to hidden states over a paged KV cache, and hidden states to logits."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: DecoderConfig, formats: Formats) -> None:
         self.freqs = tuple(
             rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()
         )
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, axis="vocab")
-        self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_layers)])
+        table = formats.head if config.tie_embeddings else Plain(formats.dtype)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, table, axis="vocab")
+        self.layers = nnx.List([DecoderLayer(config, formats) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
-            self.head = Linear((config.hidden_size, config.vocab_size), ("embed", "vocab"), dtype)
+            shape = config.hidden_size, config.vocab_size
+            self.head = Linear(shape, ("embed", "vocab"), formats.head)
 
     def __call__(
         self,

@@ -11,16 +11,17 @@ from jaxtyping import Array, Bool, Float, Int
 from inferneo_jax.config import EncoderConfig
 from inferneo_jax.layers.attention import BidirectionalAttention
 from inferneo_jax.layers.linear import Embedding, Linear
+from inferneo_jax.layers.matrix import Formats, MatrixFormat, Plain
 from inferneo_jax.layers.norm import LayerNorm
 
 
 class GeluMLP(nnx.Module):
     """``down(gelu(up(x)))`` with the exact, error-function GELU."""
 
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: EncoderConfig, format: MatrixFormat) -> None:
         embed, mlp = config.hidden_size, config.mlp_size
-        self.up = Linear((embed, mlp), ("embed", "mlp"), dtype, bias=True)
-        self.down = Linear((mlp, embed), ("mlp", "embed"), dtype, bias=True)
+        self.up = Linear((embed, mlp), ("embed", "mlp"), format, bias=True)
+        self.down = Linear((mlp, embed), ("mlp", "embed"), format, bias=True)
 
     def __call__(self, x: Float[Array, "rows tokens embed"]) -> Float[Array, "rows tokens embed"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
@@ -29,10 +30,10 @@ class GeluMLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Attention and feed-forward, each added to the residual stream and then normalised."""
 
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype) -> None:
-        self.attention = BidirectionalAttention(config, dtype)
+    def __init__(self, config: EncoderConfig, formats: Formats) -> None:
+        self.attention = BidirectionalAttention(config, formats.linear)
         self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GeluMLP(config, dtype)
+        self.mlp = GeluMLP(config, formats.linear)
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def __call__(
@@ -56,15 +57,15 @@ def _run_layer(
 class Encoder(nnx.Module):
     """Token ids of whole texts to one vector per text."""
 
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype) -> None:
-        embed = config.hidden_size
+    def __init__(self, config: EncoderConfig, formats: Formats) -> None:
+        embed, plain = config.hidden_size, Plain(formats.dtype)
         self.pooling = config.pooling
         self.normalize = config.normalize
-        self.embed = Embedding(config.vocab_size, embed, dtype, axis="vocab")
-        self.position = Embedding(config.num_positions, embed, dtype)
-        self.token_type = Embedding(config.num_token_types, embed, dtype)
+        self.embed = Embedding(config.vocab_size, embed, plain, axis="vocab")
+        self.position = Embedding(config.num_positions, embed, plain)
+        self.token_type = Embedding(config.num_token_types, embed, plain)
         self.embed_norm = LayerNorm(embed, config.norm_eps)
-        self.layers = nnx.List([EncoderLayer(config, dtype) for _ in range(config.num_layers)])
+        self.layers = nnx.List([EncoderLayer(config, formats) for _ in range(config.num_layers)])
 
     def __call__(
         self, tokens: Int[Array, "rows tokens"], lengths: Int[Array, " rows"]

@@ -24,7 +24,7 @@ def advise(wish: Wish, devices: list[Any]) -> MeshShape:
             continue
         model = len(devices) // data
         reduced = 2 * (2 * wish.model.num_layers + 1) * (model - 1) / model
-        sent = reduced * rows * wish.model.hidden_size * wish.dtype.itemsize
+        sent = reduced * rows * wish.model.hidden_size * budget.formats.dtype.itemsize
         work = work_of(changed, mesh, budget.token_bytes, rows, 1)
         seconds, _ = bound(wish.topology.chip, work, sent, wish.engine.quantization)
         if wish.engine.slots / seconds > fastest:
@@ -39,7 +39,7 @@ def remedies(wish: Wish) -> list[str]:
     topology = wish.topology
     shape = MeshShape(data=wish.engine.mesh.data)
     if wish.engine.quantization in ("auto", "none"):
-        engine = dataclasses.replace(wish.engine, quantization="int8")  # type: ignore[arg-type]
+        engine = dataclasses.replace(wish.engine, quantization="int8")
         if _fits(dataclasses.replace(wish, engine=engine)):
             found.append("quantization int8")
     if wish.engine.mesh.data > 1:

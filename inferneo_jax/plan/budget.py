@@ -5,16 +5,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from inferneo_jax import mesh as meshes
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.fitting import fit
+from inferneo_jax.numerics import formats_for
 from inferneo_jax.plan.chips import Chip, Topology
 from inferneo_jax.programs import Programs, make_programs
-from inferneo_jax.weights.placement import local_bytes, weight_shapes
+from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 _RESERVE = 0.03
 """Of a chip's memory, kept for temporaries while their size is not known."""
@@ -29,22 +29,16 @@ class Wish:
     engine: EngineConfig
     context: int
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of weights and products."""
-        cpu = self.topology.chip.name == "cpu"
-        wanted = self.engine.dtype
-        return jnp.dtype(wanted if wanted != "auto" else "float32" if cpu else "bfloat16")
-
 
 class Budget:
     """A chip's memory, shared out before anything is compiled. All in bytes."""
 
     def __init__(self, wish: Wish, mesh: Mesh) -> None:
         self._wish, self._mesh = wish, mesh
+        self.formats = formats_for(wish.engine, mesh)
         one = self.programs(kv_tokens=wish.engine.slots * 256, max_len=2)
         self.token_bytes = one.cache_bytes // (one.num_pages * one.page_len)
-        self.weights = local_bytes(weight_shapes(wish.model, mesh, wish.dtype))
+        self.weights = local_bytes(flat(weight_shapes(wish.model, mesh, self.formats)))
         context_length = wish.model.context_length
         max_len = min(wish.engine.max_len or context_length, context_length)
         groups = meshes.parts(mesh, "slots")
@@ -59,9 +53,7 @@ class Budget:
     def programs(self, **changes: Any) -> Programs:
         """The programs, with a cache as large as the memory lets it be."""
         config = dataclasses.replace(self._wish.engine, **changes)
-        return make_programs(
-            self._wish.model, config, self._mesh, self._wish.dtype, lambda: self.kv
-        )
+        return make_programs(self._wish.model, config, self._mesh, self.formats, lambda: self.kv)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +69,15 @@ def work_of(wish: Wish, mesh: Mesh, token_bytes: int, rows: int, tokens: int) ->
     """Of ``rows`` rows of a group with ``tokens`` new tokens each, behind ``context`` others."""
     model = meshes.parts(mesh, "kv_heads")
     fitted = fit(wish.model, model)
-    shapes = dict(
-        zip(models.declare(wish.model), weight_shapes(wish.model, mesh, wish.dtype), strict=True)
-    )
+    shapes = weight_shapes(wish.model, mesh, formats_for(wish.engine, mesh))
+    specs = models.declare(fitted)
     if not wish.model.tie_embeddings:
-        del shapes["embed.table"]  # a few rows of it are read
-    weights = local_bytes(list(shapes.values()))
+        del shapes["embed.table"], specs["embed.table"]  # a few rows of it are read
+    weights = local_bytes(flat(shapes))
     elements = sum(
-        math.prod(each.sharding.shard_shape(each.shape))
-        for each in shapes.values()
-        if len(each.shape) > 1
+        math.prod(spec.shape) // (model if any(spec.flat_axes) else 1)
+        for spec in specs.values()
+        if spec.inputs
     )
     live = wish.context * rows
     heads = fitted.num_layers * fitted.num_heads // model

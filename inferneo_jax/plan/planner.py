@@ -14,6 +14,7 @@ import jax
 
 from inferneo_jax import mesh as meshes
 from inferneo_jax.config import MeshShape
+from inferneo_jax.numerics import cache_dtype_for
 from inferneo_jax.plan.advice import advise, remedies
 from inferneo_jax.plan.budget import Budget, Wish, bound, work_of
 from inferneo_jax.plan.hlo import Collective, Program
@@ -60,6 +61,7 @@ class Plan:
         mesh: devices on both axes.
         dtype: of weights and products.
         quantization: of the weights.
+        kv_dtype: of keys and values.
         slots: requests that run at once, on all chips.
         context: live positions that each of them is reckoned with.
         memory_bytes: what the chip has for programs.
@@ -79,6 +81,7 @@ class Plan:
     mesh: MeshShape
     dtype: str
     quantization: str
+    kv_dtype: str
     slots: int
     context: int
     memory_bytes: int
@@ -112,8 +115,9 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     plan = Plan(
         topology=str(wish.topology),
         mesh=MeshShape(data, model),
-        dtype=wish.dtype.name,
+        dtype=budget.formats.dtype.name,
         quantization=wish.engine.quantization,
+        kv_dtype=cache_dtype_for(wish.engine, devices[0]).name,
         slots=wish.engine.slots,
         context=wish.context,
         memory_bytes=wish.topology.chip.memory_bytes,

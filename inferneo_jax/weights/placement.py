@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
@@ -15,21 +13,35 @@ from inferneo_jax import mesh as meshes
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, ModelConfig
 from inferneo_jax.fitting import FittedWeight, Index, Sliceable, fit
+from inferneo_jax.layers.matrix import Formats, HostArray
 from inferneo_jax.layers.spec import WeightSpec
 
 _READERS = 4
 """Weights that are read at once."""
 
+Shapes = tuple[jax.ShapeDtypeStruct, ...]
+"""Of the arrays that one weight is kept in."""
 
-def weight_shapes(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> list[jax.ShapeDtypeStruct]:
-    """The weights of a model on a mesh, in the order of the module's leaves."""
+
+def weight_shapes(config: ModelConfig, mesh: Mesh, formats: Formats) -> dict[str, Shapes]:
+    """The weights of a model on a mesh, by name, in the order of the module's leaves."""
     fitted = fit(config, meshes.parts(mesh, "vocab"))
-    return [
-        jax.ShapeDtypeStruct(
-            each.flat_shape, each.dtype, sharding=NamedSharding(mesh, meshes.spec(*each.flat_axes))
+    return {
+        name: tuple(
+            jax.ShapeDtypeStruct(
+                piece.shape,
+                piece.dtype,
+                sharding=NamedSharding(mesh, meshes.spec(*piece.axes)),
+            )
+            for piece in spec.pieces
         )
-        for each in models.declare(fitted, dtype).values()
-    ]
+        for name, spec in models.declare(fitted, formats).items()
+    }
+
+
+def flat(shapes: Mapping[str, Shapes]) -> list[jax.ShapeDtypeStruct]:
+    """All arrays of these weights: what a step takes."""
+    return [each for arrays in shapes.values() for each in arrays]
 
 
 def local_bytes(shapes: list[jax.ShapeDtypeStruct]) -> int:
@@ -40,46 +52,64 @@ def local_bytes(shapes: list[jax.ShapeDtypeStruct]) -> int:
 
 
 def place_weights(
-    sources: Mapping[str, Sliceable], config: ModelConfig, mesh: Mesh, dtype: jnp.dtype
+    sources: Mapping[str, Sliceable], config: ModelConfig, mesh: Mesh, formats: Formats
 ) -> list[Array]:
-    """The weights of a model, each device's part read and cast on its own.
+    """The weights of a model, each device's part read and encoded on its own.
 
     Args:
         sources: the weights as the model's own configuration declares them.
         config: of the model, not fitted to the mesh.
         mesh: where they go.
-        dtype: of the matrices.
+        formats: of the matrices.
 
     Returns:
         What a step takes: arrays in the order of the fitted module's leaves.
     """
-    declared = models.declare(config, dtype)
+    declared = models.declare(config)
     fitted_config = fit(config, meshes.parts(mesh, "vocab"))
-    fitted = models.declare(fitted_config, dtype)
+    fitted = models.declare(fitted_config, formats)
     group = None
     if isinstance(config, DecoderConfig) and isinstance(fitted_config, DecoderConfig):
         group = config.group_size, fitted_config.group_size
 
-    def place(name: str, target: jax.ShapeDtypeStruct) -> Array:
+    def place(name: str, targets: Shapes) -> list[Array]:
         spec = fitted[name]
         stored = declared[name].shape
         weight = FittedWeight(sources[name], stored, spec.shape, spec.axes, group)
-        local = target.sharding.shard_shape(target.shape)
-        num_parts = [whole // part for whole, part in zip(target.shape, local, strict=True)]
-        read: dict[int, Any] = {}
+        parts = max(map(_num_parts, targets))
+        # Devices along an axis that does not split the weight share one copy.
+        read: dict[int, tuple[HostArray, ...]] = {}
 
-        def part(index: Index | None) -> np.ndarray[Any, np.dtype[Any]]:
-            starts = [each.start or 0 for each in index or ()]
-            number = max(start // size for start, size in zip(starts, local, strict=True))
-            if number not in read:  # devices along an axis that does not split it share one copy
-                whole = weight[_part(spec, number, max(num_parts))]
-                read[number] = whole.reshape(local).astype(target.dtype, copy=False)
+        def encoded(number: int) -> tuple[HostArray, ...]:
+            if number not in read:
+                part = weight[_part(spec, number, parts)]
+                shape = [
+                    size // (parts if axis else 1)
+                    for size, axis in zip(spec.flat_shape, spec.flat_axes, strict=True)
+                ]
+                read[number] = spec.encode(part.reshape(shape))
             return read[number]
 
-        return jax.make_array_from_callback(target.shape, target.sharding, part)
+        def array(i: int, target: jax.ShapeDtypeStruct) -> Array:
+            local = target.sharding.shard_shape(target.shape)
 
+            def part(index: Index | None) -> HostArray:
+                starts = [each.start or 0 for each in index or ()]
+                places = (start // size for start, size in zip(starts, local, strict=True) if size)
+                return encoded(max(places, default=0))[i]
+
+            return jax.make_array_from_callback(target.shape, target.sharding, part)
+
+        return [array(i, target) for i, target in enumerate(targets)]
+
+    shapes = weight_shapes(config, mesh, formats)
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(place, declared, weight_shapes(config, mesh, dtype)))
+        return [a for arrays in pool.map(place, shapes, shapes.values()) for a in arrays]
+
+
+def _num_parts(target: jax.ShapeDtypeStruct) -> int:
+    local: Any = target.sharding.shard_shape(target.shape)
+    return max(whole // part for whole, part in zip(target.shape, local, strict=True))
 
 
 def _part(spec: WeightSpec, number: int, parts: int) -> Index:

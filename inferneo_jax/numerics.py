@@ -1,0 +1,66 @@
+"""What numbers a model is kept and computed in: what ``auto`` means, on which device."""
+
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from inferneo_jax import mesh as meshes
+from inferneo_jax.config import EngineConfig
+from inferneo_jax.layers.matrix import Formats
+
+_OLD_TPUS = ("TPU v2", "TPU v3")
+_INT8_SINCE = (7, 5)
+"""GPUs of this compute capability, Turing's, and later ones multiply int8."""
+
+
+def dtype_for(config: EngineConfig, device: Any) -> jnp.dtype:
+    """Of weights and products; auto is bfloat16 where the hardware multiplies it."""
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    native = device.platform != "cpu" or _cpu_multiplies_bfloat16()
+    return jnp.dtype("bfloat16" if native else "float32")
+
+
+def cache_dtype_for(config: EngineConfig, device: Any) -> jnp.dtype:
+    """Of keys and values; auto is bfloat16, which halves their memory, where that is no loss.
+
+    XLA:CPU writes to a bfloat16 array by copying it whole.
+    """
+    if config.kv_dtype != "auto":
+        return jnp.dtype(config.kv_dtype)
+    wide = device.platform == "cpu" or config.dtype == "float32"
+    return jnp.dtype("float32" if wide else "bfloat16")
+
+
+def formats_for(config: EngineConfig, mesh: Mesh) -> Formats:
+    """How matrices are kept; auto quantizes nothing."""
+    device = mesh.devices.flat[0]
+    dtype = dtype_for(config, device)
+    if config.quantization == "int8":
+        products: Literal["int8", "float"] = "int8" if _multiplies_int8(device) else "float"
+        return Formats.int8(dtype, meshes.parts(mesh, "mlp"), products)
+    return Formats.plain(dtype)
+
+
+def _multiplies_int8(device: Any) -> bool:
+    if device.platform == "tpu":
+        return device.device_kind not in _OLD_TPUS
+    if device.platform in ("gpu", "cuda"):
+        return compute_capability(device) >= _INT8_SINCE
+    return True
+
+
+def compute_capability(device: Any) -> tuple[int, ...]:
+    """A GPU's, as ``(8, 0)``; empty where it is unknown."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return tuple(int(n) for n in capability.split(".") if n.isdecimal())
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    if platform.system() != "Linux":
+        return False
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -40,7 +40,14 @@ def _cli(*arguments: str) -> dict[str, Any]:
 
 
 def _wish(**changes: Any) -> Wish:
-    engine = EngineConfig(slots=8, page_len=4, prefill_chunks=(8,), max_len=32, row_buckets=(8,))
+    engine = EngineConfig(
+        slots=8,
+        page_len=4,
+        prefill_chunks=(8,),
+        max_len=32,
+        row_buckets=(8,),
+        dtype="float32",
+    )
     values = {"model": TINY, "topology": Topology.parse("cpu:8"), "engine": engine, "context": 16}
     return Wish(**(values | changes))
 
@@ -54,7 +61,7 @@ def test_a_plan_counts_two_reductions_a_layer_and_one_for_the_lookup() -> None:
         assert each.participants == 8
     assert counted == {"all-reduce": 2 * TINY.num_layers + 1, "all-gather": 1}
     assert decode.aliased_bytes >= decode.cache_bytes
-    assert (plan.mesh, plan.missing_bytes, plan.kv_dtype) == (MeshShape(1, 8), 0, "float32")
+    assert (plan.mesh, plan.missing_bytes, plan.dtype) == (MeshShape(1, 8), 0, "float32")
     assert plan.kv_tokens > 10**6
     whole = plan.weight_bytes + plan.state_bytes + plan.temporary_bytes + plan.kv_bytes
     assert whole == plan.memory_bytes

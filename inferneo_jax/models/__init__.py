@@ -17,9 +17,21 @@ __all__ = ["WeightSpec", "declare", "skeleton"]
 REFERENCE = Formats.plain("float32")
 
 
-def _abstract(config: ModelConfig, formats: Formats) -> nnx.Module:
+def _abstract(
+    config: ModelConfig, formats: Formats
+) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
+    """The module in two, without a value anywhere."""
     build = Decoder if isinstance(config, DecoderConfig) else Encoder
-    return nnx.eval_shape(lambda: build(config, formats))  # type: ignore[arg-type]
+    graphdefs = []
+
+    def make() -> nnx.State[Any, Any]:
+        graphdef, state = nnx.split(build(config, formats))  # type: ignore[arg-type]
+        graphdefs.append(graphdef)
+        return state
+
+    # Not nnx.eval_shape, which under a mesh would shard what is kept in several arrays.
+    state = jax.eval_shape(make)
+    return graphdefs[0], state
 
 
 def declare(config: ModelConfig, formats: Formats = REFERENCE) -> dict[str, WeightSpec]:
@@ -29,7 +41,7 @@ def declare(config: ModelConfig, formats: Formats = REFERENCE) -> dict[str, Weig
         config: of the model.
         formats: of its matrices; norms and biases are float32 whatever these are.
     """
-    state = nnx.state(_abstract(config, formats))
+    _, state = _abstract(config, formats)
     return {
         ".".join(str(part) for part in path): variable.get_metadata("spec")
         for path, variable in nnx.to_flat_state(state)
@@ -45,5 +57,5 @@ def skeleton(
     since it happens while tracing; between steps the weights are a plain list of arrays, which
     jax flattens in microseconds.
     """
-    graphdef, state = nnx.split(_abstract(config, formats))
+    graphdef, state = _abstract(config, formats)
     return graphdef, jax.tree.structure(state)

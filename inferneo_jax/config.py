@@ -164,7 +164,8 @@ class EngineConfig:
         page_len: tokens of one KV page; None: 64 on TPUs, which read few large pages faster than
             many small ones, 16 elsewhere.
         kv_tokens: KV cache size in tokens, shared by all requests; None: chosen from memory.
-        prefill_chunks: prompt tokens of one prefill step; a prompt is cut into these sizes.
+        prefill_chunks: sizes into which prompts are cut. A step prefills one chunk, or as many of a
+            shorter size as the longest chunk's tokens allow.
         dtype: of the weights and matrix products; auto: bfloat16 where it is fast.
         kernels: of attention; xla: the reference, native: those made for the device, auto: these
             where there are some.

@@ -20,6 +20,7 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.heartbeat import Heartbeat
+from inferneo_jax.plans import PrefillChunk
 from inferneo_jax.programs import MAX_STOP_IDS
 from inferneo_jax.request import (
     EngineStats,
@@ -62,7 +63,7 @@ class Engine:
             slots=runner.slots,
             num_pages=runner.num_pages,
             page_len=runner.page_len,
-            max_chunk=config.prefill_chunks[-1],
+            shapes=runner.shapes,
         )
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: PendingStep | None = None
@@ -276,16 +277,20 @@ class Engine:
             for group, plan in enumerate(plans):
                 for i, row in enumerate(plan.decode, start=group * bucket):
                     self._commit_token(row.sequence, ids[i], decode.scores, i)
-        for group, plan in enumerate(plans):
-            if not (prefill and (chunk := plan.prefill)):
-                continue
-            self._totals.prompt_tokens += chunk.length
-            keep_prompt_scores(chunk, prefill.prompt_scores, group)
-            if chunk.sample:
-                token = int(prefill.ids[group])
-                self._commit_token(chunk.sequence, token, prefill.scores, group)
-            elif chunk.ends_prompt and chunk.sequence.request.max_tokens == 0:
-                self._finish(chunk.sequence, "length")
+        if prefill:
+            ids = prefill.ids.tolist()
+            rows = len(ids) // len(plans)
+            for group, plan in enumerate(plans):
+                for i, chunk in enumerate(plan.prefill, start=group * rows):
+                    self._commit_chunk(chunk, ids[i], prefill, i)
+
+    def _commit_chunk(self, chunk: PrefillChunk, token: int, sampled: Sampled, row: int) -> None:
+        self._totals.prompt_tokens += chunk.length
+        keep_prompt_scores(chunk, sampled.prompt_scores, row)
+        if chunk.sample:
+            self._commit_token(chunk.sequence, token, sampled.scores, row)
+        elif chunk.ends_prompt and chunk.sequence.request.max_tokens == 0:
+            self._finish(chunk.sequence, "length")
 
     def _commit_token(self, sequence: Sequence, token: int, scores: Scores, row: int) -> None:
         if sequence.finished:

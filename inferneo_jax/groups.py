@@ -1,12 +1,15 @@
 """Requests shared out over the groups of devices that serve requests of their own.
 
 A group is what lies at one place of the mesh's ``data`` axis: it has its own slots and pages, and
-so its own scheduler. All groups run each step together. A request stays in the group it was given
-to, where its pages are.
+so its own scheduler. All groups run each step together, one program each of prefill and decode: so
+the prefill's shape is one for all, which they take turns to choose. A request stays in the group it
+was given to, where its pages are.
 """
 
 from inferneo_jax.pages import PagePool
-from inferneo_jax.scheduler import Scheduler, StepPlan
+from inferneo_jax.plans import StepPlan
+from inferneo_jax.prefill import PrefillShapes
+from inferneo_jax.scheduler import Scheduler
 from inferneo_jax.sequence import Sequence
 
 Plans = tuple[StepPlan, ...]
@@ -17,16 +20,17 @@ class Groups:
     """The schedulers of all groups. With one group it is no more than that group's scheduler."""
 
     def __init__(
-        self, groups: int, *, slots: int, num_pages: int, page_len: int, max_chunk: int
+        self, groups: int, *, slots: int, num_pages: int, page_len: int, shapes: PrefillShapes
     ) -> None:
 
         def make() -> list[Scheduler]:
             pools = [PagePool(num_pages, page_len) for _ in range(groups)]
-            return [Scheduler(slots, pool, max_chunk) for pool in pools]
+            return [Scheduler(slots, pool, shapes) for pool in pools]
 
         self._make = make
         self._schedulers = make()
         self._preemptions_before = 0
+        self._first = 0
 
     def clear(self) -> None:
         """Forget every sequence and page; what was counted stays."""
@@ -45,8 +49,12 @@ class Groups:
 
     def schedule(self) -> Plans | None:
         """Plan the next step, on the assumption that it will be run; None: there is none."""
-        plans = tuple(scheduler.schedule() for scheduler in self._schedulers)
-        return plans if any(plans) else None
+        self._first = (self._first + 1) % len(self._schedulers)
+        shape, plans = None, {}
+        for group in (*range(self._first, len(self._schedulers)), *range(self._first)):
+            plans[group] = self._schedulers[group].schedule(shape)
+            shape = shape or plans[group].shape
+        return tuple(plans[group] for group in sorted(plans)) if any(plans.values()) else None
 
     def counts(self, arriving: int) -> dict[str, int]:
         """Numbers for ``EngineStats``; ``arriving`` sequences will be added soon."""

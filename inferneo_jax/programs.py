@@ -25,16 +25,21 @@ from inferneo_jax.fitting import fit
 from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.numerics import cache_dtype_for
+from inferneo_jax.prefill import PrefillShapes
 from inferneo_jax.rows import RowBuilder
 from inferneo_jax.sampling import Sampler
 from inferneo_jax.steps import Steps
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
-Key = tuple[str, int]
-"""A program: ``decode`` and its rows in one group, ``prefill`` and its chunk, ``admit`` and 0."""
+Key = tuple[str, int, int]
+"""A program: ``decode``, ``prefill`` or ``admit``, its rows in one group and the tokens of each."""
 
 MAX_STOP_IDS = 32
 """Most stop token ids of one request."""
+
+_CPU_OVERHEAD, _OVERHEAD = 32, 256
+"""Tokens whose products take as long as reading the weights does: 240 on a TPU v5e (197 TFLOP/s,
+819 GB/s), 295 on an H100; a CPU was measured."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,22 @@ class Programs:
         buckets = [b for b in self.config.row_buckets if b < slots]
         return [*buckets, next(b for b in self.config.row_buckets if b >= slots)]
 
+    @property
+    def prefill_shapes(self) -> PrefillShapes:
+        """For which prefill is compiled."""
+        slots = self.config.slots // self.groups
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        overhead = _CPU_OVERHEAD if on_cpu else _OVERHEAD
+        return PrefillShapes.of(self.config.prefill_chunks, slots, overhead)
+
     def keys(self) -> list[Key]:
         """Every program there is."""
-        decodes = [("decode", bucket) for bucket in self.row_buckets]
-        return [*decodes, *(("prefill", c) for c in self.config.prefill_chunks), ("admit", 0)]
+        shapes = self.prefill_shapes
+        return [
+            *(("decode", bucket, 1) for bucket in self.row_buckets),
+            *(("prefill", rows, chunk) for rows, chunk in shapes.shapes),
+            *(("admit", rows, 0) for rows in sorted({1, shapes.max_rows})),
+        ]
 
     def empty_cache(self) -> Callable[[], KVCache]:
         """A function that makes the cache of all groups, zeroed, where it belongs."""
@@ -115,12 +132,13 @@ class Programs:
 
     def host_arguments(self, key: Key) -> tuple[Any, ...]:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""
-        kind, size = key
+        kind, rows, _ = key
+        nothing = ((),) * self.groups
         if kind == "decode":
-            return (self.rows.decode(((),) * self.groups, size),)
+            return (self.rows.decode(nothing, rows),)
         if kind == "prefill":
-            return (self.rows.prefill((None,) * self.groups),)
-        return self.rows.admit((None,) * self.groups)
+            return (self.rows.prefill(nothing, rows),)
+        return self.rows.admit(nothing, rows)
 
     def place(self, arguments: Any) -> Any:
         """Numpy arrays of all groups as arguments of a program.
@@ -138,7 +156,7 @@ class Programs:
 
     def lower(self, key: Key) -> Any:
         """A program lowered for the mesh's devices; ``compile()`` it."""
-        kind, size = key
+        kind, _, chunk = key
         graphdef, treedef = models.skeleton(
             fit(self.model, meshes.parts(self.mesh, "vocab")), self.formats
         )
@@ -157,7 +175,7 @@ class Programs:
             donate: tuple[int, ...] = (0,)
             arguments: tuple[Any, ...] = (state, *rows)
         else:
-            step = steps.decode if kind == "decode" else partial(steps.prefill, size)
+            step = steps.decode if kind == "decode" else partial(steps.prefill, chunk)
             specs = (in_weights, in_cache, in_state, in_rows)
             out = (in_cache, in_state, PartitionSpec())
             donate = (1, 2)

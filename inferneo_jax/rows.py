@@ -5,15 +5,15 @@ counted from 0 within a group.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from inferneo_jax.pages import NO_PAGE
+from inferneo_jax.plans import DecodeRow, PrefillChunk
 from inferneo_jax.request import GenerationRequest
 from inferneo_jax.sampling import SamplingRows
-from inferneo_jax.scheduler import DecodeRow, PrefillChunk
 from inferneo_jax.sequence import Sequence
 from inferneo_jax.steps import DecodeRows, PrefillRows, SlotState
 
@@ -42,6 +42,11 @@ class RowBuilder:
     vocab_size: int
     max_bias: int
     max_stops: int
+    _page_tables: "_PageTables" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        tables = _PageTables(self.groups, self.slots, self.max_pages)
+        object.__setattr__(self, "_page_tables", tables)
 
     def empty_state(self) -> SlotState:
         """All slots without tokens, greedy and with no sampling feature in use."""
@@ -82,17 +87,16 @@ class RowBuilder:
         tokens[: sequence.num_known] = sequence.tokens
         return SlotState(tokens, self._sampling_row(sequence.request))
 
-    def admit(self, admitted: Iterable[Sequence | None]) -> tuple[Any, SlotState]:
-        """The sequence that each group admits, if it does: its slot, and what to put there."""
-        slots: Any = np.full(self.groups, self.slots, np.int32)
-        rows = self._unused(self.groups)
-        for group, sequence in enumerate(admitted):
-            if sequence:
-                slots[group] = sequence.slot
-                for array, value in zip(
-                    _arrays(rows), _arrays(self.slot_row(sequence)), strict=True
-                ):
-                    array[group] = value
+    def admit(self, groups: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:
+        """The sequences that each group admits: their slots, and what to put there."""
+        slots: Any = np.full(self.groups * bucket, self.slots, np.int32)
+        rows = self._unused(self.groups * bucket)
+        arrays = _arrays(rows)
+        for group, sequences in enumerate(groups):
+            for i, sequence in enumerate(sequences, start=group * bucket):
+                slots[i] = sequence.slot
+                for array, value in zip(arrays, _arrays(self.slot_row(sequence)), strict=True):
+                    array[i] = value
         return slots, rows
 
     def decode(self, groups: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeRows:
@@ -105,22 +109,22 @@ class RowBuilder:
             for i, row in enumerate(rows, start=group * bucket):
                 slots[i] = row.sequence.slot
                 positions[i] = row.position
-                tables[i, : len(row.sequence.pages)] = row.sequence.pages
+                tables[i] = self._page_tables.of(row.sequence)
         return DecodeRows(slots, positions, tables)
 
-    def prefill(self, chunks: Iterable[PrefillChunk | None]) -> PrefillRows:
-        """The row of each group in a prefill step; None gives one without a slot."""
-        slots: Any = np.full(self.groups, self.slots, np.int32)
-        start: Any = np.zeros(self.groups, np.int32)
-        length: Any = np.ones(self.groups, np.int32)
-        sample: Any = np.zeros(self.groups, np.bool_)
-        tables: Any = np.full((self.groups, self.max_pages), NO_PAGE, np.int32)
-        for group, chunk in enumerate(chunks):
-            if chunk:
-                slots[group] = chunk.sequence.slot
-                start[group], length[group] = chunk.start, chunk.length
-                sample[group] = chunk.sample
-                tables[group, : len(chunk.sequence.pages)] = chunk.sequence.pages
+    def prefill(self, groups: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillRows:
+        """Rows of a prefill step, padded like those of a decode step."""
+        total = self.groups * bucket
+        slots: Any = np.full(total, self.slots, np.int32)
+        start: Any = np.zeros(total, np.int32)
+        length: Any = np.ones(total, np.int32)
+        sample: Any = np.zeros(total, np.bool_)
+        tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
+        for group, chunks in enumerate(groups):
+            for i, chunk in enumerate(chunks, start=group * bucket):
+                slots[i] = chunk.sequence.slot
+                start[i], length[i], sample[i] = chunk.start, chunk.length, chunk.sample
+                tables[i] = self._page_tables.of(chunk.sequence)
         return PrefillRows(slots, start, length, sample, tables)
 
     def _sampling_row(self, request: GenerationRequest) -> SamplingRows:
@@ -168,3 +172,28 @@ class RowBuilder:
 
 def _arrays(state: SlotState) -> tuple[Any, ...]:
     return (state.tokens, *state.sampling)
+
+
+class _PageTables:
+    """Page tables of all slots, kept from step to step: a long one takes its time to write out.
+
+    A sequence's list of pages only grows while it holds its slot; the next time it gets one, it
+    has another list.
+    """
+
+    def __init__(self, groups: int, slots: int, max_pages: int) -> None:
+        self._rows = np.full((groups, slots, max_pages), NO_PAGE, np.int32)
+        self._written: dict[tuple[int, int], tuple[list[int], int]] = {}
+
+    def of(self, sequence: Sequence) -> Any:
+        """A sequence's table, for now."""
+        assert sequence.slot is not None
+        place, pages = (sequence.group, sequence.slot), sequence.pages
+        row = self._rows[place]
+        source, done = self._written.get(place, (None, 0))
+        if source is not pages:
+            row[:], done = NO_PAGE, 0
+        if done < len(pages):
+            row[done : len(pages)] = pages[done:]
+            self._written[place] = pages, len(pages)
+        return row

@@ -75,6 +75,7 @@ class Runner:
         self.max_len, self.num_pages = self._programs.max_len, self._programs.num_pages
         self.groups = self._programs.groups
         self.slots = config.slots // self.groups
+        self.shapes = self._programs.prefill_shapes
         self._weights = weights
         self._rows = self._programs.rows
         self._make_cache = self._programs.empty_cache()
@@ -121,18 +122,18 @@ class Runner:
 
     def run(self, plans: Plans) -> PendingStep:
         """Dispatch a planned step and return at once."""
-        admitted = [plan.admitted for plan in plans]
-        if any(admitted):
-            self._execute(("admit", 0), self._rows.admit(admitted))
+        if most := max(len(plan.admitted) for plan in plans):
+            rows = 1 if most == 1 else self.shapes.max_rows
+            admitted = self._rows.admit((plan.admitted for plan in plans), rows)
+            self._execute(("admit", rows, 0), admitted)
         decode = prefill = None
         if most := max(len(plan.decode) for plan in plans):
             bucket = next(b for b in self._programs.row_buckets if b >= most)
-            rows = self._rows.decode((plan.decode for plan in plans), bucket)
-            decode = self._execute(("decode", bucket), (rows,))
-        if lengths := [plan.prefill.length for plan in plans if plan.prefill]:
-            size = next(c for c in self.config.prefill_chunks if c >= max(lengths))
-            chunks = self._rows.prefill(plan.prefill for plan in plans)
-            prefill = self._execute(("prefill", size), (chunks,))
+            decoding = self._rows.decode((plan.decode for plan in plans), bucket)
+            decode = self._execute(("decode", bucket, 1), (decoding,))
+        if shape := next((plan.shape for plan in plans if plan.shape), None):
+            chunks = self._rows.prefill((plan.prefill for plan in plans), shape[0])
+            prefill = self._execute(("prefill", *shape), (chunks,))
         return PendingStep(plans, decode, prefill)
 
     def _execute(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:

@@ -1,8 +1,10 @@
 """Who runs next. Plain Python: slots and pages are numbers here, and no array is touched.
 
-Every step decodes one token for each running request and, beside that, prefills at most one chunk
-of one prompt: so a running stream never waits longer than one chunk, however long the prompts that
-arrive. When pages run out, the least urgent request gives up its own and starts over later.
+Every step decodes one token for each running request and, beside that, prefills several prompts,
+or chunks of them, up to the token budget of ``prefill.py``. So a running stream never waits longer
+than for one step of that many prompt tokens, however many and however long the prompts that arrive.
+A prompt that begins as one that is being computed waits for its pages instead of computing them
+again. When pages run out, the least urgent request gives up its own and starts over later.
 
 Owners of requests share the engine evenly, by the tokens they were served (Virtual Token Counter:
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv:2401.00588). A flood of
@@ -10,42 +12,12 @@ one does not keep the others waiting, not even while its long generations hold e
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from inferneo_jax.pages import PagePool
+from inferneo_jax.plans import DecodeRow, PrefillChunk, StepPlan
+from inferneo_jax.prefill import PrefillShapes, Shape
 from inferneo_jax.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """``length`` tokens of a sequence from position ``start``; ``sample`` the next one after."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    sample: bool
-    ends_prompt: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """A sequence whose newest token lies at ``position``."""
-
-    sequence: Sequence
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step runs. ``admitted`` just got its slot and must be put there first."""
-
-    admitted: Sequence | None
-    prefill: PrefillChunk | None
-    decode: tuple[DecodeRow, ...]
-
-    def __bool__(self) -> bool:
-        return self.prefill is not None or bool(self.decode)
-
 
 _PROMPT_COST, _OUTPUT_COST = 1, 2
 """What a token counts for its owner: one of the output keeps the device busy for longer."""
@@ -54,11 +26,11 @@ _PROMPT_COST, _OUTPUT_COST = 1, 2
 class Scheduler:
     """Slots, pages and the order of requests."""
 
-    def __init__(self, slots: int, pool: PagePool, max_chunk: int) -> None:
+    def __init__(self, slots: int, pool: PagePool, shapes: PrefillShapes) -> None:
         self.pool = pool
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._max_chunk = max_chunk
+        self._shapes = shapes
         self._free_slots = list(range(slots - 1, -1, -1))
         self._waiting: list[Sequence] = []
         self._served: Counter[str] = Counter()  # by owner; more than that of those not in it
@@ -102,20 +74,20 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
 
-    def schedule(self) -> StepPlan:
-        """Plan the next step, on the assumption that it will be run."""
+    def schedule(self, shape: Shape | None = None) -> StepPlan:
+        """Plan the next step, on the assumption that it will be run.
+
+        Args:
+            shape: of its prefill, when another group has chosen one.
+        """
         claimant = self._make_room()
         preemptions = self.num_preemptions
         decode = self._plan_decode()
-        admitted = None
-        prefilling = min(
-            (s for s in self.running if s.in_prefill), key=lambda s: s.urgency, default=None
-        )
         # Pages that a preemption just freed are for those who lacked them, not for newcomers.
-        if prefilling is None and self.num_preemptions == preemptions:
-            prefilling = admitted = self._admit(claimant or self._next())
-        prefill = self._plan_chunk(prefilling) if prefilling else None
-        return StepPlan(admitted, prefill, decode)
+        crowded = self.num_preemptions > preemptions
+        admitted = () if crowded else self._admit(claimant)
+        shape, prefill = self._plan_prefill(shape)
+        return StepPlan(admitted, prefill, shape, decode)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others share the pages that are full of known, computed tokens."""
@@ -162,10 +134,12 @@ class Scheduler:
                 return False
         return sequence.slot is not None
 
-    def _next(self) -> Sequence | None:
+    def _next(self, besides: Iterable[Sequence] = ()) -> Sequence | None:
         """Whose turn it is of those that wait: the owner served least, there the most urgent."""
         return min(
-            self._waiting, key=lambda s: (self._served[s.request.owner], s.urgency), default=None
+            (sequence for sequence in self._waiting if sequence not in besides),
+            key=lambda s: (self._served[s.request.owner], s.urgency),
+            default=None,
         )
 
     def _make_room(self) -> Sequence | None:
@@ -173,7 +147,7 @@ class Scheduler:
 
         So the slots come to be shared evenly, and never go back and forth.
         """
-        if self._free_slots or not (claimant := self._next()):
+        if self._free_slots or not self._lacks_prompts() or not (claimant := self._next()):
             return None
         slots = Counter(sequence.request.owner for sequence in self.running)
         owner, most = slots.most_common(1)[0]
@@ -186,21 +160,49 @@ class Scheduler:
         self._preempt(victim)
         return claimant
 
-    def _admit(self, sequence: Sequence | None) -> Sequence | None:
-        """Give a waiting sequence a slot and pages, if both are there."""
-        if sequence is None or not self._free_slots:
-            return None
+    def _prefilling(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.in_prefill]
+
+    def _lacks_prompts(self) -> bool:
+        """Whether a step could prefill more than what has a slot."""
+        missing = [sequence.num_missing for sequence in self._prefilling()]
+        return len(missing) < self._shapes.max_rows and sum(missing) < self._shapes.budget
+
+    def _admit(self, claimant: Sequence | None) -> tuple[Sequence, ...]:
+        """Give those whose turn it is slots and pages, until there is enough to prefill."""
+        admitted: list[Sequence] = []
+        put_off: set[Sequence] = set()
+        coming = {each for sequence in self._prefilling() for each in self._unpublished(sequence)}
+        while (
+            self._free_slots
+            and self._lacks_prompts()
+            and len(put_off) < self._shapes.max_rows
+            and (sequence := claimant or self._next(put_off))
+        ):
+            # The last token is always computed, since its logits are what the prefill is for.
+            scored = sequence.request.prompt_logprobs is not None
+            reusable = 0 if scored else sequence.num_known - 1
+            hashes = sequence.page_hashes(self.pool.page_len, reusable)
+            shared = self.pool.match(hashes)
+            if not claimant and len(shared) < len(hashes) and hashes[len(shared)] in coming:
+                self.pool.release(shared)  # another computes that page now
+                put_off.add(sequence)
+                continue
+            missing = self.pool.pages_for(sequence.num_known + 1) - len(shared)
+            spare = len(self.running)  # the next page of each running sequence
+            enough = self.pool.num_available >= missing + spare
+            pages = self.pool.allocate(missing) if enough else None
+            if pages is None:
+                self.pool.release(shared)
+                break
+            self._seat(sequence, shared, pages)
+            admitted.append(sequence)
+            coming.update(self._unpublished(sequence))
+            claimant = None
+        return tuple(admitted)
+
+    def _seat(self, sequence: Sequence, shared: list[int], pages: list[int]) -> None:
         assert len(sequence.output) == sequence.num_sampled, "admitted with a token in flight"
-        # The last token is always computed, since its logits are what the prefill is for.
-        reusable = 0 if sequence.request.prompt_logprobs is not None else sequence.num_known - 1
-        shared = self.pool.match(sequence.page_hashes(self.pool.page_len, reusable))
-        missing = self.pool.pages_for(sequence.num_known + 1) - len(shared)
-        spare = len(self.running)  # the next page of each running sequence
-        enough = self.pool.num_available >= missing + spare
-        pages = self.pool.allocate(missing) if enough else None
-        if pages is None:
-            self.pool.release(shared)
-            return None
         self._waiting.remove(sequence)
         sequence.slot = self._free_slots.pop()
         sequence.pages = shared + pages
@@ -209,18 +211,30 @@ class Scheduler:
         sequence.num_published = len(shared)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
+        self._served[sequence.request.owner] += sequence.num_missing * _PROMPT_COST
         self.running.append(sequence)
-        return sequence
 
-    def _plan_chunk(self, sequence: Sequence) -> PrefillChunk:
+    def _unpublished(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the pages that its prefill is still going to fill."""
+        hashes = sequence.page_hashes(self.pool.page_len, sequence.prefill_len)
+        return hashes[sequence.num_published :]
+
+    def _plan_prefill(self, shape: Shape | None) -> tuple[Shape | None, tuple[PrefillChunk, ...]]:
+        """The next chunk of each prompt that fits the shape, in order of admission."""
+        if not (sequences := self._prefilling()):
+            return None, ()
+        shape = shape or self._shapes.choose([sequence.num_missing for sequence in sequences])
+        rows, chunk = shape
+        return shape, tuple(self._plan_chunk(sequence, chunk) for sequence in sequences[:rows])
+
+    def _plan_chunk(self, sequence: Sequence, most: int) -> PrefillChunk:
         start = sequence.num_computed
-        length = min(sequence.prefill_len - start, self._max_chunk)
+        length = min(sequence.num_missing, most)
         sequence.num_computed += length
         ends = sequence.num_computed == sequence.prefill_len
         sample = ends and sequence.num_sampled < sequence.request.max_tokens
         sequence.num_sampled += sample
         self.publish(sequence)
-        self._served[sequence.request.owner] += length * _PROMPT_COST
         return PrefillChunk(sequence, start, length, sample, ends)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -1,8 +1,8 @@
 """Log probabilities as the device gives them, for the requests that asked."""
 
+from inferneo_jax.plans import PrefillChunk
 from inferneo_jax.request import TokenLogprob
 from inferneo_jax.sampling import Scores
-from inferneo_jax.scheduler import PrefillChunk
 
 
 def token_logprob(scores: Scores, at: tuple[int, ...], token: int, num_top: int) -> TokenLogprob:

@@ -81,6 +81,11 @@ class Sequence:
         return self.slot is not None and self.num_computed < self.prefill_len
 
     @property
+    def num_missing(self) -> int:
+        """Tokens that prefill must still compute, while it holds a slot."""
+        return max(0, self.prefill_len - self.num_computed)
+
+    @property
     def can_decode(self) -> bool:
         """Whether a decode step can sample its next token."""
         return (

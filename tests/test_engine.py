@@ -192,7 +192,9 @@ def test_a_paused_request_waits_and_harms_nobody(
     assert paused.count() < 40
     scheduled = []
     schedule = Scheduler.schedule
-    monkeypatch.setattr(Scheduler, "schedule", lambda s: (scheduled.append(1), schedule(s))[1])
+    monkeypatch.setattr(
+        Scheduler, "schedule", lambda s, *a: (scheduled.append(1), schedule(s, *a))[1]
+    )
     time.sleep(0.1)
     assert len(scheduled) < 20, "an engine that has nothing but paused requests spins"
     assert engine.stats().slots_used == 1

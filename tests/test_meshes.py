@@ -41,7 +41,7 @@ BIASED = DecoderConfig.from_dict(
 
 def _engine(config: DecoderConfig, shape: MeshShape) -> Engine:
     sizes = dataclasses.replace(
-        TINY_ENGINE, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,), mesh=shape
+        TINY_ENGINE, slots=8, kv_tokens=640, prefill_chunks=(4, 8), row_buckets=(8,), mesh=shape
     )
     runner = Runner(config, tiny_weights(config, shape), sizes, models.REFERENCE)
     runner.compile()

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inferneo_jax.plans import PrefillChunk
 from inferneo_jax.request import GenerationRequest, SamplingParams
 from inferneo_jax.rows import RowBuilder
 from inferneo_jax.sampling import Sampler, SamplingRows, argmax
-from inferneo_jax.scheduler import PrefillChunk
 from inferneo_jax.sequence import Sequence
 
 VOCAB, MAX_LEN = 300, 16
@@ -194,6 +194,7 @@ def test_parameters_out_of_range_are_named() -> None:
 
 def test_rows_for_the_device_are_padded_with_no_slot() -> None:
     sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, pages=[5])
-    rows = BUILDER.prefill([PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True)])
-    assert [np.asarray(x).tolist() for x in rows] == [[2], [1], [2], [True], [[5]]]
+    rows = BUILDER.prefill([[PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True)]], 2)
+    expected = [[2, 4], [1, 0], [2, 1], [True, False], [[5], [0]]]
+    assert [np.asarray(x).tolist() for x in rows] == expected
     assert BUILDER.decode([], 2).slots.tolist() == [4, 4]

@@ -39,7 +39,7 @@ def test_the_engine_knows_no_http() -> None:
         assert not _touches(file, "quart", "hypercorn", "pydantic", "server"), file
 
 
-@pytest.mark.parametrize("name", ["scheduler", "sequence", "pages", "request"])
+@pytest.mark.parametrize("name", ["scheduler", "plans", "prefill", "sequence", "pages", "request"])
 def test_the_hosts_side_imports_no_jax(name: str) -> None:
     assert not _touches(ENGINE / f"{name}.py", "jax", "jaxlib", "flax", "jaxtyping")
 

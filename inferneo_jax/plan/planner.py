@@ -18,7 +18,7 @@ from inferneo_jax.numerics import cache_dtype_for
 from inferneo_jax.plan.advice import advise, remedies
 from inferneo_jax.plan.budget import Budget, Wish, bound, work_of
 from inferneo_jax.plan.hlo import Collective, Program
-from inferneo_jax.programs import Programs
+from inferneo_jax.programs import Key, Programs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,8 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         return dataclasses.replace(plan, remedies=tuple(remedies(wish)))
     programs = budget.programs()
     steps, code = [], 0
-    for key in (("decode", programs.row_buckets[-1]), ("prefill", wish.engine.prefill_chunks[-1])):
+    decode = ("decode", programs.row_buckets[-1], 1)
+    for key in (decode, ("prefill", 1, wish.engine.prefill_chunks[-1])):
         progress(f"compiling {key[0]} for {wish.topology}")
         with jax.set_mesh(mesh):
             compiled = programs.lower(key).compile()
@@ -154,9 +155,8 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     )
 
 
-def _read_step(wish: Wish, programs: Programs, key: tuple[str, int], compiled: Any) -> Step:
-    kind, size = key
-    rows, tokens = (size, 1) if kind == "decode" else (1, size)
+def _read_step(wish: Wish, programs: Programs, key: Key, compiled: Any) -> Step:
+    kind, rows, tokens = key
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
     shards = {each.sharding.shard_shape(each.shape) for each in jax.tree.leaves(programs.cache())}

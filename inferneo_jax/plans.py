@@ -1,0 +1,45 @@
+"""What one step runs, as the scheduler plans it and the runner carries it out."""
+
+from dataclasses import dataclass
+
+from inferneo_jax.prefill import Shape
+from inferneo_jax.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """``length`` tokens of a sequence from position ``start``; ``sample`` the next one after."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    sample: bool
+    ends_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """A sequence whose newest token lies at ``position``."""
+
+    sequence: Sequence
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step runs in one group.
+
+    Attributes:
+        admitted: just got their slots, and must be put there first.
+        prefill: one chunk of each of several prompts.
+        shape: that holds them; None: there are none.
+        decode: rows that get their next token.
+    """
+
+    admitted: tuple[Sequence, ...]
+    prefill: tuple[PrefillChunk, ...]
+    shape: Shape | None
+    decode: tuple[DecodeRow, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.prefill or self.decode)

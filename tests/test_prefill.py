@@ -1,0 +1,116 @@
+"""Prompts are prefilled several at a time, none twice, within a budget."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferneo_jax.prefill import PrefillShapes
+from tests.support import MIXED, close, prompt, submit
+from tests.test_engine import MakeEngine
+from tests.test_fairness import SHAPES, House
+
+
+def test_each_chunk_has_one_row_or_as_many_as_the_longest_holds() -> None:
+    shapes = PrefillShapes.of((32, 128, 256), slots=32, overhead=32)
+    assert shapes.shapes == ((1, 32), (1, 128), (1, 256), (2, 128), (8, 32))
+    assert (shapes.budget, shapes.max_rows) == (256, 8)
+    assert PrefillShapes.of((32, 256), slots=4, overhead=32).shapes == ((1, 32), (4, 32), (1, 256))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        ([20], (1, 32)),
+        ([105], (1, 128)),
+        ([200], (1, 256)),
+        ([105] * 16, (2, 128)),
+        ([20] * 16, (8, 32)),
+        ([130] * 16, (8, 32)),
+        ([20] * 7 + [300], (8, 32)),
+        ([20, 20], (1, 32)),
+        ([3000], (1, 256)),
+        ([3000, 20, 20], (1, 256)),
+        ([20, 3000], (2, 128)),
+    ],
+)
+def test_the_shape_computes_most_for_its_cost(lengths: list[int], shape: tuple[int, int]) -> None:
+    assert PrefillShapes.of((32, 128, 256), slots=32, overhead=32).choose(lengths) == shape
+
+
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
+def test_the_first_in_line_always_gets_on(lengths: list[int]) -> None:
+    rows, tokens = SHAPES.choose(lengths)
+    assert rows * tokens <= SHAPES.budget
+
+
+def test_short_prompts_that_arrive_together_are_prefilled_together() -> None:
+    house = House()
+    for _ in range(4):
+        house.add("", 3, length=4)
+    house.step(2)
+    assert house.chunks == [2, 2]
+
+
+def test_no_row_is_computed_for_a_request_that_is_sure_to_be_over() -> None:
+    house = House()
+    tokens = [1, 2, 9, 30]
+    for each in tokens:
+        house.add("", each)
+    house.run()
+    assert sum(house.rows) == sum(tokens) - len(tokens)  # the first comes from the prefill
+
+
+def test_a_prompt_waits_for_the_pages_that_another_computes() -> None:
+    house = House(slots=5)
+    start = tuple(range(22))
+    for tail in range(4):
+        house.add("", 3, prompt=(*start, 50 + tail))
+    other = house.add("", 3, length=4)
+    house.run()
+    assert [sequence.cached_tokens for sequence in house.sequences] == [0, 20, 20, 20, 0]
+    assert other.finished
+
+
+def test_who_waits_for_pages_goes_on_when_they_do_not_come() -> None:
+    house = House()
+    start = tuple(range(40))
+    first, second = (house.add("", 3, prompt=(*start, 50 + i)) for i in range(2))
+    house.step(2)
+    assert (first.slot is None, second.slot is None) == (False, True)
+    house.end(first)
+    first.deliver(reason="abort")
+    house.run()
+    assert second.finished
+
+
+def test_prompts_that_begin_alike_and_arrive_together_are_computed_once(
+    tiny_engine: MakeEngine,
+) -> None:
+    engine, alone = tiny_engine(), tiny_engine(prefill_chunks=(64,))
+    prompts = [(*prompt(21), *prompt(3, seed=i)) for i in range(4)]
+    expected = [
+        submit(alone, ids, logprobs=1, cache_salt=bytes([i])) for i, ids in enumerate(prompts)
+    ]
+    together = [submit(engine, ids, logprobs=1) for ids in prompts]
+    for got, wanted in zip(together, expected, strict=True):
+        close(got, wanted)
+    assert [collected.outputs[0].cached_tokens for collected in together] == [0, 20, 20, 20]
+    assert engine.stats().prompt_tokens == 24 + 3 * 4
+
+
+def test_prompts_prefilled_together_equal_those_prefilled_alone(tiny_engine: MakeEngine) -> None:
+    engine, alone = tiny_engine(prefill_chunks=(4, 16)), tiny_engine()
+    prompts = [prompt(1 + 3 * i, seed=i) for i in range(len(MIXED))]
+    expected = [
+        submit(alone, ids, **fields).wait() for ids, fields in zip(prompts, MIXED, strict=True)
+    ]
+    together = [submit(engine, ids, **fields) for ids, fields in zip(prompts, MIXED, strict=True)]
+    for got, wanted in zip(together, expected, strict=True):
+        close(got, wanted)
+        if scores := wanted.outputs[0].prompt_logprobs:
+            others = got.outputs[0].prompt_logprobs
+            assert others is not None
+            for a, b in zip(scores[1:], others[1:], strict=True):
+                assert a is not None
+                assert b is not None
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-4)

@@ -202,21 +202,25 @@ def _medians(rounds: list[Round], label: str) -> list[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]], ours: str, theirs: str, rounds: int) -> Table:
-    title = f"{ours} : {theirs}, medians of {rounds} rounds; ratio of tok/s (least to most)"
+    title = f"medians of {rounds} rounds; ratios within rounds, with the least and the most"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    headings = ("clients", "output tok/s", "ratio", "TTFT ms p50", "p99", "ITL ms p50", "p99")
-    for heading in headings:
+    table.add_column("clients", justify="right")
+    table.add_column("")
+    for heading in ("output tok/s", "TTFT ms p50", "p99", "ITL ms p50", "p99"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        rate = row["_".join(_RATE)]
-        cells = [
-            f"{rate[ours]:,.1f} : {rate[theirs]:,.1f}",
-            f"{rate['ratio']:.2f} ({rate['ratio_min']:.2f} to {rate['ratio_max']:.2f})",
+        figures = [row.get("_".join(path)) for path in (_RATE, *_LATENCIES)]
+        for label in (ours, theirs):
+            cells = [
+                f"{pair[label] * (1000 if i else 1):,.1f}" if pair else "-"
+                for i, pair in enumerate(figures)
+            ]
+            table.add_row(str(row["clients"]) if label == ours else "", label, *cells)
+        ratios = [
+            f"{p['ratio']:.2f} ({p['ratio_min']:.2f}-{p['ratio_max']:.2f})" if p else "-"
+            for p in figures
         ]
-        for path in _LATENCIES:
-            pair = row.get("_".join(path))
-            cells.append(f"{1e3 * pair[ours]:,.1f} : {1e3 * pair[theirs]:,.1f}" if pair else "-")
-        table.add_row(str(row["clients"]), *cells)
+        table.add_row("", "ratio", *ratios, style="bold", end_section=True)
     return table
 
 

@@ -183,7 +183,8 @@ async def test_errors_say_what_to_do(reply: bytes, advice: str) -> None:
 async def test_when_every_request_failed_the_reason_is_told() -> None:
     async with scripted(status(429, "too many")) as (_, url), Client(url) as client:
         level = Level(clients=2, requests=3)
-        with pytest.raises(BenchError, match=r"all 3 requests failed, .*HTTP 429: too many\n.*keys"):
+        failed = r"all 3 requests failed, .*HTTP 429: too many\n.*inferneo keys create"
+        with pytest.raises(BenchError, match=failed):
             await measure(Api(client, "m"), Work(), [level], {})
 
 

@@ -1,11 +1,8 @@
 """Servers that a comparison starts: this one, and others that are found on the machine."""
 
-import ctypes
-import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +11,6 @@ from server.bench.errors import BenchError
 PORT = "{port}"
 """Stands in a command for the port that was chosen."""
 _SLACK_TOKENS = 64
-_PR_SET_PDEATHSIG, _SIGTERM = 1, 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +93,3 @@ def vllm(model: str | None) -> Side:
         raise BenchError("--peer vllm needs --peer-model: a folder or id in Hugging Face form")
     words = ("serve", model, "--host", "127.0.0.1", "--port", PORT)
     return Side(label="vLLM", command=(program, *words))
-
-
-def end_with_parent() -> Callable[[], None] | None:
-    """What a child calls first so that it is told to end when this process is killed (Linux)."""
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
-
-    def tell() -> None:
-        prctl(_PR_SET_PDEATHSIG, _SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it was killed before the line above
-            os._exit(1)
-
-    return tell

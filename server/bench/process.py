@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,12 +15,24 @@ from typing import NoReturn
 
 from server.bench.errors import BenchError, RequestFailedError
 from server.bench.http import Client
-from server.bench.peers import PORT, Side, end_with_parent
+from server.bench.peers import PORT, Side
 
 _POLL_SECONDS, _ANSWER_SECONDS = 0.1, 5.0
 _END_SECONDS = 30.0
 """How long a server that is told to end may take before it is killed."""
 _TAIL = 3000
+_LEAD = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the benchmark was killed")
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{sys.argv[2]} cannot be started: {error.strerror}")
+"""
+"""Sets prctl(2)'s signal for the parent's death, which lasts over execve(2), then starts it."""
 
 
 @contextlib.contextmanager
@@ -42,17 +55,13 @@ def running(side: Side, start_seconds: float) -> Iterator[tuple[str, float | Non
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         begin = time.monotonic()
-        try:
-            process = subprocess.Popen(  # noqa: S603 - this project's or the user's own command
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=end_with_parent(),  # safe, as this process has no threads
-            )
-        except OSError as error:
-            raise BenchError(f"{command[0]} cannot be started: {error.strerror}") from None
+        process = subprocess.Popen(  # noqa: S603 - this project's or the user's own command
+            _led(command),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             failure = asyncio.run(_wait_ready(process, url, side.ready, start_seconds))
             if failure:
@@ -62,6 +71,13 @@ def running(side: Side, start_seconds: float) -> Iterator[tuple[str, float | Non
             yield url, time.monotonic() - begin
         finally:
             _end(process)
+
+
+def _led(command: list[str]) -> list[str]:
+    """The command, which on Linux is told to end when this process is killed."""
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-c", _LEAD, str(os.getpid()), *command]
 
 
 async def _wait_ready(

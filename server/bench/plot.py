@@ -36,9 +36,12 @@ def draw(file: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], title: s
     panels: list[tuple[str, str | None]] = [(f"throughput, {'output ' * generates}tokens/s", None)]
     named = (("ttft", "time to first token"), ("itl", "inter-token latency"), ("e2e", "end to end"))
     panels += [(f"{text}, ms", name) for name, text in named if rows[0][name] is not None]
-    figure = Figure(figsize=(4.2 * len(panels), 4.0), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (heading, name) in zip(axes, panels, strict=True):
+    height = -(-len(panels) // 2)
+    figure = Figure(figsize=(9.0, 3.6 * height + 0.4), layout="constrained")
+    axes = figure.subplots(height, 2, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (heading, name) in zip(axes, panels, strict=False):
         for (label, levels), colour in zip(series.items(), _COLOURS, strict=False):
             loads = [level[key] for level in levels]
             if name is None:

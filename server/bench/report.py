@@ -121,7 +121,7 @@ def milliseconds(figures: Figures | None) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def print_notes(console: Console, rows: Sequence[Figures], wanted: int) -> None:

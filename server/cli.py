@@ -11,6 +11,7 @@ from rich.console import Console
 
 from inferneo_jax.errors import InferneoError
 from server import keys_cli, plan_cli
+from server.bench import cli as bench_cli
 
 app = typer.Typer(
     help="Serve language and embedding models over an OpenAI-compatible API.",
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_cli.app, name="keys")
+app.add_typer(bench_cli.app, name="bench")
 app.command()(plan_cli.plan)
 out = Console()
 err = Console(stderr=True)

@@ -77,7 +77,12 @@ def tiny_engine(tiny_runner: Callable[..., Runner]) -> Iterator[Callable[..., En
 def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
     """The catalog's chat model with reference numerics."""
     config = EngineConfig(
-        slots=16, dtype="float32", quantization="none", row_buckets=(2, 16), mesh=ONE_DEVICE
+        slots=16,
+        dtype="float32",
+        quantization="none",
+        kernels="xla",
+        row_buckets=(2, 16),
+        mesh=ONE_DEVICE,
     )
     model = load_model(real_checkpoints / CHAT_MODEL, config, name=CHAT_MODEL)
     assert isinstance(model, LanguageModel)
@@ -90,7 +95,7 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
 @pytest.fixture(scope="session")
 def real_embedder(real_checkpoints: Path) -> Iterator[Embedder]:
     """The catalog's embedding model with reference numerics."""
-    config = EngineConfig(dtype="float32", quantization="none", mesh=ONE_DEVICE)
+    config = EngineConfig(dtype="float32", quantization="none", kernels="xla", mesh=ONE_DEVICE)
     model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
     assert isinstance(model, EmbeddingModel)
     yield model.embedder

@@ -17,7 +17,7 @@ from inferneo_jax.config import (
 )
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
-from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.layers.matrix import EncodingError, Formats
 from inferneo_jax.memory import explained, require
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.numerics import dtype_for, formats_for
@@ -93,8 +93,12 @@ def load_model(
             )
         assert isinstance(info.config, DecoderConfig)
         mesh = make_mesh(config.mesh)
-        formats = formats_for(config, mesh)
-        weights = _load_weights(path, info.config, mesh, formats)
+        try:
+            formats = formats_for(config, mesh, bits=4)
+            weights = _load_weights(path, info.config, mesh, formats)
+        except EncodingError:
+            formats = formats_for(config, mesh)
+            weights = _load_weights(path, info.config, mesh, formats)
         runner = Runner(info.config, weights, config, formats, mesh)
         with explained("the steps were compiled and first run"):
             runner.compile(progress)

@@ -35,19 +35,24 @@ def cache_dtype_for(config: EngineConfig, device: Any) -> jnp.dtype:
     return jnp.dtype("float32" if wide else "bfloat16")
 
 
-def formats_for(config: EngineConfig, mesh: Mesh) -> Formats:
+def formats_for(config: EngineConfig, mesh: Mesh, bits: Literal[4, 8] = 8) -> Formats:
     """How matrices are kept.
 
     Auto quantizes nothing, but for a CPU that has native kernels: there it is int8 in groups, which
     is several times faster. A dtype that is asked for is what matrices are kept in.
+
+    Args:
+        config: of the engine.
+        mesh: of the devices.
+        bits: 4 to keep the layers' matrices in that many where int8 in groups is chosen; such
+            formats hold only what was quantized so before, and raise EncodingError for others.
     """
     device = mesh.devices.flat[0]
     dtype = dtype_for(config, device)
     if config.quantization == "auto" and config.dtype == "auto" and _has_kernels(config, mesh):
-        from inferneo_jax.kernels.cpu.linear import Grouped
+        from inferneo_jax.kernels.cpu.linear import Blocks
 
-        grouped = Grouped(dtype)
-        return Formats(grouped, grouped)
+        return Formats(Blocks(dtype, bits), Blocks(dtype))
     if config.quantization == "int8":
         products: Literal["int8", "float"] = "int8" if _multiplies_int8(device) else "float"
         return Formats.int8(dtype, meshes.parts(mesh, "mlp"), products)

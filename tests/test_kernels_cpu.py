@@ -6,7 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.engine import Engine
 from inferneo_jax.kernels.cpu import build
 from inferneo_jax.kernels.cpu.build import Variant, library
-from inferneo_jax.kernels.cpu.linear import Grouped
-from inferneo_jax.layers.matrix import Int8, Plain
+from inferneo_jax.kernels.cpu.linear import Blocks
+from inferneo_jax.layers.matrix import EncodingError, Int8, Plain
 from inferneo_jax.layers.mlp import gate
 from inferneo_jax.layers.norm import RMSNorm
 from inferneo_jax.mesh import make_mesh
@@ -44,96 +44,140 @@ def variant(request: pytest.FixtureRequest) -> Variant:
     return request.param
 
 
-def _product(form: Grouped, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def _product(form: Blocks, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     stored = tuple(map(jnp.asarray, form.encode(matrix, table=False)))
     product = jax.jit(lambda x, stored: form.product(x, stored, table=False))
     return np.asarray(product(jnp.asarray(x), stored))[:, : matrix.shape[1]]
-
-
-def _integers(rng: np.random.Generator, rows: int, columns: int, group: int) -> np.ndarray:
-    """Integers that are their own quantized values: each group's largest is 127."""
-    values = rng.integers(-127, 128, (rows, columns))
-    values[:, ::group] = 127
-    return values.astype(np.float32)
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 5), (192, 32), (128, 100)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 40])
-def test_a_product_of_integers_is_exact(
-    variant: Variant, rows: int, inputs: int, outputs: int
-) -> None:
-    rng = np.random.default_rng(rows)
-    x = _integers(rng, rows, inputs, 64)
-    matrix = _integers(rng, outputs, inputs, 64).T
-    wanted = x.astype(np.int64) @ matrix.astype(np.int64)
-    assert np.abs(wanted).max() < 2**24  # float32 holds it exactly
-    np.testing.assert_array_equal(_product(Grouped(F32, variant=variant), x, matrix), wanted)
 
 
 def _random(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
-def _dequantized(x: np.ndarray, group: int) -> np.ndarray:
-    """What a row stands for once each group is rounded to multiples of its absmax / 127."""
+def _integers(rows: int, columns: int, group: int) -> np.ndarray:
+    """Integers that are their own quantized values: each group's largest is 127."""
+    values = np.random.default_rng(rows).integers(-127, 128, (rows, columns))
+    values[:, ::group] = 127
+    return values.astype(np.float32)
+
+
+def _four_bits(inputs: int, outputs: int) -> np.ndarray:
+    """A matrix as a file of 4 bits has it: scale times 0 to 15 plus a minimum, by 32 inputs."""
+    rng = np.random.default_rng(inputs)
+    groups = -(-inputs // 32)
+    values = rng.integers(0, 16, (groups, 32, outputs))
+    values[:, 0], values[:, 1] = 0, 15
+    scales, minima = (
+        (rng.random((groups, 1, outputs)) * factor).astype(np.float16).astype(np.float32)
+        for factor in (0.02, -0.2)
+    )
+    return (values * scales + minima).reshape(-1, outputs).astype(np.float32)[:inputs]
+
+
+def _rounded(x: np.ndarray) -> np.ndarray:
+    """Rows as they are multiplied: every 64 values are multiples of their absmax / 127."""
     rows, columns = x.shape
-    groups = np.pad(x, ((0, 0), (0, -columns % group))).reshape(rows, -1, group)
-    most = np.abs(groups).max(axis=2, keepdims=True)
-    values = np.rint(groups * (np.float32(127) / most)) * (most / np.float32(127))
+    spans = np.pad(x, ((0, 0), (0, -columns % 64))).reshape(rows, -1, 64)
+    most = np.abs(spans).max(axis=2, keepdims=True)
+    values = np.rint(spans * (np.float32(127) / most)) * (most / np.float32(127))
     return values.reshape(rows, -1)[:, :columns]
 
 
-def test_a_product_is_that_of_what_both_sides_are_rounded_to(variant: Variant) -> None:
-    form = Grouped(F32, variant=variant)
-    x, table = _random(9, 200), _random(50, 200)
+def _matrix(bits: Literal[4, 8], inputs: int, outputs: int) -> np.ndarray:
+    return _four_bits(inputs, outputs) if bits == 4 else _random(inputs, outputs)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 5), (192, 32), (128, 100)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_product_of_integers_is_exact(
+    variant: Variant, bits: Literal[4, 8], inputs: int, outputs: int
+) -> None:
+    matrix = _integers(outputs, inputs, 32).T
+    if bits == 4:
+        matrix = np.clip(matrix, -11, 4)
+        matrix[::32], matrix[1::32] = -11, 4
+    form = Blocks(F32, bits, variant)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 40):
+        x = _integers(rows, inputs, 64)
+        wanted = x.astype(np.int64) @ matrix.astype(np.int64)
+        assert np.abs(wanted).max() < 2**24  # float32 holds it exactly
+        np.testing.assert_array_equal(_product(form, x, matrix), wanted)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_product_is_that_of_what_both_sides_are_rounded_to(
+    variant: Variant, bits: Literal[4, 8]
+) -> None:
+    x, matrix = _random(9, 192), _matrix(bits, 192, 50)
+    got = _product(Blocks(F32, bits, variant), x, matrix)
+    if bits == 8:
+        groups = matrix.reshape(6, 32, 50)
+        scales = (np.abs(groups).max(1, keepdims=True) / 127).astype(np.float16).astype(np.float32)
+        matrix = (np.rint(groups / scales) * scales).reshape(192, 50)
+    np.testing.assert_allclose(got, _rounded(x) @ matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_table_are_those_that_it_multiplies_with(variant: Variant) -> None:
+    table = _random(50, 200)
+    form = Blocks(F32, variant=variant)
     stored = tuple(map(jnp.asarray, form.encode(table, table=True)))
-    rounded = np.asarray(form.take(stored, jnp.arange(50)))[:, :200]
-    step = np.abs(np.pad(table, ((0, 0), (0, 56))).reshape(50, 4, 64)).max(2).repeat(64, 1) / 127
-    assert (np.abs(rounded - table) <= 0.51 * step[:, :200]).all()
-    wanted = _dequantized(x, 64) @ rounded.T
-    np.testing.assert_allclose(_product(form, x, table.T), wanted, rtol=1e-4, atol=1e-4)
+    ids = jnp.asarray([[3, 49], [0, 3]])
+    taken = np.asarray(form.take(stored, ids))[..., :200]
+    steps = np.abs(np.pad(table, ((0, 0), (0, 24))).reshape(50, 7, 32)).max(2) / 127
+    error = np.abs(taken - table[np.asarray(ids)])
+    assert (error <= 0.51 * steps.repeat(32, 1)[:, :200][np.asarray(ids)]).all()
+    one = np.eye(200, dtype=np.float32)  # each row gives one input of every output
+    multiplied = np.asarray(form.product(jnp.asarray(one), stored, table=True))[:, :50].T
+    np.testing.assert_allclose(multiplied[np.asarray(ids)], taken, rtol=1e-5)
+    form.take(stored, jnp.asarray([-1, 99]))  # any row, and nothing beyond the table
 
 
-def _around(norm: RMSNorm | None, x: jax.Array, residual: jax.Array | None) -> list[jax.Array]:
-    """A product with all that is done before and after it, fused and not."""
-    form = Grouped(F32)
-    inputs = x.shape[1] // (1 if norm else 2)
-    stored = tuple(map(jnp.asarray, form.encode(_random(inputs, 40), table=False)))
-    prologue = norm or gate
-    fused = form.multiply(x, stored, prologue=prologue, residual=residual)
-    apart = form.multiply(prologue(x), stored)
-    apart = apart if residual is None else apart[:, : residual.shape[1]] + residual
-    return [fused, apart]
+def test_what_is_not_in_four_bits_is_refused() -> None:
+    matrix = _four_bits(64, 40)
+    Blocks(F32, 4).encode(matrix, table=False)
+    matrix[5, 7] += 0.001
+    for wrong in (matrix, _random(64, 40)):
+        with pytest.raises(EncodingError, match="not in groups of 4 bits"):
+            Blocks(F32, 4).encode(wrong, table=False)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 70])
-def test_what_is_fused_gives_what_it_gives_apart(rows: int) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_fused_gives_what_it_gives_apart(rows: int, bits: Literal[4, 8]) -> None:
+    form = Blocks(F32, bits)
     norm = RMSNorm(200, 1e-5)
     norm.scale.set_value(jnp.asarray(_random(200)))
-    x, residual = jnp.asarray(_random(rows, 200)), jnp.asarray(_random(rows, 40))
-    for way in ((norm, x, None), (norm, x, residual), (None, x, None), (None, x, residual)):
-        fused, apart = _around(*way)
-        # A sum in another order may round a value of a row to its neighbour.
-        np.testing.assert_allclose(fused, apart, rtol=0, atol=0.02)
-        assert np.abs(np.asarray(fused - apart)).mean() < 1e-4
+    stored = tuple(map(jnp.asarray, form.encode(_matrix(bits, 200, 40), table=False)))
+    residual = jnp.asarray(_random(rows, 40))
+    for prologue, x in ((norm, _random(rows, 200)), (gate, _random(rows, 400))):
+        apart = form.multiply(prologue(jnp.asarray(x)), stored)[:, :40]
+        for added in (None, residual):
+            fused = form.multiply(jnp.asarray(x), stored, prologue=prologue, residual=added)[:, :40]
+            error = np.asarray(fused - (apart if added is None else apart + added))
+            # A sum in another order may round a value of a row to its neighbour.
+            assert np.abs(error).max() < 0.03
+            assert np.abs(error).mean() < 1e-3
 
 
-def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(variant: Variant) -> None:
-    form = Grouped(F32, variant=variant)
-    x, matrix = _random(70, 200), _random(200, 96)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(
+    variant: Variant, bits: Literal[4, 8]
+) -> None:
+    form = Blocks(F32, bits, variant)
+    x = _random(300, 200)
     norm = RMSNorm(200, 1e-5)
-    stored = tuple(map(jnp.asarray, form.encode(matrix, table=False)))
+    stored = tuple(map(jnp.asarray, form.encode(_matrix(bits, 200, 96), table=False)))
     multiply = jax.jit(lambda x: form.multiply(x, stored, prologue=norm))
     whole = np.asarray(multiply(jnp.asarray(x)))
-    for first, end in ((0, 1), (3, 5), (10, 21), (33, 70)):
+    for first, end in ((0, 1), (3, 5), (10, 13), (20, 24), (33, 70)):
         np.testing.assert_array_equal(multiply(jnp.asarray(x[first:end])), whole[first:end])
 
 
 def test_values_that_are_no_numbers_stay_in_their_rows() -> None:
     x = _random(4, 64)
-    clean = _product(Grouped(F32), x, _random(64, 32))
+    clean = _product(Blocks(F32), x, _random(64, 32))
     x[1, 3], x[2, 5] = np.nan, np.inf
-    dirty = _product(Grouped(F32), x, _random(64, 32))
+    dirty = _product(Blocks(F32), x, _random(64, 32))
     np.testing.assert_array_equal(dirty[[0, 3]], clean[[0, 3]])
     assert not np.isfinite(dirty[[1, 2]]).any()
 
@@ -141,8 +185,8 @@ def test_values_that_are_no_numbers_stay_in_their_rows() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, Grouped),
-        ({"kernels": "native"}, Grouped),
+        ({}, Blocks),
+        ({"kernels": "native"}, Blocks),
         ({"kernels": "xla"}, Plain),
         ({"dtype": "float32"}, Plain),
         ({"quantization": "none"}, Plain),
@@ -154,6 +198,9 @@ def test_a_cpu_keeps_matrices_for_its_kernels(changes: dict[str, Any], expected:
     config = EngineConfig(**({"mesh": ONE_DEVICE} | changes))
     formats = formats_for(config, make_mesh(config.mesh))
     assert type(formats.linear) is type(formats.head) is expected
+    finer = formats_for(config, make_mesh(config.mesh), bits=4)
+    assert getattr(finer.linear, "bits", None) == (4 if expected is Blocks else None)
+    assert finer.head == formats.head
 
 
 def test_without_a_library_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +211,7 @@ def test_without_a_library_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch)
 def test_alone_is_batched_with_kernels() -> None:
     config = dataclasses.replace(TINY_ENGINE, slots=8, kv_tokens=640, row_buckets=(1, 8))
     formats = formats_for(config, make_mesh(ONE_DEVICE))
-    assert isinstance(formats.linear, Grouped)
+    assert isinstance(formats.linear, Blocks)
     runner = Runner(TINY, tiny_weights(TINY, ONE_DEVICE, formats), config, formats)
     runner.compile()
     engine = Engine(runner)

@@ -25,6 +25,10 @@ Prologue = Callable[[Float[Array, "*rows n"]], Float[Array, "*rows inputs"]]
 """What is done to the rows before they are multiplied: a normalisation, a gate."""
 
 
+class EncodingError(ValueError):
+    """A matrix that a format cannot hold."""
+
+
 class Piece(NamedTuple):
     """One of the arrays that make up a matrix: its whole shape, and the logical axes it has."""
 
@@ -54,7 +58,11 @@ class MatrixFormat(ABC):
 
     @abstractmethod
     def encode(self, part: HostArray, *, table: bool) -> tuple[HostArray, ...]:
-        """The arrays of one device's part of a matrix."""
+        """The arrays of one device's part of a matrix.
+
+        Raises:
+            EncodingError: the format holds some matrices only, and not this one.
+        """
 
     @abstractmethod
     def product(

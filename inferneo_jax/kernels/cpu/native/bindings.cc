@@ -4,7 +4,6 @@
 // buffers taken apart: what is wrong becomes an error of the step that called.
 
 #include <cstdint>
-#include <string>
 
 #include "linear.h"
 #include "pool.h"
@@ -14,52 +13,67 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-using Floats = ffi::Buffer<ffi::F32>;
+using Vector = ffi::BufferR1<ffi::F32>;
+using Table = ffi::BufferR2<ffi::F32>;
 
 ffi::Error wrong(const char* what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, what);
 }
 
-ffi::Error linear_int8_call(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
-                            ffi::BufferR4<ffi::U8> values, ffi::BufferR3<ffi::BF16> scales,
-                            ffi::BufferR1<ffi::F32> norm, ffi::BufferR2<ffi::F32> residual,
-                            int64_t prologue, float eps, ffi::ResultBufferR2<ffi::F32> out) {
-  const auto v = values.dimensions(), s = scales.dimensions(), o = out->dimensions();
-  const int64_t rows = x.dimensions()[0], inputs = v[1] * 4;
+// `weights` is `[blocks, groups, bytes of a Group]`; `norm` and `residual` may be empty.
+template <typename Group>
+ffi::Error linear_call(ffi::ThreadPool pool, Table x, ffi::BufferR3<ffi::U8> weights, Vector norm,
+                       Table residual, int64_t prologue, float eps,
+                       ffi::ResultBufferR2<ffi::F32> out) {
+  const auto w = weights.dimensions(), o = out->dimensions();
+  const int64_t rows = x.dimensions()[0], inputs = w[1] * kGroup;
   const int64_t width = x.dimensions()[1] / (prologue == Around::kSwiGlu ? 2 : 1);
-  if (v[2] != kBlock || v[3] != 4 || s[0] != v[0] || s[2] != kBlock) {
-    return wrong("values must be [blocks, inputs / 4, 32, 4], scales [blocks, groups, 32]");
-  }
-  if (s[1] < 1 || inputs % (kLanes * s[1])) return wrong("groups must be multiples of 16 inputs");
-  if (width > inputs || o[0] != rows || o[1] > v[0] * kBlock) {
+  if (w[2] != sizeof(Group) || inputs % kSpan) return wrong("the weights have another layout");
+  if (width > inputs || o[0] != rows || o[1] > w[0] * kBlock) {
     return wrong("x has more columns than the matrix, or the result another shape");
   }
-  if (prologue == Around::kRmsNorm && norm.element_count() != static_cast<size_t>(width)) {
+  if (prologue == Around::kRmsNorm && static_cast<int64_t>(norm.element_count()) != width) {
     return wrong("the norm has another width than x");
   }
   const bool added = residual.element_count() > 0;
   if (added && residual.element_count() != out->element_count()) {
     return wrong("the residual has another shape than the result");
   }
+  const Matrix<Group> matrix{reinterpret_cast<const Group*>(weights.typed_data()), inputs, o[1]};
   const Around around{static_cast<Around::Prologue>(prologue), norm.typed_data(), eps,
                       added ? residual.typed_data() : nullptr};
-  const Matrix matrix{values.typed_data(),
-                      reinterpret_cast<const uint16_t*>(scales.untyped_data()), inputs, o[1],
-                      inputs / s[1]};
   linear(pool, matrix, around, x.typed_data(), rows, width, out->typed_data());
   return ffi::Error::Success();
 }
 
+ffi::Error take_call(ffi::BufferR1<ffi::S32> ids, ffi::BufferR3<ffi::U8> weights,
+                     ffi::ResultBufferR2<ffi::F32> out) {
+  const auto w = weights.dimensions(), o = out->dimensions();
+  const int64_t count = ids.dimensions()[0], inputs = w[1] * kGroup;
+  if (w[2] != sizeof(Bits8)) return wrong("the table has another layout");
+  if (o[0] != count || o[1] != inputs) return wrong("the result has another shape");
+  const Matrix<Bits8> matrix{reinterpret_cast<const Bits8*>(weights.typed_data()), inputs,
+                             w[0] * kBlock};
+  take(matrix, ids.typed_data(), count, out->typed_data());
+  return ffi::Error::Success();
+}
+
+auto linear_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Table>()
+      .Arg<ffi::BufferR3<ffi::U8>>()
+      .Arg<Vector>()
+      .Arg<Table>()
+      .Attr<int64_t>("prologue")
+      .Attr<float>("eps")
+      .Ret<Table>();
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int8, linear_int8_call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Arg<ffi::BufferR4<ffi::U8>>()
-                                  .Arg<ffi::BufferR3<ffi::BF16>>()
-                                  .Arg<ffi::BufferR1<ffi::F32>>()
-                                  .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Attr<int64_t>("prologue")
-                                  .Attr<float>("eps")
-                                  .Ret<ffi::BufferR2<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_8, linear_call<Bits8>, linear_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_4, linear_call<Bits4>, linear_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    take_8, take_call,
+    ffi::Ffi::Bind().Arg<ffi::BufferR1<ffi::S32>>().Arg<ffi::BufferR3<ffi::U8>>().Ret<Table>());

@@ -68,13 +68,13 @@ inline void swiglu(const float* gate, const float* up, int64_t size, float* to) 
   for (int64_t i = 0; i < size; ++i) to[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
-// The nearest multiples of `absmax / 127`, and that; their sum. `size` is a multiple of 16. A group
-// with a value that is no number has no scale that is one.
-inline void quantize_group(const float* x, int64_t size, int8_t* values, float* scale,
-                           int32_t* sum) {
+// The nearest multiples of `absmax / 127` of a span of values, and that; their sum in each group.
+// A span with a value that is no number has no scale that is one.
+template <int64_t kSpan, int64_t kGroup>
+inline void quantize_span(const float* x, int8_t* values, float* scale, int32_t* sums) {
   // Compared as integers, magnitudes are in the order of their values, and NaN is above them all.
   int32_t lanes[kLanes] = {};
-  for (int64_t i = 0; i < size; i += kLanes) {
+  for (int64_t i = 0; i < kSpan; i += kLanes) {
     for (int64_t j = 0; j < kLanes; ++j) {
       const int32_t bits = static_cast<int32_t>(to_bits(x[i + j]) & 0x7fffffff);
       lanes[j] = lanes[j] > bits ? lanes[j] : bits;
@@ -85,17 +85,19 @@ inline void quantize_group(const float* x, int64_t size, int8_t* values, float* 
   const float most = from_bits(static_cast<uint32_t>(largest));
   *scale = most / 127.0f;
   const float inverse = most > 0 ? 127.0f / most : 0.0f;
-  uint32_t sums[kLanes] = {};
-  for (int64_t i = 0; i < size; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const uint32_t value = low_bits(x[i + j] * inverse + kShift);
-      values[i + j] = static_cast<int8_t>(value);
-      sums[j] += value;
+  for (int64_t first = 0; first < kSpan; first += kGroup) {
+    uint32_t lanes_sum[kLanes] = {};
+    for (int64_t i = first; i < first + kGroup; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) {
+        const uint32_t value = low_bits(x[i + j] * inverse + kShift);
+        values[i + j] = static_cast<int8_t>(value);
+        lanes_sum[j] += value;
+      }
     }
+    uint32_t total = 0;
+    for (uint32_t lane : lanes_sum) total += lane;
+    sums[first / kGroup] = static_cast<int32_t>(total);
   }
-  uint32_t total = 0;
-  for (uint32_t lane : sums) total += lane;
-  *sum = static_cast<int32_t>(total);
 }
 
 }  // namespace

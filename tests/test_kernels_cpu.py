@@ -145,11 +145,11 @@ def test_what_is_not_in_four_bits_is_refused() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_fused_gives_what_it_gives_apart(rows: int, bits: Literal[4, 8]) -> None:
     form = Blocks(F32, bits)
-    norm = RMSNorm(200, 1e-5)
-    norm.scale.set_value(jnp.asarray(_random(200)))
-    stored = tuple(map(jnp.asarray, form.encode(_matrix(bits, 200, 40), table=False)))
+    norm = RMSNorm(160, 1e-5)
+    norm.scale.set_value(jnp.asarray(_random(160)))
+    stored = tuple(map(jnp.asarray, form.encode(_matrix(bits, 160, 40), table=False)))
     residual = jnp.asarray(_random(rows, 40))
-    for prologue, x in ((norm, _random(rows, 200)), (gate, _random(rows, 400))):
+    for prologue, x in ((norm, _random(rows, 160)), (gate, _random(rows, 320))):
         apart = form.multiply(prologue(jnp.asarray(x)), stored)[:, :40]
         for added in (None, residual):
             fused = form.multiply(jnp.asarray(x), stored, prologue=prologue, residual=added)[:, :40]
@@ -164,9 +164,9 @@ def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(
     variant: Variant, bits: Literal[4, 8]
 ) -> None:
     form = Blocks(F32, bits, variant)
-    x = _random(300, 200)
-    norm = RMSNorm(200, 1e-5)
-    stored = tuple(map(jnp.asarray, form.encode(_matrix(bits, 200, 96), table=False)))
+    x = _random(300, 160)
+    norm = RMSNorm(160, 1e-5)
+    stored = tuple(map(jnp.asarray, form.encode(_matrix(bits, 160, 96), table=False)))
     multiply = jax.jit(lambda x: form.multiply(x, stored, prologue=norm))
     whole = np.asarray(multiply(jnp.asarray(x)))
     for first, end in ((0, 1), (3, 5), (10, 13), (20, 24), (33, 70)):

@@ -17,11 +17,12 @@ from inferneo_jax.config import (
 )
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
+from inferneo_jax.executables import Progress
 from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.memory import explained, require
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.numerics import dtype_for, formats_for
-from inferneo_jax.runner import Progress, Runner, sharing
+from inferneo_jax.runner import Runner, sharing
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
@@ -80,7 +81,13 @@ def load_model(
             formats = Formats.plain(dtype_for(config, mesh.devices.flat[0]))
             weights = _load_weights(path, info.config, mesh, formats)
             embedder = Embedder(
-                info.config, weights, formats, mesh, config.max_len, config.step_seconds
+                info.config,
+                weights,
+                formats,
+                mesh,
+                config.max_len,
+                config.step_seconds,
+                config.compilation_cache,
             )
             with explained("the batches were compiled and first run"):
                 embedder.start(progress)

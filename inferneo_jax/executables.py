@@ -91,8 +91,11 @@ class ExecutableStore:
             file = self._file(key)
             content = file.read_bytes()
             os.utime(file)
+            program, inputs, outputs = pickle.loads(content)  # noqa: S301  (as safe as the folder)
             return serialize_executable.deserialize_and_load(
-                *pickle.loads(content),  # noqa: S301  (as safe as the folder)
+                program,
+                inputs,
+                outputs,
                 backend=self._devices[0].client,
                 execution_devices=self._devices,
             )

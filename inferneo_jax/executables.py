@@ -1,6 +1,6 @@
 """Compiled programs, kept on disk between starts.
 
-JAX's persistent cache knows a program by its lowered form, so each start would trace and lower
+JAX's own persistent cache knows a program by its lowered form, so each start would trace and lower
 every program again to find it. Here a program is known by what it is made of: this package's
 source, the versions of JAX and of the device's compiler, the machine, the mesh, and the
 configuration. What was compiled from the same is loaded as it is.
@@ -13,6 +13,7 @@ import pickle
 import platform
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.monitoring
 import jaxlib.version
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
@@ -33,6 +35,9 @@ Progress = Callable[[str, int, int], None]
 """Told the stage, how much of it is done, and how much there is."""
 
 K = TypeVar("K", bound=Hashable)
+
+_from_jax = threading.local()
+"""Whether JAX's own cache, where it is on, had this thread's latest program."""
 
 _SUFFIX = ".executable"
 _UNUSED_SECONDS = 30 * 86_400.0
@@ -77,8 +82,10 @@ class ExecutableStore:
         return made
 
     def _compile(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
+        _from_jax.hit = False
         compiled = lower().compile()
-        if self._folder:
+        # XLA:CPU writes out a program that was itself read from a file without its functions.
+        if self._folder and not _from_jax.hit:
             try:
                 self._write(self._file(key), pickle.dumps(serialize_executable.serialize(compiled)))
             except (OSError, ValueError, pickle.PicklingError) as error:
@@ -171,3 +178,11 @@ def _machine() -> str:
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _note_hit(event: str, **_: object) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _from_jax.hit = True
+
+
+jax.monitoring.register_event_listener(_note_hit)

@@ -71,8 +71,6 @@ def load_model(
     """
     info = read_info(path)
     tokenizer = Tokenizer.from_directory(path)
-    if config.compilation_cache:
-        _use_compilation_cache(config.compilation_cache)
     with compiles.expected():
         if isinstance(info.config, EncoderConfig):
             # A small model: where there are several hosts, the devices of this one are plenty.
@@ -120,10 +118,3 @@ def _load_weights(path: Path, config: ModelConfig, mesh: Mesh, formats: Formats)
     shapes = {name: spec.shape for name, spec in models.declare(config).items()}
     with explained("the weights were loaded"):
         return place_weights(open_weights(path, shapes), config, mesh, formats)
-
-
-def _use_compilation_cache(folder: str) -> None:
-    """Keep every executable on disk, however quickly it compiled, for the next start."""
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

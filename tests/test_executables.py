@@ -135,6 +135,18 @@ def test_what_cannot_be_loaded_is_compiled_again(
     assert [file] == list(tmp_path.iterdir())
 
 
+def test_what_jax_read_from_its_own_cache_is_not_kept(tmp_path: Path) -> None:
+    class Known:
+        def compile(self) -> jax.stages.Compiled:
+            jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
+            return _lower().compile()
+
+    _store(tmp_path).compile_all({"double": Known}, None)
+    assert not [*tmp_path.iterdir()]
+    assert _made_again(_store(tmp_path))
+    assert not _made_again(_store(tmp_path))
+
+
 def test_what_nobody_asks_for_is_removed(tmp_path: Path) -> None:
     assert _made_again(_store(tmp_path, "old"))
     (old,) = tmp_path.iterdir()

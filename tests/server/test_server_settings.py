@@ -7,8 +7,8 @@ import pytest
 
 from inferneo_jax import ConfigError
 from inferneo_jax.config import MeshShape
-from server.models import sources_of
 from server.settings import Settings, unknown_variables
+from server.sources import sources_of
 
 
 @pytest.fixture(autouse=True)

@@ -153,7 +153,7 @@ class Runner:
     def _warm_up(self) -> None:
         """Run every step once, on padding, and see how long the slowest takes."""
         slowest = 0.0
-        for key in self._compiled:
+        for key in self._programs.keys():  # the same order in all processes
             started = time.perf_counter()
             self.execute(key, self._programs.host_arguments(key))
             jax.block_until_ready((self._cache, self._state))

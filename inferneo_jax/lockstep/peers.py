@@ -123,7 +123,7 @@ class Link:
         """See :class:`Peers`."""
         seconds = self._load_seconds if seconds is None else seconds
         if self.leads:
-            found = {0: mine}
+            found = {0: orjson.loads(orjson.dumps(mine))}  # as the others see it
             for peer in self._channels:
                 found[peer] = self._value(peer, what, seconds)
             values = [found[number] for number in sorted(found)]
@@ -185,6 +185,8 @@ class Link:
 
     def _value(self, peer: int, what: str, seconds: float) -> Any:
         kind, payload = self.next(peer, seconds)
+        if kind == Kind.STOP:
+            raise JobError(f"process {peer} ended the job before it was ready")
         name, value = orjson.loads(payload) if kind == Kind.VALUE else (kind.name, None)
         if name != what:
             raise JobError(

@@ -152,8 +152,8 @@ class Runner:
 
     def _warm_up(self) -> None:
         """Run every step once, on padding, and see how long the slowest takes."""
-        slowest = 0.0
-        for key in self._programs.keys():  # the same order in all processes
+        slowest, keys = 0.0, self._programs.keys()  # in the same order in all processes
+        for key in keys:
             started = time.perf_counter()
             self.execute(key, self._programs.host_arguments(key))
             jax.block_until_ready((self._cache, self._state))

@@ -73,16 +73,13 @@ class Job:
         """
         if self._link:
             return
+        _check_number(self.leads, self._config.process_id)
         progress("joining", 0, 0)
         coordinator, client = _initialize(self._config)
         import jax
 
         number, count = jax.process_index(), jax.process_count()
-        if self.leads != (number == 0):
-            raise JobError(
-                f"this is process {number} of the job; process 0 is the one that serves HTTP, and "
-                "all others run `inferneo follow`"
-            )
+        _check_number(self.leads, number)
         host = coordinator.rpartition(":")[0].strip("[]")
         seconds = self._config.connect_seconds
         if self.leads:
@@ -164,6 +161,14 @@ class Job:
             callback(reason)
 
 
+def _check_number(leads: bool, number: int | None) -> None:
+    if number is not None and leads != (number == 0):
+        raise JobError(
+            f"this is process {number} of the job; process 0 is the one that serves HTTP, and all "
+            "others run `inferneo follow`"
+        )
+
+
 def _initialize(config: JobConfig) -> tuple[str, Any]:
     """Join JAX's own processes: where its coordinator is, and its client."""
     import jax
@@ -213,7 +218,11 @@ def connect(host: str, port: int, config: JobConfig, process_id: int) -> Channel
     except OSError as error:
         raise JobError(f"the leader cannot be reached at {host}:{port}: {error}") from None
     channel = Channel(connection, config.lost_seconds)
-    channel.prove(config.token, process_id)
+    try:
+        channel.prove(config.token, process_id)
+    except JobError:
+        channel.close()
+        raise
     return channel
 
 
@@ -250,7 +259,8 @@ def accept(listener: socket.socket, config: JobConfig, count: int) -> dict[int, 
                 channel.welcome()
                 found[number] = channel
         except JobError as error:
-            log.warning("refused a connection from %s, which %s", address, error)
+            if not closed:
+                log.warning("refused a connection from %s, which %s", address, error)
             channel.close()
         finally:
             with changed:

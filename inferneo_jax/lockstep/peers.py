@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -107,7 +108,7 @@ class Link:
         self._changed = threading.Condition()
         self._inbox: dict[int, deque[tuple[Kind, bytes]]] = {peer: deque() for peer in channels}
         self._lost: str | None = None
-        self._gone: str | None = None
+        self._gone: dict[int, str] = {}
         self._ending = False
         self._closed = threading.Event()
         for peer in channels:
@@ -156,11 +157,13 @@ class Link:
         """
         with self._changed:
             inbox = self._inbox[peer]
-            if not self._changed.wait_for(lambda: inbox or self._gone, seconds):
+            if not self._changed.wait_for(
+                lambda: inbox or peer in self._gone or self._lost, seconds
+            ):
                 raise JobError(f"process {peer} did not come along within {seconds:g} s")
             if inbox:
                 return inbox.popleft()
-            raise JobError(self._gone)
+            raise JobError(self._lost or self._gone[peer])
 
     def end(self, seconds: float) -> None:
         """As the leader: have all others end in order, and wait until they are about to.
@@ -211,22 +214,20 @@ class Link:
                     self._changed.notify_all()
 
     def _beat(self, seconds: float) -> None:
-        while not self._closed.wait(seconds) and not self._gone:
-            for peer, channel in self._channels.items():
-                try:
-                    channel.send(Kind.BEAT)
-                except JobError as error:
-                    self._lose(peer, str(error))
+        while not self._closed.wait(seconds):
+            with suppress(JobError):
+                self.announce(Kind.BEAT)
 
     def _lose(self, peer: int, why: str) -> None:
-        """Note that a process is gone, unless it was to go."""
+        """Note that a process is gone, and with it the job, unless that was to end."""
         with self._changed:
-            first = not self._gone and not self._ending
-            self._gone = self._gone or f"process {peer} of the job {why}"
-            self._lost = self._gone if first else self._lost
+            reason = f"process {peer} of the job {why}"
+            first = not self._lost and not self._ending
+            self._gone.setdefault(peer, reason)
+            self._lost = reason if first else self._lost
             self._changed.notify_all()
         if first:
-            self._on_lost(self._gone)
+            self._on_lost(reason)
 
     def _start(self, work: Callable[[], None], name: str) -> None:
         threading.Thread(target=work, name=f"lockstep {name}", daemon=True).start()

@@ -148,7 +148,8 @@ async def _load(registry: Registry) -> None:
         gc.freeze()
         logger.info("ready")
         return
-    exit_failed()
+    # Of a job's other processes some may wait for this one, and JAX would wait for them.
+    exit_failed(at_once=registry.in_job)
 
 
 def _handle_errors(app: Quart) -> None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import structlog
 
-from inferneo_jax import ConfigError, Job
+from inferneo_jax import ConfigError, InferneoError, Job
 from server import log
 from server.settings import Settings
 from server.sources import folder_of, sources_of
@@ -30,24 +30,35 @@ def follow() -> None:
     job.on_lost(_end_now)
     _hand_on_signals(job)
     try:
-        job.join()
-        from inferneo_jax import follow_model
-
-        engine = settings.engine_config()
-        if not any(
-            follow_model(folder_of(source, settings, _quiet), engine, job)
-            for source in sources_of(settings)
-        ):
-            raise ConfigError("INFERNEO_MODELS names no language model; there is nothing to follow")
+        _follow(settings, job)
     except Exception as error:
+        if not isinstance(error, InferneoError):
+            logger.exception("following_failed")
         job.fail(str(error))
-        raise
+        _end_now(str(error))
     job.end()
     logger.info("ended")
 
 
+def _follow(settings: Settings, job: Job) -> None:
+    """Until the leader ends the job.
+
+    Raises:
+        InferneoError: a model cannot be used, or the job is lost.
+    """
+    job.join()
+    from inferneo_jax import follow_model
+
+    config = settings.engine_config()
+    if not any(
+        follow_model(folder_of(source, settings, _quiet), config, job)
+        for source in sources_of(settings)
+    ):
+        raise ConfigError("INFERNEO_MODELS names no language model; there is nothing to follow")
+
+
 def _end_now(reason: str) -> NoReturn:
-    """The other processes' part of a step never comes, and the main thread may wait for it."""
+    """End with exit code 1, at once: parts of a step may never come, and JAX waits for them."""
     logger.error("job_lost", reason=reason)
     sys.stderr.flush()
     os._exit(1)

@@ -72,6 +72,11 @@ class Registry:
         """Every model is loaded."""
         return all(entry.model for entry in self._entries.values())
 
+    @property
+    def in_job(self) -> bool:
+        """Other processes run a model with this one."""
+        return self._job is not None
+
     def lost(self) -> str | None:
         """Why a model will not serve again; None: all do, or may."""
         return self.job_lost() or next(filter(None, map(_lost, self.models())), None)

@@ -16,9 +16,10 @@ from inferneo_jax.version import __version__
 
 log = logging.getLogger(__name__)
 
-# JAX's own watch over the processes ends this one with a core dump and a page of text. It is there
-# for the case that ours fails, so it waits longer.
+# JAX's own watch over the processes aborts this one with a page of text. It is there for the case
+# that ours fails, so it waits longer.
 _JAX_HEARTBEAT_SECONDS = 100
+_JAX_EXTRA_SECONDS = 60
 _PORT_KEY = "inferneo/lockstep/port"
 _STRANGERS = 32
 """Connections that may be in their handshake at once."""
@@ -41,6 +42,7 @@ class Job:
         self._on_leave = on_leave
         self._on_lost: list[Callback] = []
         self._link: Link | None = None
+        self._lost: str | None = None
         self._ended = False
         self._model: str | None = None
         self._lock = threading.Lock()
@@ -48,7 +50,7 @@ class Job:
     @property
     def lost(self) -> str | None:
         """Why the job cannot go on, as a sentence; None: it can. Thread-safe."""
-        return self._link.lost if self._link else None
+        return self._lost
 
     @property
     def link(self) -> Link:
@@ -60,7 +62,7 @@ class Job:
         """Have it called, on any thread, when another process is lost; at once if one is."""
         with self._lock:
             self._on_lost.append(callback)
-            lost = self.lost
+            lost = self._lost
         if lost:
             callback(lost)
 
@@ -75,7 +77,13 @@ class Job:
             return
         _check_number(self.leads, self._config.process_id)
         progress("joining", 0, 0)
+        seconds = self._config.join_seconds
+        late = f"the processes of the job did not all start within {seconds:g} s"
+        watch = threading.Timer(seconds, self._lose, [late])
+        watch.daemon = True
+        watch.start()
         coordinator, client = _initialize(self._config)
+        watch.cancel()
         import jax
 
         number, count = jax.process_index(), jax.process_count()
@@ -156,6 +164,7 @@ class Job:
     def _lose(self, reason: str) -> None:
         log.error("%s; the job is lost", reason)
         with self._lock:
+            self._lost = reason
             callbacks = list(self._on_lost)
         for callback in callbacks:
             callback(reason)
@@ -186,7 +195,7 @@ def _initialize(config: JobConfig) -> tuple[str, Any]:
             config.num_processes,
             config.process_id,
             cluster_detection_method="deactivate" if config.coordinator else None,
-            initialization_timeout=int(config.join_seconds),
+            initialization_timeout=int(config.join_seconds) + _JAX_EXTRA_SECONDS,
             heartbeat_timeout_seconds=_JAX_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=int(config.end_seconds),
         )

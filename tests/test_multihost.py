@@ -21,6 +21,8 @@ from tests.tiny import CHAT, EMBEDDING, tiny_checkpoints
 READY, AT_MOST = 120.0, 10.0
 TOKEN = "a token that all processes share"
 LONG = 400
+# Followers compile at every start on CPUs: how fast the programs are is no matter here.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @dataclass
@@ -49,7 +51,11 @@ class Job:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Settings that leave few programs to compile."""
     folder = tmp_path_factory.mktemp("tiny")
-    return tiny_checkpoints(folder) | {"INFERNEO_MAX_LEN": "512", "INFERNEO_SLOTS": "4"}
+    return tiny_checkpoints(folder) | {
+        "INFERNEO_MAX_LEN": "512",
+        "INFERNEO_SLOTS": "4",
+        "XLA_FLAGS": QUICK,
+    }
 
 
 @contextlib.contextmanager
@@ -61,7 +67,7 @@ def job(
         "INFERNEO_COORDINATOR": free_address(),
         "INFERNEO_NUM_PROCESSES": "2",
         "INFERNEO_JOB_TOKEN": TOKEN,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
     }
     with process(
         folder / "leader", shared | {"INFERNEO_PROCESS_ID": "0"}, tracebacks=True
@@ -78,6 +84,14 @@ def job(
                 leader.popen.kill()
 
 
+def wait_for(text: str, server: Process, seconds: float = 60) -> None:
+    """Until it is in what the process wrote."""
+    deadline = time.monotonic() + seconds
+    while text not in server.log.read_text():
+        assert time.monotonic() < deadline, server.tail()
+        time.sleep(0.02)
+
+
 def answers(address: str) -> list[Any]:
     """To several requests at once: text, log probabilities and vectors."""
 
@@ -85,13 +99,14 @@ def answers(address: str) -> list[Any]:
         answer = httpx.post(f"http://{address}{path}", json=asked, timeout=60)
         assert answer.status_code == 200, answer.text
         found = answer.json()
-        return found["data"] if "data" in found else [c["text"] for c in found["choices"]]
+        if "data" in found:
+            return [pytest.approx(each["embedding"], abs=1e-5) for each in found["data"]]
+        return [each["text"] for each in found["choices"]]
 
     sent = [
-        ("/v1/completions", body(40, prompt="x" * (1 + 9 * i), temperature=0.8, seed=i, n=2))
+        ("/v1/completions", body(20, prompt="x" * (1 + 40 * i), temperature=0.5 * i, seed=i, n=2))
         for i in range(4)
     ]
-    sent.append(("/v1/completions", body(30, prompt="Once upon a time " * 8, temperature=0)))
     sent.append(("/v1/embeddings", {"model": EMBEDDING, "input": ["some text", "more"]}))
     with ThreadPoolExecutor(len(sent)) as pool:
         return list(pool.map(lambda each: ask(*each), sent))
@@ -125,7 +140,7 @@ def test_two_processes_answer_as_one_and_end_in_order(tiny: dict[str, str], tmp_
         async def told_to_end() -> list[Ending]:
             tasks = [asyncio.create_task(each) for each in asking(two.leader, LONG)]
             await running(two.leader, 4)
-            two.leader.popen.send_signal(signal.SIGTERM)
+            two.follower.popen.send_signal(signal.SIGTERM)  # it passes that on to the leader
             return await asyncio.gather(*tasks)
 
         for ending in asyncio.run(asyncio.wait_for(told_to_end(), 60)):
@@ -143,7 +158,7 @@ def test_a_killed_follower_ends_requests_with_an_error_and_the_leader(
         two.wait_ready()
 
         async def cut() -> tuple[list[Ending], dict[str, Any], float]:
-            tasks = [asyncio.create_task(each) for each in asking(two.leader, 100_000)]
+            tasks = [asyncio.create_task(each) for each in asking(two.leader, LONG)]
             await running(two.leader, 4)
             two.follower.popen.kill()
             killed = time.monotonic()
@@ -167,27 +182,12 @@ def test_a_killed_follower_ends_requests_with_an_error_and_the_leader(
         assert follower == -signal.SIGKILL
 
 
-def test_a_killed_leader_ends_the_follower_and_a_told_follower_ends_the_job(
-    tiny: dict[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / "first").mkdir()
-    with job(tmp_path / "first", tiny) as two:
-        two.wait_ready()
+def test_a_killed_leader_ends_the_follower(tiny: dict[str, str], tmp_path: Path) -> None:
+    with job(tmp_path, tiny) as two:
+        wait_for("joined a job", two.follower)
         for each in two.leader.family():
             each.kill()
         assert two.codes()[1] != 0
-    with job(tmp_path, tiny) as again:
-        again.wait_ready()
-
-        async def told_to_end() -> list[Ending]:
-            tasks = [asyncio.create_task(each) for each in asking(again.leader, LONG)]
-            await running(again.leader, 4)
-            again.follower.popen.send_signal(signal.SIGTERM)
-            return await asyncio.gather(*tasks)
-
-        for ending in asyncio.run(asyncio.wait_for(told_to_end(), 60)):
-            assert (ending.complete, ending.error) == (True, None), ending
-        assert again.codes() == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,8 @@ def test_who_does_not_belong_is_refused_and_told(
     language_model = tiny["INFERNEO_MODELS"].split(",")[0]
     with job(tmp_path, tiny | {"INFERNEO_MODELS": language_model}, **changed) as two:
         assert two.follower.popen.wait(60) == 1
-        assert follower in " ".join(two.follower.log.read_text().split())
-        deadline = time.monotonic() + AT_MOST
-        while leader not in two.leader.log.read_text():
-            assert time.monotonic() < deadline, two.leader.tail()
-            time.sleep(0.05)
+        wait_for(follower, two.follower)
+        wait_for(leader, two.leader)
         if "INFERNEO_SLOTS" in changed:
             assert two.leader.popen.wait(AT_MOST) != 0
 

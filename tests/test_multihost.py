@@ -59,15 +59,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def job(
-    folder: Path, settings: dict[str, str], *, devices: int = 1, **follower: str
-) -> Iterator[Job]:
-    """Two processes, the second with further settings of its own. Both are gone at the end."""
+def job(folder: Path, settings: dict[str, str], **follower: str) -> Iterator[Job]:
+    """Two processes, the second with further settings of its own. Both are gone at the end.
+
+    Each has two devices; each group of ``data`` is a process, or each part of ``model``.
+    """
     shared = settings | {
         "INFERNEO_COORDINATOR": free_address(),
         "INFERNEO_NUM_PROCESSES": "2",
         "INFERNEO_JOB_TOKEN": TOKEN,
-        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
+        "INFERNEO_MESH": "data=2,model=2",
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=2",
     }
     with process(
         folder / "leader", shared | {"INFERNEO_PROCESS_ID": "0"}, tracebacks=True
@@ -100,7 +102,7 @@ def answers(address: str) -> list[Any]:
         assert answer.status_code == 200, answer.text
         found = answer.json()
         if "data" in found:
-            return [pytest.approx(each["embedding"], abs=1e-5) for each in found["data"]]
+            return [[round(x, 3) for x in each["embedding"]] for each in found["data"]]
         return [each["text"] for each in found["choices"]]
 
     sent = [
@@ -129,8 +131,7 @@ def test_two_processes_answer_as_one_and_end_in_order(tiny: dict[str, str], tmp_
     with process(tmp_path / "alone", tiny) as alone:
         alone.wait_ready(READY)
         expected = answers(alone.address)
-    settings = tiny | {"INFERNEO_MESH": "data=2,model=2"}
-    with job(tmp_path, settings, devices=2) as two:
+    with job(tmp_path, tiny) as two:
         two.wait_ready()
         assert answers(two.leader.address) == expected
         stats = stats_of(two.leader.address, CHAT)

@@ -219,12 +219,15 @@ class Settings(BaseSettings):
             )
         coordinator = None if self.coordinator == "auto" else self.coordinator
         token = self.job_token.get_secret_value()
-        return JobConfig(
-            token=token,
-            coordinator=coordinator,
-            num_processes=self.num_processes,
-            process_id=self.process_id,
-        )
+        try:
+            return JobConfig(
+                token=token,
+                coordinator=coordinator,
+                num_processes=self.num_processes,
+                process_id=self.process_id,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"INFERNEO_COORDINATOR and INFERNEO_JOB_TOKEN: {error}") from None
 
 
 def unknown_variables() -> list[str]:

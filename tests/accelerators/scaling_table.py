@@ -1,12 +1,12 @@
 """Plan the models of docs/scaling.md for TPUs and GPUs, and print their table; nothing is run.
 
-A plan takes from half a minute to five on two cores, so each is kept in a folder, and not made again:
+A plan takes one to five minutes on two cores, so each is kept in a folder and not made again:
 
     pip install -e '.[plan]'
     python tests/accelerators/scaling_table.py /tmp/plans
     python tests/accelerators/scaling_table.py /tmp/plans --markdown
 
-``--only 70B int8`` chooses the plans whose commands hold these words, ``--gpus`` those for H100s, in
+``--only 70B int8`` chooses plans whose commands hold these words, ``--gpus`` those for H100s, in
 an environment of its own (``.[plan-cuda]``).
 """
 

@@ -133,8 +133,14 @@ class Program:
         known = {
             operation.name: operation for operation in self._computations[self._entry].operations
         }
+        # A TPU may copy a weight to fast memory at a program's end for its next run, which then
+        # does not copy it at its beginning.
+        copied = [each.operands for each in known.values() if each.opcode == "copy-start"]
         return sum(
-            self._moved(operation, known, frozenset(in_place)) for operation in known.values()
+            self._moved(operation, known, frozenset(in_place))
+            for operation in known.values()
+            if "cross_program_prefetch_index" not in operation.text
+            or copied.count(operation.operands) == 1
         )
 
     def _moved(

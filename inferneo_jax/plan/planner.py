@@ -149,7 +149,7 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         memory = compiled.memory_analysis()
         alike = [each for each in kept if each[0] == key[0]]
         code += memory.generated_code_size_in_bytes * len(alike)
-        # The peak has some more in it where the compiler keeps memory to itself.
+        # A compiler may state a peak above its temporaries.
         beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
         temporary = max(temporary, beside, memory.temp_size_in_bytes)
     taken = plan.weight_bytes + plan.state_bytes + temporary + code

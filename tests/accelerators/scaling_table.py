@@ -37,7 +37,7 @@ QUANTIZATIONS: dict[str, list[str]] = {
 }
 HEADS = (
     "model", "chips, data x model", "numbers", "weights GB", "programs GB", "KV GB", "KV tokens",
-    "in place", "temporaries / KV", "decode: collectives", "traffic / needed", "decode ms", "wall",
+    "in place", "temporaries", "decode: collectives", "traffic / needed", "decode ms", "wall",
     "tokens/s", "a chip",
 )  # fmt: skip
 
@@ -89,10 +89,14 @@ def row(made: dict[str, Any]) -> list[str]:
         short = f"short by {made['missing_bytes'] / 1e9:.1f} GB: {' or '.join(made['remedies'])}"
         return [*first, short, *[""] * (len(HEADS) - len(first) - 1)]
     decode, prefill = made["steps"]
+    # Besides, groups exchange a few kB of what they sampled.
     collectives = ", ".join(
-        f"{c['count']} {c['kind']} of {c['num_bytes'] / 1e3:,.0f} kB" for c in decode["collectives"]
+        f"{c['count']} {c['kind']} of {c['num_bytes'] / 1e3:,.0f} kB"
+        for c in decode["collectives"]
+        if c["num_bytes"] >= 10_000
     )
-    temporary = max(s["temporary_bytes"] / s["cache_bytes"] for s in (decode, prefill))
+    temporary = max(step["temporary_bytes"] for step in (decode, prefill))
+    share = 100 * temporary / decode["cache_bytes"]
     in_place = all(s["aliased_bytes"] >= s["cache_bytes"] for s in (decode, prefill))
     traffic = decode["moved_bytes"]
     return [
@@ -101,7 +105,7 @@ def row(made: dict[str, Any]) -> list[str]:
         f"{made['kv_bytes'] / 1e9:.2f}",
         f"{made['kv_tokens']:,}",
         "yes" if in_place else "NO",
-        f"{100 * temporary:.1f} %",
+        f"{temporary / 1e6:.0f} MB, {share:.1f} %",
         collectives or "none",
         f"{traffic / decode['needed_bytes']:.3f}" if traffic else "",
         f"{1e3 * decode['seconds']:.2f}",

@@ -108,6 +108,7 @@ class EncoderConfig:
 
 
 ModelConfig = DecoderConfig | EncoderConfig
+_TOKEN_LENGTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class EngineConfig:
         max_logit_bias: most biased tokens of one request.
         step_seconds: a step that takes longer hangs, unless ten times the slowest step at start
             is more.
-        compilation_cache: folder of JAX's persistent compilation cache; None: off.
+        compilation_cache: folder in which compiled programs are kept for the next start; None: off.
         mesh: how the devices are shared out; all of them over ``model`` by default.
         row_buckets: rows of a decode step for which a program is compiled, rising.
     """
@@ -210,6 +211,52 @@ class EngineConfig:
             raise ConfigError(f"max_len is {self.max_len}; it must be at least 2")
         if list(self.prefill_chunks) != sorted(set(self.prefill_chunks)) or not self.prefill_chunks:
             raise ConfigError(f"prefill_chunks {self.prefill_chunks} must be rising sizes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """The processes that run one model together, usually one on each host.
+
+    Attributes:
+        token: a secret that all of them know; nobody else joins them.
+        coordinator: ``host:port`` of process 0, where the others find it; None: JAX finds address
+            and numbers itself, on TPU slices, in Slurm, Open MPI and Kubernetes' indexed jobs.
+        num_processes: how many there are; with a coordinator.
+        process_id: this one's number, from 0, the leader's; with a coordinator.
+        join_seconds: how long to wait for the others to start.
+        connect_seconds: how long their connections may take once all have started.
+        load_seconds: how long to wait for others that load or compile.
+        beat_seconds: between two signs of life.
+        lost_seconds: without a sign of life for so long a process is lost.
+        end_seconds: how long the others may take to end.
+    """
+
+    token: str = field(repr=False)
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    join_seconds: float = 600.0
+    connect_seconds: float = 30.0
+    load_seconds: float = 3600.0
+    beat_seconds: float = 1.0
+    lost_seconds: float = 10.0
+    end_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if len(self.token) < _TOKEN_LENGTH:
+            raise ConfigError(f"the job's token must have at least {_TOKEN_LENGTH} characters")
+        if self.coordinator is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ConfigError(f"coordinator is {self.coordinator!r}; write it as host:port")
+        if self.num_processes is None or self.process_id is None:
+            raise ConfigError("a job with a coordinator needs num_processes and process_id")
+        if not 0 <= self.process_id < self.num_processes or self.num_processes < 2:
+            raise ConfigError(
+                f"process_id is {self.process_id} and num_processes {self.num_processes}; there "
+                "must be at least 2, with numbers from 0"
+            )
 
 
 def _build(cls: type[Any], values: dict[str, Any]) -> Any:

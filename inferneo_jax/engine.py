@@ -21,14 +21,12 @@ from inferneo_jax.errors import (
 from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.heartbeat import Heartbeat
 from inferneo_jax.plans import PrefillChunk
-from inferneo_jax.programs import MAX_STOP_IDS
 from inferneo_jax.request import (
     EngineStats,
     EngineTotals,
     FinishReason,
     GenerationRequest,
     OutputSink,
-    RequestLimits,
     TokenLogprob,
 )
 from inferneo_jax.runner import PendingStep, Runner
@@ -48,15 +46,7 @@ class Engine:
     """Runs the requests of one model, any number at a time."""
 
     def __init__(self, runner: Runner) -> None:
-        config = runner.config
-        self.max_len = runner.max_len
-        self._limits = RequestLimits(
-            vocab_size=runner.model.vocab_size,
-            max_len=runner.max_len,
-            max_logprobs=config.max_logprobs,
-            max_logit_bias=config.max_logit_bias,
-            max_stop_ids=MAX_STOP_IDS,
-        )
+        self.max_len, self._limits = runner.max_len, runner.limits
         self._runner = runner
         self._groups = Groups(
             runner.groups,
@@ -133,6 +123,13 @@ class Engine:
         while self._thread.is_alive() and not self._heartbeat.condemn():
             self._thread.join(_STOP_SECONDS)
         self._heartbeat.stop()
+
+    def fail(self, reason: str) -> None:
+        """End every request and the engine for good, without waiting for the step. Thread-safe."""
+        with self._changed:
+            self._end = self._end or EngineFailedError(reason)
+            self._changed.notify()
+        self._heartbeat.condemn()
 
     def stuck(self) -> float:
         """Seconds by which the current step has exceeded its limit. Thread-safe."""

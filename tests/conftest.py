@@ -78,6 +78,7 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
     """The catalog's chat model with reference numerics."""
     config = EngineConfig(
         slots=16,
+        prefill_chunks=(32, 128),
         dtype="float32",
         quantization="none",
         kernels="xla",

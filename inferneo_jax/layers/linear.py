@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from inferneo_jax import mesh
@@ -65,6 +66,10 @@ class Linear(nnx.Module):
         product = product[:, : self.num_outputs]
         if hasattr(self, "bias"):
             product = product + self.bias[...][None, :]
+        if len(self.outputs) > 1:
+            # XLA for TPUs would make the product in the shape below, for which it lays out the
+            # whole matrix anew at every step.
+            product = lax.optimization_barrier(product)
         return product.reshape(*rows, *self.outputs)
 
 

@@ -13,12 +13,13 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ _EXACT = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 120
 _NATIVE = Path(__file__).parent / "native"
+_BOUND = re.compile(r"^XLA_FFI_DEFINE_HANDLER_SYMBOL\((\w+)", re.MULTILINE)
 _HELP = (
     "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) or name one "
     "with CXX; products and attention run several times slower in XLA's own operations"
@@ -59,7 +61,6 @@ class Library:
     variant: Variant
     path: Path
     _handle: ctypes.CDLL
-    _known: set[str] = field(default_factory=set)
 
     def call(
         self,
@@ -81,22 +82,27 @@ class Library:
         Returns:
             The results, in the form of ``results``.
         """
-        call: Any = jax.ffi.ffi_call(self._target(kernel), results, input_output_aliases=aliases)
+        target = f"{self._prefix}{kernel}"
+        call: Any = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
         return call(*arguments, **attributes)
 
-    def _target(self, kernel: str) -> str:
-        """The name under which XLA knows a kernel of this variant."""
-        target = f"inferneo_{self.variant}_{kernel}"
-        with _LOCK:
-            if kernel not in self._known:
+    @property
+    def _prefix(self) -> str:
+        return f"inferneo_{self.variant}_"
+
+    def register(self) -> None:
+        """Tell XLA of every kernel: programs that were kept on disk ask for them by name."""
+        for kernel in _BOUND.findall((_NATIVE / "bindings.cc").read_text(encoding="utf-8")):
+            target = f"{self._prefix}{kernel}"
+            if target not in _REGISTERED:  # XLA takes each name once
                 handler = jax.ffi.pycapsule(getattr(self._handle, kernel))
                 jax.ffi.register_ffi_target(target, handler, platform="cpu")
-                self._known.add(kernel)
-        return target
+                _REGISTERED.add(target)
 
 
 _LOCK = threading.Lock()
 _MADE: dict[Variant, Library | None] = {}
+_REGISTERED: set[str] = set()
 
 
 def library(variant: Variant = "native") -> Library | None:
@@ -107,7 +113,9 @@ def library(variant: Variant = "native") -> Library | None:
     """
     with _LOCK:
         if variant not in _MADE:
-            _MADE[variant] = _make(variant, _cache_folder())
+            made = _MADE[variant] = _make(variant, _cache_folder())
+            if made:
+                made.register()
         return _MADE[variant]
 
 

@@ -42,7 +42,7 @@ _EXACT = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 120
 _NATIVE = Path(__file__).parent / "native"
-_BOUND = re.compile(r"^XLA_FFI_DEFINE_HANDLER_SYMBOL\((\w+)", re.MULTILINE)
+_BOUND = re.compile(r"^XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*(\w+)", re.MULTILINE)
 _HELP = (
     "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) or name one "
     "with CXX; products and attention run several times slower in XLA's own operations"

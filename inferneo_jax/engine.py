@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from inferneo_jax import compiles
 from inferneo_jax.errors import (
@@ -20,7 +21,7 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.heartbeat import Heartbeat
-from inferneo_jax.plans import PrefillChunk
+from inferneo_jax.plans import DecodeRow, PrefillChunk
 from inferneo_jax.programs import MAX_STOP_IDS
 from inferneo_jax.request import (
     EngineStats,
@@ -35,6 +36,7 @@ from inferneo_jax.runner import PendingStep, Runner
 from inferneo_jax.sampling import Scores
 from inferneo_jax.scores import keep_prompt_scores, token_logprob
 from inferneo_jax.sequence import Sequence
+from inferneo_jax.speculation import accepted
 from inferneo_jax.steps import Sampled
 
 log = logging.getLogger(__name__)
@@ -223,9 +225,17 @@ class Engine:
             self._groups.clear()
 
     def step(self) -> None:
-        """Dispatch the next step, then read the one before it, which ran meanwhile."""
+        """Dispatch the next step, then read the one before it, which ran meanwhile.
+
+        Drafts follow what is known: where there may be some, the step before is read first.
+        """
+        if self._in_flight and (self._in_flight.drafted or self._may_draft()):
+            with self._heartbeat:
+                known = self._in_flight.wait()
+            self._commit(self._in_flight.plans, *known)
+            self._in_flight = None
         with self._changed:
-            plans = self._groups.schedule()
+            plans = self._groups.schedule(None if self._in_flight else self._runner.drafts)
         with self._heartbeat:
             pending = self._runner.run(plans) if plans else None
             results = self._in_flight.wait() if self._in_flight else None
@@ -234,6 +244,9 @@ class Engine:
         elif not pending:
             self._stuck = True  # all that is left is paused, or waits for what the paused hold
         self._in_flight = pending
+
+    def _may_draft(self) -> bool:
+        return self._runner.drafts is not None and self._groups.may_draft(self._runner.drafts)
 
     def _set_paused(self, request_id: str, *, paused: bool) -> None:
         with self._changed:
@@ -276,7 +289,10 @@ class Engine:
             bucket = len(ids) // len(plans)
             for group, plan in enumerate(plans):
                 for i, row in enumerate(plan.decode, start=group * bucket):
-                    self._commit_token(row.sequence, ids[i], decode.scores, i)
+                    if isinstance(ids[i], list):
+                        self._commit_draft(row, ids[i], decode.scores, i)
+                    else:
+                        self._commit_tokens(row.sequence, (ids[i],), decode.scores, [(i,)])
         if prefill:
             ids = prefill.ids.tolist()
             rows = len(ids) // len(plans)
@@ -288,22 +304,47 @@ class Engine:
         self._totals.prompt_tokens += chunk.length
         keep_prompt_scores(chunk, sampled.prompt_scores, row)
         if chunk.sample:
-            self._commit_token(chunk.sequence, token, sampled.scores, row)
+            self._commit_tokens(chunk.sequence, (token,), sampled.scores, [(row,)])
         elif chunk.ends_prompt and chunk.sequence.request.max_tokens == 0:
             self._finish(chunk.sequence, "length")
 
-    def _commit_token(self, sequence: Sequence, token: int, scores: Scores, row: int) -> None:
+    def _commit_draft(self, row: DecodeRow, sampled: list[int], scores: Scores, place: int) -> None:
+        """Keep what was sampled as far as the draft is the same, and one token more."""
+        tokens = accepted(row.draft, sampled)
+        if row.draft:
+            self._totals.drafted_tokens += len(row.draft)
+            self._totals.accepted_tokens += len(tokens) - 1
+            cost = self._runner.drafts.cost if self._runner.drafts else 0.0
+            self._groups.accept(row.sequence, len(row.draft), len(tokens) - 1, cost)
+        places = [(place, i) for i in range(len(tokens))]
+        self._commit_tokens(row.sequence, tokens, scores, places)
+
+    def _commit_tokens(
+        self,
+        sequence: Sequence,
+        tokens: Iterable[int],
+        scores: Scores,
+        places: Iterable[tuple[int, ...]],
+    ) -> None:
+        """Deliver sampled tokens up to the one that ends the request; scores lie at ``places``."""
         if sequence.finished:
             return  # it ended while this step was under way
-        self._totals.output_tokens += 1
         self._totals.cached_tokens += 0 if sequence.started else sequence.cached_tokens or 0
-        logprobs = None
-        if (num_top := sequence.request.logprobs) is not None:
-            logprobs = (token_logprob(scores, (row,), token, num_top),)
-        if reason := sequence.accept(token):
-            self._finish(sequence, reason, (token,), logprobs)
+        kept: list[int] = []
+        reason, num_top = None, sequence.request.logprobs
+        logprobs: list[TokenLogprob] = []
+        for token, place in zip(tokens, places, strict=True):
+            kept.append(token)
+            if num_top is not None:
+                logprobs.append(token_logprob(scores, place, token, num_top))
+            if reason := sequence.accept(token):
+                break
+        self._totals.output_tokens += len(kept)
+        output = tuple(kept), None if num_top is None else tuple(logprobs)
+        if reason:
+            self._finish(sequence, reason, *output)
         else:
-            sequence.deliver((token,), logprobs)
+            sequence.deliver(*output)
 
     def _finish(
         self,

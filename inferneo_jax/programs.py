@@ -32,7 +32,8 @@ from inferneo_jax.steps import Steps
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 Key = tuple[str, int, int]
-"""A program: ``decode``, ``prefill`` or ``admit``, its rows in one group and the tokens of each."""
+"""A program: ``decode``, ``verify``, ``prefill`` or ``admit``, its rows in one group and the tokens
+of each."""
 
 MAX_STOP_IDS = 32
 """Most stop token ids of one request."""
@@ -100,6 +101,13 @@ class Programs:
         return [*buckets, next(b for b in self.config.row_buckets if b >= slots)]
 
     @property
+    def draft_buckets(self) -> list[int]:
+        """Rows of one group for which drafts can be verified, rising."""
+        if self.config.speculation == "off":
+            return []
+        return [bucket for bucket in self.row_buckets if bucket <= self.config.draft_rows]
+
+    @property
     def prefill_shapes(self) -> PrefillShapes:
         """For which prefill is compiled."""
         slots = self.config.slots // self.groups
@@ -110,8 +118,10 @@ class Programs:
     def keys(self) -> list[Key]:
         """Every program there is."""
         shapes = self.prefill_shapes
+        tokens = self.config.draft_tokens + 1
         return [
             *(("decode", bucket, 1) for bucket in self.row_buckets),
+            *(("verify", bucket, tokens) for bucket in self.draft_buckets),
             *(("prefill", rows, chunk) for rows, chunk in shapes.shapes),
             *(("admit", rows, 0) for rows in sorted({1, shapes.max_rows})),
         ]
@@ -132,10 +142,12 @@ class Programs:
 
     def host_arguments(self, key: Key) -> tuple[Any, ...]:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""
-        kind, rows, _ = key
+        kind, rows, tokens = key
         nothing = ((),) * self.groups
         if kind == "decode":
             return (self.rows.decode(nothing, rows),)
+        if kind == "verify":
+            return (self.rows.verify(nothing, rows, tokens - 1),)
         if kind == "prefill":
             return (self.rows.prefill(nothing, rows),)
         return self.rows.admit(nothing, rows)
@@ -175,7 +187,7 @@ class Programs:
             donate: tuple[int, ...] = (0,)
             arguments: tuple[Any, ...] = (state, *rows)
         else:
-            step = steps.decode if kind == "decode" else partial(steps.prefill, chunk)
+            step = partial(steps.prefill, chunk) if kind == "prefill" else getattr(steps, kind)
             specs = (in_weights, in_cache, in_state, in_rows)
             out = (in_cache, in_state, PartitionSpec())
             donate = (1, 2)

@@ -82,6 +82,7 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
         dtype="float32",
         quantization="none",
         row_buckets=(2, 16),
+        speculation="off",
         mesh=ONE_DEVICE,
     )
     model = load_model(real_checkpoints / CHAT_MODEL, config, name=CHAT_MODEL)

@@ -46,6 +46,7 @@ TINY_ENGINE = EngineConfig(
     prefill_chunks=(4, 8),
     kv_tokens=160,
     row_buckets=(4,),
+    speculation="off",
     mesh=ONE_DEVICE,
 )
 GREEDY = SamplingParams(temperature=0.0)

@@ -88,8 +88,8 @@ class ExecutableStore:
         if self._folder and not _from_jax.hit:
             try:
                 self._write(self._file(key), pickle.dumps(serialize_executable.serialize(compiled)))
-            except (OSError, ValueError, pickle.PicklingError) as error:
-                log.info("a compiled program is not kept: %s", error)  # it is made again
+            except Exception as error:  # noqa: BLE001  (not every platform can; it is made again)
+                log.info("a compiled program is not kept: %s", error)
         return compiled
 
     def _load(self, key: Hashable) -> Any:

@@ -152,16 +152,29 @@ class Programs:
             return (self.rows.prefill(nothing, rows),)
         return self.rows.admit(nothing, rows)
 
-    def place(self, arguments: Any) -> Any:
-        """Numpy arrays of all groups as arguments of a program.
+    def described(self) -> dict[str, Any]:
+        """All that makes these programs what they are, in JSON's types: to compare processes."""
+        weights = flat(weight_shapes(self.model, self.mesh, self.formats))
+        return {
+            "max_len": self.max_len,
+            "num_pages": self.num_pages,
+            "page_len": self.page_len,
+            "attention": type(self.attention).__name__,
+            "kv_dtype": str(self.attention.dtype),
+            "weights": sorted({str(each.dtype) for each in weights}),
+            "programs": [list(key) for key in self.keys()],
+        }
 
-        Hosts that hold only a part of the mesh must each be given the same ones.
+    def place(self, arguments: Any, axis: str = "rows") -> Any:
+        """Numpy arrays of all groups as arguments of a program, split by their leading axis.
+
+        Processes that hold only a part of the mesh must each be given the same ones.
         """
         if jax.process_count() == 1:
             return arguments  # the program splits them itself
 
         def put(array: np.ndarray[Any, np.dtype[Any]]) -> jax.Array:
-            sharding = NamedSharding(self.mesh, meshes.spec("rows"))
+            sharding = NamedSharding(self.mesh, meshes.spec(axis))
             return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
         return jax.tree.map(put, arguments)

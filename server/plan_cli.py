@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from inferneo_jax.plan.planner import Plan, Step
 
 _BAR = 60
-_COLOURS = {"weights": "blue", "state": "magenta", "temporaries": "yellow", "KV": "green"}
+_COLOURS = {
+    "weights": "blue",
+    "state": "magenta",
+    "temporaries": "yellow",
+    "code": "cyan",
+    "KV": "green",
+}
 
 
 def plan(
@@ -148,6 +154,7 @@ def _memory(made: "Plan") -> Table:
         "weights": made.weight_bytes,
         "state": made.state_bytes,
         "temporaries": made.temporary_bytes,
+        "code": made.code_bytes,
         "KV": made.kv_bytes,
     }
     whole = max(made.memory_bytes, sum(parts.values()))

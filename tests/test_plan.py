@@ -63,8 +63,8 @@ def test_a_plan_counts_two_reductions_a_layer_and_one_for_the_lookup() -> None:
     assert decode.aliased_bytes >= decode.cache_bytes
     assert (plan.mesh, plan.missing_bytes, plan.dtype) == (MeshShape(1, 8), 0, "float32")
     assert plan.kv_tokens > 10**6
-    whole = plan.weight_bytes + plan.state_bytes + plan.temporary_bytes + plan.kv_bytes
-    assert whole == plan.memory_bytes
+    programs = plan.state_bytes + plan.temporary_bytes + plan.code_bytes
+    assert plan.weight_bytes + programs + plan.kv_bytes == plan.memory_bytes
 
 
 def test_groups_cross_only_with_what_they_sampled() -> None:
@@ -89,6 +89,21 @@ def test_traffic_is_what_an_operation_reads_and_writes() -> None:
     assert program.traffic(()) == 2 * 128 * 256 * 4
     assert program.traffic([(128, 256)]) == 0
     assert program.collectives() == []
+
+
+def test_kernels_are_believed_and_copies_of_whole_arrays_are_counted() -> None:
+    program = Program(
+        """
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %k = f32[8,4]{1,0} custom-call(%p), backend_config={"cost_estimate":{"bytes_accessed":"96"}}
+  %f = f32[8,4]{1,0} custom-call(%k), custom_call_target="tpu_custom_call"
+  ROOT %c = f32[8,4]{1,0} copy(%f)
+}
+"""
+    )
+    assert program.traffic([(8, 4)]) == 96 + 2 * 8 * 4 * 4
+    assert program.traffic([]) == 96 + 2 * 2 * 8 * 4 * 4
 
 
 def test_collectives_are_found_with_what_they_send() -> None:

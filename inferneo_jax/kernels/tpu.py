@@ -8,6 +8,7 @@ no longer one piece.
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView
@@ -96,9 +97,17 @@ class TpuPagedAttention(PagedAttention):
         return mixed.reshape(rows, kv_heads, tokens, group, head_dim).transpose(0, 2, 1, 3, 4)
 
     def _arrays(self, cache: LayerCache) -> tuple[list[Array], list[Array]]:
+        """The arrays of pages and those of scales, which stay in the TPU's main memory.
+
+        Left to itself XLA brings whole ones of a small cache to VMEM, and back, around a kernel
+        that touches a few of their pages.
+        """
         data = [cache.keys] if self.packed else [cache.keys, cache.values]
-        scales = [cache.key_scales, cache.value_scales]
-        return data, [array for array in scales if array is not None]
+        scales = [a for a in (cache.key_scales, cache.value_scales) if a is not None]
+        return [self._in_hbm(a) for a in data], [self._in_hbm(a) for a in scales]
+
+    def _in_hbm(self, array: Array) -> Array:
+        return array if self.interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 
 def _whole_lanes(length: int) -> int:

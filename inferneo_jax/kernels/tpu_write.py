@@ -5,6 +5,7 @@ A TPU moves whole tiles of memory, so what is around a token is read, merged wit
 back: some positions of its page, or whole pages where there are tokens enough to fill them.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from inferneo_jax.cache import PageView
 
-_TILE = 32
-"""Positions in the largest tile, that of int8."""
+_TILE_BYTES = 32
+"""Bytes of one lane of a tile: 8 positions of float32, 16 of bfloat16, 32 of int8."""
 _BLOCK_BYTES = 1 << 18
 """Most bytes of one array's block; its old, new and written form are in VMEM twice each."""
 
@@ -41,7 +42,8 @@ def write_pages(
     (data, scales), (new_data, new_scales) = cache, new
     rows, tokens = view.positions.shape
     _, kv_heads, page_len, lanes = data[0].shape
-    unit = page_len if tokens >= page_len else min(_TILE, page_len)
+    tile = math.gcd(_TILE_BYTES // data[0].dtype.itemsize, page_len)
+    unit = page_len if tokens >= page_len else tile
     per_page = page_len // unit
     units = _num_units(tokens, unit)
     starts = view.positions[:, 0]
@@ -74,6 +76,9 @@ def write_pages(
     page_specs = [pl.BlockSpec((1, heads, unit, lanes), of_unit) for _ in data]
     page_specs += [pl.BlockSpec((1, heads, *a.shape[2:]), of_page) for a in scales]
     arrays = data + scales
+    read = sum(math.prod(a.shape[3:]) * a.dtype.itemsize for a in new_data + new_scales)
+    merged = len(data) * unit * lanes * data[0].dtype.itemsize
+    merged += sum(math.prod(a.shape[2:]) * a.dtype.itemsize for a in scales)
     call = pl.pallas_call(
         partial(_kernel, unit, page_len, tokens, len(data), len(arrays)),
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays],
@@ -85,6 +90,9 @@ def write_pages(
         ),
         input_output_aliases={2 + len(arrays) + i: i for i in range(len(arrays))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3),
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=rows * units * kv_heads * (read + 2 * merged)
+        ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="write_pages",
     )

@@ -2,7 +2,7 @@
 
 XLA's own cost analysis does not know what a kernel reads, nor which arrays stay in a chip's fast
 memory. Here each operation of the program, as it will run, is charged with the operands it reads
-from main memory and the results it writes there.
+from main memory and the results it writes there; a kernel that says what it moves is believed.
 
 Branches of conditionals are left out: in these programs they are what only some requests ask for.
 """
@@ -21,6 +21,7 @@ _ARRAY = re.compile(
 )
 _LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
 _OPCODE = re.compile(r"^(\(.*?\)|\S+) ([a-z][\w\-]*)\(")
+_SAID = re.compile(r'"bytes_accessed":"?(\d+)')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%([\w.\-]+)")
 _COLLECTIVES = (
     "all-reduce",
@@ -132,8 +133,14 @@ class Program:
         known = {
             operation.name: operation for operation in self._computations[self._entry].operations
         }
+        # A TPU may copy a weight to fast memory at a program's end for its next run, which then
+        # does not copy it at its beginning.
+        copied = [each.operands for each in known.values() if each.opcode == "copy-start"]
         return sum(
-            self._moved(operation, known, frozenset(in_place)) for operation in known.values()
+            self._moved(operation, known, frozenset(in_place))
+            for operation in known.values()
+            if "cross_program_prefetch_index" not in operation.text
+            or copied.count(operation.operands) == 1
         )
 
     def _moved(
@@ -145,9 +152,12 @@ class Program:
         opcode = operation.opcode
         if opcode in _FREE or opcode.endswith("-done"):
             return 0
+        if opcode == "custom-call" and (said := _SAID.search(operation.text)):
+            return int(said[1])
 
         def charged(arrays: list[_Array]) -> list[int]:
-            return [a.num_bytes for a in arrays if a.in_main_memory and a.shape not in in_place]
+            partly = frozenset() if opcode == "copy" else in_place
+            return [a.num_bytes for a in arrays if a.in_main_memory and a.shape not in partly]
 
         if opcode in ("copy-start", "slice-start"):
             # (source, destination, context), or the other way round: the smaller one moves.

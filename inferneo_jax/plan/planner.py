@@ -67,7 +67,8 @@ class Plan:
         memory_bytes: what the chip has for programs.
         weight_bytes: of the weights.
         state_bytes: of tokens and sampling parameters.
-        temporary_bytes: of the step that takes most, its code included.
+        temporary_bytes: of the step that takes most.
+        code_bytes: of all programs, each with that of the largest of its kind.
         kv_bytes: what is left, all of which can be KV.
         kv_tokens: that the KV of all chips can hold.
         steps: decode and prefill; none where the model does not fit.
@@ -88,6 +89,7 @@ class Plan:
     weight_bytes: int
     state_bytes: int
     temporary_bytes: int
+    code_bytes: int
     kv_bytes: int
     kv_tokens: int
     steps: tuple[Step, ...]
@@ -124,6 +126,7 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         weight_bytes=budget.weights,
         state_bytes=budget.state,
         temporary_bytes=0,
+        code_bytes=0,
         kv_bytes=0,
         kv_tokens=0,
         steps=(),
@@ -135,19 +138,26 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     if budget.missing:
         return dataclasses.replace(plan, remedies=tuple(remedies(wish)))
     programs = budget.programs()
-    steps, code = [], 0
+    kept = programs.keys()
+    steps, code, temporary = [], 0, 0
     decode = ("decode", programs.row_buckets[-1], 1)
     for key in (decode, ("prefill", 1, wish.engine.prefill_chunks[-1])):
         progress(f"compiling {key[0]} for {wish.topology}")
         with jax.set_mesh(mesh):
             compiled = programs.lower(key).compile()
         steps.append(_read_step(wish, programs, key, compiled))
-        code += compiled.memory_analysis().generated_code_size_in_bytes
-    temporary = max(step.temporary_bytes for step in steps) + code
-    kv = max(0, plan.memory_bytes - plan.weight_bytes - plan.state_bytes - temporary)
+        memory = compiled.memory_analysis()
+        alike = [each for each in kept if each[0] == key[0]]
+        code += memory.generated_code_size_in_bytes * len(alike)
+        # A compiler may state a peak above its temporaries.
+        beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+        temporary = max(temporary, beside, memory.temp_size_in_bytes)
+    taken = plan.weight_bytes + plan.state_bytes + temporary + code
+    kv = max(0, plan.memory_bytes - taken)
     return dataclasses.replace(
         plan,
         temporary_bytes=temporary,
+        code_bytes=code,
         kv_bytes=kv,
         kv_tokens=kv // budget.token_bytes * data,
         steps=tuple(steps),

@@ -1,107 +1,142 @@
-"""Plan the models of docs/scaling.md for TPUs and print their table; nothing is run.
+"""Plan the models of docs/scaling.md for TPUs and GPUs, and print their table; nothing is run.
 
-Takes about an hour on two cores, so each plan is kept in a folder and not made again:
+A plan takes one to five minutes on two cores, so each is kept in a folder and not made again:
 
     pip install -e '.[plan]'
     python tests/accelerators/scaling_table.py /tmp/plans
+    python tests/accelerators/scaling_table.py /tmp/plans --markdown
 
-Further arguments choose among the rows, by words that their commands hold: ``70B int8``.
+``--only 70B int8`` chooses plans whose commands hold these words, ``--gpus`` those for H100s, in
+an environment of its own (``.[plan-cuda]``).
 """
 
+import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 MODELS = {
     "meta-llama/Llama-2-7b-hf": ("v5e:2x4", "v6e:2x4", "v5p:2x2x1"),
     "meta-llama/Llama-3.1-8B": ("v5e:2x4", "v6e:2x4", "v5p:2x2x1"),
-    "meta-llama/Llama-3.1-70B": ("v5e:4x8", "v6e:2x4", "v5p:2x2x1"),
+    "meta-llama/Llama-3.1-70B": ("v5e:2x4", "v5e:4x8", "v6e:2x4", "v5p:2x2x1"),
+}
+GPUS = {
+    "meta-llama/Llama-2-7b-hf": ("h100:1",),
+    "meta-llama/Llama-3.1-8B": ("h100:1", "h100:8"),
+    "meta-llama/Llama-3.1-70B": ("h100:8",),
 }
 MESHES = {"v5e:4x8": "data=2,model=16"}
 """Where the default, all chips on ``model``, is not the best: eight KV heads over 32 chips."""
 LEN = "4096"
-QUANTIZATIONS = {"bf16": [], "int8": ["--quantization", "int8", "--kv-dtype", "int8"]}
+QUANTIZATIONS: dict[str, list[str]] = {
+    "bf16": [],
+    "int8": ["--quantization", "int8", "--kv-dtype", "int8"],
+}
 HEADS = (
-    "model", "chips", "numbers", "weights GB", "KV GB", "KV tokens", "in place", "temporaries / KV",
-    "collectives of decode", "traffic / needed", "decode ms", "wall", "tokens/s a chip",
+    "model", "chips, data x model", "numbers", "weights GB", "programs GB", "KV GB", "KV tokens",
+    "in place", "temporaries", "decode: collectives", "traffic / needed", "decode ms", "wall",
+    "tokens/s", "a chip",
 )  # fmt: skip
 
 
-def commands() -> list[list[str]]:
+def commands(models: dict[str, tuple[str, ...]]) -> list[list[str]]:
     """The arguments of every plan."""
     return [
         [
-            model,
-            "--topology",
-            topology,
-            "--mesh",
-            MESHES.get(topology, ""),
-            "--max-len",
-            LEN,
+            *(model, "--topology", topology, "--max-len", LEN),
+            *(("--mesh", MESHES[topology]) if topology in MESHES else ()),
             *extra,
         ]
-        for model, topologies in MODELS.items()
+        for model, topologies in models.items()
         for topology in topologies
         for extra in QUANTIZATIONS.values()
     ]
 
 
-def plan(arguments: list[str], folder: Path) -> dict[str, Any]:
-    """A plan from the folder, or made and put there."""
-    file = folder / ("_".join(arguments).replace("/", "-").replace("--", "") + ".json")
-    if not file.exists():
-        command = [sys.executable, "-m", "server.cli", "plan", *arguments, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
-        if not done.stdout:
-            raise SystemExit(f"{arguments}: {done.stderr[-2000:]}")
-        file.write_text(done.stdout)
-    return dict(json.loads(file.read_text()))
+def kept(arguments: list[str], folder: Path) -> Path:
+    """Where a plan is kept."""
+    return folder / ("_".join(arguments).replace("/", "-").replace("--", "") + ".json")
+
+
+def make(arguments: list[str], folder: Path) -> None:
+    """Make a plan, unless it is kept."""
+    file = kept(arguments, folder)
+    if file.exists():
+        return
+    print(*arguments, end=" ", flush=True)
+    began = time.monotonic()
+    command = [sys.executable, "-m", "server.cli", "plan", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    if not done.stdout:
+        raise SystemExit(f"failed: {done.stderr[-2000:]}")
+    file.write_text(done.stdout)
+    print(f"{time.monotonic() - began:.0f} s", flush=True)
 
 
 def row(made: dict[str, Any]) -> list[str]:
     """A line of the table."""
     mesh = made["mesh"]
-    name = made["model"].split("/")[1].removesuffix("-hf")
-    chips = f"{made['topology']}, {mesh['data']} x {mesh['model']}"
-    numbers = "int8" if made["quantization"] == "int8" else "bf16"
-    weights = f"{made['weight_bytes'] / 1e9:.2f}"
+    first = [
+        made["model"].split("/")[1].removesuffix("-hf"),
+        f"{made['topology']}, {mesh['data']} x {mesh['model']}",
+        "int8" if made["quantization"] == "int8" else "bf16",
+        f"{made['weight_bytes'] / 1e9:.2f}",
+    ]
     if made["missing_bytes"]:
         short = f"short by {made['missing_bytes'] / 1e9:.1f} GB: {' or '.join(made['remedies'])}"
-        return [name, chips, numbers, weights, short, *[""] * 8]
+        return [*first, short, *[""] * (len(HEADS) - len(first) - 1)]
     decode, prefill = made["steps"]
+    # Besides, groups exchange a few kB of what they sampled.
     collectives = ", ".join(
-        f"{c['count']} {c['kind']} of {c['num_bytes'] / 1e3:,.0f} kB" for c in decode["collectives"]
+        f"{c['count']} {c['kind']} of {c['num_bytes'] / 1e3:,.0f} kB"
+        for c in decode["collectives"]
+        if c["num_bytes"] >= 10_000
     )
-    temporary = max(s["temporary_bytes"] / s["cache_bytes"] for s in (decode, prefill))
+    temporary = max(step["temporary_bytes"] for step in (decode, prefill))
+    share = 100 * temporary / decode["cache_bytes"]
     in_place = all(s["aliased_bytes"] >= s["cache_bytes"] for s in (decode, prefill))
+    traffic = decode["moved_bytes"]
     return [
-        name,
-        chips,
-        numbers,
-        weights,
+        *first,
+        f"{(made['temporary_bytes'] + made['code_bytes']) / 1e9:.2f}",
         f"{made['kv_bytes'] / 1e9:.2f}",
         f"{made['kv_tokens']:,}",
         "yes" if in_place else "NO",
-        f"{100 * temporary:.1f} %",
-        collectives,
-        f"{decode['moved_bytes'] / decode['needed_bytes']:.3f}",
+        f"{temporary / 1e6:.0f} MB, {share:.1f} %",
+        collectives or "none",
+        f"{traffic / decode['needed_bytes']:.3f}" if traffic else "",
         f"{1e3 * decode['seconds']:.2f}",
         decode["wall"],
+        f"{made['tokens_per_second']:,.0f}",
         f"{made['tokens_per_second'] / (mesh['data'] * mesh['model']):,.0f}",
     ]
 
 
 def main() -> None:
-    """Print the table as Markdown."""
-    folder, words = Path(sys.argv[1]), sys.argv[2:]
-    folder.mkdir(parents=True, exist_ok=True)
-    print(*("", *HEADS, ""), sep=" | ")
-    print("|" + " - |" * len(HEADS))
-    for arguments in commands():
-        if all(word in " ".join(arguments) for word in words):
-            print(*("", *row(plan(arguments, folder)), ""), sep=" | ", flush=True)
+    """Make the plans, or print the table of those that are kept."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where plans are kept")
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="that a plan has")
+    parser.add_argument("--gpus", action="store_true", help="for H100s")
+    parser.add_argument("--markdown", action="store_true", help="print the table, make nothing")
+    chosen = parser.parse_args()
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        arguments
+        for arguments in commands(GPUS if chosen.gpus else MODELS)
+        if all(word in " ".join(arguments) for word in chosen.only)
+    ]
+    if not chosen.markdown:
+        for arguments in wanted:
+            make(arguments, chosen.folder)
+        return
+    print(f"| {' | '.join(HEADS)} |\n|{' - |' * len(HEADS)}")
+    for file in (kept(arguments, chosen.folder) for arguments in wanted):
+        if file.exists():
+            print(f"| {' | '.join(row(json.loads(file.read_text())))} |")
 
 
 if __name__ == "__main__":

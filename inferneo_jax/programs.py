@@ -217,11 +217,13 @@ def make_programs(
         raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={groups}")
     fitted = fit(model, meshes.parts(mesh, "kv_heads"))
     device = mesh.devices.flat[0]
-    attention = attention_for(device, config.kernels)(
+    page_len = config.page_len or (64 if device.platform == "tpu" else 16)
+    kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
+    attention = kind(
         kv_heads=fitted.num_kv_heads,
         head_dim=model.head_dim,
-        page_len=config.page_len or (64 if device.platform == "tpu" else 16),
-        dtype=cache_dtype_for(config, device),
+        page_len=page_len,
+        dtype=cache_dtype_for(config, device, native=kind is not PagedAttention),
     )
     one_page = Programs(model, config, mesh, formats, attention, 1, 1)
     max_len, pages = _cache_size(one_page, cache_budget)

@@ -14,79 +14,14 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "wide.h"
 
-namespace inferneo {
+namespace {
+namespace paged {
 
-// The compiler keeps an array of vectors in registers only where loops over it are unrolled early.
-#define UNROLL _Pragma("GCC unroll 8")
+using namespace wide;
 
 constexpr int kBlock = 16;  // positions
-
-// The compiler's own vectors, as wide as the CPU's registers.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Vector __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-
-template <class V = Vector>
-inline V load(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class V>
-inline void store(void* to, V v) {
-  std::memcpy(to, &v, sizeof v);
-}
-
-inline Vector splat(float x) { return Vector{} + x; }
-
-inline Vector max(Vector a, Vector b) { return a > b ? a : b; }
-
-inline float max_of(Vector v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-#endif
-}
-
-inline float sum_of(Vector v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
-// 2^x for x <= 0, to 2e-7 of it; what lies below 2^-125 becomes that. The fraction's power is a
-// minimax polynomial; adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits, which
-// then join the exponent.
-inline Vector exp2_of(Vector x) {
-  const Vector magic = splat(12582912.0f);
-  x = max(x, splat(-125.0f));
-  const Vector shifted = x + magic;
-  const Vector f = x - (shifted - magic);
-  Vector y = splat(1.3276472e-3f);
-  y = y * f + 9.67554133e-3f;
-  y = y * f + 5.55071327e-2f;
-  y = y * f + 0.240221197f;
-  y = y * f + 0.693146967f;
-  y = y * f + 1.0f;
-  return (Vector)((Integers)y + ((Integers)shifted << 23));
-}
-
-inline float exp2_of(float x) { return exp2_of(splat(x))[0]; }
 
 // Round to nearest, ties to even.
 inline uint16_t to_bfloat16(float x) {
@@ -118,7 +53,7 @@ struct Float32 {
   static void put(Operand* to, Vector v) { store(to, v); }
   template <int N>
   static void multiply_add(Vector (&sums)[N], const Operand* operand, const Packed (&packed)[N]) {
-    UNROLL for (int n = 0; n < N; ++n) sums[n] += packed[n] * *operand;
+    UNROLL for (int n = 0; n < N; ++n) sums[n] = fma(packed[n], splat(*operand), sums[n]);
   }
 };
 
@@ -129,28 +64,22 @@ struct Int8 {
   using Packed = Vector;
   static constexpr int kPack = 1;
   static constexpr bool kScaled = true;
-  static Packed read(const Stored* from) {
-#if defined(__AVX512F__)
-    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
-#else
-    return __builtin_convertvector(load<Bytes>(from), Vector);
-#endif
-  }
+  static Packed read(const Stored* from) { return widen(load<Bytes>(from)); }
   static Packed first_of_pair(Packed v) { return v; }
   static void encode(const float* from, int count, Stored* to, float* scale) {
     float most = 1e-30f;
     for (int i = 0; i < count; ++i) most = std::fabs(from[i]) > most ? std::fabs(from[i]) : most;
-    *scale = most / 127;
-    for (int i = 0; i < count; ++i) to[i] = (Stored)std::nearbyint(from[i] / *scale);
+    const float step = *scale = most / 127;
+    for (int i = 0; i < count; ++i) to[i] = (Stored)std::nearbyint(from[i] / step);
   }
   static void put(Operand* to, Vector v) { store(to, v); }
   template <int N>
   static void multiply_add(Vector (&sums)[N], const Operand* operand, const Packed (&packed)[N]) {
-    UNROLL for (int n = 0; n < N; ++n) sums[n] += packed[n] * *operand;
+    UNROLL for (int n = 0; n < N; ++n) sums[n] = fma(packed[n], splat(*operand), sums[n]);
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
 
 struct BFloat16 {
   using Stored = uint16_t;
@@ -195,12 +124,13 @@ struct BFloat16 {
   template <int N>
   static void multiply_add(Vector (&sums)[N], const Operand* operand, const Packed (&packed)[N]) {
     UNROLL for (int n = 0; n < N; ++n) {
-      sums[n] += packed[n].first * operand[0];
-      sums[n] += packed[n].second * operand[1];
+      sums[n] = fma(packed[n].first, splat(operand[0]), sums[n]);
+      sums[n] = fma(packed[n].second, splat(operand[1]), sums[n]);
     }
   }
 };
 
 #endif
 
-}  // namespace inferneo
+}  // namespace paged
+}  // namespace

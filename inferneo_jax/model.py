@@ -17,11 +17,12 @@ from inferneo_jax.config import (
 )
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
+from inferneo_jax.executables import Progress
 from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.memory import explained, require
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.numerics import dtype_for, formats_for
-from inferneo_jax.runner import Progress, Runner, sharing
+from inferneo_jax.runner import Runner, sharing
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
@@ -70,8 +71,6 @@ def load_model(
     """
     info = read_info(path)
     tokenizer = Tokenizer.from_directory(path)
-    if config.compilation_cache:
-        _use_compilation_cache(config.compilation_cache)
     with compiles.expected():
         if isinstance(info.config, EncoderConfig):
             # A small model: where there are several hosts, the devices of this one are plenty.
@@ -80,7 +79,13 @@ def load_model(
             formats = Formats.plain(dtype_for(config, mesh.devices.flat[0]))
             weights = _load_weights(path, info.config, mesh, formats)
             embedder = Embedder(
-                info.config, weights, formats, mesh, config.max_len, config.step_seconds
+                info.config,
+                weights,
+                formats,
+                mesh,
+                config.max_len,
+                config.step_seconds,
+                config.compilation_cache,
             )
             with explained("the batches were compiled and first run"):
                 embedder.start(progress)
@@ -113,10 +118,3 @@ def _load_weights(path: Path, config: ModelConfig, mesh: Mesh, formats: Formats)
     shapes = {name: spec.shape for name, spec in models.declare(config).items()}
     with explained("the weights were loaded"):
         return place_weights(open_weights(path, shapes), config, mesh, formats)
-
-
-def _use_compilation_cache(folder: str) -> None:
-    """Keep every executable on disk, however quickly it compiled, for the next start."""
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,10 +1,8 @@
 """Owns the weights, the cache and the compiled steps: the only one that touches the device."""
 
-import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -16,15 +14,13 @@ from inferneo_jax import compiles
 from inferneo_jax import mesh as meshes
 from inferneo_jax.cache import KVCache
 from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.executables import ExecutableStore, Progress
 from inferneo_jax.groups import Plans
 from inferneo_jax.heartbeat import PATIENCE
 from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.memory import explained, free_memory, require, total_memory
 from inferneo_jax.programs import Key, make_programs
 from inferneo_jax.steps import Sampled, SlotState
-
-Progress = Callable[[str, int, int], None]
-"""Told the stage, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +93,11 @@ class Runner:
             jax.block_until_ready(self._cache)
 
     def compile(self, progress: Progress | None = None) -> None:
-        """Compile every step for every shape, several at a time."""
+        """Compile every step for every shape."""
+        store = ExecutableStore(self.config.compilation_cache, self._mesh, self._programs)
         keys = self._programs.keys()
-
-        def build(key: Key) -> None:
-            with compiles.expected():
-                self._compiled[key] = self._programs.lower(key).compile()
-
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for done, _ in enumerate(pool.map(build, keys)):
-                if progress:
-                    progress("compile", done + 1, len(keys))
+        lower = {key: partial(self._programs.lower, key) for key in keys}
+        self._compiled = store.compile_all(lower, progress)
         self._warm_up()
 
     def _warm_up(self) -> None:

@@ -77,7 +77,12 @@ def tiny_engine(tiny_runner: Callable[..., Runner]) -> Iterator[Callable[..., En
 def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
     """The catalog's chat model with reference numerics."""
     config = EngineConfig(
-        slots=16, dtype="float32", quantization="none", row_buckets=(2, 16), mesh=ONE_DEVICE
+        slots=16,
+        prefill_chunks=(32, 128),
+        dtype="float32",
+        quantization="none",
+        row_buckets=(2, 16),
+        mesh=ONE_DEVICE,
     )
     model = load_model(real_checkpoints / CHAT_MODEL, config, name=CHAT_MODEL)
     assert isinstance(model, LanguageModel)

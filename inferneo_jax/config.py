@@ -167,9 +167,10 @@ class EngineConfig:
         prefill_chunks: sizes into which prompts are cut. A step prefills one chunk, or as many of a
             shorter size as the longest chunk's tokens allow.
         dtype: of the weights and matrix products; auto: bfloat16 where it is fast.
-        kernels: of attention; xla: the reference, native: those made for the device, auto: these
-            where there are some.
-        quantization: of the weights: int8, or none; auto: none.
+        kernels: of attention, and on CPUs of products; xla: the reference, native: those made for
+            the device, auto: these where there are some.
+        quantization: of the weights: int8, or none; auto: none, but int8 in groups where a CPU has
+            native kernels and dtype is auto.
         kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16 on
             accelerators, float32 on a CPU or where dtype is that.
         max_logprobs: most alternatives a request may ask for.

@@ -83,6 +83,7 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
         prefill_chunks=(32, 128),
         dtype="float32",
         quantization="none",
+        kernels="xla",
         row_buckets=(2, 16),
         mesh=ONE_DEVICE,
     )
@@ -97,7 +98,7 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
 @pytest.fixture(scope="session")
 def real_embedder(real_checkpoints: Path) -> Iterator[Embedder]:
     """The catalog's embedding model with reference numerics."""
-    config = EngineConfig(dtype="float32", quantization="none", mesh=ONE_DEVICE)
+    config = EngineConfig(dtype="float32", quantization="none", kernels="xla", mesh=ONE_DEVICE)
     model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
     assert isinstance(model, EmbeddingModel)
     yield model.embedder

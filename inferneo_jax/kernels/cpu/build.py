@@ -13,12 +13,13 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,6 @@ class Library:
     variant: Variant
     path: Path
     _handle: ctypes.CDLL
-    _known: set[str] = field(default_factory=set)
 
     def call(
         self,
@@ -81,18 +81,20 @@ class Library:
         Returns:
             The results, in the form of ``results``.
         """
-        call: Any = jax.ffi.ffi_call(self._target(kernel), results, input_output_aliases=aliases)
+        target = self._target(kernel)
+        call: Any = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
         return call(*arguments, **attributes)
+
+    def register(self) -> None:
+        """Tell XLA all kernels: a program that was kept on disk calls them without being traced."""
+        bindings = "".join(path.read_text(encoding="utf-8") for path in _NATIVE.iterdir())
+        for kernel in re.findall(r"XLA_FFI_DEFINE_HANDLER_SYMBOL\((\w+)", bindings):
+            handler = jax.ffi.pycapsule(getattr(self._handle, kernel))
+            jax.ffi.register_ffi_target(self._target(kernel), handler, platform="cpu")
 
     def _target(self, kernel: str) -> str:
         """The name under which XLA knows a kernel of this variant."""
-        target = f"inferneo_{self.variant}_{kernel}"
-        with _LOCK:
-            if kernel not in self._known:
-                handler = jax.ffi.pycapsule(getattr(self._handle, kernel))
-                jax.ffi.register_ffi_target(target, handler, platform="cpu")
-                self._known.add(kernel)
-        return target
+        return f"inferneo_{self.variant}_{kernel}"
 
 
 _LOCK = threading.Lock()
@@ -107,7 +109,9 @@ def library(variant: Variant = "native") -> Library | None:
     """
     with _LOCK:
         if variant not in _MADE:
-            _MADE[variant] = _make(variant, _cache_folder())
+            _MADE[variant] = made = _make(variant, _cache_folder())
+            if made:
+                made.register()
         return _MADE[variant]
 
 

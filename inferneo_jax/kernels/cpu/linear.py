@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from inferneo_jax.kernels.cpu.build import Variant, library
-from inferneo_jax.layers.matrix import HostArray, MatrixFormat, Piece, Stored
+from inferneo_jax.layers.matrix import HostArray, MatrixFormat, Piece, Prologue, Stored
+from inferneo_jax.layers.mlp import gate
+from inferneo_jax.layers.norm import RMSNorm
 
 _BLOCK = 32
 """Outputs that lie together."""
@@ -26,7 +28,7 @@ class Grouped(MatrixFormat):
     arXiv:2206.01861).
 
     Attributes:
-        group: inputs that share a scale, a multiple of 4.
+        group: inputs that share a scale, a multiple of 16.
         variant: of the kernels.
     """
 
@@ -60,7 +62,7 @@ class Grouped(MatrixFormat):
             grouped = np.pad(some, padding).reshape(-1, groups, self.group)
             scale = _rounded_up(np.abs(grouped).max(axis=2) / np.float32(127))
             safe = np.maximum(scale.astype(np.float32), np.float32(1e-30))[..., None]
-            integers = (np.rint(grouped / safe) + 128).astype(np.uint8)
+            integers = (np.rint(grouped * (1 / safe)) + 128).astype(np.uint8)
             block, end = first // _BLOCK, -(-(first + len(some)) // _BLOCK)
             packed = integers.reshape(end - block, _BLOCK, -1, 4).transpose(0, 2, 1, 3)
             values[block:end] = packed
@@ -70,16 +72,51 @@ class Grouped(MatrixFormat):
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
-        """``x`` times the matrix, float32; padded outputs included."""
+        """``x`` times the matrix, float32; with padding behind the outputs."""
+        return self.multiply(x, stored)
+
+    def multiply(
+        self,
+        x: Float[Array, "rows n"],
+        stored: Stored,
+        *,
+        prologue: Prologue | None = None,
+        residual: Float[Array, "rows outputs"] | None = None,
+    ) -> Float[Array, "rows outputs"]:
+        """``residual + prologue(x) @ matrix``, float32, in one call where the kernel knows how."""
         values, scales = stored
+        norm, eps, kind = jnp.zeros(0), 0.0, 0
+        if isinstance(prologue, RMSNorm):
+            norm, eps, kind = prologue.scale[...], prologue.eps, 1
+        elif prologue is gate:
+            kind = 2
+        elif prologue:
+            x = prologue(x)
+        padded = values.shape[0] * _BLOCK
+        outputs = padded if residual is None else residual.shape[1]
         made = library(self.variant)
         assert made, "formats_for chooses this format only where there is a library"
-        shape = jax.ShapeDtypeStruct((x.shape[0], values.shape[0] * _BLOCK), jnp.float32)
-        return made.call("linear_int8", shape, x.astype(jnp.float32), values, scales)
+        return made.call(
+            "linear_int8",
+            jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32),
+            x.astype(jnp.float32),
+            values,
+            scales,
+            norm,
+            jnp.zeros((0, 0)) if residual is None else residual,
+            prologue=np.int64(kind),
+            eps=np.float32(eps),
+        )
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
-        """Rows of a table."""
-        raise NotImplementedError
+        """Rows of a table, float32, with padding behind their inputs."""
+        values, scales = stored
+        block, place = ids // _BLOCK, ids % _BLOCK
+        mode = "clip"
+        rows = values.at[block, :, place].get(mode=mode).astype(jnp.float32) - 128
+        scale = scales.at[block, :, place].get(mode=mode).astype(jnp.float32)
+        rows = rows.reshape(*scale.shape, self.group) * scale[..., None]
+        return rows.reshape(*ids.shape, -1)
 
 
 def _rounded_up(x: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "rows.h"
 #include "vector.h"
 
 namespace {
@@ -26,6 +27,7 @@ namespace {
 constexpr int64_t kBlock = 32;      // outputs
 constexpr int64_t kTileRows = 6;    // most rows whose sums are kept in registers
 constexpr int32_t kZeroPoint = 128;
+constexpr int64_t kSharedQuantization = 8192;  // elements from which on it is shared out
 
 struct Matrix {
   const uint8_t* values;
@@ -42,23 +44,51 @@ struct Rows {
   const int32_t* sums;
 };
 
-// One group of one row: its nearest multiples of `absmax / 127`, and that.
-inline void quantize_group(const float* x, int64_t size, int8_t* values, float* scale,
-                           int32_t* sum) {
-  float most = 0;
-  for (int64_t i = 0; i < size; ++i) most = std::max(most, std::fabs(x[i]));
-  *scale = most / 127.0f;
-  const float inverse = most > 0 ? 127.0f / most : 0.0f;
-  int32_t total = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const int32_t value = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
-    values[i] = static_cast<int8_t>(value);
-    total += value;
+// kCount rows times one block: `sums[row][output]`.
+#if defined(__AVX512VNNI__)
+
+template <int kCount>
+inline void multiply_tile(const Matrix& matrix, int64_t block, const Rows& rows,
+                          float (*sums)[kBlock]) {
+  const int64_t inputs = matrix.inputs, group = matrix.group, groups = matrix.groups();
+  const uint8_t* w = matrix.values + block * inputs * kBlock;
+  const uint16_t* scales = matrix.scales + block * groups * kBlock;
+  __m512 totals[kCount][2];
+  for (int r = 0; r < kCount; ++r) totals[r][0] = totals[r][1] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g, scales += kBlock) {
+    __m512i products[kCount][2];
+    for (int r = 0; r < kCount; ++r) {
+      products[r][0] = products[r][1] =
+          _mm512_set1_epi32(-kZeroPoint * rows.sums[r * groups + g]);
+    }
+    const int8_t* x = rows.values + g * group;
+    for (int64_t i = 0; i < group; i += 4, w += 4 * kBlock) {
+      const __m512i low = _mm512_loadu_si512(w), high = _mm512_loadu_si512(w + 64);
+      for (int r = 0; r < kCount; ++r) {
+        int32_t four;
+        std::memcpy(&four, x + r * inputs + i, 4);
+        const __m512i input = _mm512_set1_epi32(four);
+        products[r][0] = _mm512_dpbusd_epi32(products[r][0], low, input);
+        products[r][1] = _mm512_dpbusd_epi32(products[r][1], high, input);
+      }
+    }
+    const __m512 low = load_bfloat16(scales), high = load_bfloat16(scales + 16);
+    for (int r = 0; r < kCount; ++r) {
+      const __m512 scale = _mm512_set1_ps(rows.scales[r * groups + g]);
+      totals[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][0]),
+                                     _mm512_mul_ps(scale, low), totals[r][0]);
+      totals[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][1]),
+                                     _mm512_mul_ps(scale, high), totals[r][1]);
+    }
   }
-  *sum = total;
+  for (int r = 0; r < kCount; ++r) {
+    _mm512_storeu_ps(sums[r], totals[r][0]);
+    _mm512_storeu_ps(sums[r] + 16, totals[r][1]);
+  }
 }
 
-// kCount rows times one block: `sums[row][output]`.
+#else
+
 template <int kCount>
 inline void multiply_tile(const Matrix& matrix, int64_t block, const Rows& rows,
                           float (*sums)[kBlock]) {
@@ -86,14 +116,27 @@ inline void multiply_tile(const Matrix& matrix, int64_t block, const Rows& rows,
   }
 }
 
+#endif
+
 using Tile = void (*)(const Matrix&, int64_t, const Rows&, float (*)[kBlock]);
 constexpr Tile kTiles[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
                            multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
 
-// `out = x * matrix`; `x` is `[rows, width]` where `width` may be less than the matrix's inputs,
-// which are padded to whole groups; `out` is `[rows, matrix.outputs]`.
-inline void linear(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x, int64_t rows,
-                   int64_t width, float* out) {
+// What is done to rows before and after they are multiplied.
+struct Around {
+  enum Prologue : int64_t { kNone, kRmsNorm, kSwiGlu } prologue;
+  const float* norm;      // of kRmsNorm: [width]
+  float eps;
+  const float* residual;  // is added: [rows, outputs], or null
+};
+
+// `out = residual + prologue(x) * matrix`.
+//
+// What the prologue gives has `width` columns, at most the matrix's inputs, which are padded to
+// whole groups. `x` has as many, or twice as many for kSwiGlu: gates, then what they let through.
+// `out` is `[rows, matrix.outputs]`.
+inline void linear(xla::ffi::ThreadPool& pool, const Matrix& matrix, const Around& around,
+                   const float* x, int64_t rows, int64_t width, float* out) {
   const int64_t groups = matrix.groups(), inputs = matrix.inputs;
   // A thread's memory for this is kept from call to call.
   thread_local std::vector<int8_t> values;
@@ -107,15 +150,25 @@ inline void linear(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float
   int32_t* const row_sums = group_sums.data();
 
   auto quantize = [&](int64_t row) {
+    thread_local std::vector<float> buffer;
+    buffer.resize(std::max<size_t>(buffer.size(), inputs));
+    float* const y = buffer.data();
+    if (around.prologue == Around::kRmsNorm) {
+      rms_norm(x + row * width, width, around.norm, around.eps, y);
+    } else if (around.prologue == Around::kSwiGlu) {
+      const float* gate = x + 2 * row * width;
+      swiglu(gate, gate + width, width, y);
+    } else {
+      std::copy_n(x + row * width, width, y);
+    }
+    std::fill(y + width, y + inputs, 0.0f);
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t first = g * matrix.group, size = std::min(matrix.group, width - first);
-      int8_t* to = row_values + row * inputs + first;
-      const int64_t place = row * groups + g;
-      quantize_group(x + row * width + first, size, to, row_scales + place, row_sums + place);
-      std::fill(to + size, to + matrix.group, 0);
+      const int64_t first = g * matrix.group, place = row * groups + g;
+      quantize_group(y + first, matrix.group, row_values + row * inputs + first,
+                     row_scales + place, row_sums + place);
     }
   };
-  if (rows < 32) {
+  if (rows * width < kSharedQuantization) {
     for (int64_t row = 0; row < rows; ++row) quantize(row);
   } else {
     share(pool, rows, quantize);
@@ -123,18 +176,22 @@ inline void linear(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float
 
   const int64_t blocks = (matrix.outputs + kBlock - 1) / kBlock;
   share(pool, blocks, [&](int64_t block) {
+    const int64_t output = block * kBlock, size = std::min(kBlock, matrix.outputs - output);
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     for (int64_t tile = 0; tile < tiles; ++tile) {
+      // As even as can be: a tile of few rows is slower for each of them.
       const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
       float sums[kTileRows][kBlock];
       kTiles[count - 1](matrix, block,
                         {row_values + first * inputs, row_scales + first * groups,
                          row_sums + first * groups},
                         sums);
-      const int64_t output = block * kBlock;
-      const int64_t size = std::min(kBlock, matrix.outputs - output);
       for (int64_t r = 0; r < count; ++r) {
-        std::copy_n(sums[r], size, out + (first + r) * matrix.outputs + output);
+        const int64_t place = (first + r) * matrix.outputs + output;
+        if (around.residual) {
+          for (int64_t n = 0; n < size; ++n) sums[r][n] += around.residual[place + n];
+        }
+        std::copy_n(sums[r], size, out + place);
       }
     }
   });

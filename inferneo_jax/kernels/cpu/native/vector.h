@@ -20,4 +20,11 @@ inline float from_bfloat16(uint16_t bits) {
   return value;
 }
 
+#if defined(__AVX512F__)
+inline __m512 load_bfloat16(const uint16_t* from) {
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+#endif
+
 }  // namespace

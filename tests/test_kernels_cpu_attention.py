@@ -192,11 +192,16 @@ def test_each_device_attends_with_its_own_heads(dtype: str) -> None:
 @pytest.mark.parametrize("mesh", [ONE_DEVICE, MeshShape(2, 4)], ids=str)
 def test_a_step_writes_in_place(mesh: MeshShape) -> None:
     config = dataclasses.replace(
-        NATIVE_ENGINE, mesh=mesh, slots=8, kv_dtype="bfloat16", kv_tokens=16 * 1024
+        NATIVE_ENGINE,
+        mesh=mesh,
+        slots=8,
+        row_buckets=(8,),
+        kv_dtype="bfloat16",
+        kv_tokens=16 * 1024,
     )
     programs = make_programs(NATIVE, config, make_mesh(mesh), REFERENCE, lambda: 0)
     assert isinstance(programs.attention, CpuPagedAttention)
-    compiled = programs.lower(("decode", 4, 1)).compile()
+    compiled = programs.lower(("decode", 8, 1)).compile()
     layer = programs.cache()[0].keys
     shape = ",".join(map(str, layer.sharding.shard_shape(layer.shape)))
     made = [line for line in compiled.as_text().splitlines() if f"= bf16[{shape}]" in line]

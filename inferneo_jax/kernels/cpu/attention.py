@@ -107,8 +107,8 @@ class CpuPagedAttention(PagedAttention):
         return mixed, LayerCache(keys, values, *(scales if self.dtype == jnp.int8 else ()))
 
 
-_NO_ANGLES = (np.zeros((0, 0, 0), np.float32),) * 2
-_NO_SCALES = np.zeros(0, np.float32)
+_NO_ANGLES: Any = (np.zeros((0, 0, 0), np.float32),) * 2
+_NO_SCALES: Any = np.zeros(0, np.float32)
 
 
 def _arrays(cache: LayerCache) -> list[Array]:

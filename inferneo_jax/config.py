@@ -171,8 +171,8 @@ class EngineConfig:
             the device, auto: these where there are some.
         quantization: of the weights: int8, or none; auto: none, but int8 in groups where a CPU has
             native kernels and dtype is auto.
-        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16 on
-            accelerators, float32 on a CPU or where dtype is that.
+        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16, but
+            float32 where dtype is that and on a CPU without native kernels.
         max_logprobs: most alternatives a request may ask for.
         max_logit_bias: most biased tokens of one request.
         step_seconds: a step that takes longer hangs, unless ten times the slowest step at start

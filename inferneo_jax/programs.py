@@ -117,18 +117,23 @@ class Programs:
         ]
 
     def empty_cache(self) -> Callable[[], KVCache]:
-        """A function that makes the cache of all groups, zeroed, where it belongs."""
-        sharding = NamedSharding(self.mesh, meshes.spec("pages", "kv_heads"))
-        return jax.jit(self._init_cache, out_shardings=sharding)
+        """A function that makes the cache of all groups, where it belongs."""
+        parts = meshes.parts(self.mesh, "kv_heads")
+        fitted = fit(self.model, parts)
+        own = dataclasses.replace(self.attention, kv_heads=self.attention.kv_heads // parts)
+        made = jax.shard_map(
+            lambda: own.init(fitted, self.num_pages),
+            mesh=self.mesh,
+            in_specs=(),
+            out_specs=meshes.spec("pages", "kv_heads"),
+            check_vma=False,
+        )
+        return jax.jit(made)
 
     def cache(self) -> KVCache:
         """The cache's shapes."""
-        made: Any = jax.eval_shape(self._init_cache)
+        made: Any = jax.eval_shape(self.empty_cache())
         return self._split(made, "pages", "kv_heads")
-
-    def _init_cache(self) -> KVCache:
-        fitted = fit(self.model, meshes.parts(self.mesh, "kv_heads"))
-        return self.attention.init(fitted, self.num_pages * self.groups)
 
     def host_arguments(self, key: Key) -> tuple[Any, ...]:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from inferneo_jax.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView
+from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.cpu.build import Library, Variant, library
 
 BLOCK = 16
@@ -39,6 +40,22 @@ class CpuPagedAttention(PagedAttention):
     def fits(head_dim: int, page_len: int) -> bool:
         """Whether the kernels can be used with such heads and pages."""
         return head_dim % BLOCK == 0 and page_len % BLOCK == 0 and head_dim <= _MOST_DIMS
+
+    def init(self, config: DecoderConfig, num_pages: int) -> KVCache:
+        """Arrays for ``num_pages`` pages in every layer, whose memory is taken as it is written.
+
+        What they hold before is arbitrary, and never read.
+        """
+        pages = (num_pages, self.kv_heads, self.page_len, self.head_dim)
+        scales = (num_pages, self.kv_heads, 1, self.page_len)
+        shapes = [jax.ShapeDtypeStruct(pages, self.dtype)] * 2
+        if self.dtype == jnp.int8:
+            shapes += [jax.ShapeDtypeStruct(scales, jnp.float32)] * 2
+        return [
+            # The number keeps XLA from taking the layers' for one and the same.
+            LayerCache(*self._library.call("attention_pages", shapes, layer=np.int64(layer)))
+            for layer in range(config.num_layers)
+        ]
 
     def step(
         self,

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "attention.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -94,6 +98,23 @@ inline ffi::Error attend_call(ffi::ThreadPool pool, Array5 queries, Table tables
                         {keys, values, key_scales, value_scales}, out->typed_data());
 }
 
+// Pages that nobody has touched: the system hands out memory as they are written, 2 MiB at a time
+// where it can, as few of the CPU's address translations reach over many small pieces.
+inline ffi::Error pages_call(ffi::RemainingRets arrays, int64_t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    auto array = arrays.get<ffi::AnyBuffer>(i);
+    if (!array.has_value()) return array.error();
+    const auto begin = reinterpret_cast<uintptr_t>((*array)->untyped_data());
+    const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1);
+    const uintptr_t end = (begin + (*array)->size_bytes()) & ~(kHuge - 1);
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  }
+#endif
+  return ffi::Error::Success();
+}
+
 }  // namespace paged
 }  // namespace
 
@@ -128,3 +149,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_attend, paged::attend_call,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<paged::Array5>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_pages, paged::pages_call,
+                              xla::ffi::Ffi::Bind().RemainingRets().Attr<int64_t>("layer"));

@@ -89,8 +89,11 @@ class Library:
         """Tell XLA all kernels: a program that was kept on disk calls them without being traced."""
         bindings = "".join(path.read_text(encoding="utf-8") for path in _NATIVE.iterdir())
         for kernel in re.findall(r"XLA_FFI_DEFINE_HANDLER_SYMBOL\((\w+)", bindings):
-            handler = jax.ffi.pycapsule(getattr(self._handle, kernel))
-            jax.ffi.register_ffi_target(self._target(kernel), handler, platform="cpu")
+            target = self._target(kernel)
+            if target not in _TOLD:  # XLA takes a name once
+                handler = jax.ffi.pycapsule(getattr(self._handle, kernel))
+                jax.ffi.register_ffi_target(target, handler, platform="cpu")
+                _TOLD.add(target)
 
     def _target(self, kernel: str) -> str:
         """The name under which XLA knows a kernel of this variant."""
@@ -99,6 +102,7 @@ class Library:
 
 _LOCK = threading.Lock()
 _MADE: dict[Variant, Library | None] = {}
+_TOLD: set[str] = set()
 
 
 def library(variant: Variant = "native") -> Library | None:

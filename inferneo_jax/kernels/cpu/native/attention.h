@@ -1,9 +1,9 @@
 // Attention over paged keys and values: rotary embedding, writing and attending in one call.
 //
-// Only live pages are read, where they lie. Rows, KV heads and blocks of queries are shared out over
-// threads. A single query would keep one core busy, so its positions are cut at every 256th; the
-// pieces are joined in order by whoever ends last (https://pytorch.org/blog/flash-decoding). Cuts
-// depend on a row's own length only, so neither other rows nor threads change a result.
+// Only live pages are read, where they lie. Rows, KV heads and blocks of queries are shared out
+// over threads. A single query would keep one core busy, so its positions are cut at every 256th;
+// the pieces are joined in order by whoever ends last (https://pytorch.org/blog/flash-decoding).
+// Cuts depend on a row's own length only, so neither other rows nor threads change a result.
 #pragma once
 
 #include <algorithm>
@@ -84,7 +84,8 @@ void attend_all(xla::ffi::ThreadPool& pool, const Call& call, bool writes) {
   }
   const int most_pieces = *std::max_element(pieces.begin(), pieces.end());
   int block = std::min(queries, most);
-  while (most_pieces == 1 && block >= kCut && heads * ((queries + block - 1) / block) < kBlocks) {
+  const auto blocks = [&] { return (queries + block - 1) / block; };
+  while (most_pieces == 1 && block >= kCut && heads * blocks() < kBlocks) {
     block = block / 2 / kTile * kTile;
   }
 
@@ -95,8 +96,8 @@ void attend_all(xla::ffi::ThreadPool& pool, const Call& call, bool writes) {
         for (int begin = 0; begin < queries; begin += block) {
           const int end = std::min(begin + block, queries);
           const int seen = call.last_seen(row, (end - 1) / call.group) + 1;
-          const int64_t positions = std::clamp(seen - piece * kSplit, 0, pieces[row] > 1 ? kSplit : seen);
-          const int64_t work = (end - begin) * positions * call.head_dim;
+          const int positions = pieces[row] > 1 ? std::clamp(seen - piece * kSplit, 0, kSplit) : seen;
+          const int64_t work = (int64_t)(end - begin) * positions * call.head_dim;
           items.push_back({row, head, begin, end, piece, pieces[row], work});
         }
       }
@@ -137,7 +138,8 @@ void attend_all(xla::ffi::ThreadPool& pool, const Call& call, bool writes) {
 // A single token's key is written by who attends to its position; several tokens' come first.
 template <class F>
 void attention(xla::ffi::ThreadPool& pool, const Call& call) {
-  const bool at_once = call.tokens == 1 && 0 < call.group && call.group < std::min(kCut, most_queries(call) + 1);
+  const bool in_one_block = call.group < kCut && call.group <= most_queries(call);
+  const bool at_once = call.tokens == 1 && call.group > 0 && in_one_block;
   if (call.writes() && !at_once) write_all<F>(pool, call);
   if (call.queries() > 0 && call.rows > 0) attend_all<F>(pool, call, call.writes() && at_once);
 }

@@ -27,11 +27,11 @@ inline ffi::Error refuse(const char* why) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, why);
 }
 
-// Fresh entries are [rows, tokens, kv_heads, entries, head_dim]: a group's queries, then, where they
-// are to be written, its key and value. Without angles ([0, 0, 0]) nothing is rotated.
+// Fresh entries are [rows, tokens, kv_heads, entries, head_dim]: a group's queries, then, where
+// they are to be written, its key and value. Without angles ([0, 0, 0]) nothing is rotated.
 inline ffi::Error run_call(ffi::ThreadPool& pool, int64_t group, const Array5& fresh,
-                          const Array3& cos, const Array3& sin, const Table& tables,
-                          const Table& positions, const Pages& pages, float* out) {
+                           const Array3& cos, const Array3& sin, const Table& tables,
+                           const Table& positions, const Pages& pages, float* out) {
   const auto f = fresh.dimensions(), k = pages.keys.dimensions(), t = tables.dimensions();
   const auto at = positions.dimensions(), angles = cos.dimensions();
   const bool rotates = cos.element_count() > 0, scaled = pages.key_scales.element_count() > 0;
@@ -70,14 +70,15 @@ inline ffi::Error run_call(ffi::ThreadPool& pool, int64_t group, const Array5& f
   return ffi::Error::Success();
 }
 
-// Writes fresh keys and values into the pages, which it is given and gives back, and attends to them.
-inline ffi::Error step_call(ffi::ThreadPool pool, Array5 fresh, Array3 cos, Array3 sin, Table tables,
-                     Table positions, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                     ffi::AnyBuffer key_scales, ffi::AnyBuffer value_scales,
-                     ffi::Result<Array5> out, ffi::Result<ffi::AnyBuffer> new_keys,
-                     ffi::Result<ffi::AnyBuffer> new_values,
-                     ffi::Result<ffi::AnyBuffer> new_key_scales,
-                     ffi::Result<ffi::AnyBuffer> new_value_scales, int64_t group) {
+// Writes fresh keys and values into the pages, given and given back, and attends to them.
+inline ffi::Error step_call(ffi::ThreadPool pool, Array5 fresh, Array3 cos, Array3 sin,
+                            Table tables, Table positions, ffi::AnyBuffer keys,
+                            ffi::AnyBuffer values, ffi::AnyBuffer key_scales,
+                            ffi::AnyBuffer value_scales, ffi::Result<Array5> out,
+                            ffi::Result<ffi::AnyBuffer> new_keys,
+                            ffi::Result<ffi::AnyBuffer> new_values,
+                            ffi::Result<ffi::AnyBuffer> new_key_scales,
+                            ffi::Result<ffi::AnyBuffer> new_value_scales, int64_t group) {
   if (keys.untyped_data() != new_keys->untyped_data() ||
       values.untyped_data() != new_values->untyped_data() ||
       key_scales.untyped_data() != new_key_scales->untyped_data() ||
@@ -90,9 +91,9 @@ inline ffi::Error step_call(ffi::ThreadPool pool, Array5 fresh, Array3 cos, Arra
 
 // Attends to what the pages hold.
 inline ffi::Error attend_call(ffi::ThreadPool pool, Array5 queries, Table tables, Table positions,
-                       Array3 none, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                       ffi::AnyBuffer key_scales, ffi::AnyBuffer value_scales,
-                       ffi::Result<Array5> out) {
+                              Array3 none, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                              ffi::AnyBuffer key_scales, ffi::AnyBuffer value_scales,
+                              ffi::Result<Array5> out) {
   const int64_t group = queries.dimensions()[3];
   return run_call(pool, group, queries, none, none, tables, positions,
                         {keys, values, key_scales, value_scales}, out->typed_data());

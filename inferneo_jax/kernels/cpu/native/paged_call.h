@@ -1,5 +1,5 @@
-// One layer's call of attention over pages: its arrays, where things lie in them, and the writing of
-// keys and values.
+// One layer's call of attention over pages: its arrays, where things lie in them, and the writing
+// of keys and values.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 // Queries that share a KV head, over chunks of 64 positions under an online softmax
 // (arXiv:2205.14135): each chunk's keys and values are read into registers for up to 6 queries.
 //
-// A query meets its positions in the same order whoever is computed with it, and what it may not see
-// adds zeros: so its result is its own.
+// A query meets its positions in the same order whoever is computed with it, and what it may not
+// see adds zeros: so its result is its own.
 #pragma once
 
 #include <algorithm>
@@ -126,7 +126,8 @@ class Queries {
       state_[i] = {kLowest, call.last_seen(row, token), Vector{}};
       if (state_[i].last < 0) continue;
       length_ = std::max(length_, state_[i].last + 1);
-      call.rotated(call.entry(row, token, head, (begin + i) % call.group), row, token, factor, query);
+      const float* from = call.entry(row, token, head, (begin + i) % call.group);
+      call.rotated(from, row, token, factor, query);
       for (int d = 0; d < call.head_dim; d += kLanes) {
         F::put(operands_ + i * call.head_dim + d, load(query + d));
       }
@@ -142,8 +143,7 @@ class Queries {
     for (; begin < end; begin += kChunk) {
       const Chunk<F> chunk(call_, row_, head_, begin, end);
       const bool more = begin + kChunk < end;
-      const Chunk<F> next =
-          more ? Chunk<F>(call_, row_, head_, begin + kChunk, end) : after;
+      const Chunk<F> next = more ? Chunk<F>(call_, row_, head_, begin + kChunk, end) : after;
       const Chunk<F>* ahead = &next;  // for the first tile: once is enough
       int i = 0;
       for (; i + 6 <= count_; i += 6, ahead = &chunk) tile<6>(i, chunk, *ahead);

@@ -37,7 +37,8 @@ inline uint16_t to_bfloat16(float x) {
 //   Operand  one number that it is multiplied with: a query's, or a softmax weight
 //   Packed   kLanes of kPack stored numbers, ready to be multiplied
 //
-// encode makes stored numbers of floats, and their scale where there is one. multiply_add adds to each lane the sum of its kPack products with kPack operands.
+// encode makes stored numbers of floats, and their scale where there is one. multiply_add adds to
+// each lane the sum of its kPack products with kPack operands.
 
 struct Float32 {
   using Stored = float;

@@ -172,8 +172,8 @@ class EngineConfig:
             the device, auto: these where there are some.
         quantization: of the weights: int8, or none; auto: none, but int8 in groups where a CPU has
             native kernels and dtype is auto.
-        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16 on
-            accelerators, float32 on a CPU or where dtype is that.
+        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16, but
+            float32 where dtype is that and on a CPU without native kernels.
         speculation: drafts of the next tokens that one step verifies; ngram: what followed when the
             newest tokens came before, auto: that, where it was measured to be faster, off: none.
         draft_tokens: most tokens of a draft.

@@ -127,18 +127,23 @@ class Programs:
         ]
 
     def empty_cache(self) -> Callable[[], KVCache]:
-        """A function that makes the cache of all groups, zeroed, where it belongs."""
-        sharding = NamedSharding(self.mesh, meshes.spec("pages", "kv_heads"))
-        return jax.jit(self._init_cache, out_shardings=sharding)
+        """A function that makes the cache of all groups, where it belongs."""
+        parts = meshes.parts(self.mesh, "kv_heads")
+        fitted = fit(self.model, parts)
+        own = dataclasses.replace(self.attention, kv_heads=self.attention.kv_heads // parts)
+        made = jax.shard_map(
+            lambda: own.init(fitted, self.num_pages),
+            mesh=self.mesh,
+            in_specs=(),
+            out_specs=meshes.spec("pages", "kv_heads"),
+            check_vma=False,
+        )
+        return jax.jit(made)
 
     def cache(self) -> KVCache:
         """The cache's shapes."""
-        made: Any = jax.eval_shape(self._init_cache)
+        made: Any = jax.eval_shape(self.empty_cache())
         return self._split(made, "pages", "kv_heads")
-
-    def _init_cache(self) -> KVCache:
-        fitted = fit(self.model, meshes.parts(self.mesh, "kv_heads"))
-        return self.attention.init(fitted, self.num_pages * self.groups)
 
     def host_arguments(self, key: Key) -> tuple[Any, ...]:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""
@@ -242,11 +247,13 @@ def make_programs(
         raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={groups}")
     fitted = fit(model, meshes.parts(mesh, "kv_heads"))
     device = mesh.devices.flat[0]
-    attention = attention_for(device, config.kernels)(
+    page_len = config.page_len or (64 if device.platform == "tpu" else 16)
+    kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
+    attention = kind(
         kv_heads=fitted.num_kv_heads,
         head_dim=model.head_dim,
-        page_len=config.page_len or (64 if device.platform == "tpu" else 16),
-        dtype=cache_dtype_for(config, device),
+        page_len=page_len,
+        dtype=cache_dtype_for(config, device, native=kind is not PagedAttention),
     )
     one_page = Programs(model, config, mesh, formats, attention, 1, 1)
     max_len, pages = _cache_size(one_page, cache_budget)

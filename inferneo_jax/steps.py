@@ -10,7 +10,7 @@ slots, pages and rows of its group, all counted from 0 there. Results are those 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from inferneo_jax import mesh
 from inferneo_jax.cache import KVCache, PagedAttention, PageView
 from inferneo_jax.models.decoder import Decoder
-from inferneo_jax.sampling import Sampler, SamplingRows, Scores
+from inferneo_jax.sampling import Sampler, SamplingRows, Scores, needs_more
 
 _SCORED_AT_ONCE = 32
 """Prompt positions scored at once: logits for a whole chunk would take vocab x chunk x 4 bytes."""
@@ -197,10 +197,20 @@ class Steps:
         targets: Int[Array, " rows"] | None = None,
     ) -> tuple[SlotState, Int[Array, " rows"], Scores]:
         """Sample each row's token at position ``length`` and write it to its target slot."""
-        params, history = jax.tree.map(
-            lambda x: x.at[slots].get(mode="clip"), (state.sampling, state.tokens)
-        )
-        ids, scores = self.sampler(logits, params, history, lengths)
+
+        def of_rows(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x.at[slots].get(mode="clip"), tree)
+
+        def sample() -> tuple[Int[Array, " rows"], Scores]:
+            params, history = of_rows((state.sampling, state.tokens))
+            return self.sampler(logits, params, history, lengths)
+
+        # Rows that are all greedy are the usual ones. What others want would cost them copies of
+        # the logits, and tables of a thousand biases.
+        first = jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x, state.sampling)
+        live = slots < state.tokens.shape[0]
+        more = live & needs_more(of_rows(first), lengths, self.vocab_size)
+        ids, scores = lax.cond(more.any(), sample, lambda: self.sampler.plain(logits))
         targets = slots if targets is None else targets
         tokens = state.tokens.at[targets, lengths].set(ids, mode="drop")
         return SlotState(tokens, state.sampling), ids, scores

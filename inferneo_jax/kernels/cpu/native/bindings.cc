@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "attention_bindings.h"
 #include "linear.h"
 #include "pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -13,8 +14,6 @@
 namespace {
 
 namespace ffi = xla::ffi;
-
-using Floats = ffi::Buffer<ffi::F32>;
 
 ffi::Error wrong(const char* what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, what);

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 from inferneo_jax.version import __version__
 
 if TYPE_CHECKING:
-    from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, MeshShape
+    from inferneo_jax.config import (
+        DecoderConfig,
+        EncoderConfig,
+        EngineConfig,
+        JobConfig,
+        MeshShape,
+    )
     from inferneo_jax.detokenize import IncrementalDecoder
     from inferneo_jax.embedder import Embedder
     from inferneo_jax.engine import Engine
@@ -22,13 +28,15 @@ if TYPE_CHECKING:
         EngineStoppedError,
         FetchError,
         InferneoError,
+        JobError,
         OverloadedError,
         RequestError,
         TemplateError,
         TokenizerError,
         WeightsError,
     )
-    from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
+    from inferneo_jax.lockstep.job import Job
+    from inferneo_jax.model import EmbeddingModel, LanguageModel, follow_model, load_model
     from inferneo_jax.request import (
         EngineStats,
         GenerationOutput,
@@ -44,6 +52,7 @@ _HOMES = {
         "DecoderConfig",
         "EncoderConfig",
         "EngineConfig",
+        "JobConfig",
         "MeshShape",
     ),
     "detokenize": ("IncrementalDecoder",),
@@ -58,15 +67,18 @@ _HOMES = {
         "EngineStoppedError",
         "FetchError",
         "InferneoError",
+        "JobError",
         "OverloadedError",
         "RequestError",
         "TemplateError",
         "TokenizerError",
         "WeightsError",
     ),
+    "lockstep.job": ("Job",),
     "model": (
         "EmbeddingModel",
         "LanguageModel",
+        "follow_model",
         "load_model",
     ),
     "request": (
@@ -100,6 +112,9 @@ __all__ = [
     "GenerationRequest",
     "IncrementalDecoder",
     "InferneoError",
+    "Job",
+    "JobConfig",
+    "JobError",
     "LanguageModel",
     "MeshShape",
     "OverloadedError",
@@ -112,6 +127,7 @@ __all__ = [
     "TokenizerError",
     "WeightsError",
     "__version__",
+    "follow_model",
     "load_model",
 ]
 

@@ -108,6 +108,7 @@ class EncoderConfig:
 
 
 ModelConfig = DecoderConfig | EncoderConfig
+_TOKEN_LENGTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +168,22 @@ class EngineConfig:
         prefill_chunks: sizes into which prompts are cut. A step prefills one chunk, or as many of a
             shorter size as the longest chunk's tokens allow.
         dtype: of the weights and matrix products; auto: bfloat16 where it is fast.
-        kernels: of attention; xla: the reference, native: those made for the device, auto: these
-            where there are some.
-        quantization: of the weights: int8, or none; auto: none.
-        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16 on
-            accelerators, float32 on a CPU or where dtype is that.
+        kernels: of attention, and on CPUs of products; xla: the reference, native: those made for
+            the device, auto: these where there are some.
+        quantization: of the weights: int8, or none; auto: none, but int8 in groups where a CPU has
+            native kernels and dtype is auto.
+        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16, but
+            float32 where dtype is that and on a CPU without native kernels.
+        speculation: drafts of the next tokens that one step verifies; ngram: what followed when the
+            newest tokens came before, auto: that, where it was measured to be faster, off: none.
+        draft_tokens: most tokens of a draft.
+        draft_rows: most rows of a step that verifies drafts: with more, products cost as much as
+            reading the weights does.
         max_logprobs: most alternatives a request may ask for.
         max_logit_bias: most biased tokens of one request.
         step_seconds: a step that takes longer hangs, unless ten times the slowest step at start
             is more.
-        compilation_cache: folder of JAX's persistent compilation cache; None: off.
+        compilation_cache: folder in which compiled programs are kept for the next start; None: off.
         mesh: how the devices are shared out; all of them over ``model`` by default.
         row_buckets: rows of a decode step for which a program is compiled, rising.
     """
@@ -190,6 +197,9 @@ class EngineConfig:
     kernels: Literal["auto", "xla", "native"] = "auto"
     quantization: Literal["auto", "none", "int8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    speculation: Literal["auto", "off", "ngram"] = "auto"
+    draft_tokens: int = 5
+    draft_rows: int = 4
     max_logprobs: int = 20
     max_logit_bias: int = 1024
     step_seconds: float = 3.0
@@ -198,7 +208,7 @@ class EngineConfig:
     row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
 
     def __post_init__(self) -> None:
-        for name in ("slots", "page_len", "max_logit_bias"):
+        for name in ("slots", "page_len", "max_logit_bias", "draft_tokens"):
             if (getattr(self, name) or 1) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.step_seconds > 0:
@@ -209,6 +219,52 @@ class EngineConfig:
             raise ConfigError(f"max_len is {self.max_len}; it must be at least 2")
         if list(self.prefill_chunks) != sorted(set(self.prefill_chunks)) or not self.prefill_chunks:
             raise ConfigError(f"prefill_chunks {self.prefill_chunks} must be rising sizes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """The processes that run one model together, usually one on each host.
+
+    Attributes:
+        token: a secret that all of them know; nobody else joins them.
+        coordinator: ``host:port`` of process 0, where the others find it; None: JAX finds address
+            and numbers itself, on TPU slices, in Slurm, Open MPI and Kubernetes' indexed jobs.
+        num_processes: how many there are; with a coordinator.
+        process_id: this one's number, from 0, the leader's; with a coordinator.
+        join_seconds: how long to wait for the others to start.
+        connect_seconds: how long their connections may take once all have started.
+        load_seconds: how long to wait for others that load or compile.
+        beat_seconds: between two signs of life.
+        lost_seconds: without a sign of life for so long a process is lost.
+        end_seconds: how long the others may take to end.
+    """
+
+    token: str = field(repr=False)
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    join_seconds: float = 600.0
+    connect_seconds: float = 30.0
+    load_seconds: float = 3600.0
+    beat_seconds: float = 1.0
+    lost_seconds: float = 10.0
+    end_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if len(self.token) < _TOKEN_LENGTH:
+            raise ConfigError(f"the job's token must have at least {_TOKEN_LENGTH} characters")
+        if self.coordinator is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ConfigError(f"coordinator is {self.coordinator!r}; write it as host:port")
+        if self.num_processes is None or self.process_id is None:
+            raise ConfigError("a job with a coordinator needs num_processes and process_id")
+        if not 0 <= self.process_id < self.num_processes or self.num_processes < 2:
+            raise ConfigError(
+                f"process_id is {self.process_id} and num_processes {self.num_processes}; there "
+                "must be at least 2, with numbers from 0"
+            )
 
 
 def _build(cls: type[Any], values: dict[str, Any]) -> Any:

@@ -1,13 +1,13 @@
 """Embeddings in batches: token ids in, one vector per text out."""
 
 import logging
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float32, Int
 
-from inferneo_jax import compiles, models
 from inferneo_jax import mesh as meshes
+from inferneo_jax import models
 from inferneo_jax.config import EncoderConfig, EngineConfig
 from inferneo_jax.errors import (
     ContextLengthError,
@@ -27,6 +27,7 @@ from inferneo_jax.errors import (
     OverloadedError,
     RequestError,
 )
+from inferneo_jax.executables import ExecutableStore, Progress
 from inferneo_jax.fitting import fit
 from inferneo_jax.heartbeat import PATIENCE, Heartbeat
 from inferneo_jax.layers.matrix import Formats
@@ -73,6 +74,7 @@ class Embedder:
         mesh: Mesh,
         max_len: int | None = None,
         step_seconds: float = EngineConfig.step_seconds,
+        compilation_cache: str | None = None,
     ) -> None:
         self._step_seconds = step_seconds
         self.vocab_size = model.vocab_size
@@ -82,6 +84,7 @@ class Embedder:
         fitted = fit(model, meshes.parts(mesh, "heads"))
         self._graphdef, self._treedef = models.skeleton(fitted, formats)
         self._mesh = mesh
+        self._store = ExecutableStore(compilation_cache, mesh, fitted, formats)
         self._weight_specs = [
             each.sharding.spec for each in flat(weight_shapes(model, mesh, formats))
         ]
@@ -92,21 +95,19 @@ class Embedder:
         self._stopped = self._hung = False
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
 
-    def start(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+    def start(self, progress: Progress | None = None) -> None:
         """Compile every batch shape, then begin to serve."""
         shapes = [
             (rows, length) for length in self._lengths() for rows in self._row_choices(length)
         ]
 
-        def build(shape: tuple[int, int]) -> None:
-            args = (self._weights, np.zeros(shape, np.int32), np.zeros(shape[0], np.int32))
-            with compiles.expected():
-                self._compiled[shape] = self._step(shape[0]).lower(*args).compile()
+        def lower(rows: int, length: int) -> jax.stages.Lowered:
+            batch = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+            return self._step(rows).lower(self._weights, *batch)
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for done, _ in enumerate(pool.map(build, shapes)):
-                if progress:
-                    progress("compile", done + 1, len(shapes))
+        self._compiled = self._store.compile_all(
+            {shape: partial(lower, *shape) for shape in shapes}, progress
+        )
         self._heartbeat = Heartbeat("embedder", self._warm_up(), self._give_up_round)
         self._thread.start()
 

@@ -4,7 +4,8 @@
 
     InferneoError
      |- ConfigError              a setting or a model configuration that cannot work
-     |- CheckpointError          a model on disk, or its source, that cannot be used
+     |- JobError                 the processes of a job do not agree, or one of them is gone
+ |- CheckpointError          a model on disk, or its source, that cannot be used
      |   |- FetchError           it could not be downloaded, or its hash is wrong
      |   |- WeightsError         missing, unused or misshapen weights, named
      |   `- TokenizerError       no tokenizer, or one of a kind that is not supported
@@ -24,6 +25,10 @@ class InferneoError(Exception):
 
 class ConfigError(InferneoError):
     """A setting or a model configuration that cannot work."""
+
+
+class JobError(InferneoError):
+    """The processes of a job do not agree, or one of them is gone."""
 
 
 class CheckpointError(InferneoError):

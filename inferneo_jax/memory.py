@@ -25,8 +25,8 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can still be had: of the first accelerator, else of this machine."""
-    device = jax.devices()[0]
+    """Bytes that can still be had: of the first accelerator here, else of this machine."""
+    device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats:
         return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])

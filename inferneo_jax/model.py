@@ -1,5 +1,7 @@
 """From a checkpoint folder to a model that serves: weights, compiled steps, tokenizer."""
 
+import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,14 +19,21 @@ from inferneo_jax.config import (
 )
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
+from inferneo_jax.errors import ConfigError
+from inferneo_jax.executables import Progress
 from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.lockstep.follow import follow
+from inferneo_jax.lockstep.job import Job
+from inferneo_jax.lockstep.peers import agree
 from inferneo_jax.memory import explained, require
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.numerics import dtype_for, formats_for
-from inferneo_jax.runner import Progress, Runner, sharing
+from inferneo_jax.runner import Runner, sharing
 from inferneo_jax.tokenizer import Tokenizer
-from inferneo_jax.weights.checkpoint import open_weights, read_info
+from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +69,25 @@ class EmbeddingModel:
 
 
 def load_model(
-    path: Path, config: EngineConfig, *, name: str, progress: Progress | None = None
+    path: Path,
+    config: EngineConfig,
+    *,
+    name: str,
+    progress: Progress | None = None,
+    job: Job | None = None,
 ) -> LanguageModel | EmbeddingModel:
     """Load a converted checkpoint and compile all its steps. Blocks, for seconds to minutes.
+
+    In a job of several processes, which this one leads and has joined, a language model runs on
+    the devices of all of them; an embedding model on this process's own.
 
     Raises:
         CheckpointError: the folder holds no usable model.
         ConfigError: the model does not fit the configuration.
+        JobError: another process is lost, or has another model or configuration.
     """
     info = read_info(path)
     tokenizer = Tokenizer.from_directory(path)
-    if config.compilation_cache:
-        _use_compilation_cache(config.compilation_cache)
     with compiles.expected():
         if isinstance(info.config, EncoderConfig):
             # A small model: where there are several hosts, the devices of this one are plenty.
@@ -80,7 +96,13 @@ def load_model(
             formats = Formats.plain(dtype_for(config, mesh.devices.flat[0]))
             weights = _load_weights(path, info.config, mesh, formats)
             embedder = Embedder(
-                info.config, weights, formats, mesh, config.max_len, config.step_seconds
+                info.config,
+                weights,
+                formats,
+                mesh,
+                config.max_len,
+                config.step_seconds,
+                config.compilation_cache,
             )
             with explained("the batches were compiled and first run"):
                 embedder.start(progress)
@@ -91,20 +113,76 @@ def load_model(
                 embedder=embedder,
                 max_tokens=embedder.max_tokens,
             )
-        assert isinstance(info.config, DecoderConfig)
-        mesh = make_mesh(config.mesh)
-        formats = formats_for(config, mesh)
-        weights = _load_weights(path, info.config, mesh, formats)
-        runner = Runner(info.config, weights, config, formats, mesh)
-        with explained("the steps were compiled and first run"):
-            runner.compile(progress)
+        runner = load_runner(info, config, progress, job)
+    engine = Engine(runner)
+    if job:
+        job.on_lost(engine.fail)
     return LanguageModel(
         name=name,
         created=info.created,
         tokenizer=tokenizer,
-        engine=Engine(runner),
+        engine=engine,
         max_len=runner.max_len,
     )
+
+
+def follow_model(
+    path: Path, config: EngineConfig, job: Job, progress: Progress | None = None
+) -> bool:
+    """Run a language model's steps for the job's leader, until it ends the job in order.
+
+    Returns:
+        False, at once: it is an embedding model, which the leader has to itself.
+
+    Raises:
+        CheckpointError: the folder holds no usable model.
+        ConfigError: the model does not fit the configuration.
+        JobError: the leader is lost, or has another model or configuration.
+    """
+    info = read_info(path)
+    if isinstance(info.config, EncoderConfig):
+        return False
+    with compiles.expected():
+        runner = load_runner(info, config, progress, job)
+    log.info("following")
+    follow(runner, job.link)
+    return True
+
+
+def load_runner(
+    info: CheckpointInfo, config: EngineConfig, progress: Progress | None, job: Job | None = None
+) -> Runner:
+    """A language model's weights and compiled steps, on the devices of all processes."""
+    assert isinstance(info.config, DecoderConfig)
+    mesh = make_mesh(config.mesh)
+    if job:
+        job.take(info.path.name)
+        agree(job.link, "model", _identity(info, config, mesh))
+    formats = formats_for(config, mesh)
+    weights = _load_weights(info.path, info.config, mesh, formats)
+    runner = Runner(info.config, weights, config, formats, mesh, job.link if job else None)
+    with explained("the steps were compiled and first run"):
+        runner.compile(progress)
+    return runner
+
+
+def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[str, object]:
+    """What all processes of a job must have in common; folders they may have of their own."""
+    idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        raise ConfigError(
+            f"the mesh {dict(mesh.shape)} has no device of the processes {sorted(idle)}; it must "
+            f"have some of each: there are {jax.device_count()}"
+        )
+    settings = dataclasses.asdict(config)
+    return {
+        "model": info.path.name,
+        "checkpoint": fingerprint(info),
+        "mesh": {str(axis): int(size) for axis, size in mesh.shape.items()},
+        **{
+            name: settings[name] for name in sorted(settings.keys() - {"compilation_cache", "mesh"})
+        },
+    }
 
 
 def _load_weights(path: Path, config: ModelConfig, mesh: Mesh, formats: Formats) -> list[jax.Array]:
@@ -113,10 +191,3 @@ def _load_weights(path: Path, config: ModelConfig, mesh: Mesh, formats: Formats)
     shapes = {name: spec.shape for name, spec in models.declare(config).items()}
     with explained("the weights were loaded"):
         return place_weights(open_weights(path, shapes), config, mesh, formats)
-
-
-def _use_compilation_cache(folder: str) -> None:
-    """Keep every executable on disk, however quickly it compiled, for the next start."""
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,10 +1,9 @@
 """Owns the weights, the cache and the compiled steps: the only one that touches the device."""
 
-import os
+import dataclasses
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -16,15 +15,22 @@ from inferneo_jax import compiles
 from inferneo_jax import mesh as meshes
 from inferneo_jax.cache import KVCache
 from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.executables import ExecutableStore, Progress
 from inferneo_jax.groups import Plans
 from inferneo_jax.heartbeat import PATIENCE
 from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.lockstep.channel import Kind
+from inferneo_jax.lockstep.peers import Alone, Peers, agree
+from inferneo_jax.lockstep.wire import Wire
 from inferneo_jax.memory import explained, free_memory, require, total_memory
-from inferneo_jax.programs import Key, make_programs
+from inferneo_jax.plans import DecodeRow
+from inferneo_jax.programs import MAX_STOP_IDS, Key, make_programs
+from inferneo_jax.request import RequestLimits
+from inferneo_jax.speculation import Drafts
 from inferneo_jax.steps import Sampled, SlotState
 
-Progress = Callable[[str, int, int], None]
-"""Told the stage, how much of it is done, and how much there is."""
+_TIMES = 5
+"""Runs of a program whose time is compared with another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,11 @@ class PendingStep:
     plans: Plans
     decode: Sampled | None
     prefill: Sampled | None
+
+    @property
+    def drafted(self) -> bool:
+        """Whether it verifies drafts: then how far it comes is known when it is read."""
+        return any(plan.drafted for plan in self.plans)
 
     def wait(self) -> tuple[Sampled | None, Sampled | None]:
         """The results of decode and prefill as numpy arrays, once they are there."""
@@ -52,9 +63,15 @@ class Runner:
         config: of the engine.
         formats: of the weights.
         mesh: of the devices; None: over all of them, as the configuration says.
+        peers: the processes that run the same model with this one; None: there are none.
 
     Attributes:
         step_seconds: a step that takes longer hangs; known after ``compile``.
+        drafts: how to make them, None where none are to be; known after ``compile``.
+        wire: how steps travel to the peers, where there are some.
+
+    Raises:
+        JobError: the peers have other programs.
     """
 
     def __init__(
@@ -64,12 +81,14 @@ class Runner:
         config: EngineConfig,
         formats: Formats,
         mesh: Mesh | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.model = model
         self._mesh = mesh or meshes.make_mesh(config.mesh)
-        self._programs = make_programs(
-            model, config, self._mesh, formats, lambda: _cache_budget(self._mesh)
-        )
+        self._peers = peers or Alone()
+        self._programs = make_programs(model, config, self._mesh, formats, self._cache_budget)
+        agree(self._peers, "programs", self._programs.described())
+        self.wire = Wire(self._programs) if peers else None
         self.config = config = self._programs.config
         self.page_len = self._programs.page_len
         self.max_len, self.num_pages = self._programs.max_len, self._programs.num_pages
@@ -81,63 +100,121 @@ class Runner:
         self._make_cache = self._programs.empty_cache()
         self._compiled: dict[Key, Any] = {}
         self.step_seconds = config.step_seconds
+        self.drafts: Drafts | None = None
         self._cache: KVCache
         self._state: SlotState
-        self.reset()
+        self._allocate()
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What a request may ask for."""
+        return RequestLimits(
+            vocab_size=self.model.vocab_size,
+            max_len=self.max_len,
+            max_logprobs=self.config.max_logprobs,
+            max_logit_bias=self.config.max_logit_bias,
+            max_stop_ids=MAX_STOP_IDS,
+        )
 
     def reset(self) -> None:
-        """Allocate cache and slots anew, after a step failed with the old ones in its hands."""
+        """Allocate cache and slots anew, after a step failed with the old ones in its hands.
+
+        Peers do the same once they have run all that they were told to: where one of them waits
+        for a part of the failed step, there is no way on.
+
+        Raises:
+            JobError: a peer did not get there in time.
+        """
+        if self._peers.leads:
+            self._peers.announce(Kind.RESET)
+        else:
+            jax.block_until_ready((self._cache, self._state))
+        self._peers.exchange("reset", None, self.step_seconds)
+        self._allocate()
+
+    def _allocate(self) -> None:
         vars(self).pop("_cache", None)  # freed first: there may be no room for two
         what = f"the KV cache of {self.groups * self.num_pages * self.page_len} tokens"
         require(self._programs.cache_bytes * sharing(self._mesh), what)
         with compiles.expected(), explained(f"{what} was allocated"):
             self._cache = self._make_cache()
             sharding = NamedSharding(self._mesh, meshes.spec("slots"))
-            self._state = jax.device_put(self._rows.empty_state(), sharding)
+            empty = self._programs.place(self._rows.empty_state(), "slots")
+            self._state = jax.device_put(empty, sharding)
             jax.block_until_ready(self._cache)
 
     def compile(self, progress: Progress | None = None) -> None:
-        """Compile every step for every shape, several at a time."""
+        """Compile every step for every shape."""
+        store = ExecutableStore(self.config.compilation_cache, self._mesh, self._programs)
         keys = self._programs.keys()
-
-        def build(key: Key) -> None:
-            with compiles.expected():
-                self._compiled[key] = self._programs.lower(key).compile()
-
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for done, _ in enumerate(pool.map(build, keys)):
-                if progress:
-                    progress("compile", done + 1, len(keys))
+        lower = {key: partial(self._programs.lower, key) for key in keys}
+        self._compiled = store.compile_all(lower, progress)
+        # Where one process still compiles, the others' collectives would give up waiting for it.
+        self._peers.exchange("compiled", None)
         self._warm_up()
 
     def _warm_up(self) -> None:
         """Run every step once, on padding, and see how long the slowest takes."""
-        slowest = 0.0
-        for key in self._compiled:
-            started = time.perf_counter()
-            self._execute(key, self._programs.host_arguments(key))
-            jax.block_until_ready((self._cache, self._state))
-            slowest = max(slowest, time.perf_counter() - started)
+        keys = self._programs.keys()  # in the same order in all processes
+        slowest = max(self._seconds(key) for key in keys)
         self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
+        if buckets := self._programs.draft_buckets:
+            self.drafts = Drafts(self.config.draft_tokens, buckets[-1])
+            if self.config.speculation == "auto":
+                cost = max(self._draft_cost(bucket) for bucket in buckets)
+                self.drafts = dataclasses.replace(self.drafts, cost=cost)
+
+    def _seconds(self, key: Key) -> float:
+        """How long a program takes with nothing to do."""
+        started = time.perf_counter()
+        self.execute(key, self._programs.host_arguments(key))
+        jax.block_until_ready((self._cache, self._state))
+        return time.perf_counter() - started
+
+    def _draft_cost(self, bucket: int) -> float:
+        """What a step that verifies drafts takes, in plain ones; each at its best of a few.
+
+        A tenth more: nothing is dispatched ahead of it.
+        """
+        length = self.config.draft_tokens + 1
+        verify, plain = (
+            min(self._seconds(key) for _ in range(_TIMES))
+            for key in (("verify", bucket, length), ("decode", bucket, 1))
+        )
+        return 1.1 * verify / plain
 
     def run(self, plans: Plans) -> PendingStep:
         """Dispatch a planned step and return at once."""
         if most := max(len(plan.admitted) for plan in plans):
             rows = 1 if most == 1 else self.shapes.max_rows
             admitted = self._rows.admit((plan.admitted for plan in plans), rows)
-            self._execute(("admit", rows, 0), admitted)
+            self._step(("admit", rows, 0), admitted)
         decode = prefill = None
         if most := max(len(plan.decode) for plan in plans):
-            bucket = next(b for b in self._programs.row_buckets if b >= most)
-            decoding = self._rows.decode((plan.decode for plan in plans), bucket)
-            decode = self._execute(("decode", bucket, 1), (decoding,))
+            decode = self._decode([plan.decode for plan in plans], most)
         if shape := next((plan.shape for plan in plans if plan.shape), None):
             chunks = self._rows.prefill((plan.prefill for plan in plans), shape[0])
-            prefill = self._execute(("prefill", *shape), (chunks,))
+            prefill = self._step(("prefill", *shape), (chunks,))
         return PendingStep(plans, decode, prefill)
 
-    def _execute(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:
-        """Dispatch one program; what it samples is on its way to the host."""
+    def _decode(self, groups: list[tuple[DecodeRow, ...]], most: int) -> Sampled | None:
+        """A decode step of up to so many rows in a group, which verifies their drafts."""
+        if not any(row.draft for rows in groups for row in rows):
+            bucket = next(b for b in self._programs.row_buckets if b >= most)
+            return self._step(("decode", bucket, 1), (self._rows.decode(groups, bucket),))
+        bucket = next(b for b in self._programs.draft_buckets if b >= most)
+        length = self.config.draft_tokens
+        drafted = self._rows.verify(groups, bucket, length)
+        return self._step(("verify", bucket, length + 1), (drafted,))
+
+    def _step(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:
+        """Dispatch one program, on the peers first: they have a longer way to it."""
+        if self.wire:
+            self._peers.announce(Kind.STEP, *self.wire.write(key, arguments))
+        return self.execute(key, arguments)
+
+    def execute(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:
+        """Dispatch one program in this process; what it samples is on its way to the host."""
         program, placed = self._compiled[key], self._programs.place(arguments)
         if key[0] == "admit":
             self._state = program(self._state, *placed)
@@ -148,6 +225,10 @@ class Runner:
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         return cast(Sampled, sampled)
+
+    def _cache_budget(self) -> int:
+        """Bytes of one device for the KV cache: what the process with the least can give."""
+        return min(self._peers.exchange("cache budget", _cache_budget(self._mesh)))
 
 
 def sharing(mesh: Mesh) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 from quart import Blueprint, Quart, Response, has_websocket_context, request, websocket
@@ -15,25 +16,29 @@ from server.auth import Guard
 from server.caller import owner
 from server.connection import current_request, request_id
 from server.errors import as_api_error
-from server.exit import exit_failed
+from server.exit import end_orderly, exit_failed
 from server.http import json_response
 from server.limits import Limiter
-from server.models import Loader, Registry, load_from_disk, still_loading
+from server.models import Registry, still_loading
 from server.routes import admin, docs, embeddings, generate, health, keys, models, text
 from server.services import Services
 from server.settings import Settings, unknown_variables
 from server.shutdown import drain, end_if_lost, held_up
 from server.socket_auth import admit_socket
+from server.sources import Loader, load_from_disk
 from server.store import open_store
 from server.store_threads import StoreThreads
 from server.text import TextWork
 from server.transport import mend_hypercorn
 
+if TYPE_CHECKING:
+    from inferneo_jax import Job
+
 logger = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings | None = None, loader: Loader = load_from_disk) -> Quart:
-    """Build the application; models are loaded once it is served, by ``loader``.
+def create_app(settings: Settings | None = None, loader: Loader | None = None) -> Quart:
+    """Build the application; models are loaded once it is served, by ``loader``, or from disk.
 
     Raises:
         ConfigError: the settings cannot work.
@@ -42,7 +47,8 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     log.configure(settings.log_format)
     threads = StoreThreads(open_store(settings.keys_location()))
     guard, limiter = Guard(settings, threads), Limiter(threads)
-    registry = Registry(settings, loader, guard.permit)
+    job = _lead(settings)
+    registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
     admission = Admission(settings.places(), settings.request_seconds)
     services = Services(settings, registry, TextWork(), threads, guard, limiter, admission)
 
@@ -90,6 +96,19 @@ def create_app(settings: Settings | None = None, loader: Loader = load_from_disk
     return app
 
 
+def _lead(settings: Settings) -> "Job | None":
+    """The job that this process is to lead, if the settings name one."""
+    if (config := settings.job_config()) is None:
+        return None
+    from inferneo_jax import Job
+
+    def leave(reason: str) -> None:
+        logger.warning("job_ends", reason=reason)
+        end_orderly()
+
+    return Job(config, leads=True, on_leave=leave)
+
+
 def _with_models(
     name: str, prefix: str | None, services: Services, *parts: Callable[[Blueprint, Services], None]
 ) -> Blueprint:
@@ -129,7 +148,8 @@ async def _load(registry: Registry) -> None:
         gc.freeze()
         logger.info("ready")
         return
-    exit_failed()
+    # Of a job's other processes some may wait for this one, and JAX would wait for them.
+    exit_failed(at_once=registry.in_job)
 
 
 def _handle_errors(app: Quart) -> None:

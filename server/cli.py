@@ -12,6 +12,7 @@ from rich.console import Console
 from inferneo_jax.errors import InferneoError
 from server import keys_cli, plan_cli
 from server.bench import cli as bench_cli
+from server.follow import follow
 
 app = typer.Typer(
     help="Serve language and embedding models over an OpenAI-compatible API.",
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.add_typer(keys_cli.app, name="keys")
 app.add_typer(bench_cli.app, name="bench")
 app.command()(plan_cli.plan)
+app.command()(follow)
 out = Console()
 err = Console(stderr=True)
 

@@ -20,12 +20,22 @@ def exit_failed(message: str | None = None, *, at_once: bool = False) -> NoRetur
     """
     if message is not None:
         print(message, file=sys.stderr, flush=True)
-    parent = multiprocessing.parent_process()
-    config = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
     # With more workers than this one the others would be left without a parent.
-    if parent is not None and isinstance(config, Config) and config.workers == 1:
+    if (config := _hypercorn()) and config.workers == 1:
         os.kill(os.getppid(), signal.SIGUSR1)
     if at_once:
         sys.stderr.flush()
         os._exit(1)
     raise SystemExit(1)
+
+
+def end_orderly() -> None:
+    """Have this server drain and end, as if whoever started it had told it to."""
+    os.kill(os.getppid() if _hypercorn() else os.getpid(), signal.SIGTERM)
+
+
+def _hypercorn() -> Config | None:
+    """The configuration of Hypercorn's main process, if this is a child of it."""
+    config = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
+    child = multiprocessing.parent_process() is not None
+    return config if child and isinstance(config, Config) else None

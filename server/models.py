@@ -5,35 +5,23 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from inferneo_jax import CheckpointError, ConfigError, InferneoError
+from inferneo_jax import InferneoError
 from server.errors import RETRY_LOADING_SECONDS, ApiError, bad_request, unavailable
 from server.settings import Settings
+from server.sources import Loader, Source, load_from_disk, sources_of
 
 if TYPE_CHECKING:
-    from inferneo_jax import EmbeddingModel, LanguageModel
-
-    Model = LanguageModel | EmbeddingModel
+    from inferneo_jax import EmbeddingModel, Job, LanguageModel
+    from server.sources import Model
 
 log = structlog.get_logger(__name__)
 
 LOST_SECONDS = 30.0
 """A step that takes so much longer than it should is not waited for any more."""
-
-Progress = Callable[[str, int, int], None]
-Loader = Callable[["Source", Settings, Progress], "Model"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from: the folder ``path``, or by its id: converted already, or pulled."""
-
-    id: str
-    path: Path | None = None
 
 
 @dataclass
@@ -49,45 +37,6 @@ class _StopLoading(BaseException):
     """Unwinds the loading thread; not an Exception, so that nothing on the way catches it."""
 
 
-def load_from_disk(source: Source, settings: Settings, progress: Progress) -> "Model":
-    """Pull the model if it is not there, then load it. Blocks.
-
-    Raises:
-        InferneoError: it cannot be had, or cannot be used.
-    """
-    # Here, because these imports bring in jax.
-    from inferneo_jax import load_model
-    from inferneo_jax.weights.catalog import checkpoint_path
-    from inferneo_jax.weights.fetch import pull
-
-    checkpoints = settings.checkpoints_dir()
-    path = source.path or checkpoint_path(checkpoints, source.id)
-    if not path.exists():
-        path = pull(source.id, checkpoints, progress)
-    return load_model(path, settings.engine_config(), name=source.id, progress=progress)
-
-
-def sources_of(settings: Settings) -> list[Source]:
-    """What the settings name, in their order.
-
-    Raises:
-        ConfigError: two models would have the same id.
-    """
-    sources = [_source(name) for name in settings.models or _default_models()]
-    ids = [source.id for source in sources]
-    if twice := [i for i in ids if ids.count(i) > 1]:
-        raise ConfigError(f"INFERNEO_MODELS names two models that would be called {twice[0]!r}")
-    for alias, target in settings.aliases.items():
-        if target not in ids:
-            raise ConfigError(
-                f"INFERNEO_ALIASES: {alias!r} stands for {target!r}, which is not among the models "
-                f"{', '.join(ids)}"
-            )
-        if alias in ids:
-            raise ConfigError(f"INFERNEO_ALIASES: {alias!r} is the id of a model already")
-    return sources
-
-
 class Registry:
     """The models by id and alias, and how far their loading is."""
 
@@ -96,8 +45,11 @@ class Registry:
         settings: Settings,
         loader: Loader = load_from_disk,
         permit: Callable[[str], None] = lambda _: None,
+        job: "Job | None" = None,
     ) -> None:
         """Name the models; ``permit`` raises if the caller may not use one.
+
+        ``job``: of the processes that run a model with this one; to be ended with the models.
 
         Raises:
             ConfigError: the settings' names do not go together.
@@ -105,6 +57,7 @@ class Registry:
         self._settings = settings
         self._loader = loader
         self._permit = permit
+        self._job = job
         self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -119,9 +72,18 @@ class Registry:
         """Every model is loaded."""
         return all(entry.model for entry in self._entries.values())
 
+    @property
+    def in_job(self) -> bool:
+        """Other processes run a model with this one."""
+        return self._job is not None
+
     def lost(self) -> str | None:
         """Why a model will not serve again; None: all do, or may."""
-        return next(filter(None, map(_lost, self.models())), None)
+        return self.job_lost() or next(filter(None, map(_lost, self.models())), None)
+
+    def job_lost(self) -> str | None:
+        """Why the processes that run a model with this one are no job any more; None: they are."""
+        return self._job.lost if self._job else None
 
     def models(self) -> list["Model"]:
         """Those that are loaded."""
@@ -223,6 +185,8 @@ class Registry:
             self._thread.join(seconds)
         for model in self.models():
             model.stop()
+        if self._job:
+            self._job.end()
 
     def _load(self, entry: _Entry) -> None:
         name, last = entry.source.id, ""
@@ -274,26 +238,3 @@ def _lost(model: "Model") -> str | None:
     if model.kind == "decoder" and not seconds and not model.engine.stats().ready:
         return f"{model.name} has failed for good"
     return None
-
-
-def _source(name: str) -> Source:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Source(path.resolve().name, path.resolve())
-    if name.startswith(("/", "./", "../", "~")):
-        raise ConfigError(
-            f"INFERNEO_MODELS names {name}, where there is no folder; give the folder of a "
-            "converted checkpoint, or a name that can be pulled"
-        )
-    return Source(name)
-
-
-def _default_models() -> list[str]:
-    from inferneo_jax.weights.catalog import load_catalog
-
-    first: dict[str, str] = {}
-    for entry in load_catalog().values():
-        first.setdefault(entry.kind, entry.name)
-    if not first:
-        raise CheckpointError("the catalog is empty; name models in INFERNEO_MODELS")
-    return list(first.values())

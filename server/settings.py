@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -20,7 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from inferneo_jax import ConfigError, EngineConfig, MeshShape
+from inferneo_jax import ConfigError, EngineConfig, JobConfig, MeshShape
 from server.protocol.validation import describe
 
 PREFIX = "INFERNEO_"
@@ -76,6 +76,8 @@ class Settings(BaseSettings):
         kv_dtype: of keys and values; ``int8`` has a scale for each token and head.
         kernels: of attention; ``xla``: the reference; ``native``: those made for the device;
             ``auto``: these where there are some.
+        speculation: ``ngram``: drafts looked up in what was said before, which one step verifies;
+            ``auto``: where that is faster; ``off``.
         mesh: devices of the mesh, as ``data=1,model=8``: ``model`` splits weights and heads,
             ``data`` makes groups that serve requests of their own; empty: all devices on ``model``.
         slots: requests that run at once.
@@ -93,6 +95,11 @@ class Settings(BaseSettings):
         keys_db: where API keys, limits and usage are kept: a path of SQLite, or a URL of Redis or
             Valkey; None: ``inferneo/keys.db`` in the user's data folder.
         require_key: ``auto``: as soon as there are keys; until then only this machine is served.
+        coordinator: ``host:port`` of process 0 where several processes run one language model, or
+            ``auto``: as JAX finds them; None: this process alone. See docs/multihost.md.
+        num_processes: of such a job.
+        process_id: this one's number; 0 serves HTTP, the others ``inferneo follow``.
+        job_token: a secret that all processes of the job share.
         log_format: ``auto`` is console on a terminal and json elsewhere.
     """
 
@@ -108,6 +115,7 @@ class Settings(BaseSettings):
     quantization: Literal["auto", "none", "int8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     kernels: Literal["auto", "xla", "native"] = "auto"
+    speculation: Literal["auto", "off", "ngram"] = "auto"
     mesh: Annotated[str, AfterValidator(_mesh)] = ""
     slots: int | None = Field(default=None, ge=1, le=256)
     max_len: int | None = Field(default=None, ge=2)
@@ -119,6 +127,10 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     keys_db: str | None = Field(default=None, min_length=1)
     require_key: Annotated[Literal["auto", "true", "false"], BeforeValidator(_word)] = "auto"
+    coordinator: str | None = Field(default=None, min_length=1)
+    num_processes: int | None = Field(default=None, ge=2, le=10_000)
+    process_id: int | None = Field(default=None, ge=0)
+    job_token: SecretStr | None = None
     log_format: Literal["auto", "json", "console"] = "auto"
 
     @classmethod
@@ -147,6 +159,7 @@ class Settings(BaseSettings):
             problems = [_problem(each) for each in error.errors(include_url=False)]
             raise ConfigError("\n".join(problems)) from None
         settings.engine_config()
+        settings.job_config()
         return settings
 
     def checkpoints_dir(self) -> Path:
@@ -183,10 +196,42 @@ class Settings(BaseSettings):
             kernels=self.kernels,
             quantization=self.quantization,
             kv_dtype=self.kv_dtype,
+            speculation=self.speculation,
             max_len=self.max_len,
             mesh=MeshShape.parse(self.mesh),
             compilation_cache=str(cache.expanduser().absolute()),
         )
+
+    def job_config(self) -> JobConfig | None:
+        """The processes that run one model with this one; None: there are none.
+
+        Raises:
+            ConfigError: the values do not go together.
+        """
+        numbered = self.num_processes is not None or self.process_id is not None
+        if self.coordinator in (None, "auto") and numbered:
+            raise ConfigError(
+                "INFERNEO_NUM_PROCESSES and INFERNEO_PROCESS_ID need INFERNEO_COORDINATOR, as "
+                "host:port"
+            )
+        if self.coordinator is None:
+            return None
+        if self.job_token is None:
+            raise ConfigError(
+                "INFERNEO_COORDINATOR needs INFERNEO_JOB_TOKEN, a secret that all processes share: "
+                "make one with `openssl rand -hex 32`"
+            )
+        coordinator = None if self.coordinator == "auto" else self.coordinator
+        token = self.job_token.get_secret_value()
+        try:
+            return JobConfig(
+                token=token,
+                coordinator=coordinator,
+                num_processes=self.num_processes,
+                process_id=self.process_id,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"INFERNEO_COORDINATOR and INFERNEO_JOB_TOKEN: {error}") from None
 
 
 def unknown_variables() -> list[str]:

@@ -55,7 +55,7 @@ async def end_if_lost(services: Services) -> None:
             break
     log.error("engine_lost", reason=reason)
     services.admission.close()
-    await services.admission.emptied(_GOODBYE_SECONDS)
+    await asyncio.sleep(_GOODBYE_SECONDS)  # ``/ready`` and new requests get the reason meanwhile
     with suppress(TimeoutError):
         async with asyncio.timeout(_GOODBYE_SECONDS):
             await services.threads.flush()

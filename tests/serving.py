@@ -45,6 +45,10 @@ class Process:
         """The end of what it wrote."""
         return self.log.read_text()[-4000:]
 
+    def family(self) -> list[psutil.Process]:
+        """It and its children."""
+        return _family(self.popen.pid)
+
     def memory(self) -> int:
         """Bytes of physical memory that it and its children have."""
         top = psutil.Process(self.popen.pid)
@@ -65,16 +69,9 @@ def process(
 
     With ``tracebacks`` its log may hold some.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", address, app]
-    # One device, as a user's machine without settings has.
-    dropped = ("INFERNEO_", "XLA_FLAGS")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    found = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'server'}", "INFERNEO_LOG_FORMAT": "json"}
-    environment = kept | found | settings
-    server = Process(command, address, log, env=environment, **popen)
+    server = Process(command, address, log, env=environment(settings), **popen)
     try:
         yield server
         if server.popen.poll() is None:
@@ -85,6 +82,21 @@ def process(
             each.kill()
         server.popen.wait()
     assert tracebacks or "Traceback" not in log.read_text(), server.tail()
+
+
+def free_address() -> str:
+    """``host:port`` where nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """Of a process with these settings and one device, as a user's machine without any has."""
+    dropped = ("INFERNEO_", "XLA_FLAGS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    found = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'server'}", "INFERNEO_LOG_FORMAT": "json"}
+    return kept | found | settings
 
 
 def _family(pid: int) -> list[psutil.Process]:

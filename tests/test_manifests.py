@@ -16,8 +16,12 @@ from server.settings import PREFIX, Settings
 FOLDER = Path(__file__).parents[1] / "docs" / "deploy"
 FILES = sorted(FOLDER.glob("*.yaml"))
 GROUPS = ["gpu-hosts.yaml", "tpu-slice.yaml"]
-OF_GROUPS = {PREFIX + name for name in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID", "MESH")}
-OF_LEADER_WORKER_SET = {"LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX"}
+SECRETS = {"INFERNEO_KEYS_DB": "redis://host:6379/0", "INFERNEO_JOB_TOKEN": 32 * "x"}
+OF_LEADER_WORKER_SET = {
+    "LWS_LEADER_ADDRESS": "inferneo-0.inferneo.default",
+    "LWS_GROUP_SIZE": "2",
+    "LWS_WORKER_INDEX": "1",
+}
 CHIPS = ("google.com/tpu", "nvidia.com/gpu")
 GOODBYE_SECONDS = 2
 
@@ -68,7 +72,6 @@ def test_there_are_manifests() -> None:
 def test_every_variable_is_a_setting(file: Path) -> None:
     fields = ReplicaSettings if file.name == "replicas.yaml" else Settings
     known = {PREFIX + field.upper() for field in fields.model_fields}
-    known |= OF_GROUPS if file.name in GROUPS else set()
     for container in containers(load(file.name)):
         used = {name for name in variables(container) if name.startswith(PREFIX)}
         assert used <= known
@@ -81,9 +84,16 @@ def test_the_values_are_good(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         found = variables(container)
         if not any(name.startswith(PREFIX) for name in found):
             continue
-        for name in found.keys() - OF_GROUPS:
-            monkeypatch.setenv(name, found[name] or "redis://host:6379/0")
-        assert ReplicaSettings.load().keys_location() == "redis://host:6379/0"
+        for name, value in found.items():
+            set_by = re.sub(r"\$\((\w+)\)", lambda found: OF_LEADER_WORKER_SET[found[1]], value)
+            monkeypatch.setenv(name, set_by or SECRETS[name])
+        settings = ReplicaSettings.load()
+        assert settings.keys_location() == SECRETS["INFERNEO_KEYS_DB"]
+        job = settings.job_config()
+        assert (job is not None) == (file.name in GROUPS)
+        if job:
+            assert job.token == SECRETS["INFERNEO_JOB_TOKEN"]
+            assert job.coordinator in (None, "inferneo-0.inferneo.default:8476")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -124,7 +134,8 @@ def test_ports_agree(name: str) -> None:
     assert service["ports"] == [{"name": "http", "port": ports["http"], "targetPort": "http"}]
     open_to_all = of_kind(name, "NetworkPolicy")["spec"]["ingress"][0]
     assert open_to_all == {"ports": [{"port": ports["http"]}]}
-    if coordinator := variables(leader).get("INFERNEO_COORDINATOR"):
+    coordinator = variables(leader)["INFERNEO_COORDINATOR"]
+    if coordinator != "auto":
         assert coordinator == f"$(LWS_LEADER_ADDRESS):{ports['coordinator']}"
 
 
@@ -152,7 +163,7 @@ def test_the_mesh_is_all_chips_of_the_group(name: str) -> None:
     assert list(axes) == ["data", "model"]
     assert math.prod(map(int, axes.values())) == template["size"] * chips
     referred = set(re.findall(r"\$\((\w+)\)", str(leader["env"])))
-    assert referred == (OF_LEADER_WORKER_SET if name == "gpu-hosts.yaml" else set())
+    assert referred == (OF_LEADER_WORKER_SET.keys() if name == "gpu-hosts.yaml" else set())
 
 
 @pytest.mark.parametrize("name", GROUPS)

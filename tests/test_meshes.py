@@ -1,6 +1,10 @@
-"""One law: whatever the mesh, outputs are those of one device."""
+"""One law: whatever the mesh, outputs are those of one device.
+
+The real model is compiled for two meshes, each time for a minute; ``ALL_MESHES=1`` takes all.
+"""
 
 import dataclasses
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,7 +45,7 @@ BIASED = DecoderConfig.from_dict(
 
 def _engine(config: DecoderConfig, shape: MeshShape) -> Engine:
     sizes = dataclasses.replace(
-        TINY_ENGINE, slots=8, kv_tokens=640, prefill_chunks=(4, 8), row_buckets=(8,), mesh=shape
+        TINY_ENGINE, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,), mesh=shape
     )
     runner = Runner(config, tiny_weights(config, shape), sizes, models.REFERENCE)
     runner.compile()
@@ -142,6 +146,7 @@ def _real(folder: Path, shape: MeshShape) -> LanguageModel:
         dtype="float32",
         quantization="none",
         row_buckets=(8,),
+        speculation="off",
         mesh=shape,
     )
     model = load_model(folder, config, name=CHAT_MODEL)
@@ -160,13 +165,14 @@ def _stories(model: LanguageModel) -> list[Collected]:
 
 def test_a_real_model_is_the_same_on_every_mesh(real_checkpoints: Path) -> None:
     found = {}
-    for shape in (ONE_DEVICE, *MESHES):
+    meshes = MESHES if os.environ.get("ALL_MESHES") else [MeshShape(1, 8), MeshShape(2, 4)]
+    for shape in (ONE_DEVICE, *meshes):
         model = _real(real_checkpoints / CHAT_MODEL, shape)
         try:
             found[shape] = _stories(model)
         finally:
             model.stop()
-    for shape in MESHES:
+    for shape in meshes:
         for got, wanted in zip(found[shape], found[ONE_DEVICE], strict=True):
             close(got, wanted)
 
@@ -194,7 +200,7 @@ def test_a_server_on_a_mesh_answers_as_one_on_a_device(
         "INFERNEO_CHECKPOINTS": str(real_checkpoints),
         "INFERNEO_MODELS": CHAT_MODEL,
         "INFERNEO_DTYPE": "float32",
-        "INFERNEO_SLOTS": "8",
+        "INFERNEO_SLOTS": "4",
         "INFERNEO_MAX_LEN": "256",
         "INFERNEO_MESH": "data=2,model=2",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -217,4 +223,4 @@ def test_a_server_on_a_mesh_answers_as_one_on_a_device(
             got = list(pool.map(answer, [server.address] * 4))
         stats = stats_of(server.address)
     assert got == [answer(address)] * 4
-    assert (stats["slots"], stats["compiles_after_ready"]) == (8, 0)
+    assert (stats["slots"], stats["compiles_after_ready"]) == (4, 0)

@@ -1,5 +1,7 @@
 """Settings of replicas; Ray is not needed for them."""
 
+import os
+
 import pytest
 
 from inferneo_jax import ConfigError
@@ -20,6 +22,8 @@ def test_several_replicas_need_a_store_that_all_reach(
 def test_replicas_get_the_servers_settings_and_ask_for_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in [name for name in os.environ if name.startswith("INFERNEO_")]:
+        monkeypatch.delenv(name)
     given = {"INFERNEO_KEYS_DB": "redis://host/0", "INFERNEO_SLOTS": "4"}
     for name, value in (given | {"INFERNEO_REPLICAS": "2", "INFERNEO_REPLICA_TPUS": "4"}).items():
         monkeypatch.setenv(name, value)

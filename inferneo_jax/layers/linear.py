@@ -32,6 +32,7 @@ class Linear(nnx.Module):
     ) -> None:
         self.inputs = inputs
         self.contracted = axes[:inputs]
+        self.num_outputs = math.prod(shape[inputs:])
         # A split axis has fewer entries on a device than it has in all.
         self.outputs = tuple(
             -1 if axis in mesh.RULES else size
@@ -62,6 +63,7 @@ class Linear(nnx.Module):
             product = product if residual is None else residual + product
         else:
             product = self.format.multiply(x, stored, prologue=prologue, residual=residual)
+        product = product[:, : self.num_outputs]
         if hasattr(self, "bias"):
             product = product + self.bias[...][None, :]
         if len(self.outputs) > 1:
@@ -87,20 +89,21 @@ class Embedding(nnx.Module):
     ) -> None:
         self.axis = axis
         self.rows = rows
+        self.embed = embed
         self.format = format
         self.table = weight(WeightSpec((rows, embed), (axis, "embed"), format, 1, table=True))
 
     def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows embed"]:
         stored = self.table.get_value()
         if not mesh.is_split(self.axis):
-            return self.format.take(stored, ids).astype(jnp.float32)
+            return self.format.take(stored, ids)[..., : self.embed].astype(jnp.float32)
         num_rows = mesh.local_size(self.axis, self.rows)
         local = ids - mesh.first_index(self.axis, num_rows)
         held = (local >= 0) & (local < num_rows)
-        vectors = self.format.take(stored, local)
+        vectors = self.format.take(stored, local)[..., : self.embed]
         zero = jnp.zeros((), vectors.dtype)
         return mesh.reduce(jnp.where(held[..., None], vectors, zero), self.axis).astype(jnp.float32)
 
     def attend(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows table_rows"]:
         """Products of every row of ``x`` with this device's rows of the table, in float32."""
-        return self.format.product(x, self.table.get_value(), table=True)
+        return self.format.product(x, self.table.get_value(), table=True)[:, : self.rows]

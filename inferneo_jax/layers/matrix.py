@@ -37,6 +37,9 @@ class Piece(NamedTuple):
 class MatrixFormat(ABC):
     """A way to keep matrices and to multiply with them.
 
+    Products may have further columns than the matrix, and rows of a table than it has inputs: what
+    a format pads. Layers cut them off.
+
     Attributes:
         dtype: in which what is not quantized is kept, and sums cross between devices.
     """
@@ -61,7 +64,7 @@ class MatrixFormat(ABC):
 
     @abstractmethod
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
-        """Rows of a table, in ``dtype``; ids beyond it give any of its rows."""
+        """Rows of a table, in ``dtype`` or float32; ids beyond it give any of its rows."""
 
     def multiply(
         self,

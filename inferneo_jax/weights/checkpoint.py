@@ -8,6 +8,7 @@
     weights/                an Orbax checkpoint of {weight name: array}
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -206,6 +207,28 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if metadata is None:
         raise _damaged(folder, "no description of them is left")
     return {name: tuple(array.shape) for name, array in metadata.tree.items()}
+
+
+def fingerprint(info: CheckpointInfo) -> str:
+    """A digest by which two machines see whether they have the same model.
+
+    Of its configuration, the names and shapes of its weights, and all numbers of its vectors
+    (normalisations, biases), which no two trained models share; matrices would take too long.
+
+    Raises:
+        CheckpointError: the files are damaged or missing.
+    """
+    shapes = dict(sorted(stored_shapes(info.path).items()))
+    digest = hashlib.sha256(
+        json.dumps(
+            [info.family, info.config.to_dict(), info.eos_token_ids, shapes], sort_keys=True
+        ).encode()
+    )
+    weights = open_weights(info.path, shapes)
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            digest.update(weights[name][:,].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _damaged(folder: Path, why: object) -> CheckpointError:

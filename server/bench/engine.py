@@ -97,8 +97,8 @@ def load(name: str | None) -> "LanguageModel":
         InferneoError: it cannot be loaded.
     """
     from inferneo_jax import LanguageModel
-    from server.models import load_from_disk, sources_of
     from server.settings import Settings
+    from server.sources import load_from_disk, sources_of
 
     settings = Settings.load()
     if name is not None:

@@ -11,7 +11,7 @@ from server.models import still_loading
 from server.services import Services
 
 if TYPE_CHECKING:
-    from server.models import Model
+    from server.sources import Model
 
 
 def blueprint(services: Services) -> Blueprint:
@@ -30,19 +30,24 @@ def blueprint(services: Services) -> Blueprint:
             state = {"status": "loading", "models": registry.progress(), **error.envelope()}
             return json_response(state, 503, error.headers)
         models = [_state(model) for model in registry.models()]
+        if reason := registry.job_lost():
+            return _failed(f"{reason[:1].upper()}{reason[1:]}.", models)
         if services.admission.closed.is_set():
             error = shutting_down()
             state = {"status": "draining", "models": models, **error.envelope()}
             return json_response(state, 503, error.headers)
         if not registry.ready:
-            message = "An engine has stopped, failed or does not answer."
-            error = ApiError(503, message, kind="server_error", code="engine_failed")
-            return json_response({"status": "failed", "models": models, **error.envelope()}, 503)
+            return _failed("An engine has stopped, failed or does not answer.", models)
         compiles = max(model.get("compiles_after_ready", 0) for model in models)
         state = {"status": "ready", "compiles_after_ready": compiles, "models": models}
         return json_response(state)
 
     return routes
+
+
+def _failed(message: str, models: list[dict[str, Any]]) -> Response:
+    error = ApiError(503, message, kind="server_error", code="engine_failed")
+    return json_response({"status": "failed", "models": models, **error.envelope()}, 503)
 
 
 def _state(model: "Model") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from server.http import json_response
 from server.services import Services
 
 if TYPE_CHECKING:
-    from server.models import Model
+    from server.sources import Model
 
 
 def add_routes(blueprint: Blueprint, services: Services) -> None:

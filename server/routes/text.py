@@ -14,7 +14,7 @@ from server.services import Services
 
 if TYPE_CHECKING:
     from inferneo_jax import Tokenizer
-    from server.models import Model
+    from server.sources import Model
 
 Tokenized = tuple["Model", list[int], bool, list[str]]
 """The model, the token ids, whether to spell them, and warnings."""

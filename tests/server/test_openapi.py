@@ -11,12 +11,12 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 
 from server.app import create_app
-from server.models import Loader
 from server.openapi import document
 from server.openapi.operations import OPERATIONS
 from server.protocol.common import StreamOptions
 from server.protocol.keys import AdminBody, LimitsBody
 from server.settings import Settings
+from server.sources import Loader
 
 BODIES = sorted(
     {model for operation in OPERATIONS for model in operation.body} | {StreamOptions, LimitsBody},

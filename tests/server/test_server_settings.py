@@ -7,8 +7,8 @@ import pytest
 
 from inferneo_jax import ConfigError
 from inferneo_jax.config import MeshShape
-from server.models import sources_of
 from server.settings import Settings, unknown_variables
+from server.sources import sources_of
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +123,35 @@ def test_a_folder_is_a_model_of_its_name(tmp_path: Path) -> None:
 def test_names_that_do_not_go_together_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         sources_of(Settings(**settings))
+
+
+JOB = {"coordinator": "host:8476", "num_processes": 2, "process_id": 1, "job_token": 32 * "x"}
+
+
+def test_a_job_is_named_whole_or_found_by_jax() -> None:
+    assert Settings().job_config() is None
+    job = Settings(**JOB).job_config()
+    assert job
+    assert (job.coordinator, job.num_processes, job.process_id) == ("host:8476", 2, 1)
+    found = Settings(coordinator="auto", job_token=32 * "x").job_config()
+    assert found
+    assert (found.coordinator, found.num_processes, found.process_id) == (None, None, None)
+    assert 32 * "x" not in repr(Settings(**JOB))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"job_token": None}, "needs INFERNEO_JOB_TOKEN"),
+        ({"job_token": "secret"}, "at least 16 characters"),
+        ({"process_id": None}, "needs num_processes and process_id"),
+        ({"process_id": 2}, "process_id is 2 and num_processes 2"),
+        ({"coordinator": "host"}, "write it as host:port"),
+        ({"coordinator": None}, "need INFERNEO_COORDINATOR, as host:port"),
+        ({"coordinator": "auto"}, "need INFERNEO_COORDINATOR, as host:port"),
+    ],
+)
+def test_half_a_job_is_refused(changes: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        Settings(**(JOB | changes)).job_config()
+    assert "secret'" not in str(caught.value)

@@ -1,0 +1,1 @@
+"""Kernels for CPUs: C++ that is compiled on first use and called by XLA."""

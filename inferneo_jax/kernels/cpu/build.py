@@ -1,0 +1,207 @@
+"""The kernels in ``native/``: compiled with the machine's C++ compiler, cached, told to XLA.
+
+All of them are one library, whose source is ``native/bindings.cc`` and what it includes. To add a
+kernel, write it in a header of its own, bind it there with ``XLA_FFI_DEFINE_HANDLER_SYMBOL(name,
+...)``, and call it inside a jitted function as ``library().call("name", results, *arguments,
+**attributes)``.
+
+A library runs on the CPU that it was compiled for. Which instructions that one has is seen by the
+preprocessor (``__AVX512VNNI__``), so variants are the same source with other flags.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array
+
+log = logging.getLogger(__name__)
+
+Variant = Literal["native", "avx2", "portable"]
+"""``native`` uses all that this CPU has; the others are what lesser ones would run."""
+
+_FLAGS: dict[Variant, tuple[str, ...]] = {
+    "native": ("-march=native",),
+    "avx2": ("-march=x86-64-v3",),
+    "portable": (),
+}
+_COMMON = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# Results must not depend on which products the compiler chose to fuse with which sums.
+_EXACT = ("-ffp-contract=off",)
+_COMPILERS = ("c++", "g++", "clang++")
+_COMPILE_SECONDS = 120
+_NATIVE = Path(__file__).parent / "native"
+_HELP = (
+    "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) or name one "
+    "with CXX; products and attention run several times slower in XLA's own operations"
+)
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled library of kernels.
+
+    Attributes:
+        variant: what it was compiled for.
+        path: where it lies.
+    """
+
+    variant: Variant
+    path: Path
+    _handle: ctypes.CDLL
+
+    def call(
+        self,
+        kernel: str,
+        results: Any,
+        *arguments: Array,
+        aliases: dict[int, int] | None = None,
+        **attributes: Any,
+    ) -> Any:
+        """Call a kernel inside a function that is traced.
+
+        Args:
+            kernel: the name it has in ``bindings.cc``.
+            results: shapes and dtypes of what it gives, as ``jax.ffi.ffi_call`` takes them.
+            arguments: of the call.
+            aliases: from arguments to the results that are written in their place.
+            attributes: numpy scalars or strings, known when it is traced.
+
+        Returns:
+            The results, in the form of ``results``.
+        """
+        target = self._target(kernel)
+        call: Any = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+        return call(*arguments, **attributes)
+
+    def register(self) -> None:
+        """Tell XLA all kernels: a program that was kept on disk calls them without being traced."""
+        bindings = "".join(path.read_text(encoding="utf-8") for path in _NATIVE.iterdir())
+        for kernel in re.findall(r"XLA_FFI_DEFINE_HANDLER_SYMBOL\((\w+)", bindings):
+            target = self._target(kernel)
+            if target not in _TOLD:  # XLA takes a name once
+                handler = jax.ffi.pycapsule(getattr(self._handle, kernel))
+                jax.ffi.register_ffi_target(target, handler, platform="cpu")
+                _TOLD.add(target)
+
+    def _target(self, kernel: str) -> str:
+        """The name under which XLA knows a kernel of this variant."""
+        return f"inferneo_{self.variant}_{kernel}"
+
+
+_LOCK = threading.Lock()
+_MADE: dict[Variant, Library | None] = {}
+_TOLD: set[str] = set()
+
+
+def library(variant: Variant = "native") -> Library | None:
+    """The kernels, compiled if need be: seconds the first time on a machine, milliseconds after.
+
+    Returns:
+        None where they cannot be compiled, of which the log is told once.
+    """
+    with _LOCK:
+        if variant not in _MADE:
+            _MADE[variant] = made = _make(variant, _cache_folder())
+            if made:
+                made.register()
+        return _MADE[variant]
+
+
+def _make(variant: Variant, folder: Path) -> Library | None:
+    compiler = _compiler()
+    if compiler is None:
+        log.warning("no C++ compiler was found: %s", _HELP)
+        return None
+    try:
+        path = _cached(compiler, variant, folder)
+        return Library(variant, path, ctypes.CDLL(str(path)))
+    except subprocess.SubprocessError as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        first = next((line for line in said if "error" in line), said[-1])
+        log.warning("%s cannot compile the kernels (%s): %s", compiler, first, _HELP)
+    except OSError as error:
+        log.warning("the compiled kernels cannot be used (%s): %s", error, _HELP)
+    return None
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    names = (named,) if named else _COMPILERS
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def _cache_folder() -> Path:
+    """Of this user (XDG Base Directory Specification)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "inferneo" / "kernels"
+
+
+def _cached(compiler: str, variant: Variant, folder: Path) -> Path:
+    """The library's file, made unless it is there and whole.
+
+    Its name holds the hash of all that it is made of, then its own: a file that is cut short or
+    was tampered with is not taken for it. (The loader would map it and crash.) It appears whole,
+    by a rename, and several processes may make it at once.
+    """
+    flags = (*_COMMON, *_EXACT, *_FLAGS[variant])
+    key = _key(compiler, flags)
+    for path in sorted(folder.glob(f"{key}-*.so")):
+        if path.stem == f"{key}-{_hash(path.read_bytes())}":
+            return path
+        path.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            return _compile(compiler, flags, Path(scratch), folder, key)
+    except PermissionError:
+        # A home that cannot be written to: compiled anew by every process.
+        folder = Path(tempfile.mkdtemp(prefix="inferneo-kernels-"))
+        return _compile(compiler, flags, folder, folder, key)
+
+
+def _compile(compiler: str, flags: Sequence[str], scratch: Path, folder: Path, key: str) -> Path:
+    made = scratch / "kernels.so"
+    _run(compiler, *flags, "-o", str(made), str(_NATIVE / "bindings.cc"), "-isystem", _headers())
+    target = folder / f"{key}-{_hash(made.read_bytes())}.so"
+    made.replace(target)
+    return target
+
+
+def _key(compiler: str, flags: Sequence[str]) -> str:
+    """A hash of the sources, the interface to XLA, the compiler and the CPU.
+
+    What the compiler predefines says which it is, and which instructions it may use.
+    """
+    predefined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
+    sources = sorted([*_NATIVE.iterdir(), *Path(_headers()).rglob("*.h")])
+    parts = [predefined.encode(), *(path.read_bytes() for path in sources)]
+    return _hash(repr(flags).encode(), *parts)
+
+
+def _hash(*parts: bytes) -> str:
+    """128 bits of SHA-256, in hexadecimal."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[
+        :32
+    ]
+
+
+def _headers() -> str:
+    return jax.ffi.include_dir()
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(  # noqa: S603  (the user's compiler, on our own sources)
+        command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
+    ).stdout

@@ -1,0 +1,1 @@
+"""One model over several processes, which run the same steps in the same order."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.layers.matrix import quantize
+from inferneo_jax.layers.rope import rotate
 
 _MASKED = -1e30
 """Finite, so that a row whose keys are all masked gives numbers and not NaN."""
@@ -79,6 +80,21 @@ class PagedAttention:
         return layer._replace(
             key_scales=jnp.zeros(scales, jnp.float32), value_scales=jnp.zeros(scales, jnp.float32)
         )
+
+    def step(
+        self,
+        fused: Float[Array, "rows tokens kv_heads entries head_dim"],
+        rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
+        cache: LayerCache,
+        view: PageView,
+    ) -> tuple[Float[Array, "rows tokens kv_heads group head_dim"], LayerCache]:
+        """Rotate queries and keys, write keys and values, and attend.
+
+        The entries of a KV head are its group's queries, its key and its value.
+        """
+        queries, keys = rotate(fused[..., :-2, :], *rope), rotate(fused[..., -2, :], *rope)
+        cache = self.write(cache, keys, fused[..., -1, :], view)
+        return self.attend(queries, cache, view), cache
 
     def write(
         self,

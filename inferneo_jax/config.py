@@ -172,8 +172,13 @@ class EngineConfig:
             the device, auto: these where there are some.
         quantization: of the weights: int8, or none; auto: none, but int8 in groups where a CPU has
             native kernels and dtype is auto.
-        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16 on
-            accelerators, float32 on a CPU or where dtype is that.
+        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16, but
+            float32 where dtype is that and on a CPU without native kernels.
+        speculation: drafts of the next tokens that one step verifies; ngram: what followed when the
+            newest tokens came before, auto: that, where it was measured to be faster, off: none.
+        draft_tokens: most tokens of a draft.
+        draft_rows: most rows of a step that verifies drafts: with more, products cost as much as
+            reading the weights does.
         max_logprobs: most alternatives a request may ask for.
         max_logit_bias: most biased tokens of one request.
         step_seconds: a step that takes longer hangs, unless ten times the slowest step at start
@@ -192,6 +197,9 @@ class EngineConfig:
     kernels: Literal["auto", "xla", "native"] = "auto"
     quantization: Literal["auto", "none", "int8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    speculation: Literal["auto", "off", "ngram"] = "auto"
+    draft_tokens: int = 5
+    draft_rows: int = 4
     max_logprobs: int = 20
     max_logit_bias: int = 1024
     step_seconds: float = 3.0
@@ -200,7 +208,7 @@ class EngineConfig:
     row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
 
     def __post_init__(self) -> None:
-        for name in ("slots", "page_len", "max_logit_bias"):
+        for name in ("slots", "page_len", "max_logit_bias", "draft_tokens"):
             if (getattr(self, name) or 1) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.step_seconds > 0:

@@ -20,7 +20,6 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.heartbeat import Heartbeat
-from inferneo_jax.plans import PrefillChunk
 from inferneo_jax.request import (
     EngineStats,
     EngineTotals,
@@ -29,9 +28,8 @@ from inferneo_jax.request import (
     OutputSink,
     TokenLogprob,
 )
+from inferneo_jax.results import Result, results_of
 from inferneo_jax.runner import PendingStep, Runner
-from inferneo_jax.sampling import Scores
-from inferneo_jax.scores import keep_prompt_scores, token_logprob
 from inferneo_jax.sequence import Sequence
 from inferneo_jax.steps import Sampled
 
@@ -220,9 +218,17 @@ class Engine:
             self._groups.clear()
 
     def step(self) -> None:
-        """Dispatch the next step, then read the one before it, which ran meanwhile."""
+        """Dispatch the next step, then read the one before it, which ran meanwhile.
+
+        Drafts follow what is known: where there may be some, the step before is read first.
+        """
+        if self._in_flight and (self._in_flight.drafted or self._may_draft()):
+            with self._heartbeat:
+                known = self._in_flight.wait()
+            self._commit(self._in_flight.plans, *known)
+            self._in_flight = None
         with self._changed:
-            plans = self._groups.schedule()
+            plans = self._groups.schedule(None if self._in_flight else self._runner.drafts)
         with self._heartbeat:
             pending = self._runner.run(plans) if plans else None
             results = self._in_flight.wait() if self._in_flight else None
@@ -231,6 +237,9 @@ class Engine:
         elif not pending:
             self._stuck = True  # all that is left is paused, or waits for what the paused hold
         self._in_flight = pending
+
+    def _may_draft(self) -> bool:
+        return self._runner.drafts is not None and self._groups.may_draft(self._runner.drafts)
 
     def _set_paused(self, request_id: str, *, paused: bool) -> None:
         with self._changed:
@@ -268,39 +277,33 @@ class Engine:
     def _commit(self, plans: Plans, decode: Sampled | None, prefill: Sampled | None) -> None:
         """Hand out the results of a step to the requests that still want them."""
         self._totals.steps += 1
-        if decode:
-            ids = decode.ids.tolist()
-            bucket = len(ids) // len(plans)
-            for group, plan in enumerate(plans):
-                for i, row in enumerate(plan.decode, start=group * bucket):
-                    self._commit_token(row.sequence, ids[i], decode.scores, i)
-        if prefill:
-            ids = prefill.ids.tolist()
-            rows = len(ids) // len(plans)
-            for group, plan in enumerate(plans):
-                for i, chunk in enumerate(plan.prefill, start=group * rows):
-                    self._commit_chunk(chunk, ids[i], prefill, i)
+        for found in results_of(plans, decode, prefill):
+            self._totals.prompt_tokens += found.prefilled
+            if found.drafted:
+                self._totals.drafted_tokens += found.drafted
+                self._totals.accepted_tokens += len(found.tokens) - 1
+                cost = self._runner.drafts.cost if self._runner.drafts else 0.0
+                self._groups.accept(found.sequence, found.drafted, len(found.tokens) - 1, cost)
+            if found.sequence.finished:
+                continue  # it ended while this step was under way
+            if found.tokens:
+                self._deliver(found)
+            elif found.ends:
+                self._finish(found.sequence, "length")
 
-    def _commit_chunk(self, chunk: PrefillChunk, token: int, sampled: Sampled, row: int) -> None:
-        self._totals.prompt_tokens += chunk.length
-        keep_prompt_scores(chunk, sampled.prompt_scores, row)
-        if chunk.sample:
-            self._commit_token(chunk.sequence, token, sampled.scores, row)
-        elif chunk.ends_prompt and chunk.sequence.request.max_tokens == 0:
-            self._finish(chunk.sequence, "length")
-
-    def _commit_token(self, sequence: Sequence, token: int, scores: Scores, row: int) -> None:
-        if sequence.finished:
-            return  # it ended while this step was under way
-        self._totals.output_tokens += 1
+    def _deliver(self, found: Result) -> None:
+        """Deliver sampled tokens, up to the one that ends the request."""
+        sequence, kept, reason = found.sequence, 0, None
         self._totals.cached_tokens += 0 if sequence.started else sequence.cached_tokens or 0
-        logprobs = None
-        if (num_top := sequence.request.logprobs) is not None:
-            logprobs = (token_logprob(scores, (row,), token, num_top),)
-        if reason := sequence.accept(token):
-            self._finish(sequence, reason, (token,), logprobs)
+        while kept < len(found.tokens) and not reason:
+            reason = sequence.accept(found.tokens[kept])
+            kept += 1
+        self._totals.output_tokens += kept
+        output = tuple(found.tokens[:kept]), found.logprobs(kept)
+        if reason:
+            self._finish(sequence, reason, *output)
         else:
-            sequence.deliver((token,), logprobs)
+            sequence.deliver(*output)
 
     def _finish(
         self,

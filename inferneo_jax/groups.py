@@ -11,6 +11,7 @@ from inferneo_jax.plans import StepPlan
 from inferneo_jax.prefill import PrefillShapes
 from inferneo_jax.scheduler import Scheduler
 from inferneo_jax.sequence import Sequence
+from inferneo_jax.speculation import Drafts
 
 Plans = tuple[StepPlan, ...]
 """What one step runs, group by group."""
@@ -47,12 +48,27 @@ class Groups:
         """Forget a sequence, running or waiting, and free its slot and pages."""
         self._schedulers[sequence.group].remove(sequence)
 
-    def schedule(self) -> Plans | None:
-        """Plan the next step, on the assumption that it will be run; None: there is none."""
+    def may_draft(self, drafts: Drafts) -> bool:
+        """Whether the next step may have drafts, once what is under way is known."""
+        few = all(each.num_decoding() <= drafts.rows for each in self._schedulers)
+        return few and any(each.may_draft(drafts) for each in self._schedulers)
+
+    def accept(self, sequence: Sequence, drafted: int, accepted: int, cost: float) -> None:
+        """Count the tokens of a draft that were sampled, beside the one that each step brings."""
+        self._schedulers[sequence.group].accept(sequence, drafted, accepted, cost)
+
+    def schedule(self, drafts: Drafts | None = None) -> Plans | None:
+        """Plan the next step, on the assumption that it will be run; None: there is none.
+
+        Args:
+            drafts: how to make them, if every sampled token is known; None: for no row.
+        """
+        if drafts and any(each.num_decoding() > drafts.rows for each in self._schedulers):
+            drafts = None
         self._first = (self._first + 1) % len(self._schedulers)
         shape, plans = None, {}
         for group in (*range(self._first, len(self._schedulers)), *range(self._first)):
-            plans[group] = self._schedulers[group].schedule(shape)
+            plans[group] = self._schedulers[group].schedule(shape, drafts)
             shape = shape or plans[group].shape
         return tuple(plans[group] for group in sorted(plans)) if any(plans.values()) else None
 

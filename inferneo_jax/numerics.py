@@ -24,14 +24,14 @@ def dtype_for(config: EngineConfig, device: Any) -> jnp.dtype:
     return jnp.dtype("bfloat16" if native else "float32")
 
 
-def cache_dtype_for(config: EngineConfig, device: Any) -> jnp.dtype:
+def cache_dtype_for(config: EngineConfig, device: Any, *, native: bool) -> jnp.dtype:
     """Of keys and values; auto is bfloat16, which halves their memory, where that is no loss.
 
-    XLA:CPU writes to a bfloat16 array by copying it whole.
+    XLA:CPU writes to a bfloat16 array by copying it whole; ``native`` kernels do not.
     """
     if config.kv_dtype != "auto":
         return jnp.dtype(config.kv_dtype)
-    wide = device.platform == "cpu" or config.dtype == "float32"
+    wide = config.dtype == "float32" or (device.platform == "cpu" and not native)
     return jnp.dtype("float32" if wide else "bfloat16")
 
 

@@ -19,10 +19,11 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """A sequence whose newest token lies at ``position``."""
+    """A sequence whose newest token lies at ``position``, and what may come after it."""
 
     sequence: Sequence
     position: int
+    draft: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class StepPlan:
     prefill: tuple[PrefillChunk, ...]
     shape: Shape | None
     decode: tuple[DecodeRow, ...]
+
+    @property
+    def drafted(self) -> bool:
+        """Whether some rows of decode have drafts."""
+        return any(row.draft for row in self.decode)
 
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)

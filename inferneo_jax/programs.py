@@ -32,7 +32,8 @@ from inferneo_jax.steps import Steps
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 Key = tuple[str, int, int]
-"""A program: ``decode``, ``prefill`` or ``admit``, its rows in one group and the tokens of each."""
+"""A program: ``decode``, ``verify``, ``prefill`` or ``admit``, its rows in one group and the tokens
+of each."""
 
 MAX_STOP_IDS = 32
 """Most stop token ids of one request."""
@@ -100,6 +101,13 @@ class Programs:
         return [*buckets, next(b for b in self.config.row_buckets if b >= slots)]
 
     @property
+    def draft_buckets(self) -> list[int]:
+        """Rows of one group for which drafts can be verified, rising."""
+        if self.config.speculation == "off":
+            return []
+        return [bucket for bucket in self.row_buckets if bucket <= self.config.draft_rows]
+
+    @property
     def prefill_shapes(self) -> PrefillShapes:
         """For which prefill is compiled."""
         slots = self.config.slots // self.groups
@@ -110,32 +118,41 @@ class Programs:
     def keys(self) -> list[Key]:
         """Every program there is."""
         shapes = self.prefill_shapes
+        tokens = self.config.draft_tokens + 1
         return [
             *(("decode", bucket, 1) for bucket in self.row_buckets),
+            *(("verify", bucket, tokens) for bucket in self.draft_buckets),
             *(("prefill", rows, chunk) for rows, chunk in shapes.shapes),
             *(("admit", rows, 0) for rows in sorted({1, shapes.max_rows})),
         ]
 
     def empty_cache(self) -> Callable[[], KVCache]:
-        """A function that makes the cache of all groups, zeroed, where it belongs."""
-        sharding = NamedSharding(self.mesh, meshes.spec("pages", "kv_heads"))
-        return jax.jit(self._init_cache, out_shardings=sharding)
+        """A function that makes the cache of all groups, where it belongs."""
+        parts = meshes.parts(self.mesh, "kv_heads")
+        fitted = fit(self.model, parts)
+        own = dataclasses.replace(self.attention, kv_heads=self.attention.kv_heads // parts)
+        made = jax.shard_map(
+            lambda: own.init(fitted, self.num_pages),
+            mesh=self.mesh,
+            in_specs=(),
+            out_specs=meshes.spec("pages", "kv_heads"),
+            check_vma=False,
+        )
+        return jax.jit(made)
 
     def cache(self) -> KVCache:
         """The cache's shapes."""
-        made: Any = jax.eval_shape(self._init_cache)
+        made: Any = jax.eval_shape(self.empty_cache())
         return self._split(made, "pages", "kv_heads")
-
-    def _init_cache(self) -> KVCache:
-        fitted = fit(self.model, meshes.parts(self.mesh, "kv_heads"))
-        return self.attention.init(fitted, self.num_pages * self.groups)
 
     def host_arguments(self, key: Key) -> tuple[Any, ...]:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""
-        kind, rows, _ = key
+        kind, rows, tokens = key
         nothing = ((),) * self.groups
         if kind == "decode":
             return (self.rows.decode(nothing, rows),)
+        if kind == "verify":
+            return (self.rows.verify(nothing, rows, tokens - 1),)
         if kind == "prefill":
             return (self.rows.prefill(nothing, rows),)
         return self.rows.admit(nothing, rows)
@@ -188,7 +205,7 @@ class Programs:
             donate: tuple[int, ...] = (0,)
             arguments: tuple[Any, ...] = (state, *rows)
         else:
-            step = steps.decode if kind == "decode" else partial(steps.prefill, chunk)
+            step = partial(steps.prefill, chunk) if kind == "prefill" else getattr(steps, kind)
             specs = (in_weights, in_cache, in_state, in_rows)
             out = (in_cache, in_state, PartitionSpec())
             donate = (1, 2)
@@ -230,11 +247,13 @@ def make_programs(
         raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={groups}")
     fitted = fit(model, meshes.parts(mesh, "kv_heads"))
     device = mesh.devices.flat[0]
-    attention = attention_for(device, config.kernels)(
+    page_len = config.page_len or (64 if device.platform == "tpu" else 16)
+    kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
+    attention = kind(
         kv_heads=fitted.num_kv_heads,
         head_dim=model.head_dim,
-        page_len=config.page_len or (64 if device.platform == "tpu" else 16),
-        dtype=cache_dtype_for(config, device),
+        page_len=page_len,
+        dtype=cache_dtype_for(config, device, native=kind is not PagedAttention),
     )
     one_page = Programs(model, config, mesh, formats, attention, 1, 1)
     max_len, pages = _cache_size(one_page, cache_budget)

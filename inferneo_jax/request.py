@@ -198,11 +198,16 @@ class EngineTotals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A consistent picture of the engine between two steps. Pages hold ``page_len`` tokens."""
+    """A consistent picture of the engine between two steps. Pages hold ``page_len`` tokens.
+
+    Of ``drafted_tokens``, which were guessed, ``accepted_tokens`` were sampled too.
+    """
 
     ready: bool
     slots: int
@@ -219,3 +224,5 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int

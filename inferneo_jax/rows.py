@@ -15,7 +15,7 @@ from inferneo_jax.plans import DecodeRow, PrefillChunk
 from inferneo_jax.request import GenerationRequest
 from inferneo_jax.sampling import SamplingRows
 from inferneo_jax.sequence import Sequence
-from inferneo_jax.steps import DecodeRows, PrefillRows, SlotState
+from inferneo_jax.steps import DecodeRows, PrefillRows, SlotState, VerifyRows
 
 # The fields of rows are declared as the jax arrays that steps see; these builders fill them with
 # numpy arrays, which a compiled step takes as well. Hence the Any.
@@ -111,6 +111,18 @@ class RowBuilder:
                 positions[i] = row.position
                 tables[i] = self._page_tables.of(row.sequence)
         return DecodeRows(slots, positions, tables)
+
+    def verify(self, groups: Iterable[Iterable[DecodeRow]], bucket: int, most: int) -> VerifyRows:
+        """Rows of a decode step with drafts of up to ``most`` tokens."""
+        total = self.groups * bucket
+        drafts: Any = np.zeros((total, most), np.int32)
+        num_drafted: Any = np.zeros(total, np.int32)
+        of_groups = [tuple(rows) for rows in groups]
+        for group, rows in enumerate(of_groups):
+            for i, row in enumerate(rows, start=group * bucket):
+                num_drafted[i] = len(row.draft)
+                drafts[i, : len(row.draft)] = row.draft
+        return VerifyRows(*self.decode(of_groups, bucket), drafts, num_drafted)
 
     def prefill(self, groups: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillRows:
         """Rows of a prefill step, padded like those of a decode step."""

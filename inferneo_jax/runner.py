@@ -1,5 +1,6 @@
 """Owns the weights, the cache and the compiled steps: the only one that touches the device."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +23,14 @@ from inferneo_jax.lockstep.channel import Kind
 from inferneo_jax.lockstep.peers import Alone, Peers, agree
 from inferneo_jax.lockstep.wire import Wire
 from inferneo_jax.memory import explained, free_memory, require, total_memory
+from inferneo_jax.plans import DecodeRow
 from inferneo_jax.programs import MAX_STOP_IDS, Key, make_programs
 from inferneo_jax.request import RequestLimits
+from inferneo_jax.speculation import Drafts
 from inferneo_jax.steps import Sampled, SlotState
+
+_TIMES = 5
+"""Runs of a program whose time is compared with another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,11 @@ class PendingStep:
     plans: Plans
     decode: Sampled | None
     prefill: Sampled | None
+
+    @property
+    def drafted(self) -> bool:
+        """Whether it verifies drafts: then how far it comes is known when it is read."""
+        return any(plan.drafted for plan in self.plans)
 
     def wait(self) -> tuple[Sampled | None, Sampled | None]:
         """The results of decode and prefill as numpy arrays, once they are there."""
@@ -56,6 +67,7 @@ class Runner:
 
     Attributes:
         step_seconds: a step that takes longer hangs; known after ``compile``.
+        drafts: how to make them, None where none are to be; known after ``compile``.
         wire: how steps travel to the peers, where there are some.
 
     Raises:
@@ -88,6 +100,7 @@ class Runner:
         self._make_cache = self._programs.empty_cache()
         self._compiled: dict[Key, Any] = {}
         self.step_seconds = config.step_seconds
+        self.drafts: Drafts | None = None
         self._cache: KVCache
         self._state: SlotState
         self._allocate()
@@ -142,13 +155,33 @@ class Runner:
 
     def _warm_up(self) -> None:
         """Run every step once, on padding, and see how long the slowest takes."""
-        slowest, keys = 0.0, self._programs.keys()  # in the same order in all processes
-        for key in keys:
-            started = time.perf_counter()
-            self.execute(key, self._programs.host_arguments(key))
-            jax.block_until_ready((self._cache, self._state))
-            slowest = max(slowest, time.perf_counter() - started)
+        keys = self._programs.keys()  # in the same order in all processes
+        slowest = max(self._seconds(key) for key in keys)
         self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
+        if buckets := self._programs.draft_buckets:
+            self.drafts = Drafts(self.config.draft_tokens, buckets[-1])
+            if self.config.speculation == "auto":
+                cost = max(self._draft_cost(bucket) for bucket in buckets)
+                self.drafts = dataclasses.replace(self.drafts, cost=cost)
+
+    def _seconds(self, key: Key) -> float:
+        """How long a program takes with nothing to do."""
+        started = time.perf_counter()
+        self.execute(key, self._programs.host_arguments(key))
+        jax.block_until_ready((self._cache, self._state))
+        return time.perf_counter() - started
+
+    def _draft_cost(self, bucket: int) -> float:
+        """What a step that verifies drafts takes, in plain ones; each at its best of a few.
+
+        A tenth more: nothing is dispatched ahead of it.
+        """
+        length = self.config.draft_tokens + 1
+        verify, plain = (
+            min(self._seconds(key) for _ in range(_TIMES))
+            for key in (("verify", bucket, length), ("decode", bucket, 1))
+        )
+        return 1.1 * verify / plain
 
     def run(self, plans: Plans) -> PendingStep:
         """Dispatch a planned step and return at once."""
@@ -158,13 +191,21 @@ class Runner:
             self._step(("admit", rows, 0), admitted)
         decode = prefill = None
         if most := max(len(plan.decode) for plan in plans):
-            bucket = next(b for b in self._programs.row_buckets if b >= most)
-            decoding = self._rows.decode((plan.decode for plan in plans), bucket)
-            decode = self._step(("decode", bucket, 1), (decoding,))
+            decode = self._decode([plan.decode for plan in plans], most)
         if shape := next((plan.shape for plan in plans if plan.shape), None):
             chunks = self._rows.prefill((plan.prefill for plan in plans), shape[0])
             prefill = self._step(("prefill", *shape), (chunks,))
         return PendingStep(plans, decode, prefill)
+
+    def _decode(self, groups: list[tuple[DecodeRow, ...]], most: int) -> Sampled | None:
+        """A decode step of up to so many rows in a group, which verifies their drafts."""
+        if not any(row.draft for rows in groups for row in rows):
+            bucket = next(b for b in self._programs.row_buckets if b >= most)
+            return self._step(("decode", bucket, 1), (self._rows.decode(groups, bucket),))
+        bucket = next(b for b in self._programs.draft_buckets if b >= most)
+        length = self.config.draft_tokens
+        drafted = self._rows.verify(groups, bucket, length)
+        return self._step(("verify", bucket, length + 1), (drafted,))
 
     def _step(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:
         """Dispatch one program, on the peers first: they have a longer way to it."""

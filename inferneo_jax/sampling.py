@@ -88,6 +88,10 @@ class Sampler:
         ids = jnp.where(random, drawn, greedy)
         return ids, self.score(logits, ids, params.want_logprobs.any())
 
+    def plain(self, logits: Float[Array, "rows vocab"]) -> tuple[Int[Array, " rows"], Scores]:
+        """What ``__call__`` gives where no row wants more than its most likely token."""
+        return argmax(logits), self._no_scores(logits.shape[0])
+
     def score(
         self,
         logits: Float[Array, "rows vocab"],
@@ -95,7 +99,6 @@ class Sampler:
         wanted: Bool[Array, ""],
     ) -> Scores:
         """Log probabilities of the given ids and of the most likely tokens of each row."""
-        rows = logits.shape[0]
 
         def compute() -> Scores:
             normaliser = jax.nn.logsumexp(logits, axis=-1)
@@ -103,11 +106,27 @@ class Sampler:
             top, top_ids = lax.top_k(logits, self.num_top)
             return Scores(chosen, top_ids, top - normaliser[:, None])
 
-        def skip() -> Scores:
-            top = jnp.zeros((rows, self.num_top), jnp.float32)
-            return Scores(jnp.zeros(rows, jnp.float32), top.astype(jnp.int32), top)
+        return lax.cond(wanted, compute, lambda: self._no_scores(logits.shape[0]))
 
-        return lax.cond(wanted, compute, skip)
+    def _no_scores(self, rows: int) -> Scores:
+        top = jnp.zeros((rows, self.num_top), jnp.float32)
+        return Scores(jnp.zeros(rows, jnp.float32), top.astype(jnp.int32), top)
+
+
+def needs_more(
+    params: SamplingRows, lengths: Int[Array, " rows"], vocab: int
+) -> Bool[Array, " rows"]:
+    """Which rows want more than their most likely token: a draw, other logits, log probabilities.
+
+    The first bias tells whether there are any.
+    """
+    return (
+        (params.temperature > 0)
+        | params.want_logprobs
+        | _penalized(params)
+        | (params.bias_ids[:, 0] < vocab)
+        | (lengths < params.min_len)
+    )
 
 
 def argmax(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
@@ -128,12 +147,6 @@ def _penalize(
     history: Int[Array, "rows max_len"],
     lengths: Int[Array, " rows"],
 ) -> Float[Array, "rows vocab"]:
-    used = (
-        (params.frequency_penalty != 0)
-        | (params.presence_penalty != 0)
-        | (params.repetition_penalty != 1)
-    )
-
     def apply() -> Float[Array, "rows vocab"]:
         places = jnp.arange(history.shape[1], dtype=jnp.int32)[None, :]
         live = places < lengths[:, None]
@@ -148,7 +161,15 @@ def _penalize(
         out = out - counts * params.frequency_penalty[:, None]
         return out - (counts > 0).astype(jnp.float32) * params.presence_penalty[:, None]
 
-    return lax.cond(used.any(), apply, lambda: logits)
+    return lax.cond(_penalized(params).any(), apply, lambda: logits)
+
+
+def _penalized(params: SamplingRows) -> Bool[Array, " rows"]:
+    return (
+        (params.frequency_penalty != 0)
+        | (params.presence_penalty != 0)
+        | (params.repetition_penalty != 1)
+    )
 
 
 def _bias(

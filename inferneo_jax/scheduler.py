@@ -18,6 +18,7 @@ from inferneo_jax.pages import PagePool
 from inferneo_jax.plans import DecodeRow, PrefillChunk, StepPlan
 from inferneo_jax.prefill import PrefillShapes, Shape
 from inferneo_jax.sequence import Sequence
+from inferneo_jax.speculation import Drafts
 
 _PROMPT_COST, _OUTPUT_COST = 1, 2
 """What a token counts for its owner: one of the output keeps the device busy for longer."""
@@ -74,15 +75,16 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
 
-    def schedule(self, shape: Shape | None = None) -> StepPlan:
+    def schedule(self, shape: Shape | None = None, drafts: Drafts | None = None) -> StepPlan:
         """Plan the next step, on the assumption that it will be run.
 
         Args:
             shape: of its prefill, when another group has chosen one.
+            drafts: how to make them; None: for no row. Every sampled token must be known.
         """
         claimant = self._make_room()
         preemptions = self.num_preemptions
-        decode = self._plan_decode()
+        decode = self._plan_decode(drafts)
         # Pages that a preemption just freed are for those who lacked them, not for newcomers.
         crowded = self.num_preemptions > preemptions
         admitted = () if crowded else self._admit(claimant)
@@ -99,7 +101,32 @@ class Scheduler:
                 self.pool.publish(sequence.pages[index], hashes[index])
             sequence.num_published = full
 
-    def _plan_decode(self) -> tuple[DecodeRow, ...]:
+    def num_decoding(self) -> int:
+        """Sequences that a decode step may have rows for."""
+        return sum(sequence.can_decode for sequence in self.running)
+
+    def may_draft(self, drafts: Drafts) -> bool:
+        """Whether some sequence is likely to have a draft, once what is under way is known."""
+        return any(s.can_decode and s.draft(drafts.most) for s in self.running)
+
+    def accept(self, sequence: Sequence, drafted: int, accepted: int, cost: float) -> None:
+        """Count the tokens of a draft that were sampled, beside the one that each step brings."""
+        sequence.num_computed += accepted
+        sequence.num_sampled += accepted
+        self._served[sequence.request.owner] += accepted * _OUTPUT_COST
+        sequence.drafting.luck.learn(drafted, accepted, cost)
+
+    def _draft(self, sequence: Sequence, drafts: Drafts) -> tuple[int, ...]:
+        """What may follow a sequence's newest token, as far as there are pages for it."""
+        draft = sequence.draft(drafts.most)
+        missing = self.pool.pages_for(sequence.num_computed + 1 + len(draft)) - len(sequence.pages)
+        spare = self.pool.num_available - len(self.running)
+        if missing > 0 and missing <= spare:
+            sequence.pages += self.pool.allocate(missing) or []
+        room = len(sequence.pages) * self.pool.page_len - sequence.num_computed - 1
+        return tuple(draft[:room])
+
+    def _plan_decode(self, drafts: Drafts | None) -> tuple[DecodeRow, ...]:
         rows = []
         # Who gives way when pages run out comes last, so that nothing planned is taken back.
         order = self._by_claim()
@@ -109,7 +136,9 @@ class Scheduler:
             self.publish(sequence)
             if not self._ensure_page(sequence, order):
                 continue
-            rows.append(DecodeRow(sequence, sequence.num_computed))
+            draft = self._draft(sequence, drafts) if drafts else ()
+            rows.append(DecodeRow(sequence, sequence.num_computed, draft))
+            sequence.drafting.luck.rest -= sequence.drafting.luck.rest > 0
             self._served[sequence.request.owner] += _OUTPUT_COST
             sequence.num_computed += 1
             sequence.num_sampled += 1

@@ -12,6 +12,7 @@ from inferneo_jax.request import (
     OutputSink,
     TokenLogprob,
 )
+from inferneo_jax.speculation import Drafting
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Sequence:
         num_published: leading pages that others may share.
         cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
         prompt_scores: of the prompt's tokens, as far as they are known; the first has none.
+        drafting: of what may come next.
         paused: whether its reader asked for nothing more for now; it keeps slot and pages.
         started: whether an output was delivered.
         finished: whether the last output was delivered.
@@ -55,6 +57,7 @@ class Sequence:
     num_published: int = 0
     cached_tokens: int | None = None
     prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    drafting: Drafting = field(default_factory=Drafting)
     paused: bool = False
     started: bool = False
     finished: bool = False
@@ -94,6 +97,13 @@ class Sequence:
             and self.num_computed >= self.prefill_len
             and self.num_sampled < self.request.max_tokens
         )
+
+    def draft(self, most: int) -> list[int]:
+        """Up to so many tokens that may follow the known ones."""
+        most = min(most, self.request.max_tokens - len(self.output) - 1)
+        if most < 1 or self.drafting.luck.rest:
+            return []
+        return self.drafting.ngrams.draft(self.tokens, most)
 
     def page_hashes(self, page_len: int, num_tokens: int) -> list[bytes]:
         """Hashes of the pages that the first ``num_tokens`` known tokens fill."""

@@ -10,7 +10,7 @@ slots, pages and rows of its group, all counted from 0 there. Results are those 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from inferneo_jax import mesh
 from inferneo_jax.cache import KVCache, PagedAttention, PageView
 from inferneo_jax.models.decoder import Decoder
-from inferneo_jax.sampling import Sampler, SamplingRows, Scores
+from inferneo_jax.sampling import Sampler, SamplingRows, Scores, needs_more
 
 _SCORED_AT_ONCE = 32
 """Prompt positions scored at once: logits for a whole chunk would take vocab x chunk x 4 bytes."""
@@ -45,6 +45,16 @@ class DecodeRows(NamedTuple):
     tables: Int[Array, "rows max_pages"]
 
 
+class VerifyRows(NamedTuple):
+    """The rows of a decode step that verifies drafts: the first ``num_drafted`` of each are one."""
+
+    slots: Int[Array, " rows"]
+    positions: Int[Array, " rows"]
+    tables: Int[Array, "rows max_pages"]
+    drafts: Int[Array, "rows most"]
+    num_drafted: Int[Array, " rows"]
+
+
 class PrefillRows(NamedTuple):
     """The rows of one prefill step: ``length`` tokens from position ``start`` on.
 
@@ -61,7 +71,7 @@ class PrefillRows(NamedTuple):
 class Sampled(NamedTuple):
     """What a step brings back to the host; prompt scores in prefill steps only."""
 
-    ids: Int[Array, " rows"]
+    ids: Int[Array, "*rows"]
     scores: Scores
     prompt_scores: Scores | None = None
 
@@ -98,6 +108,46 @@ class Steps:
         logits = self._logits(model, hidden[:, 0])
         state, ids, scores = self._sample(state, rows.slots, rows.positions + 1, logits)
         return cache, state, _from_all(Sampled(ids, scores))
+
+    def verify(
+        self, weights: Weights, cache: KVCache, state: SlotState, rows: VerifyRows
+    ) -> tuple[KVCache, SlotState, Sampled]:
+        """Feed each row its newest token and its draft, and sample after each of them.
+
+        What is sampled holds as far as the draft is the same, and for one token more; up to there
+        it becomes the row's. Keys and values behind that are written again before anything can see
+        them.
+
+        Returns:
+            Ids and scores ``[rows, most + 1]``.
+        """
+        model = self._model(weights)
+        num_rows, most = rows.drafts.shape
+        steps = jnp.arange(most + 1, dtype=jnp.int32)[None, :]
+        positions = rows.positions[:, None] + steps
+        drafted = steps[:, :most] < rows.num_drafted[:, None]
+        slots = rows.slots[:, None]
+        # Where nothing is drafted, nothing is written: beyond the last slot.
+        places = jnp.where(drafted, slots, state.tokens.shape[0])
+        tokens = state.tokens.at[places, positions[:, 1:]].set(rows.drafts, mode="drop")
+        inputs = tokens.at[slots, positions].get(mode="clip")
+        view = PageView(rows.tables, positions)
+        hidden, cache = model(inputs, self.attention, cache, view)
+
+        logits = self._logits(model, hidden.reshape(num_rows * (most + 1), -1))
+        params, history = jax.tree.map(
+            lambda x: jnp.repeat(x.at[rows.slots].get(mode="clip"), most + 1, axis=0),
+            (state.sampling, tokens),
+        )
+        ids, scores = self.sampler(logits, params, history, positions.reshape(-1) + 1)
+        ids, scores = jax.tree.map(
+            lambda x: x.reshape(num_rows, most + 1, *x.shape[1:]), (ids, scores)
+        )
+        same = drafted & (ids[:, :most] == rows.drafts)
+        accepted = jnp.cumprod(same.astype(jnp.int32), axis=1).sum(axis=1)
+        places = jnp.where(steps <= accepted[:, None], slots, state.tokens.shape[0])
+        tokens = tokens.at[places, positions + 1].set(ids, mode="drop")
+        return cache, SlotState(tokens, state.sampling), _from_all(Sampled(ids, scores))
 
     def prefill(
         self,
@@ -147,10 +197,20 @@ class Steps:
         targets: Int[Array, " rows"] | None = None,
     ) -> tuple[SlotState, Int[Array, " rows"], Scores]:
         """Sample each row's token at position ``length`` and write it to its target slot."""
-        params, history = jax.tree.map(
-            lambda x: x.at[slots].get(mode="clip"), (state.sampling, state.tokens)
-        )
-        ids, scores = self.sampler(logits, params, history, lengths)
+
+        def of_rows(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x.at[slots].get(mode="clip"), tree)
+
+        def sample() -> tuple[Int[Array, " rows"], Scores]:
+            params, history = of_rows((state.sampling, state.tokens))
+            return self.sampler(logits, params, history, lengths)
+
+        # Rows that are all greedy are the usual ones. What others want would cost them copies of
+        # the logits, and tables of a thousand biases.
+        first = jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x, state.sampling)
+        live = slots < state.tokens.shape[0]
+        more = live & needs_more(of_rows(first), lengths, self.vocab_size)
+        ids, scores = lax.cond(more.any(), sample, lambda: self.sampler.plain(logits))
         targets = slots if targets is None else targets
         tokens = state.tokens.at[targets, lengths].set(ids, mode="drop")
         return SlotState(tokens, state.sampling), ids, scores

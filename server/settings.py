@@ -76,6 +76,8 @@ class Settings(BaseSettings):
         kv_dtype: of keys and values; ``int8`` has a scale for each token and head.
         kernels: of attention; ``xla``: the reference; ``native``: those made for the device;
             ``auto``: these where there are some.
+        speculation: ``ngram``: drafts looked up in what was said before, which one step verifies;
+            ``auto``: where that is faster; ``off``.
         mesh: devices of the mesh, as ``data=1,model=8``: ``model`` splits weights and heads,
             ``data`` makes groups that serve requests of their own; empty: all devices on ``model``.
         slots: requests that run at once.
@@ -113,6 +115,7 @@ class Settings(BaseSettings):
     quantization: Literal["auto", "none", "int8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     kernels: Literal["auto", "xla", "native"] = "auto"
+    speculation: Literal["auto", "off", "ngram"] = "auto"
     mesh: Annotated[str, AfterValidator(_mesh)] = ""
     slots: int | None = Field(default=None, ge=1, le=256)
     max_len: int | None = Field(default=None, ge=2)
@@ -193,6 +196,7 @@ class Settings(BaseSettings):
             kernels=self.kernels,
             quantization=self.quantization,
             kv_dtype=self.kv_dtype,
+            speculation=self.speculation,
             max_len=self.max_len,
             mesh=MeshShape.parse(self.mesh),
             compilation_cache=str(cache.expanduser().absolute()),

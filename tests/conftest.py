@@ -30,7 +30,7 @@ from inferneo_jax.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
 from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, real_server
-from tests.support import ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
+from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +44,15 @@ def real_checkpoints() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_runner() -> Callable[..., Runner]:
-    """Compiled runners of the tiny random model, one for each engine configuration."""
+    """Compiled runners of a tiny random model, one for each engine configuration."""
     made: dict[EngineConfig, Runner] = {}
 
     def make(**changes: object) -> Runner:
-        config = dataclasses.replace(TINY_ENGINE, **changes)
+        native = changes.get("kernels") == "native"
+        config = dataclasses.replace(NATIVE_ENGINE if native else TINY_ENGINE, **changes)
         if config not in made:
-            made[config] = Runner(TINY, tiny_weights(), config, REFERENCE)
+            model = NATIVE if native else TINY
+            made[config] = Runner(model, tiny_weights(model), config, REFERENCE)
             made[config].compile()
         return made[config]
 
@@ -83,6 +85,7 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
         quantization="none",
         kernels="xla",
         row_buckets=(2, 16),
+        speculation="off",
         mesh=ONE_DEVICE,
     )
     model = load_model(real_checkpoints / CHAT_MODEL, config, name=CHAT_MODEL)

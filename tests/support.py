@@ -1,5 +1,6 @@
 """A tiny random model, and a way to gather what an engine sends."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -46,8 +47,12 @@ TINY_ENGINE = EngineConfig(
     prefill_chunks=(4, 8),
     kv_tokens=160,
     row_buckets=(4,),
+    speculation="off",
     mesh=ONE_DEVICE,
 )
+NATIVE = DecoderConfig.from_dict(TINY.to_dict() | {"head_dim": 16})
+NATIVE_ENGINE = dataclasses.replace(TINY_ENGINE, page_len=16, kernels="native", dtype="float32")
+"""What the CPU's own kernels can run: heads and pages of 16."""
 GREEDY = SamplingParams(temperature=0.0)
 MIXED: list[dict[str, Any]] = [
     {"sampling": GREEDY},

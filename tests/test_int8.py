@@ -173,7 +173,7 @@ def test_the_cache_has_the_numbers_that_are_asked_for(
     changes: dict[str, Any], expected: str
 ) -> None:
     config = EngineConfig(mesh=ONE_DEVICE, **changes)
-    assert cache_dtype_for(config, jax.devices()[0]) == jnp.dtype(expected)
+    assert cache_dtype_for(config, jax.devices()[0], native=False) == jnp.dtype(expected)
 
 
 def test_products_are_of_int8_where_the_chip_has_them() -> None:
@@ -194,6 +194,7 @@ def test_products_are_of_int8_where_the_chip_has_them() -> None:
 
 def test_kernels_that_there_are_not_are_refused() -> None:
     old: Any = SimpleNamespace(platform="cuda", compute_capability="7.0", device_kind="Tesla V100")
-    assert attention_for(old, "auto") is PagedAttention
+    sizes = {"head_dim": 64, "page_len": 16}
+    assert attention_for(old, "auto", **sizes) is PagedAttention
     with pytest.raises(ConfigError, match="there are none for Tesla V100; set auto or xla"):
-        attention_for(old, "native")
+        attention_for(old, "native", **sizes)

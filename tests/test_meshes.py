@@ -146,6 +146,7 @@ def _real(folder: Path, shape: MeshShape) -> LanguageModel:
         dtype="float32",
         quantization="none",
         row_buckets=(8,),
+        speculation="off",
         mesh=shape,
     )
     model = load_model(folder, config, name=CHAT_MODEL)

@@ -1,4 +1,4 @@
-"""Attention kernels that read KV pages in place, one file per kind of accelerator."""
+"""Kernels of each kind of device: attention that reads KV pages in place, and CPUs' products."""
 
 from typing import Any, Literal
 
@@ -12,8 +12,10 @@ _TRITON_SINCE = (8, 0)
 """Pallas compiles for GPUs of this compute capability, Ampere's, and later ones."""
 
 
-def attention_for(device: Any, kernels: Kernels) -> type[PagedAttention]:
-    """The attention that suits a device.
+def attention_for(
+    device: Any, kernels: Kernels, *, head_dim: int, page_len: int
+) -> type[PagedAttention]:
+    """The attention that suits a device, heads and pages.
 
     ``xla`` is the reference, which runs on any; ``native`` is made for the device, and ``auto`` is
     native where there is such a one.
@@ -31,8 +33,19 @@ def attention_for(device: Any, kernels: Kernels) -> type[PagedAttention]:
         from inferneo_jax.kernels.gpu import GpuPagedAttention
 
         return GpuPagedAttention
+    missing = f"there are none for {device.device_kind}"
+    if device.platform == "cpu":
+        from inferneo_jax.kernels.cpu.attention import BLOCK, CpuPagedAttention
+        from inferneo_jax.kernels.cpu.build import library
+
+        if not CpuPagedAttention.fits(head_dim, page_len):
+            missing = (
+                f"head_dim ({head_dim}) and page_len ({page_len}) are not multiples of {BLOCK}"
+            )
+        elif library():
+            return CpuPagedAttention
+        else:
+            missing = "they could not be compiled, as the log says"
     if kernels == "native":
-        raise ConfigError(
-            f"kernels is native, and there are none for {device.device_kind}; set auto or xla"
-        )
+        raise ConfigError(f"kernels is native, and {missing}; set auto or xla")
     return PagedAttention

@@ -10,7 +10,6 @@ from inferneo_jax.config import DecoderConfig, EncoderConfig
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.matrix import MatrixFormat
 from inferneo_jax.layers.norm import RMSNorm
-from inferneo_jax.layers.rope import rotate
 
 
 class CausalAttention(nnx.Module):
@@ -50,12 +49,11 @@ class CausalAttention(nnx.Module):
     ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
         """``x`` and what ``norm(x)`` finds in the context."""
         fused = self.qkv(x, prologue=norm)
-        queries, keys, values = fused[..., :-2, :], fused[..., -2:-1, :], fused[..., -1, :]
         if hasattr(self, "q_norm"):
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, *rope), rotate(keys, *rope)
-        cache = attention.write(cache, keys.squeeze(-2), values, view)
-        return self.out(attention.attend(queries, cache, view), residual=x), cache
+            queries, keys = self.q_norm(fused[..., :-2, :]), self.k_norm(fused[..., -2:-1, :])
+            fused = jnp.concatenate([queries, keys, fused[..., -1:, :]], axis=-2)
+        mixed, cache = attention.step(fused, rope, cache, view)
+        return self.out(mixed, residual=x), cache
 
 
 class BidirectionalAttention(nnx.Module):

@@ -119,7 +119,7 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         mesh=MeshShape(data, model),
         dtype=budget.formats.dtype.name,
         quantization=wish.engine.quantization,
-        kv_dtype=cache_dtype_for(wish.engine, devices[0]).name,
+        kv_dtype=cache_dtype_for(wish.engine, devices[0], native=True).name,
         slots=wish.engine.slots,
         context=wish.context,
         memory_bytes=wish.topology.chip.memory_bytes,

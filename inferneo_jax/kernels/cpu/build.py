@@ -42,7 +42,6 @@ _EXACT = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 120
 _NATIVE = Path(__file__).parent / "native"
-_BOUND = re.compile(r"^XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*(\w+)", re.MULTILINE)
 _HELP = (
     "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) or name one "
     "with CXX; products and attention run several times slower in XLA's own operations"
@@ -82,27 +81,28 @@ class Library:
         Returns:
             The results, in the form of ``results``.
         """
-        target = f"{self._prefix}{kernel}"
+        target = self._target(kernel)
         call: Any = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
         return call(*arguments, **attributes)
 
-    @property
-    def _prefix(self) -> str:
-        return f"inferneo_{self.variant}_"
-
     def register(self) -> None:
-        """Tell XLA of every kernel: programs that were kept on disk ask for them by name."""
-        for kernel in _BOUND.findall((_NATIVE / "bindings.cc").read_text(encoding="utf-8")):
-            target = f"{self._prefix}{kernel}"
-            if target not in _REGISTERED:  # XLA takes each name once
+        """Tell XLA all kernels: a program that was kept on disk calls them without being traced."""
+        bindings = "".join(path.read_text(encoding="utf-8") for path in _NATIVE.iterdir())
+        for kernel in re.findall(r"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*(\w+)", bindings):
+            target = self._target(kernel)
+            if target not in _TOLD:  # XLA takes a name once
                 handler = jax.ffi.pycapsule(getattr(self._handle, kernel))
                 jax.ffi.register_ffi_target(target, handler, platform="cpu")
-                _REGISTERED.add(target)
+                _TOLD.add(target)
+
+    def _target(self, kernel: str) -> str:
+        """The name under which XLA knows a kernel of this variant."""
+        return f"inferneo_{self.variant}_{kernel}"
 
 
 _LOCK = threading.Lock()
 _MADE: dict[Variant, Library | None] = {}
-_REGISTERED: set[str] = set()
+_TOLD: set[str] = set()
 
 
 def library(variant: Variant = "native") -> Library | None:
@@ -113,7 +113,7 @@ def library(variant: Variant = "native") -> Library | None:
     """
     with _LOCK:
         if variant not in _MADE:
-            made = _MADE[variant] = _make(variant, _cache_folder())
+            _MADE[variant] = made = _make(variant, _cache_folder())
             if made:
                 made.register()
         return _MADE[variant]

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention_bindings.h"
 #include "linear.h"
 #include "pool.h"
 #include "xla/ffi/api/ffi.h"

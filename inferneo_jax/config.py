@@ -170,8 +170,8 @@ class EngineConfig:
         dtype: of the weights and matrix products; auto: bfloat16 where it is fast.
         kernels: of attention, and on CPUs of products; xla: the reference, native: those made for
             the device, auto: these where there are some.
-        quantization: of the weights: int8, or none; auto: none, but int8 in groups where a CPU has
-            native kernels and dtype is auto.
+        quantization: of the weights: int8, or none; auto: none, but where a CPU has native kernels
+            and dtype is auto, blocks of 8 bits, or of 4 where the checkpoint's weights are such.
         kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16, but
             float32 where dtype is that and on a CPU without native kernels.
         speculation: drafts of the next tokens that one step verifies; ngram: what followed when the

@@ -38,14 +38,14 @@ def cache_dtype_for(config: EngineConfig, device: Any, *, native: bool) -> jnp.d
 def formats_for(config: EngineConfig, mesh: Mesh, bits: Literal[4, 8] = 8) -> Formats:
     """How matrices are kept.
 
-    Auto quantizes nothing, but for a CPU that has native kernels: there it is int8 in groups, which
-    is several times faster. A dtype that is asked for is what matrices are kept in.
+    Auto quantizes nothing, but for a CPU that has native kernels: there it is blocks of integers,
+    several times faster. A dtype that is asked for is what matrices are kept in.
 
     Args:
         config: of the engine.
         mesh: of the devices.
-        bits: 4 to keep the layers' matrices in that many where int8 in groups is chosen; such
-            formats hold only what was quantized so before, and raise EncodingError for others.
+        bits: 4 to keep the layers' matrices in that many where blocks are chosen; such formats
+            hold only what was quantized so before, and raise EncodingError for others.
     """
     device = mesh.devices.flat[0]
     dtype = dtype_for(config, device)

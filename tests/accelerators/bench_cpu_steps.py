@@ -1,0 +1,170 @@
+"""Time of a CPU's steps: XLA's products and attention against the native kernels'.
+
+    python -m tests.accelerators.bench_cpu_steps
+    python -m tests.accelerators.bench_cpu_steps --rows 1,32 --live 500
+
+Prints the median milliseconds of one decode step for each number of rows, of prefilling 512 tokens
+in chunks of 256, and of the products of one layer and the vocabulary, all in this process. Leave
+the machine alone meanwhile.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inferneo_jax import models
+from inferneo_jax.config import EngineConfig, MeshShape
+from inferneo_jax.layers.matrix import EncodingError, Formats
+from inferneo_jax.mesh import make_mesh
+from inferneo_jax.numerics import formats_for
+from inferneo_jax.programs import Key, Programs, make_programs
+from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
+from inferneo_jax.weights.checkpoint import open_weights, read_info
+from inferneo_jax.weights.placement import place_weights
+
+MODEL = "smollm2-135m-instruct"
+WAYS: dict[str, dict[str, Any]] = {"xla": {"kernels": "xla"}, "native": {}}
+MAX_LEN = 1024
+
+
+def median(run: Callable[[], Any], seconds: float) -> float:
+    """Milliseconds of a call, from as many as fit into some seconds."""
+    jax.block_until_ready(run())
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 5:
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e3
+
+
+def load(way: dict[str, Any], rows: tuple[int, ...]) -> tuple[Programs, list[jax.Array]]:
+    """The programs and weights of one way to compute."""
+    config = EngineConfig(
+        slots=max(rows),
+        max_len=MAX_LEN,
+        kv_tokens=max(rows) * MAX_LEN,
+        row_buckets=rows,
+        prefill_chunks=(256,),
+        mesh=MeshShape(1, 1),
+        **way,
+    )
+    folder = Path(os.environ.get("INFERNEO_CHECKPOINTS") or default_checkpoints_dir())
+    info = read_info(checkpoint_path(folder, MODEL))
+    mesh = make_mesh(config.mesh)
+    shapes = {name: spec.shape for name, spec in models.declare(info.config).items()}
+
+    def place(formats: Formats) -> list[jax.Array]:
+        return place_weights(open_weights(info.path, shapes), info.config, mesh, formats)
+
+    try:
+        formats = formats_for(config, mesh, bits=4)
+        weights = place(formats)
+    except EncodingError:
+        formats = formats_for(config, mesh)
+        weights = place(formats)
+    return make_programs(info.config, config, mesh, formats, lambda: 0), weights
+
+
+class Steps:
+    """Steps of one way, on a cache that they write to."""
+
+    def __init__(self, programs: Programs, weights: list[jax.Array]) -> None:
+        self.programs, self.weights = programs, weights
+        self.cache, self.state = programs.empty_cache()(), programs.rows.empty_state()
+
+    def arguments(self, key: Key, **fields: Any) -> Any:
+        """All rows at work, each in pages of its own."""
+        (rows,) = self.programs.host_arguments(key)
+        count, pages = rows.tables.shape
+        tables = np.arange(1, 1 + rows.tables.size, dtype=np.int32).reshape(count, pages)
+        return rows._replace(slots=np.arange(count, dtype=np.int32), tables=tables, **fields)
+
+    def run(self, program: Any, *arguments: Any) -> Any:
+        """One call for each of the arguments."""
+        for each in arguments:
+            self.cache, self.state, sampled = program(self.weights, self.cache, self.state, each)
+        return sampled
+
+    def decode(self, rows: int, live: int, seconds: float) -> float:
+        """Milliseconds of a step that gives each row its next token."""
+        key = ("decode", rows, 1)
+        positions = np.full(rows, live, np.int32)
+        program = self.programs.lower(key).compile()
+        return median(partial(self.run, program, self.arguments(key, positions=positions)), seconds)
+
+    def prefill(self, seconds: float) -> float:
+        """Milliseconds for 512 tokens of one prompt."""
+        key = ("prefill", 1, 256)
+        length, last = np.full(1, 256, np.int32), np.ones(1, bool)
+        chunks = [
+            self.arguments(key, start=np.full(1, start, np.int32), length=length, last=last)
+            for start in (0, 256)
+        ]
+        return median(partial(self.run, self.programs.lower(key).compile(), *chunks), seconds)
+
+
+def products(programs: Programs, rows: int, seconds: float) -> list[float]:
+    """Milliseconds of the products of one layer (qkv, out, gate and up, down) and of the head."""
+    model, formats = programs.model, programs.formats
+    hidden, mlp = model.hidden_size, model.mlp_size
+    heads = model.num_heads * model.head_dim
+    qkv = heads + 2 * model.num_kv_heads * model.head_dim
+    found = []
+    for form, inputs, outputs in (
+        (formats.linear, hidden, qkv),
+        (formats.linear, heads, hidden),
+        (formats.linear, hidden, 2 * mlp),
+        (formats.linear, mlp, hidden),
+        (formats.head, hidden, model.vocab_size),
+    ):
+        (piece, *_) = form.pieces((inputs, outputs), (None, None), table=False)
+        # As many copies as no cache holds, as a step finds them.
+        copies = max(1, 64_000_000 // int(np.prod(piece.shape) * piece.dtype.itemsize))
+        stored = [
+            tuple(
+                jnp.zeros(p.shape, p.dtype)
+                for p in form.pieces((inputs, outputs), (None, None), table=False)
+            )
+            for _ in range(copies)
+        ]
+        x = jnp.ones((rows, inputs))
+        multiply = jax.jit(
+            lambda x, all_stored, form=form: [form.multiply(x, s) for s in all_stored]
+        )
+        found.append(median(partial(multiply, x, stored), seconds) / copies)
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default="1,2,4,8,16,32")
+    parser.add_argument("--live", type=int, default=200, help="positions of each row before")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
+    options = parser.parse_args()
+    rows = tuple(int(each) for each in options.rows.split(","))
+    made = {name: Steps(*load(way, rows)) for name, way in WAYS.items()}
+    print(f"{'ms':>24}", *(f"{name:>10}" for name in made))
+    for count in rows:
+        times = [each.decode(count, options.live, options.seconds) for each in made.values()]
+        print(f"{f'decode, {count} rows':>24}", *(f"{value:10.2f}" for value in times))
+    times = [each.prefill(options.seconds) for each in made.values()]
+    print(f"{'prefill, 512 tokens':>24}", *(f"{value:10.2f}" for value in times))
+    for count in sorted({rows[0], rows[-1], 256}):
+        parts = [products(each.programs, count, options.seconds / 5) for each in made.values()]
+        for name, *values in zip(("qkv", "out", "gate, up", "down", "head"), *parts, strict=True):
+            print(f"{f'{name}, {count} rows':>24}", *(f"{value:10.3f}" for value in values))
+
+
+if __name__ == "__main__":
+    main()

@@ -227,9 +227,12 @@ def test_alone_is_batched_with_kernels() -> None:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache folder with nothing in it, and a process that has loaded nothing."""
+    """A cache folder with nothing in it, and kernels that compile in no time."""
     monkeypatch.setattr(build, "_MADE", {})
+    monkeypatch.setattr(build, "_NATIVE", tmp_path / "native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "bindings.cc").write_text('extern "C" int two() { return 2; }')
     return tmp_path / "inferneo" / "kernels"
 
 
@@ -270,17 +273,15 @@ def test_a_library_that_was_cut_short_is_made_again(fresh: Path) -> None:
 
 def test_processes_may_build_at_once(fresh: Path) -> None:
     code = (
-        "from inferneo_jax.kernels.cpu.build import library; made = library('portable'); "
-        "assert made; print(made.path)"
+        "import sys, pathlib; from inferneo_jax.kernels.cpu import build; "
+        "build._NATIVE = pathlib.Path(sys.argv[1]); print(build.library('portable').path)"
     )
 
     def start(_: int) -> str:
-        ran = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-        )
-        return ran.stdout.strip()
+        command = [sys.executable, "-c", code, str(build._NATIVE)]
+        return subprocess.run(command, stdout=-1, text=True, timeout=120, check=True).stdout.strip()
 
-    with ThreadPoolExecutor(2) as pool:
-        paths = set(pool.map(start, range(2)))
+    with ThreadPoolExecutor(3) as pool:
+        paths = set(pool.map(start, range(3)))
     assert {Path(each).parent for each in paths} == {fresh}
     assert paths >= {str(each) for each in fresh.iterdir()}

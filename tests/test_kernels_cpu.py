@@ -209,7 +209,9 @@ def test_without_a_library_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_alone_is_batched_with_kernels() -> None:
-    config = dataclasses.replace(TINY_ENGINE, slots=8, kv_tokens=640, row_buckets=(1, 8))
+    config = dataclasses.replace(
+        TINY_ENGINE, slots=8, kv_tokens=640, row_buckets=(8,), prefill_chunks=(8,)
+    )
     formats = formats_for(config, make_mesh(ONE_DEVICE))
     assert isinstance(formats.linear, Blocks)
     runner = Runner(TINY, tiny_weights(TINY, ONE_DEVICE, formats), config, formats)

@@ -142,8 +142,6 @@ def follow_model(
     info = read_info(path)
     if isinstance(info.config, EncoderConfig):
         return False
-    if config.compilation_cache:
-        _use_compilation_cache(config.compilation_cache)
     with compiles.expected():
         runner = load_runner(info, config, progress, job)
     log.info("following")

@@ -80,10 +80,10 @@ def job(folder: Path, settings: dict[str, str], **follower: str) -> Iterator[Job
         try:
             yield made
         finally:
-            made.follower.popen.kill()
+            for each in (*made.follower.family(), *leader.family()):
+                each.kill()
             made.follower.popen.wait(AT_MOST)
-            if leader.popen.poll() is None:
-                leader.popen.kill()
+            leader.popen.wait(AT_MOST)
 
 
 def wait_for(text: str, server: Process, seconds: float = 60) -> None:

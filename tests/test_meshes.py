@@ -45,9 +45,7 @@ BIASED = DecoderConfig.from_dict(
 """Two KV heads, each with a group of four that several devices share."""
 
 
-def _engine(
-    config: DecoderConfig, shape: MeshShape, engine: EngineConfig = TINY_ENGINE
-) -> Engine:
+def _engine(config: DecoderConfig, shape: MeshShape, engine: EngineConfig = TINY_ENGINE) -> Engine:
     sizes = dataclasses.replace(
         engine, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,), mesh=shape
     )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class Registry:
         self._job = job
         self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     @property
     def ready(self) -> bool:
@@ -145,44 +146,54 @@ class Registry:
         return model
 
     async def load(self) -> None:
-        """Load every model, one after the other, in a thread; meanwhile the loop is free.
+        """Load all models at once, in threads; meanwhile the loop is free.
+
+        The processes of a job meet in each model, so there it is one after the other.
 
         Raises:
             InferneoError: one of them cannot be served.
         """
         loop = asyncio.get_running_loop()
-        finished: asyncio.Future[None] = loop.create_future()
+        entries = [[entry] for entry in self._entries.values()]
+        if self._job:
+            entries = [list(self._entries.values())]
+        loaded: list[asyncio.Future[None]] = [loop.create_future() for _ in entries]
 
-        def settle(error: BaseException | None) -> None:
-            if finished.done():
+        def settle(future: asyncio.Future[None], error: Exception | None) -> None:
+            if future.done():
                 return
             if error is None:
-                finished.set_result(None)
+                future.set_result(None)
             else:
-                finished.set_exception(error)
+                future.set_exception(error)
 
-        def work() -> None:
-            error: BaseException | None = None
+        def work(entries: list[_Entry], future: asyncio.Future[None]) -> None:
+            error: Exception | None = None
             try:
-                for entry in self._entries.values():
+                for entry in entries:
                     self._load(entry)
             except _StopLoading:
                 return
             except Exception as caught:  # noqa: BLE001  (handed to the awaiting coroutine)
                 error = caught
             with contextlib.suppress(RuntimeError):  # the loop has closed
-                loop.call_soon_threadsafe(settle, error)
+                loop.call_soon_threadsafe(settle, future, error)
 
-        # A daemon: a compiler or a download that does not return must not hold up the exit.
-        self._thread = threading.Thread(target=work, name="load", daemon=True)
-        self._thread.start()
-        await finished
+        # Daemons: a compiler or a download that does not return must not hold up the exit.
+        self._threads = [
+            threading.Thread(target=work, args=each, name="load", daemon=True)
+            for each in zip(entries, loaded, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+        await asyncio.gather(*loaded)
 
     def stop(self, seconds: float = 10.0) -> None:
         """End the loading, if it is still under way, and every engine. Blocks."""
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(seconds)
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
         for model in self.models():
             model.stop()
         if self._job:

@@ -22,6 +22,8 @@ from inferneo_jax.runner import Runner
 from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, process, stats_of
 from tests.support import (
     MIXED,
+    NATIVE,
+    NATIVE_ENGINE,
     ONE_DEVICE,
     TINY,
     TINY_ENGINE,
@@ -43,9 +45,9 @@ BIASED = DecoderConfig.from_dict(
 """Two KV heads, each with a group of four that several devices share."""
 
 
-def _engine(config: DecoderConfig, shape: MeshShape) -> Engine:
+def _engine(config: DecoderConfig, shape: MeshShape, engine: EngineConfig = TINY_ENGINE) -> Engine:
     sizes = dataclasses.replace(
-        TINY_ENGINE, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,), mesh=shape
+        engine, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,), mesh=shape
     )
     runner = Runner(config, tiny_weights(config, shape), sizes, models.REFERENCE)
     runner.compile()
@@ -83,6 +85,18 @@ def test_every_mesh_gives_what_one_device_gives(
         assert stats.compiles_after_ready == 0
     finally:
         engine.stop()
+
+
+def test_native_kernels_run_on_each_devices_part() -> None:
+    outputs = []
+    for shape in (ONE_DEVICE, MeshShape(2, 4)):
+        engine = _engine(dataclasses.replace(NATIVE, num_layers=1), shape, NATIVE_ENGINE)
+        try:
+            outputs.append(_outputs(engine))
+        finally:
+            engine.stop()
+    for got, wanted in zip(*outputs, strict=True):
+        close(got, wanted)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 8, 16])

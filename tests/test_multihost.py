@@ -21,7 +21,7 @@ from tests.tiny import CHAT, EMBEDDING, tiny_checkpoints
 READY, AT_MOST = 120.0, 10.0
 TOKEN = "a token that all processes share"
 LONG = 400
-# Followers compile at every start on CPUs: how fast the programs are is no matter here.
+# How fast the programs are is no matter here, how fast they are compiled is.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
@@ -80,10 +80,10 @@ def job(folder: Path, settings: dict[str, str], **follower: str) -> Iterator[Job
         try:
             yield made
         finally:
-            made.follower.popen.kill()
+            for each in (*made.follower.family(), *leader.family()):
+                each.kill()
             made.follower.popen.wait(AT_MOST)
-            if leader.popen.poll() is None:
-                leader.popen.kill()
+            leader.popen.wait(AT_MOST)
 
 
 def wait_for(text: str, server: Process, seconds: float = 60) -> None:
@@ -145,7 +145,8 @@ def test_two_processes_answer_as_one_and_end_in_order(tiny: dict[str, str], tmp_
             return await asyncio.gather(*tasks)
 
         for ending in asyncio.run(asyncio.wait_for(told_to_end(), 60)):
-            assert (ending.complete, ending.error, ending.tokens >= LONG - 1) == (True, None, True)
+            assert (ending.complete, ending.error) == (True, None), ending
+            assert ending.way != "plain" or ending.tokens == LONG  # events may hold several tokens
         assert two.codes() == (0, 0)
         for log in (two.leader.log, two.follower.log):
             assert "Traceback" not in log.read_text()

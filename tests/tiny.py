@@ -24,5 +24,6 @@ def tiny_checkpoints(folder: Path) -> dict[str, str]:
         "INFERNEO_MODELS": ",".join(map(str, paths)),
         "INFERNEO_DTYPE": "float32",
         "INFERNEO_SLOTS": "8",
+        "INFERNEO_SPECULATION": "off",  # fewer programs to compile, and a token a step
         "INFERNEO_KEYS_DB": str(folder / "keys.db"),
     }

@@ -173,7 +173,11 @@ def test_the_models_of_peers_are_asked_for(tmp_path: Path, monkeypatch: pytest.M
 def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = tiny.tiny_checkpoints(tmp_path_factory.mktemp("tiny"))
     chat = made["INFERNEO_MODELS"].split(",")[0]
-    return made | {"INFERNEO_MODELS": chat, "INFERNEO_MAX_LEN": "512", "INFERNEO_SLOTS": "2"}
+    return made | {
+        "INFERNEO_MODELS": chat,
+        "INFERNEO_MAX_LEN": "512",
+        "INFERNEO_SLOTS": "2",
+    }
 
 
 def test_the_engine_alone_and_the_whole_server_are_measured_alike(

@@ -61,23 +61,23 @@ def test_ready_tells_what_a_model_can_hold(rig: Rig) -> None:
 def test_while_models_load_the_server_says_so(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(writes(tokenizer, "x"))
     models = models_of(engine, FakeEmbedder(), tokenizer)
-    go_on, compiling = threading.Event(), threading.Event()
+    go_on, compiling = threading.Event(), threading.Barrier(3)  # both models' threads, and this
 
     def loader(source: Any, settings: Any, progress: Any) -> Any:
         progress("compile", 3, 20)
-        compiling.set()
+        compiling.wait(TIMEOUT)
         assert go_on.wait(TIMEOUT)
         return models[source.id]()
 
     with Server(loader) as server, httpx.Client(base_url=server.url) as client:
-        assert compiling.wait(TIMEOUT)
+        compiling.wait(TIMEOUT)
         assert client.get("/health").status_code == 200
         response = client.get("/ready")
         assert (response.status_code, response.json()["status"]) == (503, "loading")
         assert int(response.headers["Retry-After"]) > 0
         assert response.json()["models"] == [
             {"id": CHAT, "stage": "compile", "done": 3, "total": 20},
-            {"id": EMBED, "stage": "waiting", "done": 0, "total": 0},
+            {"id": EMBED, "stage": "compile", "done": 3, "total": 20},
         ]
         for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions")):
             response = client.request(method, path, json={})

@@ -21,7 +21,7 @@ namespace paged {
 constexpr int kSplit = 256;  // positions of one piece
 constexpr int kItems = 8;    // that a thread takes at a time where each has few queries
 
-constexpr int kAlone = 100000;  // products of a query's numbers that wake no other thread
+constexpr int kAlone = 200000;  // products of a query's numbers that wake no other thread
 constexpr int kBlocks = 8;      // of queries, to keep all threads busy, if they can be cut so
 constexpr int kCut = 4 * kTile;  // queries of the smallest block that is cut
 

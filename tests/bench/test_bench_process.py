@@ -32,9 +32,11 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in sys.argv else stop)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 DRIVER = """
-import sys, time, urllib.request
+import signal, sys, time, urllib.request
 from server.bench.peers import Side
 from server.bench.process import running, signals_end_it
+# As in a terminal: what a shell starts in the background ignores it, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 side = Side(label="x", command=(sys.executable, "-c", sys.argv[1], "{port}"))
 with signals_end_it(), running(side, 60.0) as (url, _):
     print(urllib.request.urlopen(url).read().decode(), flush=True)

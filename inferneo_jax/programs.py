@@ -128,21 +128,23 @@ class Programs:
 
     def empty_cache(self) -> Callable[[], KVCache]:
         """A function that makes the cache of all groups, where it belongs."""
+        return jax.jit(self._init_cache())
+
+    def _init_cache(self) -> Callable[[], KVCache]:
         parts = meshes.parts(self.mesh, "kv_heads")
         fitted = fit(self.model, parts)
         own = dataclasses.replace(self.attention, kv_heads=self.attention.kv_heads // parts)
-        made = jax.shard_map(
+        return jax.shard_map(
             lambda: own.init(fitted, self.num_pages),
             mesh=self.mesh,
             in_specs=(),
             out_specs=meshes.spec("pages", "kv_heads"),
             check_vma=False,
         )
-        return jax.jit(made)
 
     def cache(self) -> KVCache:
         """The cache's shapes."""
-        made: Any = jax.eval_shape(self.empty_cache())
+        made: Any = jax.eval_shape(self._init_cache())
         return self._split(made, "pages", "kv_heads")
 
     def host_arguments(self, key: Key) -> tuple[Any, ...]:

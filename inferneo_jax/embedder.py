@@ -27,10 +27,11 @@ from inferneo_jax.errors import (
     OverloadedError,
     RequestError,
 )
-from inferneo_jax.executables import ExecutableStore, Progress
+from inferneo_jax.executables import ExecutableStore
 from inferneo_jax.fitting import fit
 from inferneo_jax.heartbeat import PATIENCE, Heartbeat
 from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, weight_shapes
 
 log = logging.getLogger(__name__)

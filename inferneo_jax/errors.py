@@ -5,7 +5,7 @@
     InferneoError
      |- ConfigError              a setting or a model configuration that cannot work
      |- JobError                 the processes of a job do not agree, or one of them is gone
- |- CheckpointError          a model on disk, or its source, that cannot be used
+     |- CheckpointError          a model on disk, or its source, that cannot be used
      |   |- FetchError           it could not be downloaded, or its hash is wrong
      |   |- WeightsError         missing, unused or misshapen weights, named
      |   `- TokenizerError       no tokenizer, or one of a kind that is not supported

@@ -28,11 +28,9 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from inferneo_jax import compiles
+from inferneo_jax.weights.convert import Progress
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Told the stage, how much of it is done, and how much there is."""
 
 K = TypeVar("K", bound=Hashable)
 

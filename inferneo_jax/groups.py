@@ -50,8 +50,11 @@ class Groups:
 
     def may_draft(self, drafts: Drafts) -> bool:
         """Whether the next step may have drafts, once what is under way is known."""
-        few = all(each.num_decoding() <= drafts.rows for each in self._schedulers)
-        return few and any(each.may_draft(drafts) for each in self._schedulers)
+        return self._few(drafts) and any(each.may_draft(drafts) for each in self._schedulers)
+
+    def _few(self, drafts: Drafts) -> bool:
+        """Whether no group decodes more rows than may have drafts."""
+        return all(each.num_decoding() <= drafts.rows for each in self._schedulers)
 
     def accept(self, sequence: Sequence, drafted: int, accepted: int, cost: float) -> None:
         """Count the tokens of a draft that were sampled, beside the one that each step brings."""
@@ -63,7 +66,7 @@ class Groups:
         Args:
             drafts: how to make them, if every sampled token is known; None: for no row.
         """
-        if drafts and any(each.num_decoding() > drafts.rows for each in self._schedulers):
+        if drafts and not self._few(drafts):
             drafts = None
         self._first = (self._first + 1) % len(self._schedulers)
         shape, plans = None, {}

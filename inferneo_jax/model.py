@@ -20,7 +20,6 @@ from inferneo_jax.config import (
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.executables import Progress
 from inferneo_jax.layers.matrix import EncodingError, Formats
 from inferneo_jax.lockstep.follow import follow
 from inferneo_jax.lockstep.job import Job
@@ -31,6 +30,7 @@ from inferneo_jax.numerics import dtype_for, formats_for
 from inferneo_jax.runner import Runner, sharing
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
+from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from inferneo_jax import compiles
 from inferneo_jax import mesh as meshes
 from inferneo_jax.cache import KVCache
 from inferneo_jax.config import DecoderConfig, EngineConfig
-from inferneo_jax.executables import ExecutableStore, Progress
+from inferneo_jax.executables import ExecutableStore
 from inferneo_jax.groups import Plans
 from inferneo_jax.heartbeat import PATIENCE
 from inferneo_jax.layers.matrix import Formats
@@ -23,11 +23,11 @@ from inferneo_jax.lockstep.channel import Kind
 from inferneo_jax.lockstep.peers import Alone, Peers, agree
 from inferneo_jax.lockstep.wire import Wire
 from inferneo_jax.memory import explained, free_memory, require, total_memory
-from inferneo_jax.plans import DecodeRow
 from inferneo_jax.programs import MAX_STOP_IDS, Key, make_programs
 from inferneo_jax.request import RequestLimits
 from inferneo_jax.speculation import Drafts
 from inferneo_jax.steps import Sampled, SlotState
+from inferneo_jax.weights.convert import Progress
 
 _TIMES = 5
 """Runs of a program whose time is compared with another's."""
@@ -191,15 +191,16 @@ class Runner:
             self._step(("admit", rows, 0), admitted)
         decode = prefill = None
         if most := max(len(plan.decode) for plan in plans):
-            decode = self._decode([plan.decode for plan in plans], most)
+            decode = self._decode(plans, most)
         if shape := next((plan.shape for plan in plans if plan.shape), None):
             chunks = self._rows.prefill((plan.prefill for plan in plans), shape[0])
             prefill = self._step(("prefill", *shape), (chunks,))
         return PendingStep(plans, decode, prefill)
 
-    def _decode(self, groups: list[tuple[DecodeRow, ...]], most: int) -> Sampled | None:
+    def _decode(self, plans: Plans, most: int) -> Sampled | None:
         """A decode step of up to so many rows in a group, which verifies their drafts."""
-        if not any(row.draft for rows in groups for row in rows):
+        groups = [plan.decode for plan in plans]
+        if not any(plan.drafted for plan in plans):
             bucket = next(b for b in self._programs.row_buckets if b >= most)
             return self._step(("decode", bucket, 1), (self._rows.decode(groups, bucket),))
         bucket = next(b for b in self._programs.draft_buckets if b >= most)

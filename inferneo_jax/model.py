@@ -21,6 +21,7 @@ from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.fitting import Sliceable
+from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.matrix import EncodingError, Formats
 from inferneo_jax.lockstep.follow import follow
 from inferneo_jax.lockstep.job import Job
@@ -88,6 +89,8 @@ def load_model(
         ConfigError: the model does not fit the configuration.
         JobError: another process is lost, or has another model or configuration.
     """
+    if config.kernels != "xla" and jax.default_backend() == "cpu":
+        start_building()  # seconds, at the first start on a machine
     info = read_info(path)
     tokenizer = Tokenizer.from_directory(path)
     with compiles.expected():

@@ -134,7 +134,8 @@ class Steps:
         """Feed each row its newest token."""
         model = self._model(weights)
         newest = tokens.at[rows.slots, rows.positions].get(mode="clip")
-        view = PageView(rows.tables, rows.positions[:, None])
+        live = rows.slots < tokens.shape[0]
+        view = PageView(rows.tables, rows.positions[:, None], live.astype(jnp.int32))
         hidden, cache = model(newest[:, None], self.attention, cache, view)
         ends = self._ends(model, hidden[:, 0], rows.slots, rows.positions + 1, rows.slots)
         return cache, tokens, ends
@@ -158,7 +159,8 @@ class Steps:
         places = jnp.where(steps[:, :most] < rows.num_drafted[:, None], slots, beyond)
         tokens = tokens.at[places, positions[:, 1:]].set(rows.drafts, mode="drop")
         inputs = tokens.at[slots, positions].get(mode="clip")
-        view = PageView(rows.tables, positions)
+        live = rows.slots < tokens.shape[0]
+        view = PageView(rows.tables, positions, jnp.where(live, rows.num_drafted + 1, 0))
         hidden, cache = model(inputs, self.attention, cache, view)
 
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -181,7 +183,8 @@ class Steps:
         model = self._model(weights)
         positions = rows.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
         inputs = tokens.at[rows.slots[:, None], positions].get(mode="clip")
-        view = PageView(rows.tables, positions)
+        live = rows.slots < tokens.shape[0]
+        view = PageView(rows.tables, positions, jnp.where(live, rows.length, 0))
         hidden, cache = model(inputs, self.attention, cache, view)
 
         final = jnp.take_along_axis(hidden, rows.length[:, None, None] - 1, axis=1)[:, 0]

@@ -19,6 +19,7 @@ from inferneo_jax import (
     GenerationRequest,
     SamplingParams,
 )
+from server.alarm import Alarm
 from server.choice import Choice, ChoiceEvent, Prompt, TextOptions
 from server.protocol.shape import Usage
 
@@ -94,6 +95,8 @@ class _Mailbox:
         self._paused: set[str] = set()
         self._filled = asyncio.Event()
         self._told = False
+        self._silent = False
+        self._silence = Alarm(SILENCE_SECONDS, self._break_silence)
 
     def sink(self, index: int, request_id: str) -> Callable[[GenerationOutput], None]:
         """Where the engine puts the outputs of one choice."""
@@ -118,13 +121,19 @@ class _Mailbox:
         """Let the reader look, though nothing came."""
         self._filled.set()
 
+    def close(self) -> None:
+        """Nothing more will be taken."""
+        self._silence.close()
+
+    def _break_silence(self) -> None:
+        self._silent = True
+        self._filled.set()
+
     async def take(self) -> list[tuple[int, GenerationOutput]] | None:
         """Everything that has come, waiting for something; None after a long silence."""
-        try:
-            async with asyncio.timeout(SILENCE_SECONDS):
-                await self._filled.wait()
-        except TimeoutError:
-            return None
+        self._silence.set()
+        await self._filled.wait()
+        self._silence.clear()
         self._filled.clear()
         # Before emptying: what is put from here on wakes the reader again.
         self._told = False
@@ -134,7 +143,8 @@ class _Mailbox:
             self._untaken.clear()
         for request_id in paused:
             self._engine.resume(request_id)
-        return outputs
+        silent, self._silent = self._silent, False
+        return None if silent and not outputs else outputs
 
 
 class Generation:
@@ -202,6 +212,7 @@ class Generation:
         finally:
             if clock is not None:
                 clock.cancel()
+            mailbox.close()
             for request_id in running.values():
                 self._engine.abort(request_id)
             self.end()

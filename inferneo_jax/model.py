@@ -99,7 +99,7 @@ def load_model(
             shape = config.mesh if jax.process_count() == 1 else MeshShape()
             mesh = make_mesh(shape, jax.local_devices())
             formats = Formats.plain(dtype_for(config, mesh.devices.flat[0]))
-            weights, _ = _load_weights(info, mesh, [formats], config)
+            weights, _ = load_weights(info, mesh, [formats], config)
             embedder = Embedder(
                 info.config,
                 weights,
@@ -165,7 +165,7 @@ def load_runner(
         agree(job.link, "model", _identity(info, config, mesh))
     # Where it was never in 4 bits, it cannot be now.
     choices = formats_for(config, mesh, bits=4), formats_for(config, mesh)
-    weights, formats = _load_weights(info, mesh, choices, config)
+    weights, formats = load_weights(info, mesh, choices, config)
     runner = Runner(info.config, weights, config, formats, mesh, job.link if job else None)
     with explained("the steps were compiled and first run"):
         runner.compile(progress)
@@ -191,7 +191,7 @@ def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[st
     }
 
 
-def _load_weights(
+def load_weights(
     info: CheckpointInfo, mesh: Mesh, choices: Iterable[Formats], config: EngineConfig
 ) -> tuple[list[jax.Array], Formats]:
     """The weights in the first of the formats that can hold them, and this.

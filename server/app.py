@@ -20,8 +20,10 @@ from server.errors import as_api_error
 from server.exit import end_orderly, exit_failed
 from server.http import json_response
 from server.limits import Limiter
+from server.metrics import Metrics
 from server.models import Registry, still_loading
 from server.routes import admin, docs, embeddings, generate, health, keys, models, text
+from server.routes import metrics as routes_metrics
 from server.services import Services
 from server.settings import Settings, unknown_variables
 from server.shutdown import drain, end_if_lost, held_up
@@ -51,7 +53,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     job = _lead(settings)
     registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
     admission = Admission(settings.places(), settings.request_seconds)
-    services = Services(settings, registry, TextWork(), threads, guard, limiter, admission)
+    metrics = Metrics(registry.models)
+    services = Services(settings, registry, TextWork(), threads, guard, limiter, admission, metrics)
 
     app = Quart("server", static_folder=None)
     connections = connection.install(app)
@@ -65,6 +68,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     app.before_websocket(partial(admit_socket, services))
     app.register_blueprint(health.blueprint(services))
     app.register_blueprint(docs.blueprint())
+    app.register_blueprint(routes_metrics.blueprint(services))
     app.register_blueprint(keys.blueprint(services))
     app.register_blueprint(admin.blueprint(services))
     api = (models.add_routes, generate.add_routes, embeddings.add_routes)
@@ -176,6 +180,8 @@ def _name_responses(app: Quart, services: Services) -> None:
         if services.admission.closed.is_set() and current.http_version.startswith("1"):
             response.headers["Connection"] = "close"
         current.record.note(status=response.status_code)
+        rule = current.url_rule.rule if current.url_rule else "none"
+        services.metrics.answered(current.method, rule, response.status_code)
         await current.body.drain()
         return response
 

@@ -28,12 +28,12 @@ from inferneo_jax.numerics import cache_dtype_for
 from inferneo_jax.prefill import PrefillShapes
 from inferneo_jax.rows import RowBuilder
 from inferneo_jax.sampling import Sampler
-from inferneo_jax.steps import Steps
+from inferneo_jax.steps import SampleRows, Steps, sample_rows
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 Key = tuple[str, int, int]
-"""A program: ``decode``, ``verify``, ``prefill`` or ``admit``, its rows in one group and the tokens
-of each."""
+"""A program: ``decode``, ``verify``, ``prefill``, ``admit`` or ``sample``, its rows in one group
+and the tokens of each."""
 
 MAX_STOP_IDS = 32
 """Most stop token ids of one request."""
@@ -116,8 +116,18 @@ class Programs:
         padding = self.formats.linear.padding_cost
         return PrefillShapes.of(self.config.prefill_chunks, slots, overhead, padding)
 
+    def sampled_by(self, key: Key) -> Key:
+        """The program that samples what another has computed."""
+        kind, rows, tokens = key
+        count = rows * tokens if kind == "verify" else rows
+        return "sample", sample_rows(count, self.config.row_buckets), 1
+
+    def sample_keys(self) -> list[Key]:
+        """The programs that follow another one in every step."""
+        return sorted({self.sampled_by(key) for key in self.keys() if key[0] != "admit"})
+
     def keys(self) -> list[Key]:
-        """Every program there is."""
+        """Every program that the host calls with arguments of its own."""
         shapes = self.prefill_shapes
         tokens = self.config.draft_tokens + 1
         return [
@@ -208,32 +218,51 @@ class Programs:
 
     def lower(self, key: Key) -> Any:
         """A program lowered for the mesh's devices; ``compile()`` it."""
-        kind, _, chunk = key
+        kind, num_rows, chunk = key
         graphdef, treedef = models.skeleton(
             fit(self.model, meshes.parts(self.mesh, "vocab")), self.formats
         )
         sampler = Sampler(num_top=min(self.config.max_logprobs, self.model.vocab_size))
-        steps = Steps(graphdef, treedef, self.attention, sampler, self.model.vocab_size)
+        steps = Steps(
+            graphdef,
+            treedef,
+            self.attention,
+            sampler,
+            self.model.vocab_size,
+            self.config.row_buckets,
+        )
         weights = flat(weight_shapes(self.model, self.mesh, self.formats))
         in_weights = [each.sharding.spec for each in weights]
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
+        in_state, everywhere = meshes.spec("slots"), PartitionSpec()
         state = self._split(self.rows.empty_state(), "slots")
-        rows = self._split(self.host_arguments(key), "rows")
-        in_state = meshes.spec("slots")
+        step: Callable[..., Any] = getattr(steps, kind)
+        specs: tuple[Any, ...]
+        out: Any
+        arguments: tuple[Any, ...]
+        donate: tuple[int, ...]
         if kind == "admit":
-            step: Callable[..., Any] = steps.admit
-            specs: Any = (in_state, in_rows, in_rows)
-            out: Any = in_state
-            donate: tuple[int, ...] = (0,)
-            arguments: tuple[Any, ...] = (state, *rows)
+            arguments = state, *self._split(self.host_arguments(key), "rows")
+            specs, out, donate = (in_state, in_rows, in_rows), in_state, (0,)
+        elif kind == "sample":
+            arguments = state, self._split(self._sample_rows(num_rows), "rows")
+            specs, out, donate = (in_state, in_rows), (in_state, everywhere), (0,)
         else:
-            step = partial(steps.prefill, chunk) if kind == "prefill" else getattr(steps, kind)
-            specs = (in_weights, in_cache, in_state, in_rows)
-            out = (in_cache, in_state, PartitionSpec())
-            donate = (1, 2)
-            arguments = (weights, self.cache(), state, *rows)
+            rows = self._split(self.host_arguments(key), "rows")
+            arguments = weights, self.cache(), state.tokens, *rows
+            specs = in_weights, in_cache, in_state, in_rows
+            out, donate = (in_cache, in_state, in_rows), (1, 2)
+            if kind == "prefill":
+                step, out = partial(steps.prefill, chunk), (*out, everywhere)
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
+
+    def _sample_rows(self, rows: int) -> SampleRows:
+        """Shapes of all groups' rows to be sampled."""
+        rows *= self.groups
+        logits: Any = jax.ShapeDtypeStruct((rows, self.model.vocab_size), np.float32)
+        each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
+        return SampleRows(logits, each, each, each)
 
     def _split(self, tree: Any, *axes: str) -> Any:
         """Shapes of a tree of arrays that are split by their leading logical axes."""

@@ -24,8 +24,9 @@ from inferneo_jax.lockstep.channel import Kind
 from inferneo_jax.lockstep.peers import Alone, Peers, agree
 from inferneo_jax.lockstep.wire import Wire
 from inferneo_jax.memory import explained, free_memory, require, total_memory
-from inferneo_jax.programs import MAX_STOP_IDS, Key, make_programs
+from inferneo_jax.programs import MAX_STOP_IDS, Key
 from inferneo_jax.request import RequestLimits
+from inferneo_jax.sizing import make_programs
 from inferneo_jax.speculation import Drafts
 from inferneo_jax.steps import Sampled, SlotState
 from inferneo_jax.weights.convert import Progress

@@ -10,6 +10,7 @@ import structlog
 from quart import Blueprint, Quart, Response, has_websocket_context, request, websocket
 
 from inferneo_jax import ConfigError, InferneoError
+from inferneo_jax.memory import return_unused
 from server import connection, log
 from server.admission import TIMEOUT_HEADER, Admission
 from server.auth import Guard
@@ -151,6 +152,7 @@ async def _load(registry: Registry) -> None:
         # of that, and hold up every request for a tenth of a second or more.
         gc.collect()
         gc.freeze()
+        return_unused()
         logger.info("ready")
         return
     finally:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -119,8 +120,8 @@ class KeptWeights:
             raise ValueError("the file is damaged")
         parts: EncodedParts = {}
         for name, number, start, dtype, shape in index["arrays"]:
-            end = start + math.prod(shape) * np.dtype(dtype).itemsize
-            array = body[start:end].view(dtype).reshape(shape)
+            end = start + math.prod(shape) * jnp.dtype(dtype).itemsize
+            array = body[start:end].view(jnp.dtype(dtype)).reshape(shape)
             parts[name, number] = (*parts.get((name, number), ()), array)
         return parts
 
@@ -146,7 +147,7 @@ class _Writer:
         with self._lock:
             for array in map(np.ascontiguousarray, arrays):
                 self._write(bytes(-self._end % _ALIGNMENT))
-                place = name, number, self._end, array.dtype.str, array.shape
+                place = name, number, self._end, array.dtype.name, array.shape
                 self._index["arrays"].append(place)
                 self._write(array.reshape(-1).view(np.uint8).data)
 

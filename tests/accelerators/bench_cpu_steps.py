@@ -26,7 +26,8 @@ from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.layers.matrix import EncodingError, Formats
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.numerics import formats_for
-from inferneo_jax.programs import Key, Programs, make_programs
+from inferneo_jax.programs import Key, Programs
+from inferneo_jax.sizing import make_programs
 from inferneo_jax.steps import SlotState
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
 from inferneo_jax.weights.checkpoint import open_weights, read_info

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -90,6 +91,14 @@ def test_the_next_start_reads_no_checkpoint_and_has_the_same(
     assert same(load(checkpoint, tmp_path, shape=shape), wanted)
     assert len(reads) == 2
     assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_numbers_that_numpy_does_not_know_are_kept_too(tmp_path: Path, checkpoint: Path) -> None:
+    formats = Formats(Plain(jnp.dtype("bfloat16")), INT8.head)
+    wanted = load(checkpoint, None, formats)
+    assert {"bfloat16", "int8", "float32"} == {each.dtype.name for each in wanted}
+    assert same(load(checkpoint, tmp_path, formats), wanted)
+    assert same(load(checkpoint, tmp_path, formats), wanted)
 
 
 class _Refuses(Int8):

@@ -98,9 +98,16 @@ template <typename Group, int kCount>
 inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows& rows,
                           const int32_t* names, const float* residual, float* out) {
   float totals[kCount][kBlock];
+  const int64_t output = block * kBlock, size = std::min(kBlock, matrix.outputs - output);
+  // Asked for now, the lines that are written below come in meanwhile.
+  for (int64_t r = 0; r < kCount; ++r) {
+    float* const to = out + names[r] * matrix.outputs + output;
+    __builtin_prefetch(to, 1);
+    __builtin_prefetch(to + 16, 1);
+    __builtin_prefetch(to + size - 1, 1);
+  }
   multiply_tile<Group, kCount>(matrix.groups + block * matrix.spans() * 2, matrix.spans(), rows,
                                totals);
-  const int64_t output = block * kBlock, size = std::min(kBlock, matrix.outputs - output);
   for (int64_t r = 0; r < kCount; ++r) {
     const int64_t place = names[r] * matrix.outputs + output;
     if (residual) {

@@ -10,7 +10,6 @@ import structlog
 from quart import Blueprint, Quart, Response, has_websocket_context, request, websocket
 
 from inferneo_jax import ConfigError, InferneoError
-from inferneo_jax.memory import return_unused
 from server import connection, log
 from server.admission import TIMEOUT_HEADER, Admission
 from server.auth import Guard
@@ -157,6 +156,8 @@ async def _load(registry: Registry) -> None:
         # of that, and hold up every request for a tenth of a second or more.
         gc.collect()
         gc.freeze()
+        from inferneo_jax import return_unused  # with jax, which is loaded by now
+
         return_unused()
         logger.info("ready")
         return

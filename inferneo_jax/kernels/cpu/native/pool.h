@@ -1,10 +1,17 @@
-// Work shared out over XLA's own thread pool.
+// Work shared out over threads.
+//
+// XLA's own pool sleeps between calls, and a step makes a hundred short ones: waking it took about
+// as long as a call of few rows. So the kernels have workers of their own, who look out for the next
+// call for a while before they sleep. They serve one call at a time; another one meanwhile, of a
+// second model, does its work itself with what XLA's pool can spare.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <utility>
 
@@ -20,41 +27,115 @@ inline void relax() {
 #endif
 }
 
-// Calls work(i) once for each i below `chunks`, on this thread and on those of the pool that are
-// free; returns when all are done. Which thread gets which chunk is left to chance, so no result
-// may depend on it.
+// Waits until ready() for as long as a sleeping thread takes to wake, some 50 us; whether it is.
+template <typename Ready>
+bool look_out(const Ready& ready) {
+  constexpr int kSpins = 2000;
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (ready()) return true;
+    relax();
+  }
+  return false;
+}
+
+// Chunks of one call, taken one after another by whoever is free.
+struct Chunks {
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+  int64_t count;
+  void (*call)(const void* work, int64_t i);
+  const void* work;
+
+  void take() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      call(work, i);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  // What is left is at most a chunk a helper: some microseconds, unless its core was taken away.
+  void wait() const {
+    const auto all = [this] { return done.load(std::memory_order_acquire) >= count; };
+    while (!look_out(all)) std::this_thread::yield();
+  }
+};
+
+// Threads that live as long as the process.
+class Workers {
+ public:
+  static Workers& of_process(int64_t count) {
+    static Workers* const workers = new Workers(count);  // never deleted: its threads never end
+    return *workers;
+  }
+
+  // Does all chunks with the workers' help; false if they are at work for another.
+  bool run(const std::shared_ptr<Chunks>& chunks) {
+    std::unique_lock<std::mutex> mine(owner_, std::try_to_lock);
+    if (!mine) return false;
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      current_ = chunks;
+      number_.fetch_add(1, std::memory_order_release);
+    }
+    if (sleeping_.load(std::memory_order_seq_cst)) wake_.notify_all();
+    chunks->take();
+    chunks->wait();
+    return true;
+  }
+
+ private:
+  explicit Workers(int64_t count) {
+    for (int64_t i = 0; i < count; ++i) std::thread(&Workers::work, this).detach();
+  }
+
+  void work() {
+    for (uint64_t seen = 0;;) {
+      const auto called = [&] { return number_.load(std::memory_order_acquire) != seen; };
+      look_out(called);
+      std::shared_ptr<Chunks> chunks;
+      {
+        std::unique_lock<std::mutex> guard(mutex_);
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        wake_.wait(guard, called);
+        sleeping_.fetch_sub(1, std::memory_order_relaxed);
+        seen = number_.load(std::memory_order_relaxed);
+        chunks = current_;
+      }
+      chunks->take();
+    }
+  }
+
+  std::mutex owner_;  // held by the call that is served
+  std::mutex mutex_;  // of what follows
+  std::condition_variable wake_;
+  std::shared_ptr<Chunks> current_;
+  std::atomic<uint64_t> number_{0};
+  std::atomic<int> sleeping_{0};
+};
+
+// Calls work(i) once for each i below `chunks`, on this thread and on others that are free; returns
+// when all are done. Which thread gets which chunk is left to chance, so no result may depend on it.
 //
-// The calling thread takes chunks too and never waits for a helper that has not begun: a pool
-// whose threads are all busy (or all waiting in here) costs time, and cannot deadlock.
+// The calling thread takes chunks too and never waits for a helper that has not begun: threads
+// that are all busy (or all waiting in here) cost time, and cannot deadlock.
 template <typename Work>
-void share(xla::ffi::ThreadPool& pool, int64_t chunks, Work&& work) {
-  const int64_t helpers = std::min(pool.num_threads(), chunks) - 1;
-  if (helpers < 1) {
+void share(xla::ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
+  const int64_t threads = pool.num_threads();
+  if (std::min(threads, chunks) < 2) {
     for (int64_t i = 0; i < chunks; ++i) work(i);
     return;
   }
   // On the heap and counted: a helper may begin after the last chunk was done and this call over.
-  struct Shared {
-    std::atomic<int64_t> next{0};
-    std::atomic<int64_t> done{0};
-  };
-  auto shared = std::make_shared<Shared>();
-  auto take = [shared, chunks, &work] {
-    for (int64_t i; (i = shared->next.fetch_add(1)) < chunks;) {
-      work(i);
-      shared->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(take)(take));
-  take();
-  // What is left is at most a chunk a helper: some microseconds, unless its core was taken away.
-  for (int spins = 0; shared->done.load(std::memory_order_acquire) < chunks; ++spins) {
-    if (spins < 4096) {
-      relax();
-    } else {
-      std::this_thread::yield();
-    }
+  const auto shared = std::make_shared<Chunks>();
+  shared->count = chunks;
+  shared->work = &work;
+  shared->call = [](const void* each, int64_t i) { (*static_cast<const Work*>(each))(i); };
+  if (Workers::of_process(threads - 1).run(shared)) return;
+  for (int64_t i = 1; i < std::min(threads, chunks); ++i) {
+    pool.Schedule([shared] { shared->take(); });
   }
+  shared->take();
+  shared->wait();
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention_bindings.h"
+#include "dense_bindings.h"
 #include "linear.h"
 #include "pool.h"
 #include "xla/ffi/api/ffi.h"

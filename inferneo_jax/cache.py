@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.layers.matrix import quantize
@@ -43,11 +43,21 @@ class PageView(NamedTuple):
     """Where the tokens of a step live.
 
     ``tables`` gives the pages of each row, 0 where none is held; ``positions`` the position of each
-    token in its sequence. A token sees the keys at its own position and before.
+    token in its sequence. A token sees the keys at its own position and before. What lies behind
+    the first ``lengths`` tokens of a row is padding (None: there is none): whatever is made of it
+    is never read.
     """
 
     tables: Int[Array, "rows max_pages"]
     positions: Int[Array, "rows tokens"]
+    lengths: Int[Array, " rows"] | None = None
+
+    def live(self) -> Bool[Array, "rows tokens"]:
+        """Which tokens are no padding."""
+        tokens = self.positions.shape[1]
+        if self.lengths is None:
+            return jnp.ones(self.positions.shape, bool)
+        return jnp.arange(tokens, dtype=jnp.int32)[None, :] < self.lengths[:, None]
 
 
 @dataclass(frozen=True)

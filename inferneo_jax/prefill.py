@@ -18,19 +18,24 @@ class PrefillShapes:
 
     Attributes:
         shapes: rising in tokens.
-        overhead: what a step costs beside its tokens, padding included, in tokens: the time in
-            which the weights are read, and what decoding rows wait meanwhile.
+        overhead: what a step costs beside its tokens, in tokens: the time in which the weights are
+            read, and what decoding rows wait meanwhile.
+        padding: what a token of padding costs, in tokens of a prompt.
     """
 
     shapes: tuple[Shape, ...]
     overhead: int
+    padding: float = 1.0
 
     @classmethod
-    def of(cls, chunks: Sequence[int], slots: int, overhead: int) -> "PrefillShapes":
+    def of(
+        cls, chunks: Sequence[int], slots: int, overhead: int, padding: float = 1.0
+    ) -> "PrefillShapes":
         """Each chunk in one row, and in as many rows as the longest chunk's tokens allow."""
         rows = {chunk: max(1, min(slots, chunks[-1] // chunk)) for chunk in chunks}
         shapes = {(each, chunk) for chunk, most in rows.items() for each in (1, most)}
-        return cls(tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))), overhead)
+        rising = tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
+        return cls(rising, overhead, padding)
 
     @property
     def budget(self) -> int:
@@ -57,6 +62,7 @@ class PrefillShapes:
         def worth(shape: Shape) -> tuple[float, int]:
             rows, chunk = shape
             computed = sum(length / -(-length // chunk) for length in lengths[:rows])
-            return computed / (self.overhead + rows * chunk), chunk
+            padded = rows * chunk - computed
+            return computed / (self.overhead + computed + self.padding * padded), chunk
 
         return max(self.shapes, key=worth)

@@ -113,7 +113,8 @@ class Programs:
         slots = self.config.slots // self.groups
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         overhead = _CPU_OVERHEAD if on_cpu else _OVERHEAD
-        return PrefillShapes.of(self.config.prefill_chunks, slots, overhead)
+        padding = self.formats.linear.padding_cost
+        return PrefillShapes.of(self.config.prefill_chunks, slots, overhead, padding)
 
     def keys(self) -> list[Key]:
         """Every program there is."""
@@ -158,6 +159,25 @@ class Programs:
         if kind == "prefill":
             return (self.rows.prefill(nothing, rows),)
         return self.rows.admit(nothing, rows)
+
+    def busy_arguments(self, key: Key) -> tuple[Any, ...]:
+        """As ``host_arguments``, but every row has all its tokens to compute, if no pages.
+
+        To see how long a program takes: what padding costs is another matter.
+        """
+        kind, rows, tokens = key
+        arguments = self.host_arguments(key)
+        if kind == "admit":
+            return arguments
+        slots = np.minimum(np.arange(rows, dtype=np.int32), self.rows.slots - 1)
+        (nothing,) = arguments
+        every = np.full_like(nothing.slots, tokens)
+        busy = nothing._replace(slots=np.tile(slots, self.groups))
+        if kind == "prefill":
+            busy = busy._replace(length=every)
+        if kind == "verify":
+            busy = busy._replace(num_drafted=every - 1)
+        return (busy,)
 
     def described(self) -> dict[str, Any]:
         """All that makes these programs what they are, in JSON's types: to compare processes."""

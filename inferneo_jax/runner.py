@@ -154,7 +154,7 @@ class Runner:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run every step once, on padding, and see how long the slowest takes."""
+        """Run every step once, in slots that nobody has yet, and see how long the slowest takes."""
         keys = self._programs.keys()  # in the same order in all processes
         slowest = max(self._seconds(key) for key in keys)
         self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
@@ -165,9 +165,10 @@ class Runner:
                 self.drafts = dataclasses.replace(self.drafts, cost=cost)
 
     def _seconds(self, key: Key) -> float:
-        """How long a program takes with nothing to do."""
+        """How long a program takes with all its rows at work."""
+        arguments = self._programs.busy_arguments(key)
         started = time.perf_counter()
-        self.execute(key, self._programs.host_arguments(key))
+        self.execute(key, arguments)
         jax.block_until_ready((self._cache, self._state))
         return time.perf_counter() - started
 

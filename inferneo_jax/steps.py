@@ -103,7 +103,8 @@ class Steps:
         """Feed each row its newest token and sample the next one."""
         model = self._model(weights)
         newest = state.tokens.at[rows.slots, rows.positions].get(mode="clip")
-        view = PageView(rows.tables, rows.positions[:, None])
+        live = rows.slots < state.tokens.shape[0]
+        view = PageView(rows.tables, rows.positions[:, None], live.astype(jnp.int32))
         hidden, cache = model(newest[:, None], self.attention, cache, view)
         logits = self._logits(model, hidden[:, 0])
         state, ids, scores = self._sample(state, rows.slots, rows.positions + 1, logits)
@@ -131,7 +132,8 @@ class Steps:
         places = jnp.where(drafted, slots, state.tokens.shape[0])
         tokens = state.tokens.at[places, positions[:, 1:]].set(rows.drafts, mode="drop")
         inputs = tokens.at[slots, positions].get(mode="clip")
-        view = PageView(rows.tables, positions)
+        live = rows.slots < state.tokens.shape[0]
+        view = PageView(rows.tables, positions, jnp.where(live, rows.num_drafted + 1, 0))
         hidden, cache = model(inputs, self.attention, cache, view)
 
         logits = self._logits(model, hidden.reshape(num_rows * (most + 1), -1))
@@ -165,7 +167,8 @@ class Steps:
         model = self._model(weights)
         positions = rows.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
         tokens = state.tokens.at[rows.slots[:, None], positions].get(mode="clip")
-        view = PageView(rows.tables, positions)
+        live = rows.slots < state.tokens.shape[0]
+        view = PageView(rows.tables, positions, jnp.where(live, rows.length, 0))
         hidden, cache = model(tokens, self.attention, cache, view)
 
         final = jnp.take_along_axis(hidden, rows.length[:, None, None] - 1, axis=1)[:, 0]

@@ -173,6 +173,24 @@ def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(
         np.testing.assert_array_equal(multiply(jnp.asarray(x[first:end])), whole[first:end])
 
 
+@pytest.mark.parametrize("prologue", [None, RMSNorm(160, 1e-5), gate])
+def test_rows_of_zeros_are_left_out_and_change_no_other(variant: Variant, prologue: Any) -> None:
+    form = Blocks(F32, 8, variant)
+    x, residual = _random(40, 320 if prologue is gate else 160), _random(40, 40)
+    stored = tuple(map(jnp.asarray, form.encode(_matrix(8, 160, 40), table=False)))
+    live = np.ones(40, bool)
+    live[[0, 3, 4, 5, 17, 39]] = False
+    some = form.multiply(x[live], stored, prologue=prologue, residual=residual[live])
+    x[~live] = 0
+    x[5, ::2] = -0.0
+    for added in (None, residual):
+        mixed = form.multiply(x, stored, prologue=prologue, residual=added)
+        assert (np.asarray(mixed)[~live] == (0 if added is None else added[~live])).all()
+    np.testing.assert_array_equal(np.asarray(mixed)[live], some)
+    nothing = form.multiply(x[~live], stored, prologue=prologue, residual=residual[~live])
+    np.testing.assert_array_equal(nothing, residual[~live])
+
+
 def test_values_that_are_no_numbers_stay_in_their_rows() -> None:
     x = _random(4, 64)
     clean = _product(Blocks(F32), x, _random(64, 32))

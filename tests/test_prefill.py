@@ -1,11 +1,16 @@
 """Prompts are prefilled several at a time, none twice, within a budget."""
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferneo_jax.mesh import make_mesh
+from inferneo_jax.models import REFERENCE
 from inferneo_jax.prefill import PrefillShapes
-from tests.support import MIXED, close, prompt, submit
+from inferneo_jax.programs import make_programs
+from tests.support import MIXED, TINY, TINY_ENGINE, close, prompt, submit
 from tests.test_engine import MakeEngine
 from tests.test_fairness import SHAPES, House
 
@@ -35,6 +40,17 @@ def test_each_chunk_has_one_row_or_as_many_as_the_longest_holds() -> None:
 )
 def test_the_shape_computes_most_for_its_cost(lengths: list[int], shape: tuple[int, int]) -> None:
     assert PrefillShapes.of((32, 128, 256), slots=32, overhead=32).choose(lengths) == shape
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [([20], (1, 32)), ([105] * 16, (2, 128)), ([20, 20], (2, 128)), ([300], (1, 256))],
+)
+def test_where_padding_is_cheap_a_shape_may_have_more_of_it(
+    lengths: list[int], shape: tuple[int, int]
+) -> None:
+    shapes = PrefillShapes.of((32, 128, 256), slots=32, overhead=32, padding=0.125)
+    assert shapes.choose(lengths) == shape
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
@@ -114,3 +130,20 @@ def test_prompts_prefilled_together_equal_those_prefilled_alone(tiny_engine: Mak
                 assert a is not None
                 assert b is not None
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+def test_times_are_taken_with_all_rows_at_work() -> None:
+    programs = make_programs(TINY, TINY_ENGINE, make_mesh(TINY_ENGINE.mesh), REFERENCE, lambda: 0)
+    for key in tuple(programs.keys()):
+        kind, _, tokens = key
+        busy = programs.busy_arguments(key)
+        idle = programs.host_arguments(key)
+        assert jax.tree.map(np.shape, busy) == jax.tree.map(np.shape, idle)
+        if kind != "admit":
+            (busy,) = busy
+            assert (busy.slots < TINY_ENGINE.slots).all()
+            assert not busy.tables.any()  # nothing is written that anybody reads
+        if kind == "verify":
+            assert (busy.num_drafted == tokens - 1).all()
+        if kind == "prefill":
+            assert (busy.length == tokens).all()

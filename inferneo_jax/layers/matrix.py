@@ -7,7 +7,7 @@ other way round. What a format keeps of it is a tuple of arrays.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,9 +46,11 @@ class MatrixFormat(ABC):
 
     Attributes:
         dtype: in which what is not quantized is kept, and sums cross between devices.
+        padding_cost: time to multiply a row of zeros, as padding is, in that of another row.
     """
 
     dtype: jnp.dtype
+    padding_cost: ClassVar[float] = 1.0
 
     @abstractmethod
     def pieces(

@@ -80,7 +80,8 @@ class Decoder(nnx.Module):
         The layers are unrolled: a scan over them would copy each layer's cache at every step. But
         they are traced and lowered once, as calls of one function that XLA inlines.
         """
-        x = self.embed(tokens)
+        # Padding is zeros: a kernel sees at a glance that it need not multiply them.
+        x = jnp.where(view.live()[..., None], self.embed(tokens), 0.0)
         angles = rope.angles(view.positions, jnp.asarray(self.freqs, jnp.float32))
         written: KVCache = []
         for layer, old in zip(self.layers, cache, strict=True):

@@ -89,7 +89,7 @@ class CpuPagedAttention(PagedAttention):
             "attention_attend",
             jax.ShapeDtypeStruct(queries.shape, jnp.float32),
             queries.astype(jnp.float32),
-            *view,
+            *_places(view),
             _NO_ANGLES[0],
             *_arrays(cache),
         )
@@ -106,7 +106,8 @@ class CpuPagedAttention(PagedAttention):
         arrays = _arrays(cache)
         group = fused.shape[3] - 2
         mixed = (*fused.shape[:3], group, fused.shape[4])
-        first = 1 + len(rope) + len(view)
+        places = _places(view)
+        first = 1 + len(rope) + len(places)
         mixed, *written = self._library.call(
             "attention_step",
             [
@@ -115,7 +116,7 @@ class CpuPagedAttention(PagedAttention):
             ],
             fused.astype(jnp.float32),
             *rope,
-            *view,
+            *places,
             *arrays,
             aliases={first + i: 1 + i for i in range(len(arrays))},
             group=np.int64(group),
@@ -126,6 +127,11 @@ class CpuPagedAttention(PagedAttention):
 
 _NO_ANGLES: Any = (np.zeros((0, 0, 0), np.float32),) * 2
 _NO_SCALES: Any = np.zeros(0, np.float32)
+
+
+def _places(view: PageView) -> tuple[Array, Array]:
+    """Page tables, and positions with -1 for padding: neither written nor attended with."""
+    return view.tables, jnp.where(view.live(), view.positions, -1)
 
 
 def _arrays(cache: LayerCache) -> list[Array]:

@@ -1,7 +1,7 @@
 """Matrices in the layouts of ``native/tiles.h``, and products with them."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class Blocks(MatrixFormat):
             Tables have 8.
         variant: of the kernels.
     """
+
+    padding_cost: ClassVar[float] = 0.125
 
     bits: Literal[4, 8] = 8
     variant: Variant = "native"

@@ -37,11 +37,13 @@ struct Around {
 
 // Memory of a thread for quantized rows, kept from call to call.
 struct Quantized {
+  std::vector<int32_t> live;  // which rows these are: those that are not zeros
   std::vector<int8_t> values;
   std::vector<float> scales;
   std::vector<int32_t> sums;
 
   void reserve(int64_t rows, int64_t inputs) {
+    grow(live, rows);
     grow(values, rows * inputs);
     grow(scales, rows * inputs / kSpan);
     grow(sums, rows * inputs / kGroup);
@@ -52,10 +54,16 @@ struct Quantized {
   }
 };
 
-// One row of `x`, by way of the prologue, as row number `row` of what is quantized. What it gives
+// Whether a row is padding, which is zeros: then so is all that is made of it.
+inline bool is_zero(const float* x, int64_t size) {
+  return std::all_of(x, x + size, [](float value) { return value == 0; });
+}
+
+// Row `row` of `x`, by way of the prologue, as number `to` of what is quantized. What it gives
 // has `width` columns, and zeros behind them up to `inputs`.
-inline void quantize_row(const Around& around, const float* x, int64_t row, int64_t width,
-                         int64_t inputs, int8_t* values, float* scales, int32_t* sums) {
+inline void quantize_row(const Around& around, const float* x, int64_t row, int64_t to,
+                         int64_t width, int64_t inputs, int8_t* values, float* scales,
+                         int32_t* sums) {
   thread_local std::vector<float> buffer;
   Quantized::grow(buffer, inputs);
   float* const y = buffer.data();
@@ -68,24 +76,24 @@ inline void quantize_row(const Around& around, const float* x, int64_t row, int6
     std::copy_n(x + row * width, width, y);
   }
   std::fill(y + width, y + inputs, 0.0f);
-  values += row * inputs;
-  scales += row * inputs / kSpan;
-  sums += row * inputs / kGroup;
+  values += to * inputs;
+  scales += to * inputs / kSpan;
+  sums += to * inputs / kGroup;
   for (int64_t i = 0; i < inputs; i += kSpan) {
     quantize_span<kSpan, kGroup>(y + i, values + i, scales + i / kSpan, sums + i / kGroup);
   }
 }
 
-// Rows from `first` on times one block of outputs, into `out`.
+// Some quantized rows times one block of outputs, into those rows of `out` that are named.
 template <typename Group, int kCount>
 inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows& rows,
-                          int64_t first, const float* residual, float* out) {
+                          const int32_t* names, const float* residual, float* out) {
   float totals[kCount][kBlock];
   multiply_tile<Group, kCount>(matrix.groups + block * matrix.spans() * 2, matrix.spans(), rows,
                                totals);
   const int64_t output = block * kBlock, size = std::min(kBlock, matrix.outputs - output);
   for (int64_t r = 0; r < kCount; ++r) {
-    const int64_t place = (first + r) * matrix.outputs + output;
+    const int64_t place = names[r] * matrix.outputs + output;
     if (residual) {
       for (int64_t n = 0; n < size; ++n) totals[r][n] += residual[place + n];
     }
@@ -103,19 +111,32 @@ void linear(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const Aroun
   const int64_t inputs = matrix.inputs, blocks = matrix.blocks();
   thread_local Quantized kept;
   kept.reserve(rows, inputs);
+  const int64_t columns = around.prologue == Around::kSwiGlu ? 2 * width : width;
+  int64_t live = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!is_zero(x + row * columns, columns)) {
+      kept.live[live++] = row;
+    } else if (around.residual) {
+      std::copy_n(around.residual + row * matrix.outputs, matrix.outputs, out + row * matrix.outputs);
+    } else {
+      std::fill_n(out + row * matrix.outputs, matrix.outputs, 0.0f);
+    }
+  }
+  const int32_t* const names = kept.live.data();
   int8_t* const values = kept.values.data();
   float* const scales = kept.scales.data();
   int32_t* const sums = kept.sums.data();
-  auto quantize = [=, &around](int64_t row) {
-    quantize_row(around, x, row, width, inputs, values, scales, sums);
+  auto quantize = [=, &around](int64_t i) {
+    quantize_row(around, x, names[i], i, width, inputs, values, scales, sums);
   };
-  if (rows * width < kSharedQuantization) {
-    for (int64_t row = 0; row < rows; ++row) quantize(row);
+  if (live * width < kSharedQuantization) {
+    for (int64_t i = 0; i < live; ++i) quantize(i);
   } else {
-    share(pool, rows, quantize);
+    share(pool, live, quantize);
   }
 
-  using Tile = void (*)(const Matrix<Group>&, int64_t, const Rows&, int64_t, const float*, float*);
+  using Tile =
+      void (*)(const Matrix<Group>&, int64_t, const Rows&, const int32_t*, const float*, float*);
   static constexpr Tile kTiles[] = {multiply_rows<Group, 1>, multiply_rows<Group, 2>,
                                     multiply_rows<Group, 3>, multiply_rows<Group, 4>,
                                     multiply_rows<Group, 5>};
@@ -127,7 +148,7 @@ void linear(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const Aroun
       const int64_t size = begin + count * (tile + 1) / tiles - first;
       const Rows some{values + first * inputs, scales + first * inputs / kSpan,
                       sums + first * inputs / kGroup, inputs};
-      kTiles[size - 1](matrix, block, some, first, around.residual, out);
+      kTiles[size - 1](matrix, block, some, names + first, around.residual, out);
     }
   };
   // Neighbouring blocks to the same thread, as memory is read ahead; but enough chunks that no
@@ -135,9 +156,9 @@ void linear(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const Aroun
   const int64_t chunk = std::clamp<int64_t>(blocks / 16, 1, 16);
   share(pool, (blocks + chunk - 1) / chunk, [=](int64_t i) {
     const int64_t end = std::min(blocks, (i + 1) * chunk);
-    for (int64_t begin = 0; begin < rows; begin += kNearRows) {
+    for (int64_t begin = 0; begin < live; begin += kNearRows) {
       for (int64_t block = i * chunk; block < end; ++block) {
-        multiply(block, begin, std::min(rows, begin + kNearRows));
+        multiply(block, begin, std::min(live, begin + kNearRows));
       }
     }
   });

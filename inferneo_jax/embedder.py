@@ -4,16 +4,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
 from inferneo_jax import mesh as meshes
@@ -31,20 +32,26 @@ from inferneo_jax.executables import ExecutableStore
 from inferneo_jax.fitting import fit
 from inferneo_jax.heartbeat import PATIENCE, Heartbeat
 from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.layers.texts import TextAttention
 from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, weight_shapes
 
 log = logging.getLogger(__name__)
 
 Vectors = Float32[np.ndarray, "texts embed"]
+HostInts = np.ndarray[Any, np.dtype[np.int32]]
 
-_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _BATCH_TOKENS = 1024
 """Tokens of a full batch: enough for a matrix product to run at full speed."""
 
-_ROUND_BATCHES = 4
-"""Full batches' worth of texts that one request gets before it is the next one's turn."""
+_LEAST_TOKENS = 16
+"""Tokens of the smallest batch, and what a batch costs beside its tokens, in tokens."""
 
+_MEAN_LENGTH = 8
+"""Tokens of a text below which a batch holds fewer than would fit."""
+
+_ROUND_BATCHES = 4
+"""Full batches that one request gets before it is the next one's turn."""
 
 _STOP_SECONDS = 0.1
 
@@ -61,10 +68,11 @@ class _Job:
 
 
 class Embedder:
-    """Runs one encoder on a thread of its own, over a closed list of batch shapes.
+    """Runs one encoder on a thread of its own, over a short list of batch sizes.
 
-    Texts are sorted by length, so that a batch pads little; owners take turns, and the requests of
-    each, so that neither many nor a large one hold up the others.
+    In a batch texts lie one behind the other, so their lengths are no shapes; each group of the
+    mesh's ``data`` axis has texts of its own. Owners take turns, and the requests of each, so that
+    neither many nor a large one hold up the others.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class Embedder:
         model: EncoderConfig,
         weights: list[Array],
         formats: Formats,
+        attention: TextAttention,
         mesh: Mesh,
         max_len: int | None = None,
         step_seconds: float = EngineConfig.step_seconds,
@@ -84,12 +93,16 @@ class Embedder:
         self._weights = weights
         fitted = fit(model, meshes.parts(mesh, "heads"))
         self._graphdef, self._treedef = models.skeleton(fitted, formats)
+        self._attention = attention
         self._mesh = mesh
-        self._store = ExecutableStore(compilation_cache, mesh, fitted, formats)
+        self._groups = meshes.parts(mesh, "rows")
+        self._padding_cost = formats.linear.padding_cost
+        self._sizes = self._choose_sizes()
+        self._store = ExecutableStore(compilation_cache, mesh, fitted, formats, attention)
         self._weight_specs = [
             each.sharding.spec for each in flat(weight_shapes(model, mesh, formats))
         ]
-        self._compiled: dict[tuple[int, int], Any] = {}
+        self._compiled: dict[int, Any] = {}
         self._changed = threading.Condition()
         self._jobs: dict[str, deque[_Job]] = {}  # by owner, whose turn it is first
         self._current: _Job | None = None
@@ -97,30 +110,33 @@ class Embedder:
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
 
     def start(self, progress: Progress | None = None) -> None:
-        """Compile every batch shape, then begin to serve."""
-        shapes = [
-            (rows, length) for length in self._lengths() for rows in self._row_choices(length)
-        ]
-
-        def lower(rows: int, length: int) -> jax.stages.Lowered:
-            batch = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
-            return self._step(rows).lower(self._weights, *batch)
-
+        """Compile every batch size, then begin to serve."""
+        step = self._step()
         self._compiled = self._store.compile_all(
-            {shape: partial(lower, *shape) for shape in shapes}, progress
+            {size: partial(step.lower, self._weights, *self._empty(size)) for size in self._sizes},
+            progress,
         )
         self._heartbeat = Heartbeat("embedder", self._warm_up(), self._give_up_round)
         self._thread.start()
 
     def _warm_up(self) -> float:
-        """Run every batch shape once; the seconds after which a round of batches hangs."""
+        """Run every batch size once; the seconds after which a round of batches hangs."""
         slowest = 0.0
-        for (rows, length), step in self._compiled.items():
+        for size, step in self._compiled.items():
             started = time.perf_counter()
-            padding = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
-            jax.block_until_ready(step(self._weights, *padding))
+            tokens, bounds = self._empty(size)
+            bounds[:, 1:] = size  # one text
+            jax.block_until_ready(step(self._weights, tokens, bounds))
             slowest = max(slowest, time.perf_counter() - started)
         return max(self._step_seconds, PATIENCE * _ROUND_BATCHES * slowest)
+
+    def _empty(self, size: int) -> tuple[HostInts, HostInts]:
+        """The tokens of a batch of this size, ``[groups, tokens]``, and the bounds of its texts."""
+        texts = max(1, size // _MEAN_LENGTH)
+        return (
+            np.zeros((self._groups, size), np.int32),
+            np.zeros((self._groups, texts + 1), np.int32),
+        )
 
     def embed(self, texts: Sequence[Sequence[int]], owner: str = "") -> Future[Vectors]:
         """Queue texts, as token ids; the future gives float32 ``[texts, embed]``. Thread-safe.
@@ -177,10 +193,9 @@ class Embedder:
             self._thread.join(_STOP_SECONDS)
         self._heartbeat.stop()
 
-    def _step(self, rows: int) -> Any:
-        """The jitted step: rows are split over the mesh where they divide, else each has all."""
-        divides = rows % meshes.parts(self._mesh, "rows") == 0
-        split = meshes.spec("rows") if divides else PartitionSpec()
+    def _step(self) -> Any:
+        """The jitted step; groups are split over the mesh."""
+        split = meshes.spec("rows")
         return jax.jit(
             jax.shard_map(
                 self._forward,
@@ -192,17 +207,21 @@ class Embedder:
         )
 
     def _forward(
-        self, weights: list[Array], tokens: Int[Array, "rows tokens"], lengths: Int[Array, " rows"]
-    ) -> Float32[Array, "rows embed"]:
+        self,
+        weights: list[Array],
+        tokens: Int[Array, "1 tokens"],
+        bounds: Int[Array, "1 texts_and_one"],
+    ) -> Float32[Array, "1 texts embed"]:
         model: Any = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
-        return model(tokens, lengths)
+        return model(tokens[0], bounds[0], self._attention)[None]
 
-    def _lengths(self) -> list[int]:
-        shorter = [length for length in _LENGTHS if length < self.max_tokens]
-        return [*shorter, self.max_tokens]
-
-    def _row_choices(self, length: int) -> list[int]:
-        return sorted({1, max(1, _BATCH_TOKENS // length)})
+    def _choose_sizes(self) -> list[int]:
+        """Tokens of batches, rising; few where padding costs little."""
+        factor = 4 if self._padding_cost < 0.5 else 2
+        sizes = [_LEAST_TOKENS]
+        while sizes[-1] < max(_BATCH_TOKENS, self.max_tokens):
+            sizes.append(factor * sizes[-1])
+        return sizes
 
     def _run(self) -> None:
         """The embedder's thread: a round of each owner in turn."""
@@ -262,31 +281,44 @@ class Embedder:
                 job.future.set_exception(error)
 
     def _round(self, job: _Job) -> None:
-        """Compute the longest texts that are left: dispatch all batches, then read them."""
+        """Compute the longest texts that are left: dispatch some batches, then read them."""
         batches = []
-        for indices, rows, length in self._cut(job):
-            tokens = np.zeros((rows, length), np.int32)
-            lengths = np.zeros(rows, np.int32)
-            for row, index in enumerate(indices):
-                text = job.texts[index]
-                tokens[row, : len(text)] = text
-                lengths[row] = len(text)
-            step = self._compiled[rows, length]
-            batches.append((indices, step(self._weights, tokens, lengths)))
-        for indices, vectors in batches:
-            job.vectors[indices] = np.asarray(vectors)[: len(indices)]
-
-    def _cut(self, job: _Job) -> Iterator[tuple[list[int], int, int]]:
-        """Take batches off the end of the job's order: text indices, rows, length."""
         for _ in range(_ROUND_BATCHES):
             if not job.order:
-                return
-            longest = len(job.texts[job.order[-1]])
-            length = next(size for size in self._lengths() if size >= longest)
-            rows = self._row_choices(length)[-1]
-            # A few texts run faster one by one than padded to a full batch.
-            few = len(job.order) <= rows // 4
-            take = 1 if few else rows
-            indices = job.order[-take:]
-            del job.order[-take:]
-            yield indices, take, length
+                break
+            size = self._best_size(job)
+            tokens, bounds = self._empty(size)
+            places = []
+            for group in range(self._groups):
+                taken = job.order[: -self._fitting(job, size) - 1 : -1]
+                del job.order[len(job.order) - len(taken) :]
+                ends = list(accumulate(len(job.texts[index]) for index in taken))
+                bounds[group, 1:] = ends[-1] if ends else 0
+                bounds[group, 1 : len(taken) + 1] = ends
+                tokens[group, : bounds[group, -1]] = [
+                    token for index in taken for token in job.texts[index]
+                ]
+                places += [(index, group, text) for text, index in enumerate(taken)]
+            batches.append((places, self._compiled[size](self._weights, tokens, bounds)))
+        for places, found in batches:
+            indices, groups, texts = zip(*places, strict=True)
+            job.vectors[list(indices)] = np.asarray(found)[list(groups), list(texts)]
+
+    def _fitting(self, job: _Job, size: int) -> int:
+        """How many of the longest texts that are left fit one behind the other."""
+        used, most = 0, max(1, size // _MEAN_LENGTH)
+        for count, index in enumerate(reversed(job.order[-most:])):
+            used += len(job.texts[index])
+            if used > size:
+                return count
+        return min(most, len(job.order))
+
+    def _best_size(self, job: _Job) -> int:
+        """The batch that computes most for what it costs."""
+
+        def worth(size: int) -> float:
+            count = self._fitting(job, size)
+            used = sum(len(job.texts[index]) for index in job.order[len(job.order) - count :])
+            return used / (_LEAST_TOKENS + used + self._padding_cost * (size - used))
+
+        return max(self._sizes, key=worth)

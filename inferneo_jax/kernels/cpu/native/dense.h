@@ -13,7 +13,7 @@
 namespace {
 namespace dense {
 
-// Rows that are multiplied with a block while it is near.
+// Rows that are multiplied with a block while it is near: of whole tiles.
 constexpr int64_t kNearRows = 96;
 // Tasks that keep all threads busy to the end.
 constexpr int64_t kTasks = 32;
@@ -99,14 +99,34 @@ inline void finish(const After& after, int64_t outputs, int64_t row, int64_t out
   }
 }
 
-// `out = after(x * matrix)`: `x` is `[rows, inputs]`, `out` is `[rows, outputs]`. With a layer
-// normalisation `out` is of floats.
+// Some rows as operands of products, with room up to kFewRows: where they lie, or a copy of them.
+template <class F, class X>
+const typename F::Operand* operands_of(const X* x, int64_t begin, int64_t end, int64_t total,
+                                       int64_t inputs) {
+  using Operand = typename F::Operand;
+  const int64_t stride = whole_packs<F>(inputs);
+  if constexpr (std::is_same_v<X, Operand>) {
+    if (stride == inputs && begin + round_up(end - begin, kFewRows) <= total) {
+      return x + begin * inputs;
+    }
+  }
+  thread_local std::vector<Operand> kept;
+  const size_t room = round_up(end - begin, kFewRows) * stride;
+  if (kept.size() < room) kept.resize(room);
+  for (int64_t row = begin; row < end; ++row) {
+    put_operands<F>(x + row * inputs, inputs, kept.data() + (row - begin) * stride);
+  }
+  return kept.data();
+}
+
+// `out = after(x * matrix)` for the first `rows` rows of `total`: `x` is `[total, inputs]`, `out` is
+// `[total, outputs]`. With a layer normalisation `out` is of floats.
 //
 // Work is cut into chunks of rows and parts of the blocks. Rows are normalised by whoever ends the
 // last part of a chunk.
 template <class F, class X, class Out>
 void linear(xla::ffi::ThreadPool& pool, const Matrix<F>& matrix, const After& after, const X* x,
-            int64_t rows, Out* out) {
+            int64_t rows, int64_t total, Out* out) {
   using Operand = typename F::Operand;
   const int64_t inputs = matrix.inputs, outputs = matrix.outputs, blocks = matrix.blocks();
   const int64_t chunks = (rows + kNearRows - 1) / kNearRows, stride = whole_packs<F>(inputs);
@@ -116,13 +136,7 @@ void linear(xla::ffi::ThreadPool& pool, const Matrix<F>& matrix, const After& af
   const std::unique_ptr<std::atomic<int64_t>[]> ended(new std::atomic<int64_t>[chunks]());
 
   const auto multiply = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    thread_local std::vector<Operand> kept;
-    const size_t room = (round_up(end - begin, kFewRows)) * stride;
-    if (kept.size() < room) kept.resize(room);
-    Operand* const operands = kept.data();
-    for (int64_t row = begin; row < end; ++row) {
-      put_operands<F>(x + row * inputs, inputs, operands + (row - begin) * stride);
-    }
+    const Operand* const operands = operands_of<F>(x, begin, end, total, inputs);
     for (int64_t block = first; block < last; ++block) {
       for (int64_t row = begin; row < end; row += kMostRows) {
         const int64_t count = std::min<int64_t>(end - row, kMostRows);
@@ -137,7 +151,7 @@ void linear(xla::ffi::ThreadPool& pool, const Matrix<F>& matrix, const After& af
   };
   const auto work = [&](int64_t task) {
     const int64_t chunk = task / parts, part = task % parts;
-    const int64_t begin = rows * chunk / chunks, end = rows * (chunk + 1) / chunks;
+    const int64_t begin = chunk * kNearRows, end = std::min(rows, begin + kNearRows);
     multiply(begin, end, blocks * part / parts, blocks * (part + 1) / parts);
     if constexpr (std::is_same_v<Out, float>) {
       if (after.scale && ended[chunk].fetch_add(1, std::memory_order_acq_rel) == parts - 1) {

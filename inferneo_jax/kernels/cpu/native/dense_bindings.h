@@ -69,7 +69,7 @@ inline ffi::Error linear_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
     const Matrix<F> matrix{(const typename F::Stored*)weights.untyped_data(), inputs, outputs};
     whole = with_type(x.element_type(), [&](auto* of_x) {
       whole = with_type(out->element_type(), [&](auto* of_out) {
-        linear(pool, matrix, after, (decltype(of_x))x.untyped_data(), rows,
+        linear(pool, matrix, after, (decltype(of_x))x.untyped_data(), rows, xs[0],
                (decltype(of_out))out->untyped_data());
       });
     }) && whole;

@@ -160,7 +160,7 @@ void linear(xla::ffi::ThreadPool& pool, const Matrix<F>& matrix, const After& af
     }
   };
   if (alone) {
-    work(0);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) work(chunk);
   } else {
     share(pool, chunks * parts, work);
   }

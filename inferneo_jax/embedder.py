@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import jax
@@ -33,22 +32,13 @@ from inferneo_jax.fitting import fit
 from inferneo_jax.heartbeat import PATIENCE, Heartbeat
 from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.layers.texts import TextAttention
+from inferneo_jax.packing import Packer
 from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, weight_shapes
 
 log = logging.getLogger(__name__)
 
 Vectors = Float32[np.ndarray, "texts embed"]
-HostInts = np.ndarray[Any, np.dtype[np.int32]]
-
-_BATCH_TOKENS = 1024
-"""Tokens of a full batch: enough for a matrix product to run at full speed."""
-
-_LEAST_TOKENS = 16
-"""Tokens of the smallest batch, and what a batch costs beside its tokens, in tokens."""
-
-_MEAN_LENGTH = 8
-"""Tokens of a text below which a batch holds fewer than would fit."""
 
 _ROUND_BATCHES = 4
 """Full batches that one request gets before it is the next one's turn."""
@@ -95,9 +85,9 @@ class Embedder:
         self._graphdef, self._treedef = models.skeleton(fitted, formats)
         self._attention = attention
         self._mesh = mesh
-        self._groups = meshes.parts(mesh, "rows")
-        self._padding_cost = formats.linear.padding_cost
-        self._sizes = self._choose_sizes()
+        self._packer = Packer(
+            self.max_tokens, meshes.parts(mesh, "rows"), formats.linear.padding_cost
+        )
         self._store = ExecutableStore(compilation_cache, mesh, fitted, formats, attention)
         self._weight_specs = [
             each.sharding.spec for each in flat(weight_shapes(model, mesh, formats))
@@ -112,9 +102,13 @@ class Embedder:
     def start(self, progress: Progress | None = None) -> None:
         """Compile every batch size, then begin to serve."""
         step = self._step()
+
+        def lower(size: int) -> jax.stages.Lowered:
+            batch = self._packer.empty(size)
+            return step.lower(self._weights, batch.tokens, batch.bounds)
+
         self._compiled = self._store.compile_all(
-            {size: partial(step.lower, self._weights, *self._empty(size)) for size in self._sizes},
-            progress,
+            {size: partial(lower, size) for size in self._packer.sizes}, progress
         )
         self._heartbeat = Heartbeat("embedder", self._warm_up(), self._give_up_round)
         self._thread.start()
@@ -124,19 +118,11 @@ class Embedder:
         slowest = 0.0
         for size, step in self._compiled.items():
             started = time.perf_counter()
-            tokens, bounds = self._empty(size)
-            bounds[:, 1:] = size  # one text
-            jax.block_until_ready(step(self._weights, tokens, bounds))
+            batch = self._packer.empty(size)
+            batch.bounds[:, 1:] = size  # one text
+            jax.block_until_ready(step(self._weights, batch.tokens, batch.bounds))
             slowest = max(slowest, time.perf_counter() - started)
         return max(self._step_seconds, PATIENCE * _ROUND_BATCHES * slowest)
-
-    def _empty(self, size: int) -> tuple[HostInts, HostInts]:
-        """The tokens of a batch of this size, ``[groups, tokens]``, and the bounds of its texts."""
-        texts = max(1, size // _MEAN_LENGTH)
-        return (
-            np.zeros((self._groups, size), np.int32),
-            np.zeros((self._groups, texts + 1), np.int32),
-        )
 
     def embed(self, texts: Sequence[Sequence[int]], owner: str = "") -> Future[Vectors]:
         """Queue texts, as token ids; the future gives float32 ``[texts, embed]``. Thread-safe.
@@ -215,14 +201,6 @@ class Embedder:
         model: Any = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
         return model(tokens[0], bounds[0], self._attention)[None]
 
-    def _choose_sizes(self) -> list[int]:
-        """Tokens of batches, rising; few where padding costs little."""
-        factor = 4 if self._padding_cost < 0.5 else 2
-        sizes = [_LEAST_TOKENS]
-        while sizes[-1] < max(_BATCH_TOKENS, self.max_tokens):
-            sizes.append(factor * sizes[-1])
-        return sizes
-
     def _run(self) -> None:
         """The embedder's thread: a round of each owner in turn."""
         while job := self._next_job():
@@ -286,39 +264,9 @@ class Embedder:
         for _ in range(_ROUND_BATCHES):
             if not job.order:
                 break
-            size = self._best_size(job)
-            tokens, bounds = self._empty(size)
-            places = []
-            for group in range(self._groups):
-                taken = job.order[: -self._fitting(job, size) - 1 : -1]
-                del job.order[len(job.order) - len(taken) :]
-                ends = list(accumulate(len(job.texts[index]) for index in taken))
-                bounds[group, 1:] = ends[-1] if ends else 0
-                bounds[group, 1 : len(taken) + 1] = ends
-                tokens[group, : bounds[group, -1]] = [
-                    token for index in taken for token in job.texts[index]
-                ]
-                places += [(index, group, text) for text, index in enumerate(taken)]
-            batches.append((places, self._compiled[size](self._weights, tokens, bounds)))
+            batch = self._packer.take(job.texts, job.order)
+            step = self._compiled[batch.tokens.shape[1]]
+            batches.append((batch.places, step(self._weights, batch.tokens, batch.bounds)))
         for places, found in batches:
-            indices, groups, texts = zip(*places, strict=True)
-            job.vectors[list(indices)] = np.asarray(found)[list(groups), list(texts)]
-
-    def _fitting(self, job: _Job, size: int) -> int:
-        """How many of the longest texts that are left fit one behind the other."""
-        used, most = 0, max(1, size // _MEAN_LENGTH)
-        for count, index in enumerate(reversed(job.order[-most:])):
-            used += len(job.texts[index])
-            if used > size:
-                return count
-        return min(most, len(job.order))
-
-    def _best_size(self, job: _Job) -> int:
-        """The batch that computes most for what it costs."""
-
-        def worth(size: int) -> float:
-            count = self._fitting(job, size)
-            used = sum(len(job.texts[index]) for index in job.order[len(job.order) - count :])
-            return used / (_LEAST_TOKENS + used + self._padding_cost * (size - used))
-
-        return max(self._sizes, key=worth)
+            indices, groups, texts = map(list, zip(*places, strict=True))
+            job.vectors[indices] = np.asarray(found)[groups, texts]

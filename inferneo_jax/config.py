@@ -183,7 +183,8 @@ class EngineConfig:
         max_logit_bias: most biased tokens of one request.
         step_seconds: a step that takes longer hangs, unless ten times the slowest step at start
             is more.
-        compilation_cache: folder in which compiled programs are kept for the next start; None: off.
+        compilation_cache: folder in which compiled programs and encoded weights are kept for the
+            next start; None: off.
         mesh: how the devices are shared out; all of them over ``model`` by default.
         row_buckets: rows of a decode step for which a program is compiled, rising.
     """

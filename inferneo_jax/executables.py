@@ -12,7 +12,6 @@ import os
 import pickle
 import platform
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -28,6 +27,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from inferneo_jax import compiles
+from inferneo_jax.weights.atomic import PARTIAL, write_whole
 from inferneo_jax.weights.convert import Progress
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,11 @@ _from_jax = threading.local()
 """Whether JAX's own cache, where it is on, had this thread's latest program."""
 
 _SUFFIX = ".executable"
+WEIGHTS_SUFFIX = ".weights"
+"""Of encoded weights, which ``weights/kept.py`` keeps in the same folder."""
+_OURS = (_SUFFIX, WEIGHTS_SUFFIX, PARTIAL)
 _UNUSED_SECONDS = 30 * 86_400.0
-"""Executables that no start has asked for in so long are removed."""
+"""What no start has asked for in so long is removed."""
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
 """Variables that change what is compiled."""
 
@@ -85,7 +88,8 @@ class ExecutableStore:
         # XLA:CPU writes out a program that was itself read from a file without its functions.
         if self._folder and not _from_jax.hit:
             try:
-                self._write(self._file(key), pickle.dumps(serialize_executable.serialize(compiled)))
+                content = pickle.dumps(serialize_executable.serialize(compiled))
+                write_whole(self._file(key), [content])
             except Exception as error:  # noqa: BLE001  (not every platform can; it is made again)
                 log.info("a compiled program is not kept: %s", error)
         return compiled
@@ -116,23 +120,11 @@ class ExecutableStore:
         name = hashlib.sha256(f"{self._made_of}\n{key!r}".encode()).hexdigest()
         return self._folder / f"{name[:40]}{_SUFFIX}"
 
-    def _write(self, file: Path, content: bytes) -> None:
-        """The file whole or not at all, whoever else writes it."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as out:
-            try:
-                out.write(content)
-                out.close()
-                Path(out.name).replace(file)
-            except BaseException:
-                Path(out.name).unlink(missing_ok=True)
-                raise
-
     def _remove_unused(self) -> None:
         if not self._folder or not self._folder.is_dir():
             return
         for file in self._folder.glob("*"):
-            if file.suffix not in (_SUFFIX, ".partial"):
+            if file.suffix not in _OURS:
                 continue
             try:
                 if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
@@ -145,7 +137,7 @@ def _surroundings(mesh: Mesh) -> list[object]:
     """What every program depends on beside the model."""
     device = mesh.devices.flat[0]
     return [
-        _source_hash(),
+        source_hash(),
         (jax.__version__, jaxlib.version.__version__, sys.version),
         (device.platform, device.device_kind, device.client.platform_version),
         _machine() if device.platform == "cpu" else platform.machine(),
@@ -156,8 +148,8 @@ def _surroundings(mesh: Mesh) -> list[object]:
 
 
 @cache
-def _source_hash() -> str:
-    """Of everything in this package that a program may be made of."""
+def source_hash() -> str:
+    """Of everything in this package that programs and encoded weights may be made of."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for file in sorted(folder.rglob("*")):

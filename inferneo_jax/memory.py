@@ -1,8 +1,9 @@
 """How much memory there is, and what to say when it is not enough."""
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -89,3 +90,12 @@ def _group() -> Iterator[tuple[int, int]]:
 
 def _gigabytes(number: int) -> str:
     return f"{max(0, number) / 1e9:.1f} GB"
+
+
+def return_unused() -> None:
+    """Give the operating system what the C library's allocator keeps of freed memory (glibc).
+
+    Loading and compiling leave hundreds of MB of it, spread over an arena for each thread.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -15,12 +16,13 @@ from inferneo_jax.config import (
     EncoderConfig,
     EngineConfig,
     MeshShape,
-    ModelConfig,
 )
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.fitting import Sliceable
 from inferneo_jax.kernels import text_attention_for
+from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.matrix import EncodingError, Formats
 from inferneo_jax.lockstep.follow import follow
 from inferneo_jax.lockstep.job import Job
@@ -32,6 +34,7 @@ from inferneo_jax.runner import Runner, sharing
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
 from inferneo_jax.weights.convert import Progress
+from inferneo_jax.weights.kept import KeptWeights
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
 
 log = logging.getLogger(__name__)
@@ -87,6 +90,8 @@ def load_model(
         ConfigError: the model does not fit the configuration.
         JobError: another process is lost, or has another model or configuration.
     """
+    if config.kernels != "xla" and jax.default_backend() == "cpu":
+        start_building()  # seconds, at the first start on a machine
     info = read_info(path)
     tokenizer = Tokenizer.from_directory(path)
     with compiles.expected():
@@ -95,7 +100,7 @@ def load_model(
             shape = config.mesh if jax.process_count() == 1 else MeshShape()
             mesh = make_mesh(shape, jax.local_devices())
             formats = encoder_formats_for(config, mesh)
-            weights = _load_weights(path, info.config, mesh, formats)
+            weights, _ = load_weights(info, mesh, [formats], config)
             embedder = Embedder(
                 info.config,
                 weights,
@@ -160,12 +165,9 @@ def load_runner(
     if job:
         job.take(info.path.name)
         agree(job.link, "model", _identity(info, config, mesh))
-    try:
-        formats = formats_for(config, mesh, bits=4)
-        weights = _load_weights(info.path, info.config, mesh, formats)
-    except EncodingError:  # it was never in 4 bits
-        formats = formats_for(config, mesh)
-        weights = _load_weights(info.path, info.config, mesh, formats)
+    # Where it was never in 4 bits, it cannot be now.
+    choices = formats_for(config, mesh, bits=4), formats_for(config, mesh)
+    weights, formats = load_weights(info, mesh, choices, config)
     runner = Runner(info.config, weights, config, formats, mesh, job.link if job else None)
     with explained("the steps were compiled and first run"):
         runner.compile(progress)
@@ -191,9 +193,36 @@ def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[st
     }
 
 
-def _load_weights(path: Path, config: ModelConfig, mesh: Mesh, formats: Formats) -> list[jax.Array]:
-    needed = local_bytes(flat(weight_shapes(config, mesh, formats)))
-    require(needed * sharing(mesh), "the weights")
-    shapes = {name: spec.shape for name, spec in models.declare(config).items()}
-    with explained("the weights were loaded"):
-        return place_weights(open_weights(path, shapes), config, mesh, formats)
+def load_weights(
+    info: CheckpointInfo, mesh: Mesh, choices: Iterable[Formats], config: EngineConfig
+) -> tuple[list[jax.Array], Formats]:
+    """The weights in the first of the formats that can hold them, and this.
+
+    Those that an earlier start has kept are taken as they are; else they are read and encoded.
+    """
+    model = info.config
+    stores = {
+        formats: KeptWeights(config.compilation_cache, info.path, mesh, formats)
+        for formats in choices
+    }
+
+    def place(formats: Formats, sources: Mapping[str, Sliceable], **kept: Any) -> list[jax.Array]:
+        needed = local_bytes(flat(weight_shapes(model, mesh, formats)))
+        require(needed * sharing(mesh), "the weights")
+        with explained("the weights were loaded"):
+            return place_weights(sources, model, mesh, formats, **kept)
+
+    for formats, store in stores.items():
+        if kept := store.read():
+            return place(formats, {}, kept=kept), formats
+    shapes = {name: spec.shape for name, spec in models.declare(model).items()}
+    sources = open_weights(info.path, shapes)
+    refused: EncodingError | None = None
+    for formats, store in stores.items():
+        try:
+            with store.writing() as keep:
+                return place(formats, sources, keep=keep), formats
+        except EncodingError as error:
+            refused = error
+    assert refused, "there is at least one choice"
+    raise refused

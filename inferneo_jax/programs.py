@@ -20,20 +20,17 @@ from inferneo_jax import mesh as meshes
 from inferneo_jax import models
 from inferneo_jax.cache import KVCache, PagedAttention
 from inferneo_jax.config import DecoderConfig, EngineConfig
-from inferneo_jax.errors import ConfigError
 from inferneo_jax.fitting import fit
-from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.matrix import Formats
-from inferneo_jax.numerics import cache_dtype_for
 from inferneo_jax.prefill import PrefillShapes
 from inferneo_jax.rows import RowBuilder
 from inferneo_jax.sampling import Sampler
-from inferneo_jax.steps import Steps
+from inferneo_jax.steps import SampleRows, Steps, sample_rows
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 Key = tuple[str, int, int]
-"""A program: ``decode``, ``verify``, ``prefill`` or ``admit``, its rows in one group and the tokens
-of each."""
+"""A program: ``decode``, ``verify``, ``prefill``, ``admit`` or ``sample``, its rows in one group
+and the tokens of each."""
 
 MAX_STOP_IDS = 32
 """Most stop token ids of one request."""
@@ -116,8 +113,18 @@ class Programs:
         padding = self.formats.linear.padding_cost
         return PrefillShapes.of(self.config.prefill_chunks, slots, overhead, padding)
 
+    def sampled_by(self, key: Key) -> Key:
+        """The program that samples what another has computed."""
+        kind, rows, tokens = key
+        count = rows * tokens if kind == "verify" else rows
+        return "sample", sample_rows(count, self.config.row_buckets), 1
+
+    def sample_keys(self) -> list[Key]:
+        """The programs that follow another one in every step."""
+        return sorted({self.sampled_by(key) for key in self.keys() if key[0] != "admit"})
+
     def keys(self) -> list[Key]:
-        """Every program there is."""
+        """Every program that the host calls with arguments of its own."""
         shapes = self.prefill_shapes
         tokens = self.config.draft_tokens + 1
         return [
@@ -208,32 +215,51 @@ class Programs:
 
     def lower(self, key: Key) -> Any:
         """A program lowered for the mesh's devices; ``compile()`` it."""
-        kind, _, chunk = key
+        kind, num_rows, chunk = key
         graphdef, treedef = models.skeleton(
             fit(self.model, meshes.parts(self.mesh, "vocab")), self.formats
         )
         sampler = Sampler(num_top=min(self.config.max_logprobs, self.model.vocab_size))
-        steps = Steps(graphdef, treedef, self.attention, sampler, self.model.vocab_size)
+        steps = Steps(
+            graphdef,
+            treedef,
+            self.attention,
+            sampler,
+            self.model.vocab_size,
+            self.config.row_buckets,
+        )
         weights = flat(weight_shapes(self.model, self.mesh, self.formats))
         in_weights = [each.sharding.spec for each in weights]
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
+        in_state, everywhere = meshes.spec("slots"), PartitionSpec()
         state = self._split(self.rows.empty_state(), "slots")
-        rows = self._split(self.host_arguments(key), "rows")
-        in_state = meshes.spec("slots")
+        step: Callable[..., Any] = getattr(steps, kind)
+        specs: tuple[Any, ...]
+        out: Any
+        arguments: tuple[Any, ...]
+        donate: tuple[int, ...]
         if kind == "admit":
-            step: Callable[..., Any] = steps.admit
-            specs: Any = (in_state, in_rows, in_rows)
-            out: Any = in_state
-            donate: tuple[int, ...] = (0,)
-            arguments: tuple[Any, ...] = (state, *rows)
+            arguments = state, *self._split(self.host_arguments(key), "rows")
+            specs, out, donate = (in_state, in_rows, in_rows), in_state, (0,)
+        elif kind == "sample":
+            arguments = state, self._split(self._sample_rows(num_rows), "rows")
+            specs, out, donate = (in_state, in_rows), (in_state, everywhere), (0,)
         else:
-            step = partial(steps.prefill, chunk) if kind == "prefill" else getattr(steps, kind)
-            specs = (in_weights, in_cache, in_state, in_rows)
-            out = (in_cache, in_state, PartitionSpec())
-            donate = (1, 2)
-            arguments = (weights, self.cache(), state, *rows)
+            rows = self._split(self.host_arguments(key), "rows")
+            arguments = weights, self.cache(), state.tokens, *rows
+            specs = in_weights, in_cache, in_state, in_rows
+            out, donate = (in_cache, in_state, in_rows), (1, 2)
+            if kind == "prefill":
+                step, out = partial(steps.prefill, chunk), (*out, everywhere)
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
+
+    def _sample_rows(self, rows: int) -> SampleRows:
+        """Shapes of all groups' rows to be sampled."""
+        rows *= self.groups
+        logits: Any = jax.ShapeDtypeStruct((rows, self.model.vocab_size), np.float32)
+        each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
+        return SampleRows(logits, each, each, each)
 
     def _split(self, tree: Any, *axes: str) -> Any:
         """Shapes of a tree of arrays that are split by their leading logical axes."""
@@ -241,66 +267,3 @@ class Programs:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
-
-
-def make_programs(
-    model: DecoderConfig,
-    config: EngineConfig,
-    mesh: Mesh,
-    formats: Formats,
-    cache_budget: Callable[[], int],
-) -> Programs:
-    """The programs of a model, with a cache that fits.
-
-    Args:
-        model: not fitted to the mesh.
-        config: of the engine.
-        mesh: of the devices they run on.
-        formats: of the weights.
-        cache_budget: bytes that one device can give the cache; asked where the configuration
-            leaves its size open.
-
-    Raises:
-        ConfigError: the longest sequence does not fit the cache, or the groups do not divide the
-            slots.
-    """
-    groups = meshes.parts(mesh, "slots")
-    if config.slots % groups:
-        raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={groups}")
-    fitted = fit(model, meshes.parts(mesh, "kv_heads"))
-    device = mesh.devices.flat[0]
-    page_len = config.page_len or (64 if device.platform == "tpu" else 16)
-    kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
-    attention = kind(
-        kv_heads=fitted.num_kv_heads,
-        head_dim=model.head_dim,
-        page_len=page_len,
-        dtype=cache_dtype_for(config, device, native=kind is not PagedAttention),
-    )
-    one_page = Programs(model, config, mesh, formats, attention, 1, 1)
-    max_len, pages = _cache_size(one_page, cache_budget)
-    return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
-
-
-def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int]:
-    """The longest sequence, in tokens, and the pages of one group's cache.
-
-    The programs given have a cache of one page.
-    """
-    config, groups, page_len = programs.config, programs.groups, programs.page_len
-    token_bytes = programs.cache_bytes // page_len
-    context_length = programs.model.context_length
-    longest = min(config.max_len or context_length, context_length)
-    if config.kv_tokens:
-        tokens = config.kv_tokens // groups
-    else:
-        tokens = min(config.slots // groups * longest, budget() // token_bytes)
-    max_len = longest if config.max_len else min(longest, tokens)
-    pages = tokens // page_len
-    if max_len > pages * page_len or max_len < 2:
-        raise ConfigError(
-            f"max_len is {max_len} tokens but the KV cache of "
-            f"{'each group' if groups > 1 else 'the model'} holds {pages * page_len} "
-            f"({token_bytes} bytes each on a device); lower max_len or raise kv_tokens"
-        )
-    return max_len, pages

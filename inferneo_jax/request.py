@@ -174,6 +174,7 @@ class GenerationOutput:
         logprobs: one per new token, when asked for.
         prompt_logprobs: one per prompt token (None for the first), once, when asked for.
         cached_tokens: prompt tokens that were found in the prefix cache.
+        admitted_at: when the request first got a slot, in seconds of ``time.monotonic``.
         finish_reason: set in the last output only.
         error: why, when ``finish_reason`` is "error".
     """
@@ -182,6 +183,7 @@ class GenerationOutput:
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     cached_tokens: int = 0
+    admitted_at: float | None = None
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
 

@@ -74,7 +74,6 @@ class RowBuilder:
             prompt_len=full(0, np.int32),
             min_len=full(0, np.int32),
             want_logprobs=full(False, np.bool_),
-            want_prompt_logprobs=full(False, np.bool_),
             bias_ids=bias_ids,
             bias=bias,
             stop_ids=stop_ids,
@@ -131,13 +130,15 @@ class RowBuilder:
         start: Any = np.zeros(total, np.int32)
         length: Any = np.ones(total, np.int32)
         sample: Any = np.zeros(total, np.bool_)
+        scored: Any = np.zeros(total, np.bool_)
         tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
         for group, chunks in enumerate(groups):
             for i, chunk in enumerate(chunks, start=group * bucket):
                 slots[i] = chunk.sequence.slot
                 start[i], length[i], sample[i] = chunk.start, chunk.length, chunk.sample
+                scored[i] = chunk.sequence.request.prompt_logprobs is not None
                 tables[i] = self._page_tables.of(chunk.sequence)
-        return PrefillRows(slots, start, length, sample, tables)
+        return PrefillRows(slots, start, length, sample, scored, tables)
 
     def _sampling_row(self, request: GenerationRequest) -> SamplingRows:
         params = request.sampling
@@ -165,7 +166,6 @@ class RowBuilder:
             prompt_len=whole(len(request.prompt)),
             min_len=whole(len(request.prompt) + request.min_tokens),
             want_logprobs=flag(request.logprobs is not None),
-            want_prompt_logprobs=flag(request.prompt_logprobs is not None),
             bias_ids=bias_ids,
             bias=bias,
             stop_ids=stop_ids,

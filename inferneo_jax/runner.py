@@ -1,10 +1,11 @@
 """Owns the weights, the cache and the compiled steps: the only one that touches the device."""
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,23 +24,27 @@ from inferneo_jax.lockstep.channel import Kind
 from inferneo_jax.lockstep.peers import Alone, Peers, agree
 from inferneo_jax.lockstep.wire import Wire
 from inferneo_jax.memory import explained, free_memory, require, total_memory
-from inferneo_jax.programs import MAX_STOP_IDS, Key, make_programs
+from inferneo_jax.programs import MAX_STOP_IDS, Key
 from inferneo_jax.request import RequestLimits
+from inferneo_jax.sizing import make_programs
 from inferneo_jax.speculation import Drafts
 from inferneo_jax.steps import Sampled, SlotState
 from inferneo_jax.weights.convert import Progress
 
-_TIMES = 5
+_TIMES = 3
 """Runs of a program whose time is compared with another's."""
 
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A dispatched step, whose results are on their way to the host."""
+    """A dispatched step, whose results are on their way to the host.
+
+    Those of decode and prefill are each with the program that they come from.
+    """
 
     plans: Plans
-    decode: Sampled | None
-    prefill: Sampled | None
+    decode: tuple[Key, Sampled] | None
+    prefill: tuple[Key, Sampled] | None
 
     @property
     def drafted(self) -> bool:
@@ -48,7 +53,22 @@ class PendingStep:
 
     def wait(self) -> tuple[Sampled | None, Sampled | None]:
         """The results of decode and prefill as numpy arrays, once they are there."""
-        return jax.tree.map(np.asarray, (self.decode, self.prefill))
+        read = [each and _read(*each, len(self.plans)) for each in (self.decode, self.prefill)]
+        return read[0], read[1]
+
+
+def _read(key: Key, sampled: Sampled, groups: int) -> Sampled:
+    """The results of a program's own rows, as numpy arrays; of drafts ``[rows, tokens]``."""
+    kind, rows, tokens = key
+    shape = (groups * rows, tokens) if kind == "verify" else (groups * rows,)
+
+    def own(array: Any) -> Any:
+        padded = np.asarray(array)
+        of_groups = padded.reshape(groups, -1, *padded.shape[1:])
+        return of_groups[:, : math.prod(shape) // groups].reshape(*shape, *padded.shape[1:])
+
+    ids, scores = jax.tree.map(own, (sampled.ids, sampled.scores))
+    return Sampled(ids, scores, jax.tree.map(np.asarray, sampled.prompt_scores))
 
 
 class Runner:
@@ -146,7 +166,8 @@ class Runner:
     def compile(self, progress: Progress | None = None) -> None:
         """Compile every step for every shape."""
         store = ExecutableStore(self.config.compilation_cache, self._mesh, self._programs)
-        keys = self._programs.keys()
+        # First those that take longest.
+        keys = [*self._programs.sample_keys(), *self._programs.keys()]
         lower = {key: partial(self._programs.lower, key) for key in keys}
         self._compiled = store.compile_all(lower, progress)
         # Where one process still compiles, the others' collectives would give up waiting for it.
@@ -154,8 +175,15 @@ class Runner:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run every step once, in slots that nobody has yet, and see how long the slowest takes."""
+        """Run the steps once, in slots that nobody has yet, and see how long the slowest takes."""
         keys = self._programs.keys()  # in the same order in all processes
+        if self._mesh.devices.flat[0].platform == "cpu":
+            # A first run is like any other: what it is to tell is how long the largest take.
+            most = {
+                kind: max(rows * tokens for k, rows, tokens in keys if k == kind)
+                for kind, *_ in keys
+            }
+            keys = [key for key in keys if key[1] * key[2] == most[key[0]]]
         slowest = max(self._seconds(key) for key in keys)
         self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
         if buckets := self._programs.draft_buckets:
@@ -198,7 +226,7 @@ class Runner:
             prefill = self._step(("prefill", *shape), (chunks,))
         return PendingStep(plans, decode, prefill)
 
-    def _decode(self, plans: Plans, most: int) -> Sampled | None:
+    def _decode(self, plans: Plans, most: int) -> tuple[Key, Sampled] | None:
         """A decode step of up to so many rows in a group, which verifies their drafts."""
         groups = [plan.decode for plan in plans]
         if not any(plan.drafted for plan in plans):
@@ -209,24 +237,31 @@ class Runner:
         drafted = self._rows.verify(groups, bucket, length)
         return self._step(("verify", bucket, length + 1), (drafted,))
 
-    def _step(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:
+    def _step(self, key: Key, arguments: tuple[Any, ...]) -> tuple[Key, Sampled] | None:
         """Dispatch one program, on the peers first: they have a longer way to it."""
         if self.wire:
             self._peers.announce(Kind.STEP, *self.wire.write(key, arguments))
-        return self.execute(key, arguments)
+        sampled = self.execute(key, arguments)
+        return (key, sampled) if sampled else None
 
     def execute(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:
-        """Dispatch one program in this process; what it samples is on its way to the host."""
+        """Dispatch one program in this process, and the one that samples what it computes.
+
+        Returns:
+            What is sampled, on its way to the host.
+        """
         program, placed = self._compiled[key], self._programs.place(arguments)
         if key[0] == "admit":
             self._state = program(self._state, *placed)
             return None
-        self._cache, self._state, sampled = program(
-            self._weights, self._cache, self._state, *placed
-        )
+        tokens, sampling = self._state
+        self._cache, tokens, rows, *scores = program(self._weights, self._cache, tokens, *placed)
+        sample = self._compiled[self._programs.sampled_by(key)]
+        self._state, sampled = sample(SlotState(tokens, sampling), rows)
+        sampled = Sampled(sampled.ids, sampled.scores, *scores)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
-        return cast(Sampled, sampled)
+        return sampled
 
     def _cache_budget(self) -> int:
         """Bytes of one device for the KV cache: what the process with the least can give."""

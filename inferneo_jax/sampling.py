@@ -38,7 +38,6 @@ class SamplingRows(NamedTuple):
     prompt_len: Int[Array, " rows"]
     min_len: Int[Array, " rows"]
     want_logprobs: Bool[Array, " rows"]
-    want_prompt_logprobs: Bool[Array, " rows"]
     bias_ids: Int[Array, "rows max_bias"]
     bias: Float[Array, "rows max_bias"]
     stop_ids: Int[Array, "rows max_stops"]

@@ -11,6 +11,7 @@ Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv:2401
 one does not keep the others waiting, not even while its long generations hold every slot.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 
@@ -240,6 +241,7 @@ class Scheduler:
         sequence.num_published = len(shared)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
+            sequence.admitted_at = time.monotonic()
         self._served[sequence.request.owner] += sequence.num_missing * _PROMPT_COST
         self.running.append(sequence)
 

@@ -37,6 +37,7 @@ class Sequence:
         num_sampled: output tokens sampled, or dispatched to be.
         num_published: leading pages that others may share.
         cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
+        admitted_at: when that was, in seconds of ``time.monotonic``.
         prompt_scores: of the prompt's tokens, as far as they are known; the first has none.
         drafting: of what may come next.
         paused: whether its reader asked for nothing more for now; it keeps slot and pages.
@@ -56,6 +57,7 @@ class Sequence:
     num_sampled: int = 0
     num_published: int = 0
     cached_tokens: int | None = None
+    admitted_at: float | None = None
     prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     drafting: Drafting = field(default_factory=Drafting)
     paused: bool = False
@@ -140,6 +142,7 @@ class Sequence:
             logprobs=logprobs,
             prompt_logprobs=tuple(self.prompt_scores) if scored else None,
             cached_tokens=self.cached_tokens or 0,
+            admitted_at=self.admitted_at,
             finish_reason=reason,
             error=error,
         )

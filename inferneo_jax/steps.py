@@ -1,19 +1,24 @@
-"""The two device programs of generation: prefill a chunk of a prompt, decode one token a row.
+"""The device programs of generation: a step's forward pass, and the sampling behind it.
 
-Both are pure functions over the weights, the cache and the state of all slots. What the host
-passes per step is small: which slots, at which positions, in which pages. The tokens themselves
-never leave the device between steps: each step reads its input where the last one left it.
+Pure functions over the weights, the cache and the state of all slots. What the host passes per
+step is small: which slots, at which positions, in which pages. The tokens themselves never leave
+the device between steps: each step reads its input where the last one left it.
+
+Sampling is a program of its own, for a few numbers of rows, that every kind of step ends with: it
+takes several times as long to compile as all layers, which are compiled once and called.
 
 On a mesh each device runs them on its part (see ``programs.py``): its weights and KV heads, and the
 slots, pages and rows of its group, all counted from 0 there. Results are those of all groups.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -22,6 +27,8 @@ from inferneo_jax import mesh
 from inferneo_jax.cache import KVCache, PagedAttention, PageView
 from inferneo_jax.models.decoder import Decoder
 from inferneo_jax.sampling import Sampler, SamplingRows, Scores, needs_more
+
+T = TypeVar("T")
 
 _SCORED_AT_ONCE = 32
 """Prompt positions scored at once: logits for a whole chunk would take vocab x chunk x 4 bytes."""
@@ -58,18 +65,35 @@ class VerifyRows(NamedTuple):
 class PrefillRows(NamedTuple):
     """The rows of one prefill step: ``length`` tokens from position ``start`` on.
 
-    ``last`` rows end their prompt, so a token is sampled after it.
+    ``last`` rows end their prompt, so a token is sampled after it; of those that are ``scored``
+    log probabilities are wanted.
     """
 
     slots: Int[Array, " rows"]
     start: Int[Array, " rows"]
     length: Int[Array, " rows"]
     last: Bool[Array, " rows"]
+    scored: Bool[Array, " rows"]
     tables: Int[Array, "rows max_pages"]
 
 
+class SampleRows(NamedTuple):
+    """Rows after which a token is to be sampled, at position ``lengths``.
+
+    It is written to the slots ``targets``. Rows of padding have no slot: one beyond the last.
+    """
+
+    logits: Float[Array, "rows vocab"]
+    slots: Int[Array, " rows"]
+    lengths: Int[Array, " rows"]
+    targets: Int[Array, " rows"]
+
+
 class Sampled(NamedTuple):
-    """What a step brings back to the host; prompt scores in prefill steps only."""
+    """What a step brings back to the host; prompt scores in prefill steps only.
+
+    Ids and scores are of all rows of :class:`SampleRows`, padding included.
+    """
 
     ids: Int[Array, "*rows"]
     scores: Scores
@@ -77,6 +101,13 @@ class Sampled(NamedTuple):
 
 
 Weights = list[Array]
+Tokens = Int[Array, "slots max_len"]
+Forward = tuple[KVCache, Tokens, SampleRows]
+
+
+def sample_rows(count: int, buckets: Sequence[int]) -> int:
+    """To how many rows so many are padded to be sampled; ``buckets`` are rising."""
+    return next((bucket for bucket in buckets if bucket >= count), count)
 
 
 @dataclass(frozen=True)
@@ -84,7 +115,8 @@ class Steps:
     """The pure steps of one model.
 
     ``graphdef`` and ``treedef`` are those of ``models.skeleton`` of the fitted model, whose
-    vocabulary may be padded beyond ``vocab_size``.
+    vocabulary may be padded beyond ``vocab_size``. Rows to be sampled are padded to one of
+    ``buckets``.
     """
 
     graphdef: nnx.GraphDef[Decoder]
@@ -92,96 +124,95 @@ class Steps:
     attention: PagedAttention
     sampler: Sampler
     vocab_size: int
+    buckets: tuple[int, ...]
 
     def admit(self, state: SlotState, slots: Int[Array, " rows"], rows: SlotState) -> SlotState:
         """Put requests into slots: their tokens and parameters. A slot beyond the last: none."""
         return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, rows)
 
-    def decode(
-        self, weights: Weights, cache: KVCache, state: SlotState, rows: DecodeRows
-    ) -> tuple[KVCache, SlotState, Sampled]:
-        """Feed each row its newest token and sample the next one."""
+    def decode(self, weights: Weights, cache: KVCache, tokens: Tokens, rows: DecodeRows) -> Forward:
+        """Feed each row its newest token."""
         model = self._model(weights)
-        newest = state.tokens.at[rows.slots, rows.positions].get(mode="clip")
-        live = rows.slots < state.tokens.shape[0]
+        newest = tokens.at[rows.slots, rows.positions].get(mode="clip")
+        live = rows.slots < tokens.shape[0]
         view = PageView(rows.tables, rows.positions[:, None], live.astype(jnp.int32))
         hidden, cache = model(newest[:, None], self.attention, cache, view)
-        logits = self._logits(model, hidden[:, 0])
-        state, ids, scores = self._sample(state, rows.slots, rows.positions + 1, logits)
-        return cache, state, _from_all(Sampled(ids, scores))
+        ends = self._ends(model, hidden[:, 0], rows.slots, rows.positions + 1, rows.slots)
+        return cache, tokens, ends
 
-    def verify(
-        self, weights: Weights, cache: KVCache, state: SlotState, rows: VerifyRows
-    ) -> tuple[KVCache, SlotState, Sampled]:
-        """Feed each row its newest token and its draft, and sample after each of them.
+    def verify(self, weights: Weights, cache: KVCache, tokens: Tokens, rows: VerifyRows) -> Forward:
+        """Feed each row its newest token and its draft, after each of which one is sampled.
 
-        What is sampled holds as far as the draft is the same, and for one token more; up to there
-        it becomes the row's. Keys and values behind that are written again before anything can see
-        them.
+        What is sampled holds as far as the draft is the same, and for one token more. Whatever is
+        written behind that, token, key or value, is written again before anything can see it.
 
         Returns:
-            Ids and scores ``[rows, most + 1]``.
+            ``most + 1`` rows to be sampled for each of ``rows``, one after the other.
         """
         model = self._model(weights)
-        num_rows, most = rows.drafts.shape
+        most = rows.drafts.shape[1]
         steps = jnp.arange(most + 1, dtype=jnp.int32)[None, :]
         positions = rows.positions[:, None] + steps
-        drafted = steps[:, :most] < rows.num_drafted[:, None]
         slots = rows.slots[:, None]
         # Where nothing is drafted, nothing is written: beyond the last slot.
-        places = jnp.where(drafted, slots, state.tokens.shape[0])
-        tokens = state.tokens.at[places, positions[:, 1:]].set(rows.drafts, mode="drop")
+        beyond = tokens.shape[0]
+        places = jnp.where(steps[:, :most] < rows.num_drafted[:, None], slots, beyond)
+        tokens = tokens.at[places, positions[:, 1:]].set(rows.drafts, mode="drop")
         inputs = tokens.at[slots, positions].get(mode="clip")
-        live = rows.slots < state.tokens.shape[0]
+        live = rows.slots < tokens.shape[0]
         view = PageView(rows.tables, positions, jnp.where(live, rows.num_drafted + 1, 0))
         hidden, cache = model(inputs, self.attention, cache, view)
 
-        logits = self._logits(model, hidden.reshape(num_rows * (most + 1), -1))
-        params, history = jax.tree.map(
-            lambda x: jnp.repeat(x.at[rows.slots].get(mode="clip"), most + 1, axis=0),
-            (state.sampling, tokens),
-        )
-        ids, scores = self.sampler(logits, params, history, positions.reshape(-1) + 1)
-        ids, scores = jax.tree.map(
-            lambda x: x.reshape(num_rows, most + 1, *x.shape[1:]), (ids, scores)
-        )
-        same = drafted & (ids[:, :most] == rows.drafts)
-        accepted = jnp.cumprod(same.astype(jnp.int32), axis=1).sum(axis=1)
-        places = jnp.where(steps <= accepted[:, None], slots, state.tokens.shape[0])
-        tokens = tokens.at[places, positions + 1].set(ids, mode="drop")
-        return cache, SlotState(tokens, state.sampling), _from_all(Sampled(ids, scores))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        each = jnp.repeat(rows.slots, most + 1)
+        targets = jnp.where(steps <= rows.num_drafted[:, None], slots, beyond).reshape(-1)
+        ends = self._ends(model, flat, each, positions.reshape(-1) + 1, targets)
+        return cache, tokens, ends
 
     def prefill(
-        self,
-        chunk: int,
-        weights: Weights,
-        cache: KVCache,
-        state: SlotState,
-        rows: PrefillRows,
-    ) -> tuple[KVCache, SlotState, Sampled]:
+        self, chunk: int, weights: Weights, cache: KVCache, tokens: Tokens, rows: PrefillRows
+    ) -> tuple[KVCache, Tokens, SampleRows, Scores]:
         """Run up to ``chunk`` (static) prompt tokens a row; sample where the prompt ends.
 
         Padding positions lie behind the live ones: they write to no page, or to places that are
         written again before anything can see them.
+
+        Returns:
+            Also the scores of the prompt's own tokens, where a row wants them.
         """
         model = self._model(weights)
         positions = rows.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
-        tokens = state.tokens.at[rows.slots[:, None], positions].get(mode="clip")
-        live = rows.slots < state.tokens.shape[0]
+        inputs = tokens.at[rows.slots[:, None], positions].get(mode="clip")
+        live = rows.slots < tokens.shape[0]
         view = PageView(rows.tables, positions, jnp.where(live, rows.length, 0))
-        hidden, cache = model(tokens, self.attention, cache, view)
+        hidden, cache = model(inputs, self.attention, cache, view)
 
         final = jnp.take_along_axis(hidden, rows.length[:, None, None] - 1, axis=1)[:, 0]
-        successors = state.tokens.at[rows.slots[:, None], positions + 1].get(mode="clip")
-        wanted = state.sampling.want_prompt_logprobs.at[rows.slots].get(mode="clip").any()
-        prompt_scores = self._score_prompt(model, hidden, successors, wanted)
+        successors = tokens.at[rows.slots[:, None], positions + 1].get(mode="clip")
+        prompt_scores = self._score_prompt(model, hidden, successors, rows.scored.any())
 
-        num_slots = state.tokens.shape[0]
-        targets = jnp.where(rows.last, rows.slots, num_slots)  # elsewhere nothing is written
-        state, ids, scores = self._sample(
-            state, rows.slots, rows.start + rows.length, self._logits(model, final), targets
-        )
-        return cache, state, _from_all(Sampled(ids, scores, prompt_scores))
+        targets = jnp.where(rows.last, rows.slots, tokens.shape[0])  # elsewhere none is written
+        ends = self._ends(model, final, rows.slots, rows.start + rows.length, targets)
+        return cache, tokens, ends, _from_all(prompt_scores)
+
+    def sample(self, state: SlotState, rows: SampleRows) -> tuple[SlotState, Sampled]:
+        """Sample each row's token, and write it to where the next step reads it."""
+
+        def of_rows(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), tree)
+
+        def sample() -> tuple[Int[Array, " rows"], Scores]:
+            params, history = of_rows((state.sampling, state.tokens))
+            return self.sampler(rows.logits, params, history, rows.lengths)
+
+        # Rows that are all greedy are the usual ones. What others want would cost them copies of
+        # the logits, and tables of a thousand biases.
+        first = jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x, state.sampling)
+        live = rows.slots < state.tokens.shape[0]
+        more = live & needs_more(of_rows(first), rows.lengths, self.vocab_size)
+        ids, scores = lax.cond(more.any(), sample, lambda: self.sampler.plain(rows.logits))
+        tokens = state.tokens.at[rows.targets, rows.lengths].set(ids, mode="drop")
+        return SlotState(tokens, state.sampling), _from_all(Sampled(ids, scores))
 
     def _model(self, weights: Weights) -> Decoder:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
@@ -191,32 +222,23 @@ class Steps:
     ) -> Float[Array, "rows vocab"]:
         return model.logits(hidden)[:, : self.vocab_size]
 
-    def _sample(
+    def _ends(
         self,
-        state: SlotState,
+        model: Decoder,
+        hidden: Float[Array, "rows embed"],
         slots: Int[Array, " rows"],
         lengths: Int[Array, " rows"],
-        logits: Float[Array, "rows vocab"],
-        targets: Int[Array, " rows"] | None = None,
-    ) -> tuple[SlotState, Int[Array, " rows"], Scores]:
-        """Sample each row's token at position ``length`` and write it to its target slot."""
-
-        def of_rows(tree: Any) -> Any:
-            return jax.tree.map(lambda x: x.at[slots].get(mode="clip"), tree)
-
-        def sample() -> tuple[Int[Array, " rows"], Scores]:
-            params, history = of_rows((state.sampling, state.tokens))
-            return self.sampler(logits, params, history, lengths)
-
-        # Rows that are all greedy are the usual ones. What others want would cost them copies of
-        # the logits, and tables of a thousand biases.
-        first = jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x, state.sampling)
-        live = slots < state.tokens.shape[0]
-        more = live & needs_more(of_rows(first), lengths, self.vocab_size)
-        ids, scores = lax.cond(more.any(), sample, lambda: self.sampler.plain(logits))
-        targets = slots if targets is None else targets
-        tokens = state.tokens.at[targets, lengths].set(ids, mode="drop")
-        return SlotState(tokens, state.sampling), ids, scores
+        targets: Int[Array, " rows"],
+    ) -> SampleRows:
+        """What is to be sampled after these, padded to one of the numbers of rows."""
+        padding = 0, sample_rows(len(slots), self.buckets) - len(slots)
+        beyond = np.iinfo(np.int32).max
+        return SampleRows(
+            jnp.pad(self._logits(model, hidden), (padding, (0, 0))),
+            jnp.pad(slots, padding, constant_values=beyond),
+            jnp.pad(lengths, padding),
+            jnp.pad(targets, padding, constant_values=beyond),
+        )
 
     def _score_prompt(
         self,
@@ -248,6 +270,6 @@ class Steps:
         return jax.tree.map(lambda x: x.reshape(rows, chunk, *x.shape[2:]), scores)
 
 
-def _from_all(sampled: Sampled) -> Sampled:
+def _from_all(sampled: T) -> T:
     """The results of every group of devices, on each: whichever host reads them has them all."""
     return jax.tree.map(lambda x: mesh.gather(x, "rows", 0), sampled)

@@ -15,7 +15,7 @@ from server.errors import ApiError, bad_request, shutting_down, unavailable
 
 if TYPE_CHECKING:
     from server.answer import Answer
-    from server.limits import Limiter
+    from server.services import Services
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
@@ -161,7 +161,7 @@ class Admission:
         return max(1, min(_LONGEST_RETRY, math.ceil(each * self._total / 4)))
 
 
-async def admit(place: Place, answer: "Answer", limiter: "Limiter", model: str) -> None:
+async def admit(services: "Services", place: Place, answer: "Answer") -> None:
     """Let an answer be generated: there is room for all its sequences, and for its key's limits.
 
     Raises:
@@ -170,4 +170,6 @@ async def admit(place: Place, answer: "Answer", limiter: "Limiter", model: str) 
     generation = answer.generation
     place.widen(len(generation.choices))
     generation.place = place
-    await limiter.admit_answer(answer, model)
+    model = services.registry.get(answer.shape.model).name
+    await services.limiter.admit_answer(answer, model)
+    generation.meter = services.metrics.meter(model)

@@ -19,8 +19,10 @@ from server.errors import as_api_error
 from server.exit import end_orderly, exit_failed
 from server.http import json_response
 from server.limits import Limiter
+from server.metrics import Metrics
 from server.models import Registry, still_loading
 from server.routes import admin, docs, embeddings, generate, health, keys, models, text
+from server.routes import metrics as routes_metrics
 from server.services import Services
 from server.settings import Settings, unknown_variables
 from server.shutdown import drain, end_if_lost, held_up
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 logger = structlog.get_logger(__name__)
 
+_LOADING_THRESHOLD = 50_000
+"""New objects between two runs of the collector while models load."""
+
 
 def create_app(settings: Settings | None = None, loader: Loader | None = None) -> Quart:
     """Build the application; models are loaded once it is served, by ``loader``, or from disk.
@@ -50,7 +55,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     job = _lead(settings)
     registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
     admission = Admission(settings.places(), settings.request_seconds)
-    services = Services(settings, registry, TextWork(), threads, guard, limiter, admission)
+    metrics = Metrics(registry.models)
+    services = Services(settings, registry, TextWork(), threads, guard, limiter, admission, metrics)
 
     app = Quart("server", static_folder=None)
     connections = connection.install(app)
@@ -64,6 +70,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     app.before_websocket(partial(admit_socket, services))
     app.register_blueprint(health.blueprint(services))
     app.register_blueprint(docs.blueprint())
+    app.register_blueprint(routes_metrics.blueprint(services))
     app.register_blueprint(keys.blueprint(services))
     app.register_blueprint(admin.blueprint(services))
     api = (models.add_routes, generate.add_routes, embeddings.add_routes)
@@ -135,6 +142,9 @@ def _with_models(
 
 async def _load(registry: Registry) -> None:
     """Load the models. A server that can never serve ends, with an exit code that says so."""
+    usual = gc.get_threshold()
+    # Nearly all that is made now stays; to look through it over and over takes a tenth of the time.
+    gc.set_threshold(_LOADING_THRESHOLD, *usual[1:])
     try:
         await registry.load()
     except InferneoError as error:
@@ -146,8 +156,13 @@ async def _load(registry: Registry) -> None:
         # of that, and hold up every request for a tenth of a second or more.
         gc.collect()
         gc.freeze()
+        from inferneo_jax import return_unused  # with jax, which is loaded by now
+
+        return_unused()
         logger.info("ready")
         return
+    finally:
+        gc.set_threshold(*usual)
     # Of a job's other processes some may wait for this one, and JAX would wait for them.
     exit_failed(at_once=registry.in_job)
 
@@ -171,6 +186,8 @@ def _name_responses(app: Quart, services: Services) -> None:
         if services.admission.closed.is_set() and current.http_version.startswith("1"):
             response.headers["Connection"] = "close"
         current.record.note(status=response.status_code)
+        rule = current.url_rule.rule if current.url_rule else "none"
+        services.metrics.answered(current.method, rule, response.status_code)
         await current.body.drain()
         return response
 

@@ -146,6 +146,7 @@ class Connections:
         try:
             yield
         finally:
+            patience.close()
             self._open.discard(patience)
             if not self._open:
                 self._none.set()

@@ -7,6 +7,7 @@ empties that at its own pace: what piled up meanwhile becomes one event a choice
 import asyncio
 import dataclasses
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -19,12 +20,14 @@ from inferneo_jax import (
     GenerationRequest,
     SamplingParams,
 )
+from server.alarm import Alarm
 from server.choice import Choice, ChoiceEvent, Prompt, TextOptions
 from server.protocol.shape import Usage
 
 if TYPE_CHECKING:
     from inferneo_jax import Engine, Tokenizer
     from server.admission import Place
+    from server.metrics import Meter
 
 MAX_UNTAKEN = 64
 """Outputs of a choice that may wait for a reader that cannot keep up."""
@@ -78,6 +81,10 @@ class Plan:
         )
 
 
+_Arrived = tuple[int, GenerationOutput, float]
+"""What came for a choice, and when."""
+
+
 class _Mailbox:
     """Carries outputs from the engine's thread to the event loop.
 
@@ -89,18 +96,20 @@ class _Mailbox:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        self._outputs: deque[tuple[int, GenerationOutput]] = deque()
+        self._outputs: deque[_Arrived] = deque()
         self._untaken: dict[str, int] = {}
         self._paused: set[str] = set()
         self._filled = asyncio.Event()
         self._told = False
+        self._silent = False
+        self._silence = Alarm(SILENCE_SECONDS, self._break_silence)
 
     def sink(self, index: int, request_id: str) -> Callable[[GenerationOutput], None]:
         """Where the engine puts the outputs of one choice."""
 
         def put(output: GenerationOutput) -> None:
             with self._lock:
-                self._outputs.append((index, output))
+                self._outputs.append((index, output, time.monotonic()))
                 self._untaken[request_id] = number = self._untaken.get(request_id, 0) + 1
                 if number >= MAX_UNTAKEN:
                     # Within the lock, so that it comes before the resumption that it needs; and
@@ -118,13 +127,19 @@ class _Mailbox:
         """Let the reader look, though nothing came."""
         self._filled.set()
 
-    async def take(self) -> list[tuple[int, GenerationOutput]] | None:
+    def close(self) -> None:
+        """Nothing more will be taken."""
+        self._silence.close()
+
+    def _break_silence(self) -> None:
+        self._silent = True
+        self._filled.set()
+
+    async def take(self) -> list[_Arrived] | None:
         """Everything that has come, waiting for something; None after a long silence."""
-        try:
-            async with asyncio.timeout(SILENCE_SECONDS):
-                await self._filled.wait()
-        except TimeoutError:
-            return None
+        self._silence.set()
+        await self._filled.wait()
+        self._silence.clear()
         self._filled.clear()
         # Before emptying: what is put from here on wakes the reader again.
         self._told = False
@@ -134,7 +149,8 @@ class _Mailbox:
             self._untaken.clear()
         for request_id in paused:
             self._engine.resume(request_id)
-        return outputs
+        silent, self._silent = self._silent, False
+        return None if silent and not outputs else outputs
 
 
 class Generation:
@@ -144,6 +160,7 @@ class Generation:
         usage: what it has taken so far; complete when the events are.
         on_end: told the usage once, when nothing more will be generated; None: nothing ever was.
         place: whose deadline ends it; None: nothing does.
+        meter: is told what comes when; None: nobody is.
     """
 
     def __init__(self, engine: "Engine", tokenizer: "Tokenizer", plan: Plan) -> None:
@@ -152,6 +169,7 @@ class Generation:
         self.cancelled = False
         self.on_end: Callable[[Usage | None], None] | None = None
         self.place: Place | None = None
+        self.meter: Meter | None = None
         self._submitted = False
         self._engine = engine
         self._mailbox: _Mailbox | None = None
@@ -189,6 +207,8 @@ class Generation:
                 request = self.plan.request(index)
                 self._engine.submit(request, mailbox.sink(index, request.id))
                 running[index] = request.id
+                if self.meter is not None:
+                    self.meter.submitted(index, len(request.prompt))
             self._submitted = True
             while running:
                 outputs = [] if self.cancelled else await mailbox.take()
@@ -202,8 +222,11 @@ class Generation:
         finally:
             if clock is not None:
                 clock.cancel()
-            for request_id in running.values():
+            mailbox.close()
+            for index, request_id in running.items():
                 self._engine.abort(request_id)
+                if self.meter is not None:
+                    self.meter.ended(index, "error" if self._failure is not None else "abort")
             self.end()
 
     def _expire_in_time(self, running: dict[int, str]) -> asyncio.TimerHandle | None:
@@ -220,18 +243,18 @@ class Generation:
 
         return asyncio.get_running_loop().call_at(place.deadline, expire)
 
-    def _commit(
-        self, outputs: list[tuple[int, GenerationOutput]], running: dict[int, str]
-    ) -> list[ChoiceEvent]:
+    def _commit(self, outputs: list[_Arrived], running: dict[int, str]) -> list[ChoiceEvent]:
         """Feed the choices; those that finish leave ``running``. A failure comes last."""
         touched: dict[int, bool] = {}  # index: the engine is done with it
-        for index, output in outputs:
+        for index, output, when in outputs:
             if index not in running:
                 continue  # what the engine had under way when its choice was finished here
             if output.finish_reason in ("error", "abort"):  # not by us: that left ``running``
                 stopped = EngineStoppedError("the engine was stopped")
                 self._failure = self._failure or output.error or stopped
                 break
+            if self.meter is not None:
+                self.meter.output(index, output, when)
             self.choices[index].feed(output)
             touched[index] = output.finish_reason is not None
         if self.cancelled:
@@ -243,6 +266,8 @@ class Generation:
             choice = self.choices[index]
             if choice.finish_reason is not None:
                 request_id = running.pop(index)
+                if self.meter is not None:
+                    self.meter.ended(index, choice.finish_reason)
                 if not done:  # a stop string or the client ended it
                     self._engine.abort(request_id)
             if event := choice.take():

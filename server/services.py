@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from server.admission import Admission
 from server.auth import Guard
 from server.limits import Limiter
+from server.metrics import Metrics
 from server.models import Registry
 from server.settings import Settings
 from server.store_threads import StoreThreads
@@ -13,7 +14,7 @@ from server.text import TextWork
 
 @dataclass(frozen=True)
 class Services:
-    """One application's settings, models, threads, keys, limits and places."""
+    """One application's settings, models, threads, keys, limits, places and figures."""
 
     settings: Settings
     registry: Registry
@@ -22,3 +23,4 @@ class Services:
     guard: Guard
     limiter: Limiter
     admission: Admission
+    metrics: Metrics

@@ -69,8 +69,8 @@ class Settings(BaseSettings):
             none: the catalog's first chat and first embedding model.
         aliases: further names of these models.
         checkpoints: the folder where converted models lie; None: the checkout's or the user's.
-        compilation_cache: where compiled programs are kept for the next start; None: in
-            ``.compiled`` among the checkpoints.
+        compilation_cache: where compiled programs and encoded weights are kept for the next start;
+            None: in ``.compiled`` among the checkpoints.
         dtype: of weights and matrix products.
         quantization: of the weights: ``int8`` or ``none``.
         kv_dtype: of keys and values; ``int8`` has a scale for each token and head.

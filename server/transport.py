@@ -21,6 +21,8 @@ from hypercorn.protocol.ws_stream import ASGIWebsocketState, WebsocketBuffer, WS
 from hypercorn.typing import ASGISendCallable, ASGISendEvent
 from wsproto.events import Message, Ping
 
+from server.alarm import Alarm
+
 log = structlog.get_logger(__name__)
 
 PING_SECONDS = 20.0
@@ -39,7 +41,7 @@ class Patience:
 
     def __init__(self, send: ASGISendCallable) -> None:
         self._send = send
-        self._loop = asyncio.get_running_loop()
+        self._alarm = Alarm(STALL_SECONDS, self._lose)
         stream = _owner(send, (HTTPStream, WSStream))
         protocol = _owner(getattr(stream, "send", None), (H11Protocol, H2Protocol))
         self._server = _owner(getattr(protocol, "send", None), TCPServer)
@@ -52,12 +54,16 @@ class Patience:
         """Pass a message on, which waits until the client has made room for it."""
         if self._server is None:
             return await self._send(message)
-        watch = self._loop.call_later(STALL_SECONDS, self._lose)
+        self._alarm.set()
         try:
             await self._send(message)
         finally:
-            watch.cancel()
+            self._alarm.clear()
         return None
+
+    def close(self) -> None:
+        """Nothing more will be sent."""
+        self._alarm.close()
 
     def cut(self) -> None:
         """End the connection at once, whatever it still had to carry."""

@@ -237,8 +237,7 @@ class _Session:
         running.generation = answer.generation
         if running.cancelled:
             answer.generation.cancel()
-        model = services.registry.get(answer.shape.model).name
-        await admit(place, answer, services.limiter, model)
+        await admit(services, place, answer)
         if not answer.stream:
             await self._send(await answer.whole(), name)
             return

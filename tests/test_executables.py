@@ -89,7 +89,7 @@ def test_what_a_program_is_made_of_tells_it_apart(
     assert _made_again(ExecutableStore(tmp_path, make_mesh(MeshShape(1, 2)), small))
     monkeypatch.setenv("XLA_FLAGS", "--xla_other")
     assert _made_again(_store(tmp_path, small))
-    monkeypatch.setattr("inferneo_jax.executables._source_hash", lambda: "changed")
+    monkeypatch.setattr("inferneo_jax.executables.source_hash", lambda: "changed")
     assert _made_again(_store(tmp_path, small))
 
 

@@ -21,7 +21,7 @@ from inferneo_jax.layers import rope
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.models import REFERENCE
 from inferneo_jax.numerics import cache_dtype_for
-from inferneo_jax.programs import make_programs
+from inferneo_jax.sizing import make_programs
 from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY
 
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})

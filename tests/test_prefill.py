@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.models import REFERENCE
 from inferneo_jax.prefill import PrefillShapes
-from inferneo_jax.programs import make_programs
+from inferneo_jax.sizing import make_programs
 from tests.support import MIXED, TINY, TINY_ENGINE, close, prompt, submit
 from tests.test_engine import MakeEngine
 from tests.test_fairness import SHAPES, House

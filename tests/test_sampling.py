@@ -195,6 +195,6 @@ def test_parameters_out_of_range_are_named() -> None:
 def test_rows_for_the_device_are_padded_with_no_slot() -> None:
     sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, pages=[5])
     rows = BUILDER.prefill([[PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True)]], 2)
-    expected = [[2, 4], [1, 0], [2, 1], [True, False], [[5], [0]]]
+    expected = [[2, 4], [1, 0], [2, 1], [True, False], [False, False], [[5], [0]]]
     assert [np.asarray(x).tolist() for x in rows] == expected
     assert BUILDER.decode([], 2).slots.tolist() == [4, 4]

@@ -1,5 +1,6 @@
 """The two forward passes, and the flat names of their weights."""
 
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -17,10 +18,14 @@ __all__ = ["WeightSpec", "declare", "skeleton"]
 REFERENCE = Formats.plain("float32")
 
 
+@lru_cache(maxsize=16)
 def _abstract(
     config: ModelConfig, formats: Formats
 ) -> tuple[nnx.GraphDef[Any], nnx.State[Any, Any]]:
-    """The module in two, without a value anywhere."""
+    """The module in two, without a value anywhere.
+
+    Kept: modules of many layers take a tenth of a second, and a start asks some twenty times.
+    """
     build = Decoder if isinstance(config, DecoderConfig) else Encoder
     graphdefs = []
 

@@ -13,7 +13,8 @@ from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.fitting import fit
 from inferneo_jax.numerics import formats_for
 from inferneo_jax.plan.chips import Chip, Topology
-from inferneo_jax.programs import Programs, make_programs
+from inferneo_jax.programs import Programs
+from inferneo_jax.sizing import make_programs
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 _RESERVE = 0.03

@@ -138,20 +138,21 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     if budget.missing:
         return dataclasses.replace(plan, remedies=tuple(remedies(wish)))
     programs = budget.programs()
-    kept = programs.keys()
+    kept = [*programs.sample_keys(), *programs.keys()]
     steps, code, temporary = [], 0, 0
     decode = ("decode", programs.row_buckets[-1], 1)
     for key in (decode, ("prefill", 1, wish.engine.prefill_chunks[-1])):
         progress(f"compiling {key[0]} for {wish.topology}")
+        parts = key, programs.sampled_by(key)
         with jax.set_mesh(mesh):
-            compiled = programs.lower(key).compile()
+            compiled = [programs.lower(part).compile() for part in parts]
         steps.append(_read_step(wish, programs, key, compiled))
-        memory = compiled.memory_analysis()
-        alike = [each for each in kept if each[0] == key[0]]
-        code += memory.generated_code_size_in_bytes * len(alike)
-        # A compiler may state a peak above its temporaries.
-        beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
-        temporary = max(temporary, beside, memory.temp_size_in_bytes)
+        for part, program in zip(parts, compiled, strict=True):
+            memory = program.memory_analysis()
+            code += memory.generated_code_size_in_bytes * sum(each[0] == part[0] for each in kept)
+            # A compiler may state a peak above its temporaries.
+            beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+            temporary = max(temporary, beside, memory.temp_size_in_bytes)
     taken = plan.weight_bytes + plan.state_bytes + temporary + code
     kv = max(0, plan.memory_bytes - taken)
     return dataclasses.replace(
@@ -165,16 +166,18 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     )
 
 
-def _read_step(wish: Wish, programs: Programs, key: Key, compiled: Any) -> Step:
+def _read_step(wish: Wish, programs: Programs, key: Key, compiled: list[Any]) -> Step:
     kind, rows, tokens = key
-    memory = compiled.memory_analysis()
-    program = Program(compiled.as_text())
+    memory = compiled[0].memory_analysis()
+    read = [Program(each.as_text()) for each in compiled]
     shards = {each.sharding.shard_shape(each.shape) for each in jax.tree.leaves(programs.cache())}
     chip = wish.topology.chip
     token_bytes = programs.cache_bytes // (programs.num_pages * programs.page_len)
     work = work_of(wish, programs.mesh, token_bytes, rows, tokens)
-    collectives = tuple(program.collectives())
-    moved = program.traffic(shards) + work.live_kv if chip.name != "cpu" else None
+    collectives = tuple(each for program in read for each in program.collectives())
+    moved = None
+    if chip.name != "cpu":
+        moved = sum(program.traffic(shards) for program in read) + work.live_kv
     seconds, wall = bound(
         chip, work, sum(each.sent_bytes for each in collectives), programs.config.quantization
     )

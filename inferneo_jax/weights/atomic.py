@@ -10,10 +10,14 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from inferneo_jax.errors import CheckpointError
+
+PARTIAL = ".partial"
+"""What the name of a file ends with while it is written."""
 
 _LOCK, _DOOMED = ".lock", ".doomed"
 
@@ -80,6 +84,23 @@ def new_folder(destination: Path) -> Iterator[Path]:
             _sync(Path(folder))
         partial.rename(destination)
         _sync(destination.parent)
+
+
+def write_whole(file: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file whole or not at all, whoever else writes it. Its folder is made.
+
+    Not synced to the disk: for what can be made again, and is checked when it is read.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=PARTIAL, delete=False) as out:
+        try:
+            for part in parts:
+                out.write(part)
+            out.close()
+            Path(out.name).replace(file)
+        except BaseException:
+            Path(out.name).unlink(missing_ok=True)
+            raise
 
 
 def partial_of(destination: Path) -> Path:

@@ -15,6 +15,7 @@ from inferneo_jax.config import DecoderConfig, ModelConfig
 from inferneo_jax.fitting import FittedWeight, Index, Sliceable, fit
 from inferneo_jax.layers.matrix import Formats, HostArray
 from inferneo_jax.layers.spec import WeightSpec
+from inferneo_jax.weights.kept import EncodedParts, Keep
 
 _READERS = 4
 """Weights that are read at once."""
@@ -52,7 +53,12 @@ def local_bytes(shapes: list[jax.ShapeDtypeStruct]) -> int:
 
 
 def place_weights(
-    sources: Mapping[str, Sliceable], config: ModelConfig, mesh: Mesh, formats: Formats
+    sources: Mapping[str, Sliceable],
+    config: ModelConfig,
+    mesh: Mesh,
+    formats: Formats,
+    kept: EncodedParts | None = None,
+    keep: Keep | None = None,
 ) -> list[Array]:
     """The weights of a model, each device's part read and encoded on its own.
 
@@ -61,11 +67,13 @@ def place_weights(
         config: of the model, not fitted to the mesh.
         mesh: where they go.
         formats: of the matrices.
+        kept: all parts that this process needs, encoded before; then no source is read.
+        keep: is given each part that was encoded.
 
     Returns:
         What a step takes: arrays in the order of the fitted module's leaves.
     """
-    declared = models.declare(config)
+    declared = {} if kept else models.declare(config)
     fitted_config = fit(config, meshes.parts(mesh, "vocab"))
     fitted = models.declare(fitted_config, formats)
     group = None
@@ -74,21 +82,26 @@ def place_weights(
 
     def place(name: str, targets: Shapes) -> list[Array]:
         spec = fitted[name]
-        stored = declared[name].shape
-        weight = FittedWeight(sources[name], stored, spec.shape, spec.axes, group)
         parts = max(map(_num_parts, targets))
-        # Devices along an axis that does not split the weight share one copy.
-        read: dict[int, tuple[HostArray, ...]] = {}
 
-        def encoded(number: int) -> tuple[HostArray, ...]:
-            if number not in read:
+        # Devices along an axis that does not split the weight share one copy.
+        encoded: dict[int, tuple[HostArray, ...]] = {}
+
+        def encode(number: int) -> tuple[HostArray, ...]:
+            if kept:
+                return kept[name, number]
+            if number not in encoded:
+                stored = declared[name].shape
+                weight = FittedWeight(sources[name], stored, spec.shape, spec.axes, group)
                 part = weight[_part(spec, number, parts)]
                 shape = [
                     size // (parts if axis else 1)
                     for size, axis in zip(spec.flat_shape, spec.flat_axes, strict=True)
                 ]
-                read[number] = spec.encode(part.reshape(shape))
-            return read[number]
+                encoded[number] = spec.encode(part.reshape(shape))
+                if keep:
+                    keep(name, number, encoded[number])
+            return encoded[number]
 
         def array(i: int, target: jax.ShapeDtypeStruct) -> Array:
             local = target.sharding.shard_shape(target.shape)
@@ -96,7 +109,7 @@ def place_weights(
             def part(index: Index | None) -> HostArray:
                 starts = [each.start or 0 for each in index or ()]
                 places = (start // size for start, size in zip(starts, local, strict=True) if size)
-                return encoded(max(places, default=0))[i]
+                return encode(max(places, default=0))[i]
 
             return jax.make_array_from_callback(target.shape, target.sharding, part)
 

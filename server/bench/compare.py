@@ -205,7 +205,7 @@ def _table(rows: list[dict[str, Any]], ours: str, theirs: str, rounds: int) -> T
     title = f"medians of {rounds} rounds; ratios within rounds, with the least and the most"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("clients", justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in ("output tok/s", "TTFT ms p50", "p99", "ITL ms p50", "p99"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -216,11 +216,12 @@ def _table(rows: list[dict[str, Any]], ours: str, theirs: str, rounds: int) -> T
                 for i, pair in enumerate(figures)
             ]
             table.add_row(str(row["clients"]) if label == ours else "", label, *cells)
-        ratios = [
-            f"{p['ratio']:.2f} ({p['ratio_min']:.2f}-{p['ratio_max']:.2f})" if p else "-"
-            for p in figures
+        ratios = [f"{pair['ratio']:.2f}" if pair else "-" for pair in figures]
+        spans = [
+            f"{pair['ratio_min']:.2f}-{pair['ratio_max']:.2f}" if pair else "-" for pair in figures
         ]
-        table.add_row("", "ratio", *ratios, style="bold", end_section=True)
+        table.add_row("", "ratio", *ratios, style="bold")
+        table.add_row("", "least-most", *spans, end_section=True)
     return table
 
 

@@ -152,6 +152,25 @@ OPERATIONS = (
         answers=ok(states.Document) | errors(),
     ),
     Operation(
+        path="/metrics",
+        name="metrics",
+        tag="server",
+        summary="Get figures for Prometheus",
+        description="Names, labels and units are vLLM's where the meaning is the same. With a key, "
+        "it needs the scope `metrics`.",
+        answers={
+            200: Answer(
+                description="The figures, in Prometheus' text form or, if it is asked for, in "
+                "OpenMetrics'.",
+                content={
+                    "text/plain": {"type": "string"},
+                    "application/openmetrics-text": {"type": "string"},
+                },
+            )
+        }
+        | errors(401, 403),
+    ),
+    Operation(
         path="/docs",
         name="docs",
         tag="server",

@@ -61,6 +61,7 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         finally:
             if reserved is not None:
                 reserved.settle(spent)
+        services.metrics.embedded(model.name, num_tokens)
 
         def write() -> Response:
             return json_response(

@@ -37,9 +37,8 @@ async def _respond(services: Services, answer: Answer) -> Response:
     current, generation = current_request(), answer.generation
     current.record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
     current.cleanup.callback(lambda: current.record.note_usage(generation.usage))
-    model = services.registry.get(answer.shape.model).name
     assert current.place is not None
-    await admit(current.place, answer, services.limiter, model)
+    await admit(services, current.place, answer)
     current.cleanup.callback(generation.end)  # should it never begin
     if not answer.stream:
         return json_response(await answer.whole())

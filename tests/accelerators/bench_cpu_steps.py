@@ -26,7 +26,9 @@ from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.layers.matrix import EncodingError, Formats
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.numerics import formats_for
-from inferneo_jax.programs import Key, Programs, make_programs
+from inferneo_jax.programs import Key, Programs
+from inferneo_jax.sizing import make_programs
+from inferneo_jax.steps import SlotState
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
 from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.placement import place_weights
@@ -89,18 +91,26 @@ class Steps:
         tables = np.arange(1, 1 + rows.tables.size, dtype=np.int32).reshape(count, pages)
         return rows._replace(slots=np.arange(count, dtype=np.int32), tables=tables, **fields)
 
-    def run(self, program: Any, *arguments: Any) -> Any:
+    def compiled(self, key: Key) -> tuple[Any, Any]:
+        """A program, and the one that samples what it computes."""
+        sampled_by = self.programs.sampled_by(key)
+        return self.programs.lower(key).compile(), self.programs.lower(sampled_by).compile()
+
+    def run(self, compiled: tuple[Any, Any], *arguments: Any) -> Any:
         """One call for each of the arguments."""
+        program, sample = compiled
         for each in arguments:
-            self.cache, self.state, sampled = program(self.weights, self.cache, self.state, each)
+            tokens, sampling = self.state
+            self.cache, tokens, ends, *_ = program(self.weights, self.cache, tokens, each)
+            self.state, sampled = sample(SlotState(tokens, sampling), ends)
         return sampled
 
     def decode(self, rows: int, live: int, seconds: float) -> float:
         """Milliseconds of a step that gives each row its next token."""
         key = ("decode", rows, 1)
         positions = np.full(rows, live, np.int32)
-        program = self.programs.lower(key).compile()
-        return median(partial(self.run, program, self.arguments(key, positions=positions)), seconds)
+        rows_at_work = self.arguments(key, positions=positions)
+        return median(partial(self.run, self.compiled(key), rows_at_work), seconds)
 
     def prefill(self, seconds: float) -> float:
         """Milliseconds for 512 tokens of one prompt."""
@@ -110,7 +120,7 @@ class Steps:
             self.arguments(key, start=np.full(1, start, np.int32), length=length, last=last)
             for start in (0, 256)
         ]
-        return median(partial(self.run, self.programs.lower(key).compile(), *chunks), seconds)
+        return median(partial(self.run, self.compiled(key), *chunks), seconds)
 
 
 def products(programs: Programs, rows: int, seconds: float) -> list[float]:

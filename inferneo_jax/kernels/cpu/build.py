@@ -1,9 +1,9 @@
 """The kernels in ``native/``: compiled with the machine's C++ compiler, cached, told to XLA.
 
-All of them are one library, whose source is ``native/bindings.cc`` and what it includes. To add a
-kernel, write it in a header of its own, bind it there with ``XLA_FFI_DEFINE_HANDLER_SYMBOL(name,
-...)``, and call it inside a jitted function as ``library().call("name", results, *arguments,
-**attributes)``.
+All of them are one library. Its sources are ``native/*.cc``, compiled side by side, and what they
+include. To add a kernel, write it in a header of its own, bind it in one of the sources with
+``XLA_FFI_DEFINE_HANDLER_SYMBOL(name, ...)``, and call it inside a jitted function as
+``library().call("name", results, *arguments, **attributes)``.
 
 A library runs on the CPU that it was compiled for. Which instructions that one has is seen by the
 preprocessor (``__AVX512VNNI__``), so variants are the same source with other flags.
@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ _FLAGS: dict[Variant, tuple[str, ...]] = {
     "avx2": ("-march=x86-64-v3",),
     "portable": (),
 }
-_COMMON = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_COMMON = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Results must not depend on which products the compiler chose to fuse with which sums.
 _EXACT = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
@@ -72,7 +73,7 @@ class Library:
         """Call a kernel inside a function that is traced.
 
         Args:
-            kernel: the name it has in ``bindings.cc``.
+            kernel: the name it has in ``native``.
             results: shapes and dtypes of what it gives, as ``jax.ffi.ffi_call`` takes them.
             arguments: of the call.
             aliases: from arguments to the results that are written in their place.
@@ -117,6 +118,11 @@ def library(variant: Variant = "native") -> Library | None:
             if made:
                 made.register()
         return _MADE[variant]
+
+
+def start_building() -> None:
+    """Compile the kernels, if need be, while the caller goes on; ``library`` waits for them."""
+    threading.Thread(target=library, name="kernels", daemon=True).start()
 
 
 def _make(variant: Variant, folder: Path) -> Library | None:
@@ -172,8 +178,15 @@ def _cached(compiler: str, variant: Variant, folder: Path) -> Path:
 
 
 def _compile(compiler: str, flags: Sequence[str], scratch: Path, folder: Path, key: str) -> Path:
+    def compiled(source: Path) -> str:
+        made = scratch / f"{source.stem}.o"
+        _run(compiler, *flags, "-c", "-o", str(made), str(source), "-isystem", _headers())
+        return str(made)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sorted(_NATIVE.glob("*.cc"))))
     made = scratch / "kernels.so"
-    _run(compiler, *flags, "-o", str(made), str(_NATIVE / "bindings.cc"), "-isystem", _headers())
+    _run(compiler, *flags, "-shared", "-o", str(made), *objects)
     target = folder / f"{key}-{_hash(made.read_bytes())}.so"
     made.replace(target)
     return target

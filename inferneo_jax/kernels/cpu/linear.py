@@ -69,17 +69,18 @@ class Blocks(MatrixFormat):
         Raises:
             EncodingError: it is not made of groups of 4 bits.
         """
-        rows = part if table else part.T
+        # Numpy is quick along the last axis only, where the outputs are therefore kept.
+        columns = part.T if table else part
         (piece,) = self.pieces(part.shape, (None, None), table=table)
         blocks, groups, _ = piece.shape
         encoded = np.zeros(piece.shape, np.uint8)
-        for first in range(0, len(rows), _ENCODED_AT_ONCE):
-            some = rows[first : first + _ENCODED_AT_ONCE].astype(np.float32)
-            padding = (0, -len(some) % _BLOCK), (0, groups * _BLOCK - some.shape[1])
-            whole = np.pad(some, padding).reshape(-1, _BLOCK, groups, _BLOCK)
-            block = first // _BLOCK
+        for first in range(0, columns.shape[1], _ENCODED_AT_ONCE):
+            some = columns[:, first : first + _ENCODED_AT_ONCE].astype(np.float32)
+            padding = (0, groups * _BLOCK - len(some)), (0, -some.shape[1] % _BLOCK)
+            whole = np.pad(some, padding) if np.any(padding) else some
             encode = _eight_bits if self.bits == 8 else _four_bits
-            encoded[block : block + len(whole)] = _packed(encode(whole.transpose(0, 2, 1, 3)))
+            packed = _packed(encode(np.ascontiguousarray(whole).reshape(groups, _BLOCK, -1)))
+            encoded[first // _BLOCK :][: len(packed)] = packed
         assert len(encoded) == blocks
         return (encoded,)
 
@@ -139,15 +140,16 @@ class Blocks(MatrixFormat):
         return result
 
 
-Groups = Float32[np.ndarray, "blocks groups outputs inputs"]
+Groups = Float32[np.ndarray, "groups inputs outputs"]
 
 
 class _Encoded(NamedTuple):
     """Groups taken apart.
 
     Attributes:
-        numbers: float16 ones of each output, ``[blocks, groups, outputs]``.
-        values: a byte for each weight or two, ``[blocks, groups, outputs, inputs]``.
+        numbers: float16 ones of each output, ``[groups, outputs]``.
+        values: a byte for each weight, ``[groups, inputs, outputs]``, or for two, one of either
+            half of a block of outputs.
     """
 
     numbers: tuple[np.ndarray, ...]
@@ -156,15 +158,19 @@ class _Encoded(NamedTuple):
 
 def _packed(encoded: _Encoded) -> np.ndarray:
     """The bytes of each group: its numbers, then its values, those of 4 inputs together."""
-    blocks, groups, outputs, inputs = encoded.values.shape
-    values = encoded.values.reshape(blocks, groups, outputs, inputs // 4, 4).swapaxes(2, 3)
-    numbers = (np.ascontiguousarray(each).view(np.uint8) for each in encoded.numbers)
-    return np.concatenate([*numbers, values.reshape(blocks, groups, -1)], axis=2)
+    groups, inputs, _ = encoded.values.shape
+    shape = groups, inputs // 4, 4, encoded.numbers[0].shape[1] // _BLOCK, -1
+    values = encoded.values.reshape(shape).transpose(3, 0, 1, 4, 2)
+    numbers = (
+        np.ascontiguousarray(each.reshape(groups, -1, _BLOCK).swapaxes(0, 1)).view(np.uint8)
+        for each in encoded.numbers
+    )
+    return np.concatenate([*numbers, values.reshape(len(values), groups, -1)], axis=2)
 
 
 def _eight_bits(weights: Groups) -> _Encoded:
-    scales = (np.abs(weights).max(axis=3) / np.float32(127)).astype(np.float16)
-    safe = np.maximum(scales.astype(np.float32), np.float32(1e-30))[..., None]
+    scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float16)
+    safe = np.maximum(scales.astype(np.float32), np.float32(1e-30))[:, None]
     # A scale that was rounded down leaves its largest value above 127, but by less than a half,
     # unless it is too small for float16 to tell.
     values = np.clip(np.rint(weights / safe), -127, 127)
@@ -172,30 +178,46 @@ def _eight_bits(weights: Groups) -> _Encoded:
 
 
 def _four_bits(weights: Groups) -> _Encoded:
-    low, high = weights.min(axis=3), weights.max(axis=3)
+    low, high = weights.min(axis=1), weights.max(axis=1)
     minima = low.astype(np.float16)
-    scales = np.zeros_like(minima)
-    values = np.zeros(weights.shape, np.uint8)
-    close = np.maximum(np.abs(low), np.abs(high))[..., None] * np.float32(1e-6)
-    left = np.ones(low.shape, bool)
-    # The least value of a group is 0, and the largest nearly always 15.
-    for largest in range(15, 0, -1):
-        span = (high[left] - low[left]) / np.float32(largest)
-        scale = span.astype(np.float16)
-        wide = np.maximum(scale.astype(np.float32), np.float32(1e-30))[:, None]
-        start = minima[left].astype(np.float32)[:, None]
-        found = np.clip(np.rint((weights[left] - start) / wide), 0, 15)
-        stands_for = found * scale.astype(np.float32)[:, None] + start
-        exact = (np.abs(stands_for - weights[left]) <= close[left]).all(axis=1)
-        places = tuple(index[exact] for index in np.nonzero(left))
-        scales[places], values[places] = scale[exact], found[exact].astype(np.uint8)
-        left[places] = False
-        if not left.any():
+    # The least value of a group is 0, and the largest nearly always 15: what a file has in 4 bits
+    # has nearly all of its groups found at once.
+    scales, values, exact = _in_steps(weights, low, high, 15)
+    if exact.mean() < 0.5:
+        raise EncodingError(f"{1 - exact.mean():.0%} of the matrix is not in groups of 4 bits")
+    for largest in range(14, 0, -1):
+        if exact.all():
             break
-        # What a file has in 4 bits has nearly all of its groups found at once.
-        if largest == 15 and left.mean() > 0.5:
-            break
-    if left.any():
-        raise EncodingError(f"{left.mean():.0%} of the matrix is not in groups of 4 bits")
-    half = _BLOCK // 2
-    return _Encoded((scales, minima), values[:, :, :half] | values[:, :, half:] << 4)
+        places = np.nonzero(~exact)
+        some = weights.swapaxes(1, 2)[places].T[None]
+        found = _in_steps(some, low[places][None], high[places][None], largest)
+        (scales[places],), exact[places] = found[0], found[2][0]
+        values.swapaxes(1, 2)[places] = found[1][0].T
+    if not exact.all():
+        raise EncodingError(f"{1 - exact.mean():.2%} of the matrix is not in groups of 4 bits")
+    halves = values.reshape(*values.shape[:2], -1, 2, _BLOCK // 2)
+    both = halves[..., 0, :] | halves[..., 1, :] << 4
+    return _Encoded((scales, minima), both.reshape(*values.shape[:2], -1))
+
+
+def _in_steps(
+    weights: Groups, low: np.ndarray, high: np.ndarray, largest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Groups as multiples of a scale above their least value, their largest as this one.
+
+    Returns:
+        Scales; the multiples; which groups these are exactly, but for a float's rounding.
+    """
+    scale = ((high - low) / np.float32(largest)).astype(np.float16)
+    wide = scale.astype(np.float32)[:, None]
+    start = low.astype(np.float16).astype(np.float32)[:, None]
+    found = weights - start
+    found /= np.maximum(wide, np.float32(1e-30))
+    np.clip(np.rint(found, out=found), 0, 15, out=found)
+    values = found.astype(np.uint8)
+    found *= wide
+    found += start
+    found -= weights
+    error = np.abs(found, out=found).max(axis=1)
+    close = np.maximum(np.abs(low), np.abs(high)) * np.float32(1e-6)
+    return scale, values, error <= close

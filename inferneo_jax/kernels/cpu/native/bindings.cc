@@ -1,12 +1,10 @@
-// All kernels as XLA calls them, one symbol each; `build.py` looks them up by name.
+// Products as XLA calls them, one symbol each; `build.py` looks them up by name.
 //
 // A kernel is a header of plain functions over pointers and sizes. Here shapes are checked and
 // buffers taken apart: what is wrong becomes an error of the step that called.
 
 #include <cstdint>
 
-#include "attention_bindings.h"
-#include "dense_bindings.h"
 #include "linear.h"
 #include "pool.h"
 #include "xla/ffi/api/ffi.h"

@@ -64,23 +64,32 @@ inline bool is_zero(const float* x, int64_t size) {
 inline void quantize_row(const Around& around, const float* x, int64_t row, int64_t to,
                          int64_t width, int64_t inputs, int8_t* values, float* scales,
                          int32_t* sums) {
-  thread_local std::vector<float> buffer;
-  Quantized::grow(buffer, inputs);
-  float* const y = buffer.data();
-  if (around.prologue == Around::kRmsNorm) {
-    rms_norm(x + row * width, width, around.norm, around.eps, y);
-  } else if (around.prologue == Around::kSwiGlu) {
-    const float* gate = x + 2 * row * width;
-    swiglu(gate, gate + width, width, y);
-  } else {
-    std::copy_n(x + row * width, width, y);
-  }
-  std::fill(y + width, y + inputs, 0.0f);
+  const auto prologue = around.prologue;
+  x += row * width * (prologue == Around::kSwiGlu ? 2 : 1);
   values += to * inputs;
   scales += to * inputs / kSpan;
   sums += to * inputs / kGroup;
-  for (int64_t i = 0; i < inputs; i += kSpan) {
-    quantize_span<kSpan, kGroup>(y + i, values + i, scales + i / kSpan, sums + i / kGroup);
+  const float factor = prologue == Around::kRmsNorm ? rms_factor(x, width, around.eps) : 1.0f;
+  for (int64_t first = 0; first < inputs; first += kSpan) {
+    Floats16 span[kSpan / kStride];
+    UNROLL for (int64_t i = 0; i < kSpan / kStride; ++i) {
+      const int64_t at = first + i * kStride;
+      auto load = [=](const float* from, Floats16& loaded) {
+        at + kStride <= width ? load16(from + at, loaded) : load_some(from + at, width - at, loaded);
+      };
+      Floats16 other;
+      load(x, span[i]);
+      if (prologue == Around::kRmsNorm) {
+        load(around.norm, other);
+        span[i] = span[i] * factor * other;
+      } else if (prologue == Around::kSwiGlu) {
+        load(x + width, other);
+        swiglu(span[i], other, span[i]);
+      }
+    }
+    const int64_t number = first / kSpan;
+    quantize_span<kSpan, kGroup>(span, values + first, scales + number,
+                                 sums + number * (kSpan / kGroup));
   }
 }
 
@@ -89,9 +98,16 @@ template <typename Group, int kCount>
 inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows& rows,
                           const int32_t* names, const float* residual, float* out) {
   float totals[kCount][kBlock];
+  const int64_t output = block * kBlock, size = std::min(kBlock, matrix.outputs - output);
+  // Asked for now, the lines that are written below come in meanwhile.
+  for (int64_t r = 0; r < kCount; ++r) {
+    float* const to = out + names[r] * matrix.outputs + output;
+    __builtin_prefetch(to, 1);
+    __builtin_prefetch(to + 16, 1);
+    __builtin_prefetch(to + size - 1, 1);
+  }
   multiply_tile<Group, kCount>(matrix.groups + block * matrix.spans() * 2, matrix.spans(), rows,
                                totals);
-  const int64_t output = block * kBlock, size = std::min(kBlock, matrix.outputs - output);
   for (int64_t r = 0; r < kCount; ++r) {
     const int64_t place = names[r] * matrix.outputs + output;
     if (residual) {

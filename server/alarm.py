@@ -1,0 +1,49 @@
+"""A time limit that is set and cleared all the time, and hardly ever comes."""
+
+import asyncio
+from collections.abc import Callable
+
+
+class Alarm:
+    """Calls back once it has been set for so long. For the event loop only.
+
+    The loop has one timer for it, however often it is set: a timer for each event of a stream is a
+    tenth of what the event costs.
+
+    Args:
+        seconds: how long.
+        ring: is called.
+    """
+
+    def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
+        self._seconds, self._ring = seconds, ring
+        self._loop = asyncio.get_running_loop()
+        self._due: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self) -> None:
+        """From now on, anew if it was set already."""
+        self._due = self._loop.time() + self._seconds
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._look)
+
+    def clear(self) -> None:
+        """It will not ring until it is set again."""
+        self._due = None
+
+    def close(self) -> None:
+        """It will not ring any more, and the loop forgets it."""
+        self._due = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._due is None:
+            return
+        if self._loop.time() < self._due:
+            self._timer = self._loop.call_at(self._due, self._look)
+            return
+        self._due = None
+        self._ring()

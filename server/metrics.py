@@ -1,0 +1,257 @@
+"""Figures for ``GET /metrics``, in Prometheus' text form.
+
+What means the same as one of vLLM's has its name, labels and unit
+(https://docs.vllm.ai/en/stable/usage/metrics.html), so that dashboards and alerts made for it work.
+All else begins with ``inferneo_``. Times are taken where the engine hands a token over, before text
+and HTTP; those of a request begin when it is given to the engine.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from inferneo_jax import EngineStats, GenerationOutput, __version__
+
+if TYPE_CHECKING:
+    from server.sources import Model
+
+# When each figure began: a series more for each, which nobody plots.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_MODEL = "model_name"
+
+_SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_SHORT_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
+_LONG_SECONDS = (
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1,
+    1.5,
+    2,
+    2.5,
+    5,
+    10,
+    15,
+    20,
+    30,
+    40,
+    50,
+    60,
+    120,
+    240,
+    480,
+    960,
+)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "vllm:num_requests_running": ("Requests that hold a slot.", lambda s: s.running),
+    "vllm:num_requests_waiting": ("Requests that wait for a slot.", lambda s: s.waiting),
+    "vllm:kv_cache_usage_perc": (
+        "The part of the KV cache's pages that requests hold, from 0 to 1.",
+        lambda s: s.pages_used / max(1, s.pages),
+    ),
+    "inferneo_slots": ("Requests that can run at once.", lambda s: s.slots),
+    "inferneo_kv_cache_pages": ("Pages of the KV cache.", lambda s: s.pages),
+    "inferneo_kv_cache_page_tokens": ("Tokens that a page holds.", lambda s: s.page_len),
+    "inferneo_kv_cache_pages_cached": (
+        "Pages that no request holds and that wait for one with the same prefix.",
+        lambda s: s.pages_cached,
+    ),
+    "inferneo_engine_ready": ("1 while the engine takes requests, else 0.", lambda s: s.ready),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "vllm:generation_tokens": ("Tokens that were generated.", lambda s: s.output_tokens),
+    "vllm:num_preemptions": (
+        "Times that a request gave up its pages to another.",
+        lambda s: s.preemptions,
+    ),
+    "vllm:spec_decode_num_draft_tokens": ("Tokens that were drafted.", lambda s: s.drafted_tokens),
+    "vllm:spec_decode_num_accepted_tokens": (
+        "Drafted tokens that the model would have chosen too.",
+        lambda s: s.accepted_tokens,
+    ),
+    "inferneo_prefill_tokens": (
+        "Prompt tokens that were computed, not found in the prefix cache.",
+        lambda s: s.prompt_tokens,
+    ),
+    "inferneo_engine_steps": ("Steps of the engine.", lambda s: s.steps),
+    "inferneo_compiles_after_ready": (
+        "Programs compiled while requests waited; there should be none.",
+        lambda s: s.compiles_after_ready,
+    ),
+}
+
+
+class Metrics:
+    """All figures of one application.
+
+    Attributes:
+        registry: of ``prometheus_client``, to be written out.
+    """
+
+    def __init__(self, models: Callable[[], Sequence["Model"]]) -> None:
+        self.registry = registry = CollectorRegistry()
+        registry.register(_Engines(models))
+        ProcessCollector(registry=registry)
+
+        def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, words, [_MODEL], buckets=buckets, registry=registry)
+
+        def counter(name: str, words: str, *labels: str) -> Counter:
+            return Counter(name, words, labels, registry=registry)
+
+        self._prompts = counter("vllm:prompt_tokens", "Tokens of prompts, cached or not.", _MODEL)
+        self._queries = counter(
+            "vllm:prefix_cache_queries", "Tokens that were looked up in the prefix cache.", _MODEL
+        )
+        self._hits = counter(
+            "vllm:prefix_cache_hits", "Tokens that were found in the prefix cache.", _MODEL
+        )
+        self._finished = counter(
+            "vllm:request_success",
+            "Sequences that ended, by why: stop, length, abort (its reader left), error.",
+            _MODEL,
+            "finished_reason",
+        )
+        self._first = histogram(
+            "vllm:time_to_first_token_seconds", "From request to first token.", _SECONDS
+        )
+        self._between = histogram(
+            "vllm:inter_token_latency_seconds", "Between successive tokens.", _SHORT_SECONDS
+        )
+        self._whole = histogram(
+            "vllm:e2e_request_latency_seconds", "From request to last token.", _LONG_SECONDS
+        )
+        self._queue = histogram(
+            "vllm:request_queue_time_seconds", "From request to slot.", _LONG_SECONDS
+        )
+        self._prefill = histogram(
+            "vllm:request_prefill_time_seconds", "From slot to first token.", _LONG_SECONDS
+        )
+        self._decode = histogram(
+            "vllm:request_decode_time_seconds", "From first to last token.", _LONG_SECONDS
+        )
+        self._prompt_sizes = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._output_sizes = histogram(
+            "vllm:request_generation_tokens", "Tokens generated for a sequence.", _TOKENS
+        )
+        self._embedded = counter(
+            "inferneo_embedding_tokens", "Tokens of texts that were embedded.", _MODEL
+        )
+        self._requests = counter(
+            "http_requests",
+            "Requests answered, by route and status.",
+            "method",
+            "handler",
+            "status",
+        )
+
+    def meter(self, model: str) -> "Meter":
+        """For one request to a model that generates."""
+        return Meter(self, model)
+
+    def embedded(self, model: str, tokens: int) -> None:
+        """Texts were embedded."""
+        self._embedded.labels(model).inc(tokens)
+
+    def answered(self, method: str, rule: str, status: int) -> None:
+        """A request was answered; ``rule`` is its route's pattern, not its path."""
+        self._requests.labels(method, rule, f"{status // 100}xx").inc()
+
+
+class _Span:
+    """One sequence's times, in monotonic seconds."""
+
+    __slots__ = ("admitted", "first", "last", "tokens")
+
+    def __init__(self) -> None:
+        self.admitted: float | None = None
+        self.first: float | None = None
+        self.last = 0.0
+        self.tokens = 0
+
+
+class Meter:
+    """Takes the times of one request's sequences."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics, self._model = metrics, model
+        self._started = time.monotonic()
+        self._spans: dict[int, _Span] = {}
+        self._between = metrics._between.labels(model)
+
+    def submitted(self, index: int, prompt_tokens: int) -> None:
+        """A sequence was given to the engine."""
+        self._spans[index] = _Span()
+        self._metrics._prompts.labels(self._model).inc(prompt_tokens)
+        self._metrics._prompt_sizes.labels(self._model).observe(prompt_tokens)
+        self._metrics._queries.labels(self._model).inc(prompt_tokens)
+
+    def output(self, index: int, output: GenerationOutput, when: float) -> None:
+        """The engine handed something over."""
+        span, count = self._spans.get(index), len(output.token_ids)
+        if span is None or not count:
+            return
+        if span.first is None:
+            span.first, span.admitted = when, output.admitted_at
+            self._metrics._first.labels(self._model).observe(when - self._started)
+            self._metrics._hits.labels(self._model).inc(output.cached_tokens)
+            rest = count - 1
+        else:
+            rest = count
+        for _ in range(rest):  # what comes at once took so long together
+            self._between.observe((when - span.last) / count if span.last else 0.0)
+        span.last, span.tokens = when, span.tokens + count
+
+    def ended(self, index: int, reason: str) -> None:
+        """A sequence is over."""
+        if (span := self._spans.pop(index, None)) is None:
+            return
+        metrics, model = self._metrics, self._model
+        metrics._finished.labels(model, reason).inc()
+        metrics._output_sizes.labels(model).observe(span.tokens)
+        if span.first is None or reason in ("abort", "error"):
+            return
+        metrics._whole.labels(model).observe(span.last - self._started)
+        metrics._decode.labels(model).observe(span.last - span.first)
+        if span.admitted is not None:
+            metrics._queue.labels(model).observe(max(0.0, span.admitted - self._started))
+            metrics._prefill.labels(model).observe(span.first - span.admitted)
+
+
+class _Engines(Collector):
+    """What the engines count themselves, asked when somebody looks."""
+
+    def __init__(self, models: Callable[[], Sequence["Model"]]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily("inferneo_build_info", "Always 1.", labels=["version"])
+        info.add_metric([__version__], 1)
+        yield info
+        stats = {
+            model.name: model.engine.stats() for model in self._models() if model.kind == "decoder"
+        }
+        for family, figures in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (words, read) in figures.items():
+                metric = family(name, words, labels=[_MODEL])
+                for model, found in stats.items():
+                    metric.add_metric([model], float(read(found)))
+                yield metric
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: registering would else ask the engines."""
+        return iter(())

@@ -1,0 +1,119 @@
+"""``/metrics``: what a scraper reads is what clients saw, and what the manual says."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from harness import CHAT, EMBED, Rig
+from prometheus_client.parser import text_string_to_metric_families
+
+from inferneo_jax import GenerationOutput
+from server.metrics import Metrics
+
+
+def _read(rig: Rig) -> dict[str, float]:
+    response = rig.client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    return {
+        sample.name + "".join(f" {value}" for _, value in sorted(sample.labels.items())): value
+        for family in text_string_to_metric_families(response.text)
+        for sample in [*family.samples]
+        for value in [sample.value]
+    }
+
+
+def _grown(before: dict[str, float], after: dict[str, float], name: str) -> float:
+    return after[name] - before.get(name, 0.0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_is_counted_once_everywhere(rig: Rig, stream: bool) -> None:
+    before = _read(rig)
+    body = {"model": CHAT, "prompt": "abc", "max_tokens": 5, "stream": stream, "n": 2}
+    text = rig.client.post("/v1/completions", json=body).text
+    assert "finish_reason" in text
+    after = _read(rig)
+    for name, grown in {
+        f"vllm:request_success_total length {CHAT}": 2,
+        f"vllm:prompt_tokens_total {CHAT}": 2 * 3,
+        f"vllm:request_generation_tokens_sum {CHAT}": 2 * 5,
+        f"vllm:time_to_first_token_seconds_count {CHAT}": 2,
+        f"vllm:inter_token_latency_seconds_count {CHAT}": 2 * 4,
+        f"vllm:e2e_request_latency_seconds_count {CHAT}": 2,
+    }.items():
+        assert _grown(before, after, name) == grown, name
+    answered = [n for n in after if n.startswith("http_requests_total") and "completions" in n]
+    assert sum(_grown(before, after, name) for name in answered) == 1
+
+
+def test_who_leaves_is_an_abort_and_has_no_latency(rig: Rig) -> None:
+    before = _read(rig)
+    rig.engine.limit = 2
+    body = {"model": CHAT, "prompt": "abc", "max_tokens": 9, "stream": True}
+    with rig.client.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    name = f"vllm:request_success_total abort {CHAT}"
+    for _ in range(100):
+        after = _read(rig)
+        if name in after and _grown(before, after, name):
+            break
+        time.sleep(0.02)
+    assert _grown(before, after, name) == 1
+    assert _grown(before, after, f"vllm:e2e_request_latency_seconds_count {CHAT}") == 0
+
+
+def test_embedded_tokens_are_counted(rig: Rig) -> None:
+    before = _read(rig)
+    rig.client.post("/v1/embeddings", json={"model": EMBED, "input": ["abc", "de"]})
+    assert _grown(before, _read(rig), f"inferneo_embedding_tokens_total {EMBED}") == 5
+
+
+def test_times_are_those_of_the_engine() -> None:
+    metrics = Metrics(tuple)
+    meter = metrics.meter("m")
+    started = time.monotonic()
+    meter.submitted(0, 7)
+    for when, count in ((1.0, 1), (1.5, 1), (2.5, 4)):
+        output = GenerationOutput(
+            token_ids=(0,) * count, admitted_at=started + 0.25, cached_tokens=4
+        )
+        meter.output(0, output, started + when)
+    meter.ended(0, "stop")
+    meter.ended(0, "stop")  # twice is once
+
+    def total(name: str) -> float:
+        return metrics.registry.get_sample_value(f"vllm:{name}_seconds_sum", {"model_name": "m"})
+
+    expected = {
+        "time_to_first_token": 1.0,
+        "inter_token_latency": 1.5,
+        "request_queue_time": 0.25,
+        "request_prefill_time": 0.75,
+        "request_decode_time": 1.5,
+        "e2e_request_latency": 2.5,
+    }
+    for name, seconds in expected.items():
+        assert total(name) == pytest.approx(seconds, abs=0.01), name
+    labels = {"model_name": "m"}
+    value = metrics.registry.get_sample_value
+    assert value("vllm:inter_token_latency_seconds_count", labels) == 5
+    assert value("vllm:prefix_cache_hits_total", labels) == 4
+    assert value("vllm:request_success_total", labels | {"finished_reason": "stop"}) == 1
+
+
+def test_openmetrics_for_whom_asks(rig: Rig) -> None:
+    response = rig.client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+
+
+def test_the_manual_names_every_figure_and_no_other(rig: Rig) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([a-z_:0-9]+)`", page, re.MULTILINE))
+    families = text_string_to_metric_families(rig.client.get("/metrics").text)
+    served = {
+        f"{family.name}_total" if family.type == "counter" else family.name for family in families
+    }
+    assert named == {name for name in served if not name.startswith("process_")}

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
 from inferneo_jax import mesh as meshes
@@ -31,6 +31,8 @@ from inferneo_jax.executables import ExecutableStore
 from inferneo_jax.fitting import fit
 from inferneo_jax.heartbeat import PATIENCE, Heartbeat
 from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.layers.texts import TextAttention
+from inferneo_jax.packing import Packer
 from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, weight_shapes
 
@@ -38,13 +40,8 @@ log = logging.getLogger(__name__)
 
 Vectors = Float32[np.ndarray, "texts embed"]
 
-_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_BATCH_TOKENS = 1024
-"""Tokens of a full batch: enough for a matrix product to run at full speed."""
-
 _ROUND_BATCHES = 4
-"""Full batches' worth of texts that one request gets before it is the next one's turn."""
-
+"""Full batches that one request gets before it is the next one's turn."""
 
 _STOP_SECONDS = 0.1
 
@@ -61,10 +58,11 @@ class _Job:
 
 
 class Embedder:
-    """Runs one encoder on a thread of its own, over a closed list of batch shapes.
+    """Runs one encoder on a thread of its own, over a short list of batch sizes.
 
-    Texts are sorted by length, so that a batch pads little; owners take turns, and the requests of
-    each, so that neither many nor a large one hold up the others.
+    In a batch texts lie one behind the other, so their lengths are no shapes; each group of the
+    mesh's ``data`` axis has texts of its own. Owners take turns, and the requests of each, so that
+    neither many nor a large one hold up the others.
     """
 
     def __init__(
@@ -72,6 +70,7 @@ class Embedder:
         model: EncoderConfig,
         weights: list[Array],
         formats: Formats,
+        attention: TextAttention,
         mesh: Mesh,
         max_len: int | None = None,
         step_seconds: float = EngineConfig.step_seconds,
@@ -84,12 +83,16 @@ class Embedder:
         self._weights = weights
         fitted = fit(model, meshes.parts(mesh, "heads"))
         self._graphdef, self._treedef = models.skeleton(fitted, formats)
+        self._attention = attention
         self._mesh = mesh
-        self._store = ExecutableStore(compilation_cache, mesh, fitted, formats)
+        self._packer = Packer(
+            self.max_tokens, meshes.parts(mesh, "rows"), formats.linear.padding_cost
+        )
+        self._store = ExecutableStore(compilation_cache, mesh, fitted, formats, attention)
         self._weight_specs = [
             each.sharding.spec for each in flat(weight_shapes(model, mesh, formats))
         ]
-        self._compiled: dict[tuple[int, int], Any] = {}
+        self._compiled: dict[int, Any] = {}
         self._changed = threading.Condition()
         self._jobs: dict[str, deque[_Job]] = {}  # by owner, whose turn it is first
         self._current: _Job | None = None
@@ -97,28 +100,27 @@ class Embedder:
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
 
     def start(self, progress: Progress | None = None) -> None:
-        """Compile every batch shape, then begin to serve."""
-        shapes = [
-            (rows, length) for length in self._lengths() for rows in self._row_choices(length)
-        ]
+        """Compile every batch size, then begin to serve."""
+        step = self._step()
 
-        def lower(rows: int, length: int) -> jax.stages.Lowered:
-            batch = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
-            return self._step(rows).lower(self._weights, *batch)
+        def lower(size: int) -> jax.stages.Lowered:
+            batch = self._packer.empty(size)
+            return step.lower(self._weights, batch.tokens, batch.bounds)
 
         self._compiled = self._store.compile_all(
-            {shape: partial(lower, *shape) for shape in shapes}, progress
+            {size: partial(lower, size) for size in self._packer.sizes}, progress
         )
         self._heartbeat = Heartbeat("embedder", self._warm_up(), self._give_up_round)
         self._thread.start()
 
     def _warm_up(self) -> float:
-        """Run every batch shape once; the seconds after which a round of batches hangs."""
+        """Run every batch size once; the seconds after which a round of batches hangs."""
         slowest = 0.0
-        for (rows, length), step in self._compiled.items():
+        for size, step in self._compiled.items():
             started = time.perf_counter()
-            padding = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
-            jax.block_until_ready(step(self._weights, *padding))
+            batch = self._packer.empty(size)
+            batch.bounds[:, 1:] = size  # one text
+            jax.block_until_ready(step(self._weights, batch.tokens, batch.bounds))
             slowest = max(slowest, time.perf_counter() - started)
         return max(self._step_seconds, PATIENCE * _ROUND_BATCHES * slowest)
 
@@ -177,10 +179,9 @@ class Embedder:
             self._thread.join(_STOP_SECONDS)
         self._heartbeat.stop()
 
-    def _step(self, rows: int) -> Any:
-        """The jitted step: rows are split over the mesh where they divide, else each has all."""
-        divides = rows % meshes.parts(self._mesh, "rows") == 0
-        split = meshes.spec("rows") if divides else PartitionSpec()
+    def _step(self) -> Any:
+        """The jitted step; groups are split over the mesh."""
+        split = meshes.spec("rows")
         return jax.jit(
             jax.shard_map(
                 self._forward,
@@ -192,17 +193,13 @@ class Embedder:
         )
 
     def _forward(
-        self, weights: list[Array], tokens: Int[Array, "rows tokens"], lengths: Int[Array, " rows"]
-    ) -> Float32[Array, "rows embed"]:
+        self,
+        weights: list[Array],
+        tokens: Int[Array, "1 tokens"],
+        bounds: Int[Array, "1 texts_and_one"],
+    ) -> Float32[Array, "1 texts embed"]:
         model: Any = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
-        return model(tokens, lengths)
-
-    def _lengths(self) -> list[int]:
-        shorter = [length for length in _LENGTHS if length < self.max_tokens]
-        return [*shorter, self.max_tokens]
-
-    def _row_choices(self, length: int) -> list[int]:
-        return sorted({1, max(1, _BATCH_TOKENS // length)})
+        return model(tokens[0], bounds[0], self._attention)[None]
 
     def _run(self) -> None:
         """The embedder's thread: a round of each owner in turn."""
@@ -262,31 +259,14 @@ class Embedder:
                 job.future.set_exception(error)
 
     def _round(self, job: _Job) -> None:
-        """Compute the longest texts that are left: dispatch all batches, then read them."""
+        """Compute the longest texts that are left: dispatch some batches, then read them."""
         batches = []
-        for indices, rows, length in self._cut(job):
-            tokens = np.zeros((rows, length), np.int32)
-            lengths = np.zeros(rows, np.int32)
-            for row, index in enumerate(indices):
-                text = job.texts[index]
-                tokens[row, : len(text)] = text
-                lengths[row] = len(text)
-            step = self._compiled[rows, length]
-            batches.append((indices, step(self._weights, tokens, lengths)))
-        for indices, vectors in batches:
-            job.vectors[indices] = np.asarray(vectors)[: len(indices)]
-
-    def _cut(self, job: _Job) -> Iterator[tuple[list[int], int, int]]:
-        """Take batches off the end of the job's order: text indices, rows, length."""
         for _ in range(_ROUND_BATCHES):
             if not job.order:
-                return
-            longest = len(job.texts[job.order[-1]])
-            length = next(size for size in self._lengths() if size >= longest)
-            rows = self._row_choices(length)[-1]
-            # A few texts run faster one by one than padded to a full batch.
-            few = len(job.order) <= rows // 4
-            take = 1 if few else rows
-            indices = job.order[-take:]
-            del job.order[-take:]
-            yield indices, take, length
+                break
+            batch = self._packer.take(job.texts, job.order)
+            step = self._compiled[batch.tokens.shape[1]]
+            batches.append((batch.places, step(self._weights, batch.tokens, batch.bounds)))
+        for places, found in batches:
+            indices, groups, texts = map(list, zip(*places, strict=True))
+            job.vectors[indices] = np.asarray(found)[groups, texts]

@@ -21,6 +21,7 @@ from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.fitting import Sliceable
+from inferneo_jax.kernels import text_attention_for
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.matrix import EncodingError, Formats
 from inferneo_jax.lockstep.follow import follow
@@ -28,7 +29,7 @@ from inferneo_jax.lockstep.job import Job
 from inferneo_jax.lockstep.peers import agree
 from inferneo_jax.memory import explained, require
 from inferneo_jax.mesh import make_mesh
-from inferneo_jax.numerics import dtype_for, formats_for
+from inferneo_jax.numerics import encoder_formats_for, formats_for
 from inferneo_jax.runner import Runner, sharing
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
@@ -98,12 +99,13 @@ def load_model(
             # A small model: where there are several hosts, the devices of this one are plenty.
             shape = config.mesh if jax.process_count() == 1 else MeshShape()
             mesh = make_mesh(shape, jax.local_devices())
-            formats = Formats.plain(dtype_for(config, mesh.devices.flat[0]))
+            formats = encoder_formats_for(config, mesh)
             weights, _ = load_weights(info, mesh, [formats], config)
             embedder = Embedder(
                 info.config,
                 weights,
                 formats,
+                text_attention_for(config, mesh),
                 mesh,
                 config.max_len,
                 config.step_seconds,

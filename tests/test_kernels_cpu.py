@@ -18,7 +18,7 @@ from inferneo_jax.engine import Engine
 from inferneo_jax.kernels.cpu import build
 from inferneo_jax.kernels.cpu.build import Variant, library
 from inferneo_jax.kernels.cpu.linear import Blocks
-from inferneo_jax.layers.matrix import EncodingError, Int8, Plain
+from inferneo_jax.layers.matrix import After, EncodingError, Int8, Plain
 from inferneo_jax.layers.mlp import gate
 from inferneo_jax.layers.norm import RMSNorm
 from inferneo_jax.mesh import make_mesh
@@ -150,9 +150,11 @@ def test_what_is_fused_gives_what_it_gives_apart(rows: int, bits: Literal[4, 8])
     stored = tuple(map(jnp.asarray, form.encode(_matrix(bits, 160, 40), table=False)))
     residual = jnp.asarray(_random(rows, 40))
     for prologue, x in ((norm, _random(rows, 160)), (gate, _random(rows, 320))):
-        apart = form.multiply(prologue(jnp.asarray(x)), stored)[:, :40]
+        apart = form.multiply(prologue(jnp.asarray(x)), stored, 40)
         for added in (None, residual):
-            fused = form.multiply(jnp.asarray(x), stored, prologue=prologue, residual=added)[:, :40]
+            fused = form.multiply(
+                jnp.asarray(x), stored, 40, prologue=prologue, after=After(residual=added)
+            )
             error = np.asarray(fused - (apart if added is None else apart + added))
             # A sum in another order may round a value of a row to its neighbour.
             assert np.abs(error).max() < 0.03
@@ -167,7 +169,7 @@ def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(
     x = _random(300, 160)
     norm = RMSNorm(160, 1e-5)
     stored = tuple(map(jnp.asarray, form.encode(_matrix(bits, 160, 96), table=False)))
-    multiply = jax.jit(lambda x: form.multiply(x, stored, prologue=norm))
+    multiply = jax.jit(lambda x: form.multiply(x, stored, 96, prologue=norm))
     whole = np.asarray(multiply(jnp.asarray(x)))
     for first, end in ((0, 1), (3, 5), (10, 13), (20, 24), (33, 70)):
         np.testing.assert_array_equal(multiply(jnp.asarray(x[first:end])), whole[first:end])
@@ -176,18 +178,22 @@ def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(
 @pytest.mark.parametrize("prologue", [None, RMSNorm(160, 1e-5), gate])
 def test_rows_of_zeros_are_left_out_and_change_no_other(variant: Variant, prologue: Any) -> None:
     form = Blocks(F32, 8, variant)
-    x, residual = _random(40, 320 if prologue is gate else 160), _random(40, 40)
+    x, residual = _random(40, 320 if prologue is gate else 160), jnp.asarray(_random(40, 40))
     stored = tuple(map(jnp.asarray, form.encode(_matrix(8, 160, 40), table=False)))
     live = np.ones(40, bool)
     live[[0, 3, 4, 5, 17, 39]] = False
-    some = form.multiply(x[live], stored, prologue=prologue, residual=residual[live])
+    some = form.multiply(
+        x[live], stored, 40, prologue=prologue, after=After(residual=residual[live])
+    )
     x[~live] = 0
     x[5, ::2] = -0.0
     for added in (None, residual):
-        mixed = form.multiply(x, stored, prologue=prologue, residual=added)
+        mixed = form.multiply(x, stored, 40, prologue=prologue, after=After(residual=added))
         assert (np.asarray(mixed)[~live] == (0 if added is None else added[~live])).all()
     np.testing.assert_array_equal(np.asarray(mixed)[live], some)
-    nothing = form.multiply(x[~live], stored, prologue=prologue, residual=residual[~live])
+    nothing = form.multiply(
+        x[~live], stored, 40, prologue=prologue, after=After(residual=residual[~live])
+    )
     np.testing.assert_array_equal(nothing, residual[~live])
 
 

@@ -1,6 +1,7 @@
 """Every family's forward pass against transformers, on tiny random models."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +58,19 @@ def test_decoder_families_equal_the_reference(converted: Path, name: str) -> Non
     np.testing.assert_allclose(logits[case["positions"]], case["logits"], atol=2e-5)
 
 
-def test_encoder_equals_the_reference(converted: Path) -> None:
+@pytest.mark.parametrize("kernels", ["xla", "auto"])
+def test_encoder_equals_the_reference(converted: Path, kernels: Any) -> None:
     case = CASES["bert"]
-    model = load_model(
-        converted / "bert", EngineConfig(dtype="float32", mesh=ONE_DEVICE), name="bert"
-    )
+    config = EngineConfig(dtype="float32", kernels=kernels, mesh=ONE_DEVICE)
+    model = load_model(converted / "bert", config, name="bert")
     try:
         vectors = model.embedder.embed(case["ids"]).result(timeout=60)
+        together = model.embedder.embed(case["ids"] * 60).result(timeout=60)
+        alone = model.embedder.embed(case["ids"][1:2]).result(timeout=60)
     finally:
         model.stop()
+    np.testing.assert_allclose(together, list(vectors) * 60, atol=1e-5)
+    np.testing.assert_allclose(alone[0], vectors[1], atol=1e-5)
     np.testing.assert_allclose(vectors, case["embeddings"], atol=1e-5)
 
 

@@ -2,9 +2,13 @@
 
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from inferneo_jax.cache import PagedAttention
+from inferneo_jax.config import EngineConfig
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.numerics import compute_capability
+from inferneo_jax.layers.texts import TextAttention
+from inferneo_jax.numerics import compute_capability, has_products
 
 Kernels = Literal["auto", "xla", "native"]
 
@@ -49,3 +53,12 @@ def attention_for(
     if kernels == "native":
         raise ConfigError(f"kernels is native, and {missing}; set auto or xla")
     return PagedAttention
+
+
+def text_attention_for(config: EngineConfig, mesh: Mesh) -> TextAttention:
+    """Attention within texts: native on one CPU that has kernels, else the reference."""
+    if not has_products(config, mesh):
+        return TextAttention()
+    from inferneo_jax.kernels.cpu.dense import CpuTextAttention
+
+    return CpuTextAttention()

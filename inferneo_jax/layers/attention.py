@@ -1,15 +1,15 @@
-"""Self-attention blocks: causal over the paged cache, and bidirectional over a padded batch."""
+"""Self-attention blocks: causal over the paged cache, and bidirectional within each text."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from inferneo_jax.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig, EncoderConfig
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.matrix import MatrixFormat
-from inferneo_jax.layers.norm import RMSNorm
+from inferneo_jax.layers.norm import LayerNorm, RMSNorm
+from inferneo_jax.layers.texts import TextAttention, Texts
 
 
 class CausalAttention(nnx.Module):
@@ -57,7 +57,7 @@ class CausalAttention(nnx.Module):
 
 
 class BidirectionalAttention(nnx.Module):
-    """Every token of a row attends to every live token of that row (arXiv:1706.03762)."""
+    """Every token attends to all tokens of its text (arXiv:1706.03762)."""
 
     def __init__(self, config: EncoderConfig, format: MatrixFormat) -> None:
         embed, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
@@ -69,9 +69,12 @@ class BidirectionalAttention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "rows tokens embed"], live: Bool[Array, "rows tokens"]
-    ) -> Float[Array, "rows tokens embed"]:
-        queries, keys, values = jnp.moveaxis(self.qkv(x), 2, 0)
-        scores = jnp.einsum("rqhd,rkhd->rhqk", queries * queries.shape[-1] ** -0.5, keys)
-        weights = jax.nn.softmax(jnp.where(live[:, None, None, :], scores, -1e30), axis=-1)
-        return self.out(jnp.einsum("rhqk,rkhd->rqhd", weights, values))
+        self,
+        x: Float[Array, "tokens embed"],
+        norm: LayerNorm,
+        attention: TextAttention,
+        texts: Texts,
+    ) -> Float[Array, "tokens embed"]:
+        """``norm`` of ``x`` and what it finds in its text."""
+        mixed = attention.attend(self.qkv(x, narrow=True, live=texts.live), texts)
+        return self.out(mixed, residual=x, epilogue=norm, live=texts.live)

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from inferneo_jax import mesh
-from inferneo_jax.layers.matrix import MatrixFormat, Prologue
+from inferneo_jax.layers.matrix import After, Epilogue, MatrixFormat, Prologue
 from inferneo_jax.layers.spec import WeightSpec, vector, weight
 
 
@@ -49,23 +49,37 @@ class Linear(nnx.Module):
         *,
         prologue: Prologue | None = None,
         residual: Float[Array, "*rows_and_outputs"] | None = None,
+        epilogue: Epilogue | None = None,
+        narrow: bool = False,
+        live: Int[Array, ""] | None = None,
     ) -> Float[Array, "*rows_and_outputs"]:
-        """``residual + prologue(x) @ kernel + bias``; what is None is left out."""
+        """``epilogue(residual + prologue(x) @ kernel + bias)``; what is None is left out.
+
+        Args:
+            x: what is multiplied.
+            prologue: what is done to it before.
+            residual: is added.
+            epilogue: what is done to the sums.
+            narrow: round the result to the format's dtype, for another product to take.
+            live: rows that matter; those behind them may become anything. None: all do.
+        """
         rows = x.shape[: x.ndim - self.inputs]
         x = x.reshape(math.prod(rows), -1)
         stored = self.kernel.get_value()
-        if residual is not None:
-            residual = residual.reshape(x.shape[0], -1)
+        after = After(
+            self.bias[...] if hasattr(self, "bias") else None,
+            None if residual is None else residual.reshape(x.shape[0], -1),
+            epilogue,
+            self.format.dtype if narrow else None,
+        )
         if any(map(mesh.is_split, self.contracted)):
-            product = self.format.multiply(x, stored, prologue=prologue)
+            product = self.format.multiply(x, stored, self.num_outputs, prologue=prologue)
             product = mesh.reduce(product.astype(self.format.dtype), *self.contracted)
-            product = product.astype(jnp.float32)
-            product = product if residual is None else residual + product
+            product = after(product.astype(jnp.float32))
         else:
-            product = self.format.multiply(x, stored, prologue=prologue, residual=residual)
-        product = product[:, : self.num_outputs]
-        if hasattr(self, "bias"):
-            product = product + self.bias[...][None, :]
+            product = self.format.multiply(
+                x, stored, self.num_outputs, prologue=prologue, after=after, live=live
+            )
         if len(self.outputs) > 1:
             # XLA for TPUs would make the product in the shape below, for which it lays out the
             # whole matrix anew at every step.

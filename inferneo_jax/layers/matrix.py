@@ -23,10 +23,42 @@ Stored = tuple[Array, ...]
 HostArray = np.ndarray[Any, np.dtype[Any]]
 Prologue = Callable[[Float[Array, "*rows n"]], Float[Array, "*rows inputs"]]
 """What is done to the rows before they are multiplied: a normalisation, a gate."""
+Epilogue = Callable[[Float[Array, "*rows outputs"]], Float[Array, "*rows outputs"]]
+"""What is done to the sums in the end: an activation, a normalisation."""
 
 
 class EncodingError(ValueError):
     """A matrix that a format cannot hold."""
+
+
+@dataclass(frozen=True)
+class After:
+    """What is done to a product, in this order; what is None is left out.
+
+    Attributes:
+        bias: is added to every row.
+        residual: is added.
+        epilogue: makes another of each row.
+        dtype: that the result is rounded to, which is float32 otherwise.
+    """
+
+    bias: Float[Array, " outputs"] | None = None
+    residual: Float[Array, "rows outputs"] | None = None
+    epilogue: Epilogue | None = None
+    dtype: jnp.dtype | None = None
+
+    def __call__(self, product: Float[Array, "rows outputs"]) -> Float[Array, "rows outputs"]:
+        """All of it."""
+        if self.bias is not None:
+            product = product + self.bias[None, :]
+        if self.residual is not None:
+            product = self.residual + product
+        if self.epilogue:
+            product = self.epilogue(product)
+        return product if self.dtype is None else product.astype(self.dtype)
+
+
+NOTHING_AFTER = After()
 
 
 class Piece(NamedTuple):
@@ -80,14 +112,25 @@ class MatrixFormat(ABC):
         self,
         x: Float[Array, "rows n"],
         stored: Stored,
+        outputs: int,
         *,
         prologue: Prologue | None = None,
-        residual: Float[Array, "rows outputs"] | None = None,
+        after: After = NOTHING_AFTER,
+        live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
-        """``residual + prologue(x) @ matrix``, float32."""
+        """``after(prologue(x) @ matrix)``.
+
+        Args:
+            x: rows.
+            stored: the matrix.
+            outputs: that it has, of those that the format holds.
+            prologue: what is done to rows before.
+            after: what is done to sums.
+            live: rows that matter; what those behind them become may be anything. None: all do.
+        """
+        del live  # all rows cost the same
         x = prologue(x) if prologue else x
-        product = self.product(x, stored, table=False)
-        return product if residual is None else residual + product
+        return after(self.product(x, stored, table=False)[:, :outputs])
 
 
 @dataclass(frozen=True)

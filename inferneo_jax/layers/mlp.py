@@ -29,3 +29,8 @@ def gate(both: Float[Array, "*rows both"]) -> Float[Array, "*rows half"]:
     """``silu(gate) * up`` of vectors that hold the one and then the other."""
     gates, up = jnp.split(both, 2, axis=-1)
     return jax.nn.silu(gates) * up
+
+
+def gelu(x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
+    """The exact GELU, of the error function (arXiv:1606.08415)."""
+    return jax.nn.gelu(x, approximate=False)

@@ -6,13 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from inferneo_jax.config import EncoderConfig
 from inferneo_jax.layers.attention import BidirectionalAttention
 from inferneo_jax.layers.linear import Embedding, Linear
 from inferneo_jax.layers.matrix import Formats, MatrixFormat, Plain
+from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
+from inferneo_jax.layers.texts import TextAttention, Texts
 
 
 class GeluMLP(nnx.Module):
@@ -23,8 +25,12 @@ class GeluMLP(nnx.Module):
         self.up = Linear((embed, mlp), ("embed", "mlp"), format, bias=True)
         self.down = Linear((mlp, embed), ("mlp", "embed"), format, bias=True)
 
-    def __call__(self, x: Float[Array, "rows tokens embed"]) -> Float[Array, "rows tokens embed"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+    def __call__(
+        self, x: Float[Array, "tokens embed"], norm: LayerNorm, live: Int[Array, ""]
+    ) -> Float[Array, "tokens embed"]:
+        """``norm`` of ``x`` and what is made of it."""
+        wide = self.up(x, epilogue=gelu, narrow=True, live=live)
+        return self.down(wide, residual=x, epilogue=norm, live=live)
 
 
 class EncoderLayer(nnx.Module):
@@ -37,21 +43,22 @@ class EncoderLayer(nnx.Module):
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def __call__(
-        self, x: Float[Array, "rows tokens embed"], live: Bool[Array, "rows tokens"]
-    ) -> Float[Array, "rows tokens embed"]:
-        x = self.attention_norm(x + self.attention(x, live))
-        return self.mlp_norm(x + self.mlp(x))
+        self, x: Float[Array, "tokens embed"], attention: TextAttention, texts: Texts
+    ) -> Float[Array, "tokens embed"]:
+        x = self.attention(x, self.attention_norm, attention, texts)
+        return self.mlp(x, self.mlp_norm, texts.live)
 
 
-@partial(jax.jit, static_argnames=("graphdef",))
+@partial(jax.jit, static_argnames=("graphdef", "attention"))
 def _run_layer(
     graphdef: nnx.GraphDef[EncoderLayer],
     weights: nnx.State[Any, Any],
-    x: Float[Array, "rows tokens embed"],
-    live: Bool[Array, "rows tokens"],
-) -> Float[Array, "rows tokens embed"]:
+    x: Float[Array, "tokens embed"],
+    attention: TextAttention,
+    texts: Texts,
+) -> Float[Array, "tokens embed"]:
     """One layer, as a function that is traced and lowered once for all layers."""
-    return nnx.merge(graphdef, weights)(x, live)
+    return nnx.merge(graphdef, weights)(x, attention, texts)
 
 
 class Encoder(nnx.Module):
@@ -68,20 +75,24 @@ class Encoder(nnx.Module):
         self.layers = nnx.List([EncoderLayer(config, formats) for _ in range(config.num_layers)])
 
     def __call__(
-        self, tokens: Int[Array, "rows tokens"], lengths: Int[Array, " rows"]
-    ) -> Float[Array, "rows embed"]:
-        """Embed each row's first ``length`` tokens; rows of length 0 give finite nonsense."""
-        places = jnp.arange(tokens.shape[1])[None, :]
-        live = places < jnp.maximum(lengths, 1)[:, None]
-        x = self.embed(tokens) + self.position(places) + self.token_type(jnp.zeros_like(places))
-        x = self.embed_norm(x)
+        self,
+        tokens: Int[Array, " tokens"],
+        bounds: Int[Array, " texts_and_one"],
+        attention: TextAttention,
+    ) -> Float[Array, "texts embed"]:
+        """Embed texts that lie one behind the other; empty ones give finite nonsense.
+
+        Args:
+            tokens: their ids, then padding.
+            bounds: where each text begins; behind them, where the last one ends.
+            attention: within texts.
+        """
+        texts = Texts.of(bounds, tokens.shape[0])
+        x = self.embed(tokens) + self.position(texts.places)
+        x = self.embed_norm(x + self.token_type(jnp.zeros_like(tokens)))
         for layer in self.layers:
-            x = _run_layer(*nnx.split(layer), x, live)
-        if self.pooling == "cls":
-            pooled = x[:, 0]
-        else:
-            kept = jnp.where(live[..., None], x, 0.0).sum(axis=1)
-            pooled = kept / live.sum(axis=1, keepdims=True).astype(jnp.float32)
+            x = _run_layer(*nnx.split(layer), x, attention, texts)
+        pooled = x[bounds[:-1]] if self.pooling == "cls" else texts.mean(x)
         if not self.normalize:
             return pooled
         norm = jnp.linalg.norm(pooled, axis=-1, keepdims=True)

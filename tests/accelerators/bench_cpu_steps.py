@@ -149,7 +149,7 @@ def products(programs: Programs, rows: int, seconds: float) -> list[float]:
         ]
         x = jnp.ones((rows, inputs))
         multiply = jax.jit(
-            lambda x, all_stored, form=form: [form.multiply(x, s) for s in all_stored]
+            lambda x, all_stored, form=form, n=outputs: [form.multiply(x, s, n) for s in all_stored]
         )
         found.append(median(partial(multiply, x, stored), seconds) / copies)
     return found

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from inferneo_jax.kernels.cpu.build import Variant, library
 from inferneo_jax.layers.matrix import (
+    NOTHING_AFTER,
+    After,
     EncodingError,
     HostArray,
     MatrixFormat,
@@ -86,17 +88,22 @@ class Blocks(MatrixFormat):
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
         """``x`` times the matrix, float32; with padding behind the outputs."""
-        return self.multiply(x, stored)
+        return self.multiply(x, stored, stored[0].shape[0] * _BLOCK)
 
     def multiply(
         self,
         x: Float[Array, "rows n"],
         stored: Stored,
+        outputs: int,
         *,
         prologue: Prologue | None = None,
-        residual: Float[Array, "rows outputs"] | None = None,
+        after: After = NOTHING_AFTER,
+        live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
-        """``residual + prologue(x) @ matrix``, float32, in one call where the kernel knows how."""
+        """``after(prologue(x) @ matrix)``, in one call where the kernel knows how."""
+        del live  # rows of zeros are seen as such
+        known = after.bias is None and after.epilogue is None and after.dtype is None
+        residual = after.residual if known else None
         (weights,) = stored
         norm, eps, kind = jnp.zeros(0), 0.0, _NONE
         if isinstance(prologue, RMSNorm):
@@ -105,8 +112,7 @@ class Blocks(MatrixFormat):
             kind = _SWIGLU
         elif prologue:
             x = prologue(x)
-        outputs = weights.shape[0] * _BLOCK if residual is None else residual.shape[1]
-        return self._call(
+        product = self._call(
             f"linear_{self.bits}",
             (x.shape[0], outputs),
             x.astype(jnp.float32),
@@ -116,6 +122,7 @@ class Blocks(MatrixFormat):
             prologue=np.int64(kind),
             eps=np.float32(eps),
         )
+        return after(product) if residual is None else product
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
         """Rows of a table, float32, with padding behind their inputs."""

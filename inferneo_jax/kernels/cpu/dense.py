@@ -1,0 +1,146 @@
+"""Matrices of floats in the layout of ``native/dense_tiles.h``, and what is fused to products."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from inferneo_jax.kernels.cpu.build import Library, Variant, library
+from inferneo_jax.layers.matrix import (
+    NOTHING_AFTER,
+    After,
+    EncodingError,
+    HostArray,
+    MatrixFormat,
+    Piece,
+    Prologue,
+    Stored,
+)
+from inferneo_jax.layers.mlp import gelu
+from inferneo_jax.layers.norm import LayerNorm
+from inferneo_jax.layers.texts import TextAttention, Texts
+
+_BLOCK = 32
+"""Outputs that lie together."""
+
+_NONE: Any = np.zeros(0, np.float32)
+_NO_TABLE: Any = np.zeros((0, 0), np.float32)
+
+
+@dataclass(frozen=True)
+class Packed(MatrixFormat):
+    """Numbers as they are, float32 or bfloat16, for the native kernels of a CPU; on one device.
+
+    Products are of ``dtype``, or of wider numbers where the CPU has no instruction for these, and
+    summed in float32. A bias, a residual, GELU and layer normalisation are part of the call. What
+    a row gives does not depend on the others.
+
+    Attributes:
+        variant: of the kernels.
+    """
+
+    padding_cost: ClassVar[float] = 0.0
+
+    variant: Variant = "native"
+
+    @property
+    def _pack(self) -> int:
+        """Inputs that lie side by side: what is 4 bytes."""
+        return 4 // self.dtype.itemsize
+
+    def pieces(
+        self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
+    ) -> tuple[Piece, ...]:
+        """``[blocks of outputs, packs of inputs, outputs, inputs]``; padded to be whole."""
+        if table:
+            raise EncodingError("tables are not read in blocks of outputs")
+        inputs, outputs = shape
+        whole = -(-outputs // _BLOCK), -(-inputs // self._pack), _BLOCK, self._pack
+        return (Piece(whole, self.dtype, (None,) * 4),)
+
+    def encode(self, part: HostArray, *, table: bool) -> tuple[HostArray, ...]:
+        """The part, cast and laid out anew."""
+        (piece,) = self.pieces((part.shape[0], part.shape[1]), (None, None), table=table)
+        blocks, packs, outputs, inputs = piece.shape
+        missing = packs * inputs - part.shape[0], blocks * outputs - part.shape[1]
+        whole = np.pad(part, [(0, each) for each in missing]).astype(self.dtype)
+        whole = whole.reshape(packs, inputs, blocks, outputs).transpose(2, 0, 3, 1)
+        return (np.ascontiguousarray(whole),)
+
+    def product(
+        self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
+    ) -> Float[Array, "rows outputs"]:
+        """``x`` times the matrix, float32; with padding behind the outputs."""
+        return self.multiply(x, stored, stored[0].shape[0] * _BLOCK)
+
+    def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
+        """Tables have no such format."""
+        raise NotImplementedError
+
+    def multiply(
+        self,
+        x: Float[Array, "rows n"],
+        stored: Stored,
+        outputs: int,
+        *,
+        prologue: Prologue | None = None,
+        after: After = NOTHING_AFTER,
+        live: Int[Array, ""] | None = None,
+    ) -> Float[Array, "rows outputs"]:
+        """``after(prologue(x) @ matrix)``, in one call where the kernel knows how."""
+        (weights,) = stored
+        x = prologue(x) if prologue else x
+        norm = after.epilogue if isinstance(after.epilogue, LayerNorm) else None
+        known = after.epilogue in (None, gelu) or norm
+        live = jnp.int32(x.shape[0]) if live is None else live
+        dtype = after.dtype if after.dtype and known and not norm else jnp.dtype("float32")
+        product: Array = _library(self.variant).call(
+            "dense_linear",
+            jax.ShapeDtypeStruct((x.shape[0], outputs), dtype),
+            x if x.dtype == self.dtype else x.astype(jnp.float32),
+            weights,
+            _NONE if after.bias is None else after.bias,
+            _NO_TABLE if after.residual is None else after.residual.astype(jnp.float32),
+            norm.scale[...] if norm else _NONE,
+            norm.bias[...] if norm else _NONE,
+            live.reshape(1),
+            gelu=np.int64(after.epilogue is gelu),
+            eps=np.float32(norm.eps if norm else 0),
+        )
+        return product if known else After(epilogue=after.epilogue, dtype=after.dtype)(product)
+
+
+@dataclass(frozen=True)
+class CpuTextAttention(TextAttention):
+    """The reference's results from one call a layer, which computes nothing for padding.
+
+    Products are of the numbers it gets, float32 or bfloat16, and summed in float32; scores and
+    softmax are float32. What a text gives does not depend on the others.
+
+    Attributes:
+        variant: of the kernels.
+    """
+
+    variant: Variant = "native"
+
+    def attend(
+        self, fused: Num[Array, "tokens 3 heads head_dim"], texts: Texts
+    ) -> Num[Array, "tokens heads head_dim"]:
+        """Each query's softmax over the keys of its text, times their values."""
+        tokens, _, heads, head_dim = fused.shape
+        mixed: Array = _library(self.variant).call(
+            "text_attention",
+            jax.ShapeDtypeStruct((tokens, heads, head_dim), fused.dtype),
+            fused,
+            texts.bounds,
+        )
+        return mixed
+
+
+def _library(variant: Variant) -> Library:
+    made = library(variant)
+    assert made, "these are chosen only where there is a library"
+    return made

@@ -1,0 +1,173 @@
+// Attention of texts that lie one behind the other: every token attends to all of its own text.
+#pragma once
+
+#include <vector>
+
+#include "dense_tiles.h"
+#include "pool.h"
+
+namespace {
+namespace dense {
+
+// Products that wake no other thread.
+constexpr int64_t kFewProducts = 100000;
+
+template <class F>
+struct Texts {
+  using Number = typename F::Stored;
+
+  const Number* fused;    // [tokens, 3, heads, dims]: queries, keys, values
+  const int32_t* bounds;  // [texts + 1]: where each begins, and the last one ends
+  int64_t tokens, texts, heads, dims;
+  Number* out;  // [tokens, heads, dims]
+
+  int64_t begin(int64_t text) const { return std::clamp<int64_t>(bounds[text], 0, tokens); }
+  int64_t length(int64_t text) const {
+    return std::max<int64_t>(begin(text + 1) - begin(text), 0);
+  }
+  const Number* entry(int64_t token, int kind, int64_t head) const {
+    return fused + ((token * 3 + kind) * heads + head) * dims;
+  }
+};
+
+// Memory of a thread, kept from call to call.
+template <class F>
+struct Scratch {
+  std::vector<typename F::Stored> keys, values;
+  std::vector<typename F::Operand> queries, weights;
+  std::vector<float> scores;
+
+  template <class T>
+  static T* room(std::vector<T>& kept, int64_t size) {
+    if ((int64_t)kept.size() < size) kept.resize(size);
+    return kept.data();
+  }
+};
+
+// One head's keys as a matrix of dims x length, or its values as one of length x dims.
+template <class F>
+void pack_keys(const Texts<F>& texts, int64_t begin, int64_t length, int64_t head,
+               typename F::Stored* to) {
+  const int64_t dims = whole_packs<F>(texts.dims);
+  std::fill_n(to, round_up(length, kOutputs) * dims, typename F::Stored{});
+  for (int64_t k = 0; k < length; ++k) {
+    const typename F::Stored* key = texts.entry(begin + k, 1, head);
+    typename F::Stored* column = to + k / kOutputs * kOutputs * dims + k % kOutputs * F::kPack;
+    int64_t d = 0;
+    for (; d + F::kPack <= texts.dims; d += F::kPack) {
+      std::memcpy(column + d * kOutputs, key + d, F::kPack * sizeof *key);
+    }
+    for (; d < texts.dims; ++d) column[d * kOutputs] = key[d];
+  }
+}
+
+template <class F>
+void pack_values(const Texts<F>& texts, int64_t begin, int64_t length, int64_t head,
+                 typename F::Stored* to) {
+  const int64_t positions = whole_packs<F>(length);
+  std::fill_n(to, positions * round_up(texts.dims, kOutputs), typename F::Stored{});
+  for (int64_t k = 0; k < length; ++k) {
+    const typename F::Stored* value = texts.entry(begin + k, 2, head);
+    for (int64_t first = 0; first < texts.dims; first += kOutputs) {
+      typename F::Stored* row =
+          to + first * positions + k / F::kPack * kOutputs * F::kPack + k % F::kPack;
+      const int64_t count = std::min(kOutputs, texts.dims - first);
+      for (int64_t d = 0; d < count; ++d) row[d * F::kPack] = value[first + d];
+    }
+  }
+}
+
+// Scores in units of ln 2 become softmax weights, but for the inverse of their sum, which is given.
+template <class F>
+float weigh(const float* scores, int64_t length, typename F::Operand* weights) {
+  const int64_t whole = round_up(length, kLanes);
+  Vector most = load(scores);
+  for (int64_t k = kLanes; k < whole; k += kLanes) most = max(most, load(scores + k));
+  const Vector largest = splat(max_of(most));
+  Vector sums = {};
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    Vector weight = exp2_of(load(scores + k) - largest);
+    if (k + kLanes > length) weight = lane_numbers() < (int32_t)(length - k) ? weight : Vector{};
+    sums += weight;
+    put(weight, weights + k);
+  }
+  return 1.0f / sum_of(sums);
+}
+
+// One head of one text.
+template <class F>
+void attend_text(const Texts<F>& texts, int64_t text, int64_t head) {
+  thread_local Scratch<F> scratch;
+  const int64_t begin = texts.begin(text), length = texts.length(text), dims = texts.dims;
+  const int64_t packed_dims = whole_packs<F>(dims), positions = whole_packs<F>(length);
+  const int64_t width = round_up(length, kOutputs);
+  auto* const keys = scratch.room(scratch.keys, width * packed_dims);
+  auto* const values = scratch.room(scratch.values, positions * round_up(dims, kOutputs));
+  auto* const queries = scratch.room(scratch.queries, kMostRows * packed_dims);
+  auto* const weights = scratch.room(scratch.weights, kMostRows * width);
+  auto* const scores = scratch.room(scratch.scores, kMostRows * width);
+  pack_keys(texts, begin, length, head, keys);
+  pack_values(texts, begin, length, head, values);
+  const Vector factor = splat(1.44269504f / std::sqrt((float)dims));
+
+  for (int64_t first = 0; first < length; first += kMostRows) {
+    const int64_t rows = std::min<int64_t>(kMostRows, length - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      put_operands<F>(texts.entry(begin + first + r, 0, head), dims, queries + r * packed_dims);
+    }
+    float totals[kMostRows][kOutputs];
+    for (int64_t k = 0; k < width; k += kOutputs) {
+      multiply_tile<F>(rows, queries, packed_dims, keys + k * packed_dims, packed_dims / F::kPack,
+                       totals);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < kOutputs; i += kLanes) {
+          store(scores + r * width + k + i, load(totals[r] + i) * factor);
+        }
+      }
+    }
+    float inverse[kMostRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const row = scores + r * width;
+      // Behind the last key, up to a whole vector: no scores.
+      std::fill(row + length, row + width, -INFINITY);
+      inverse[r] = weigh<F>(row, length, weights + r * width);
+    }
+    for (int64_t d = 0; d < dims; d += kOutputs) {
+      multiply_tile<F>(rows, weights, width, values + d * positions, positions / F::kPack, totals);
+      const int64_t count = std::min(kOutputs, dims - d);
+      for (int64_t r = 0; r < rows; ++r) {
+        typename F::Stored* const to =
+            texts.out + ((begin + first + r) * texts.heads + head) * dims + d;
+        for (int64_t i = 0; i < kOutputs; i += kLanes) {
+          store(totals[r] + i, load(totals[r] + i) * inverse[r]);
+        }
+        if (count == kOutputs) {
+          for (int64_t i = 0; i < kOutputs; i += kLanes) put(load(totals[r] + i), to + i);
+        } else {
+          for (int64_t i = 0; i < count; ++i) narrow(totals[r][i], to + i);
+        }
+      }
+    }
+  }
+}
+
+template <class F>
+void attend_texts(xla::ffi::ThreadPool& pool, const Texts<F>& texts) {
+  int64_t products = 0;
+  for (int64_t text = 0; text < texts.texts; ++text) {
+    products += texts.length(text) * texts.length(text) * texts.dims * texts.heads;
+  }
+  const auto work = [&](int64_t task) {
+    const int64_t text = task / texts.heads;
+    if (texts.length(text)) attend_text(texts, text, task % texts.heads);
+  };
+  const int64_t tasks = texts.texts * texts.heads;
+  if (products < kFewProducts) {
+    for (int64_t task = 0; task < tasks; ++task) work(task);
+  } else {
+    share(pool, tasks, work);
+  }
+}
+
+}  // namespace dense
+}  // namespace

@@ -1,0 +1,96 @@
+"""How texts are packed into batches of an encoder: one behind the other, in a few sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+Ids = Sequence[int]
+
+_BATCH_TOKENS = 1024
+"""Tokens of a full batch: enough for a matrix product to run at full speed."""
+
+_LEAST_TOKENS = 16
+"""Tokens of the smallest batch, and what a batch costs beside its tokens, in tokens."""
+
+_MEAN_LENGTH = 8
+"""Tokens of a text below which a batch holds fewer than would fit."""
+
+
+class Batch(NamedTuple):
+    """Texts as an encoder takes them.
+
+    Attributes:
+        tokens: ``[groups, size]``: ids of one text after the other, then zeros.
+        bounds: ``[groups, texts + 1]``: where each text begins, and the last one ends.
+        places: for each text its number, its group, and its place among the texts of that.
+    """
+
+    tokens: Ints
+    bounds: Ints
+    places: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Cuts lists of texts into batches.
+
+    Attributes:
+        max_tokens: of a text.
+        groups: that have texts of their own in every batch.
+        padding_cost: of a token of padding, in other tokens.
+    """
+
+    max_tokens: int
+    groups: int
+    padding_cost: float
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of a batch, rising; few where padding costs little."""
+        factor = 4 if self.padding_cost < 0.5 else 2
+        sizes = [_LEAST_TOKENS]
+        while sizes[-1] < max(_BATCH_TOKENS, self.max_tokens):
+            sizes.append(factor * sizes[-1])
+        return tuple(sizes)
+
+    def empty(self, size: int) -> Batch:
+        """A batch without texts."""
+        texts = max(1, size // _MEAN_LENGTH)
+        return Batch(
+            np.zeros((self.groups, size), np.int32),
+            np.zeros((self.groups, texts + 1), np.int32),
+            [],
+        )
+
+    def take(self, texts: Sequence[Ids], order: list[int]) -> Batch:
+        """Pack texts that are taken off the end of ``order``, which has the longest last.
+
+        Their size is that which computes most for what it costs.
+        """
+
+        def worth(size: int) -> float:
+            used = sum(len(texts[i]) for i in _fitting(texts, order, size))
+            return used / (_LEAST_TOKENS + used + self.padding_cost * (size - used))
+
+        size = max(self.sizes, key=worth)
+        batch = self.empty(size)
+        for group in range(self.groups):
+            taken = _fitting(texts, order, size)
+            del order[len(order) - len(taken) :]
+            ends = list(accumulate((len(texts[i]) for i in taken), initial=0))
+            batch.bounds[group] = ends[-1]
+            batch.bounds[group, : len(ends)] = ends
+            batch.tokens[group, : ends[-1]] = [token for i in taken for token in texts[i]]
+            batch.places.extend((i, group, place) for place, i in enumerate(taken))
+        return batch
+
+
+def _fitting(texts: Sequence[Ids], order: Sequence[int], size: int) -> list[int]:
+    """The longest texts that are left, as many as a group of this size holds."""
+    longest = order[: -max(1, size // _MEAN_LENGTH) - 1 : -1]
+    ends = accumulate(len(texts[i]) for i in longest)
+    return [i for i, end in zip(longest, ends, strict=True) if end <= size]

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -17,6 +18,8 @@ constexpr int64_t kTileRows = kWidth == 16 ? 5 : 3;
 constexpr int64_t kNearRows = 256;
 // Elements from which on quantizing is shared out.
 constexpr int64_t kSharedQuantization = 8192;
+// Rows that a thread quantizes at a time then.
+constexpr int64_t kQuantizedAtOnce = 4;
 
 template <typename Group>
 struct Matrix {
@@ -35,39 +38,56 @@ struct Around {
   const float* residual;  // is added: [rows, outputs], or null
 };
 
-// Memory of a thread for quantized rows, kept from call to call.
-struct Quantized {
-  std::vector<int8_t> values;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
+// Where quantized rows are put: as `Rows`, which are read from here.
+struct QuantizedRows {
+  int8_t* values;
+  float* scales;
+  int32_t* sums;
+  int64_t inputs;
 
-  void reserve(int64_t rows, int64_t inputs) {
-    grow(values, rows * inputs);
-    grow(scales, rows * inputs / kSpan);
-    grow(sums, rows * inputs / kGroup);
+  Rows from(int64_t row) const {
+    return {values + row * inputs, scales + row * inputs / kSpan, sums + row * inputs / kGroup,
+            inputs};
   }
+  void put(int64_t row, int64_t span, const Floats16 (&x)[kSpan / kStride]) const {
+    const int64_t at = row * inputs / kSpan + span;
+    quantize_span<kSpan, kGroup>(x, values + at * kSpan, scales + at, sums + at * (kSpan / kGroup));
+  }
+};
+
+// Memory of a thread for quantized rows, kept from call to call.
+class Quantized {
+ public:
+  QuantizedRows reserve(int64_t rows, int64_t inputs) {
+    grow(values_, rows * inputs);
+    grow(scales_, rows * inputs / kSpan);
+    grow(sums_, rows * inputs / kGroup);
+    return {values_.data(), scales_.data(), sums_.data(), inputs};
+  }
+
+ private:
   template <typename T>
   static void grow(std::vector<T>& kept, size_t size) {
     if (kept.size() < size) kept.resize(size);
   }
+  std::vector<int8_t> values_;
+  std::vector<float> scales_;
+  std::vector<int32_t> sums_;
 };
 
 // One row of `x`, by way of the prologue, as row number `row` of what is quantized. What it gives
-// has `width` columns, and zeros behind them up to `inputs`.
+// has `width` columns, and zeros behind them up to the inputs.
 inline void quantize_row(const Around& around, const float* x, int64_t row, int64_t width,
-                         int64_t inputs, int8_t* values, float* scales, int32_t* sums) {
+                         const QuantizedRows& to) {
   const auto prologue = around.prologue;
   x += row * width * (prologue == Around::kSwiGlu ? 2 : 1);
-  values += row * inputs;
-  scales += row * inputs / kSpan;
-  sums += row * inputs / kGroup;
   const float factor = prologue == Around::kRmsNorm ? rms_factor(x, width, around.eps) : 1.0f;
-  for (int64_t first = 0; first < inputs; first += kSpan) {
+  for (int64_t first = 0; first < to.inputs; first += kSpan) {
     Floats16 span[kSpan / kStride];
     UNROLL for (int64_t i = 0; i < kSpan / kStride; ++i) {
       const int64_t at = first + i * kStride;
-      auto load = [=](const float* from, Floats16& to) {
-        at + kStride <= width ? load16(from + at, to) : load_some(from + at, width - at, to);
+      auto load = [=](const float* from, Floats16& some) {
+        at + kStride <= width ? load16(from + at, some) : load_some(from + at, width - at, some);
       };
       Floats16 other;
       load(x, span[i]);
@@ -79,9 +99,7 @@ inline void quantize_row(const Around& around, const float* x, int64_t row, int6
         swiglu(span[i], other, span[i]);
       }
     }
-    const int64_t number = first / kSpan;
-    quantize_span<kSpan, kGroup>(span, values + first, scales + number,
-                                 sums + number * (kSpan / kGroup));
+    to.put(row, first / kSpan, span);
   }
 }
 
@@ -102,6 +120,61 @@ inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows
   }
 }
 
+// Calls each(first, count) for tiles that are as even as can be: one of few rows is slower for each
+// of them. The count is known when this is compiled.
+template <typename Each>
+inline void for_tiles(int64_t begin, int64_t end, const Each& each) {
+  const int64_t count = end - begin, tiles = (count + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = begin + count * tile / tiles;
+    switch (begin + count * (tile + 1) / tiles - first) {
+      case 1: each(first, std::integral_constant<int, 1>{}); break;
+      case 2: each(first, std::integral_constant<int, 2>{}); break;
+      case 3: each(first, std::integral_constant<int, 3>{}); break;
+      case 4: each(first, std::integral_constant<int, 4>{}); break;
+      default: each(first, std::integral_constant<int, kTileRows>{});
+    }
+  }
+}
+
+// All rows of `x`, quantized by way of the prologue.
+inline void quantize(xla::ffi::ThreadPool& pool, const Around& around, const float* x, int64_t rows,
+                     int64_t width, const QuantizedRows& to) {
+  if (rows * width < kSharedQuantization) {
+    for (int64_t row = 0; row < rows; ++row) quantize_row(around, x, row, width, to);
+  } else {
+    const int64_t chunks = (rows + kQuantizedAtOnce - 1) / kQuantizedAtOnce;
+    share(pool, chunks, [=, &around, &to](int64_t i) {
+      const int64_t end = std::min(rows, (i + 1) * kQuantizedAtOnce);
+      for (int64_t row = i * kQuantizedAtOnce; row < end; ++row) {
+        quantize_row(around, x, row, width, to);
+      }
+    });
+  }
+}
+
+// `out = residual + rows * matrix`
+template <typename Group>
+void multiply(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const QuantizedRows& from,
+              int64_t rows, const float* residual, float* out) {
+  const int64_t blocks = matrix.blocks();
+  // Neighbouring blocks to the same thread, as memory is read ahead; but enough chunks that no
+  // thread waits long for another.
+  const int64_t chunk = std::clamp<int64_t>(blocks / 16, 1, 16);
+  share(pool, (blocks + chunk - 1) / chunk, [=, &matrix, &from](int64_t i) {
+    const int64_t last = std::min(blocks, (i + 1) * chunk);
+    for (int64_t begin = 0; begin < rows; begin += kNearRows) {
+      const int64_t end = std::min(rows, begin + kNearRows);
+      for (int64_t block = i * chunk; block < last; ++block) {
+        for_tiles(begin, end, [&](int64_t first, auto count) {
+          multiply_rows<Group, decltype(count)::value>(matrix, block, from.from(first), first,
+                                                       residual, out);
+        });
+      }
+    }
+  });
+}
+
 // `out = residual + prologue(x) * matrix`.
 //
 // What the prologue gives has `width` columns, at most the matrix's inputs. `x` has as many, or
@@ -109,47 +182,10 @@ inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows
 template <typename Group>
 void linear(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const Around& around,
             const float* x, int64_t rows, int64_t width, float* out) {
-  const int64_t inputs = matrix.inputs, blocks = matrix.blocks();
   thread_local Quantized kept;
-  kept.reserve(rows, inputs);
-  int8_t* const values = kept.values.data();
-  float* const scales = kept.scales.data();
-  int32_t* const sums = kept.sums.data();
-  auto quantize = [=, &around](int64_t row) {
-    quantize_row(around, x, row, width, inputs, values, scales, sums);
-  };
-  if (rows * width < kSharedQuantization) {
-    for (int64_t row = 0; row < rows; ++row) quantize(row);
-  } else {
-    share(pool, rows, quantize);
-  }
-
-  using Tile = void (*)(const Matrix<Group>&, int64_t, const Rows&, int64_t, const float*, float*);
-  static constexpr Tile kTiles[] = {multiply_rows<Group, 1>, multiply_rows<Group, 2>,
-                                    multiply_rows<Group, 3>, multiply_rows<Group, 4>,
-                                    multiply_rows<Group, 5>};
-  auto multiply = [=, &matrix, &around](int64_t block, int64_t begin, int64_t end) {
-    const int64_t count = end - begin, tiles = (count + kTileRows - 1) / kTileRows;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      // As even as can be: a tile of few rows is slower for each of them.
-      const int64_t first = begin + count * tile / tiles;
-      const int64_t size = begin + count * (tile + 1) / tiles - first;
-      const Rows some{values + first * inputs, scales + first * inputs / kSpan,
-                      sums + first * inputs / kGroup, inputs};
-      kTiles[size - 1](matrix, block, some, first, around.residual, out);
-    }
-  };
-  // Neighbouring blocks to the same thread, as memory is read ahead; but enough chunks that no
-  // thread waits long for another.
-  const int64_t chunk = std::clamp<int64_t>(blocks / 16, 1, 16);
-  share(pool, (blocks + chunk - 1) / chunk, [=](int64_t i) {
-    const int64_t end = std::min(blocks, (i + 1) * chunk);
-    for (int64_t begin = 0; begin < rows; begin += kNearRows) {
-      for (int64_t block = i * chunk; block < end; ++block) {
-        multiply(block, begin, std::min(rows, begin + kNearRows));
-      }
-    }
-  });
+  const QuantizedRows quantized = kept.reserve(rows, matrix.inputs);
+  quantize(pool, around, x, rows, width, quantized);
+  multiply(pool, matrix, quantized, rows, around.residual, out);
 }
 
 // Rows of a table: `out[i] = weights of output ids[i]`, `[count, inputs]`.

@@ -162,6 +162,30 @@ def test_what_is_fused_gives_what_it_gives_apart(rows: int, bits: Literal[4, 8])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_a_feed_forward_block_gives_the_bits_of_two_products(
+    variant: Variant, bits: Literal[4, 8]
+) -> None:
+    form = Blocks(F32, bits, variant)
+    norm = RMSNorm(96, 1e-5)
+    norm.scale.set_value(jnp.asarray(_random(96)))
+    gate_up, down = (
+        tuple(map(jnp.asarray, form.encode(_matrix(bits, *shape), table=False)))
+        for shape in ((96, 384), (192, 96))
+    )
+
+    @jax.jit
+    def apart(x: jax.Array) -> jax.Array:
+        both = form.multiply(x, gate_up, prologue=norm)
+        return form.multiply(both, down, prologue=gate, residual=x)
+
+    whole = jax.jit(lambda x: form.feed_forward(x, norm, gate_up, down, 192))
+    x = jnp.asarray(_random(300, 96))
+    for rows in (1, 2, 3, 4, 7, 70, 300):
+        np.testing.assert_array_equal(whole(x[:rows]), apart(x[:rows]))
+    assert form.feed_forward(x, norm, gate_up, down, 190) is None  # not of whole spans
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(
     variant: Variant, bits: Literal[4, 8]
 ) -> None:

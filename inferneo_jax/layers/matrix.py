@@ -132,6 +132,21 @@ class MatrixFormat(ABC):
         x = prologue(x) if prologue else x
         return after(self.product(x, stored, table=False)[:, :outputs])
 
+    def feed_forward(
+        self,
+        x: Float[Array, "rows embed"],
+        norm: Prologue,
+        gate_up: Stored,
+        down: Stored,
+        num_gates: int,
+    ) -> Float[Array, "rows embed"] | None:
+        """``x + gate(norm(x) @ gate_up) @ down`` in one call, float32.
+
+        Returns:
+            None where the format has no such call: then it takes two products.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Plain(MatrixFormat):

@@ -14,6 +14,7 @@ class SwiGLU(nnx.Module):
     """``down(silu(gate(x)) * up(x))`` (arXiv:2002.05202); gate and up are one kernel."""
 
     def __init__(self, embed: int, mlp: int, format: MatrixFormat) -> None:
+        self.format, self.num_gates = format, mlp
         self.gate_up = Linear((embed, 2, mlp), ("embed", None, "mlp"), format)
         self.down = Linear((mlp, embed), ("mlp", "embed"), format)
 
@@ -21,6 +22,11 @@ class SwiGLU(nnx.Module):
         self, x: Float[Array, "rows tokens embed"], norm: RMSNorm
     ) -> Float[Array, "rows tokens embed"]:
         """``x`` and what is made of ``norm(x)``."""
+        gate_up, down = self.gate_up.kernel.get_value(), self.down.kernel.get_value()
+        rows = x.reshape(-1, x.shape[-1])
+        made = self.format.feed_forward(rows, norm, gate_up, down, self.num_gates)
+        if made is not None:
+            return made.reshape(x.shape)
         both = self.gate_up(x, prologue=norm)
         return self.down(both.reshape(*x.shape[:-1], -1), prologue=gate, residual=x)
 

@@ -27,7 +27,9 @@ from inferneo_jax.programs import Key
 from tests.accelerators.bench_cpu_steps import Steps, load
 
 _STEPS = 20
-_CALL = re.compile(r'%(\S+) = .*? custom-call\(.*custom_call_target="\w*?_(linear|attention|take)_')
+_CALL = re.compile(
+    r'%(\S+) = .*? custom-call\(.*custom_call_target="\w*?_(linear|feed|attention|take)_'
+)
 _OPERATION = re.compile(r"%(\S+) = ")
 _CONTAINERS = re.compile(r"^(call|while|conditional|cond)\b")
 
@@ -36,7 +38,12 @@ def operations(compiled: Any, sampling: bool) -> dict[str, str]:
     """What each operation of a program is for, by the name that the profiler gives it."""
     text = compiled.as_text()
     kinds = dict.fromkeys(_OPERATION.findall(text), "sampling" if sampling else "other operations")
-    names = {"linear": "products", "attention": "attention", "take": "other operations"}
+    names = {
+        "linear": "products",
+        "feed": "products",
+        "attention": "attention",
+        "take": "other operations",
+    }
     return kinds | {name: names[kind] for name, kind in _CALL.findall(text)}
 
 

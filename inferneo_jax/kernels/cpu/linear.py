@@ -124,6 +124,27 @@ class Blocks(MatrixFormat):
         )
         return after(product) if residual is None else product
 
+    def feed_forward(
+        self,
+        x: Float[Array, "rows embed"],
+        norm: Prologue,
+        gate_up: Stored,
+        down: Stored,
+        num_gates: int,
+    ) -> Float[Array, "rows embed"] | None:
+        """One call, whose bits are those of two, where the gates are whole spans of 64."""
+        if num_gates % _SPAN or not isinstance(norm, RMSNorm):
+            return None
+        return self._call(
+            f"feed_forward_{self.bits}",
+            x.shape,
+            x.astype(jnp.float32),
+            *gate_up,
+            *down,
+            norm.scale[...],
+            eps=np.float32(norm.eps),
+        )
+
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
         """Rows of a table, float32, with padding behind their inputs."""
         (weights,) = stored
@@ -131,7 +152,7 @@ class Blocks(MatrixFormat):
         rows = self._call("take_8", shape, ids.astype(jnp.int32).reshape(-1), weights)
         return rows.reshape(*ids.shape, -1)
 
-    def _call(self, kernel: str, shape: tuple[int, int], *arguments: Array, **more: Any) -> Array:
+    def _call(self, kernel: str, shape: tuple[int, ...], *arguments: Array, **more: Any) -> Array:
         made = library(self.variant)
         assert made, "formats_for chooses this format only where there is a library"
         result: Array = made.call(

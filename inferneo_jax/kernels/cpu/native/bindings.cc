@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "feed_forward.h"
 #include "linear.h"
+#include "memory.h"
 #include "pool.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -46,6 +48,31 @@ ffi::Error linear_call(ffi::ThreadPool pool, Table x, ffi::BufferR3<ffi::U8> wei
   return ffi::Error::Success();
 }
 
+template <typename Group>
+ffi::Error feed_forward_call(ffi::ThreadPool pool, Table x, ffi::BufferR3<ffi::U8> gate_up,
+                             ffi::BufferR3<ffi::U8> down, Vector norm, float eps,
+                             ffi::ResultBufferR2<ffi::F32> out) {
+  const auto first = gate_up.dimensions(), second = down.dimensions(), o = out->dimensions();
+  const int64_t rows = o[0], width = o[1];
+  if (first[2] != sizeof(Group) || second[2] != sizeof(Group)) {
+    return wrong("the weights have another layout");
+  }
+  const Matrix<Group> up{reinterpret_cast<const Group*>(gate_up.typed_data()), first[1] * kGroup,
+                         first[0] * kBlock};
+  const Matrix<Group> back{reinterpret_cast<const Group*>(down.typed_data()), second[1] * kGroup,
+                           width};
+  if (up.inputs % kSpan || back.inputs % kSpan || up.outputs != 2 * back.inputs) {
+    return wrong("gates and ups must be of whole spans, and as many as the second matrix takes");
+  }
+  if (x.dimensions()[0] != rows || x.dimensions()[1] != width || width > up.inputs ||
+      width > second[0] * kBlock || static_cast<int64_t>(norm.element_count()) != width) {
+    return wrong("x, the norm and the result must be as wide as the matrices");
+  }
+  const Around around{Around::kRmsNorm, norm.typed_data(), eps, x.typed_data()};
+  feed_forward(pool, up, back, around, x.typed_data(), rows, out->typed_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error take_call(ffi::BufferR1<ffi::S32> ids, ffi::BufferR3<ffi::U8> weights,
                      ffi::ResultBufferR2<ffi::F32> out) {
   const auto w = weights.dimensions(), o = out->dimensions();
@@ -70,10 +97,23 @@ auto linear_binding() {
       .Ret<Table>();
 }
 
+auto feed_forward_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Table>()
+      .Arg<ffi::BufferR3<ffi::U8>>()
+      .Arg<ffi::BufferR3<ffi::U8>>()
+      .Arg<Vector>()
+      .Attr<float>("eps")
+      .Ret<Table>();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_8, linear_call<Bits8>, linear_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_4, linear_call<Bits4>, linear_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(feed_forward_8, feed_forward_call<Bits8>, feed_forward_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(feed_forward_4, feed_forward_call<Bits4>, feed_forward_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     take_8, take_call,
     ffi::Ffi::Bind().Arg<ffi::BufferR1<ffi::S32>>().Arg<ffi::BufferR3<ffi::U8>>().Ret<Table>());

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -17,6 +18,8 @@ constexpr int64_t kTileRows = kWidth == 16 ? 5 : 3;
 constexpr int64_t kNearRows = 256;
 // Elements from which on quantizing is shared out.
 constexpr int64_t kSharedQuantization = 8192;
+// Rows that a thread quantizes at a time then.
+constexpr int64_t kQuantizedAtOnce = 4;
 
 template <typename Group>
 struct Matrix {
@@ -35,47 +38,85 @@ struct Around {
   const float* residual;  // is added: [rows, outputs], or null
 };
 
-// Memory of a thread for quantized rows, kept from call to call.
-struct Quantized {
-  std::vector<int32_t> live;  // which rows these are: those that are not zeros
-  std::vector<int8_t> values;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
+// Where quantized rows are put: as `Rows`, which are read from here.
+struct QuantizedRows {
+  int8_t* values;
+  float* scales;
+  int32_t* sums;
+  int64_t inputs;
 
-  void reserve(int64_t rows, int64_t inputs) {
-    grow(live, rows);
-    grow(values, rows * inputs);
-    grow(scales, rows * inputs / kSpan);
-    grow(sums, rows * inputs / kGroup);
+  Rows from(int64_t row) const {
+    return {values + row * inputs, scales + row * inputs / kSpan, sums + row * inputs / kGroup,
+            inputs};
   }
+  void put(int64_t row, int64_t span, const Floats16 (&x)[kSpan / kStride]) const {
+    const int64_t at = row * inputs / kSpan + span;
+    quantize_span<kSpan, kGroup>(x, values + at * kSpan, scales + at, sums + at * (kSpan / kGroup));
+  }
+};
+
+// Rows that are no padding, by their numbers in what is given and made.
+struct LiveRows {
+  const int32_t* names;
+  int64_t count;
+};
+
+// Memory of a thread for quantized rows, kept from call to call.
+class Quantized {
+ public:
+  int32_t* names(int64_t rows) {
+    grow(names_, rows);
+    return names_.data();
+  }
+  QuantizedRows reserve(int64_t rows, int64_t inputs) {
+    grow(values_, rows * inputs);
+    grow(scales_, rows * inputs / kSpan);
+    grow(sums_, rows * inputs / kGroup);
+    return {values_.data(), scales_.data(), sums_.data(), inputs};
+  }
+
+ private:
   template <typename T>
   static void grow(std::vector<T>& kept, size_t size) {
     if (kept.size() < size) kept.resize(size);
   }
+  std::vector<int32_t> names_;
+  std::vector<int8_t> values_;
+  std::vector<float> scales_;
+  std::vector<int32_t> sums_;
 };
 
-// Whether a row is padding, which is zeros: then so is all that is made of it.
-inline bool is_zero(const float* x, int64_t size) {
-  return std::all_of(x, x + size, [](float value) { return value == 0; });
+// Padding is rows of zeros, and so is all that is made of it: only what is added to them is left.
+// `x` has `columns`, `out` and what is added `outputs`.
+inline LiveRows leave_padding(const float* x, int64_t rows, int64_t columns, const float* residual,
+                              int64_t outputs, float* out, int32_t* names) {
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* const from = x + row * columns;
+    if (!std::all_of(from, from + columns, [](float value) { return value == 0; })) {
+      names[count++] = static_cast<int32_t>(row);
+    } else if (residual) {
+      std::copy_n(residual + row * outputs, outputs, out + row * outputs);
+    } else {
+      std::fill_n(out + row * outputs, outputs, 0.0f);
+    }
+  }
+  return {names, count};
 }
 
-// Row `row` of `x`, by way of the prologue, as number `to` of what is quantized. What it gives
-// has `width` columns, and zeros behind them up to `inputs`.
-inline void quantize_row(const Around& around, const float* x, int64_t row, int64_t to,
-                         int64_t width, int64_t inputs, int8_t* values, float* scales,
-                         int32_t* sums) {
+// Row `row` of `x`, by way of the prologue, as number `number` of what is quantized. What it gives
+// has `width` columns, and zeros behind them up to the inputs.
+inline void quantize_row(const Around& around, const float* x, int64_t row, int64_t width,
+                         int64_t number, const QuantizedRows& to) {
   const auto prologue = around.prologue;
   x += row * width * (prologue == Around::kSwiGlu ? 2 : 1);
-  values += to * inputs;
-  scales += to * inputs / kSpan;
-  sums += to * inputs / kGroup;
   const float factor = prologue == Around::kRmsNorm ? rms_factor(x, width, around.eps) : 1.0f;
-  for (int64_t first = 0; first < inputs; first += kSpan) {
+  for (int64_t first = 0; first < to.inputs; first += kSpan) {
     Floats16 span[kSpan / kStride];
     UNROLL for (int64_t i = 0; i < kSpan / kStride; ++i) {
       const int64_t at = first + i * kStride;
-      auto load = [=](const float* from, Floats16& loaded) {
-        at + kStride <= width ? load16(from + at, loaded) : load_some(from + at, width - at, loaded);
+      auto load = [=](const float* from, Floats16& some) {
+        at + kStride <= width ? load16(from + at, some) : load_some(from + at, width - at, some);
       };
       Floats16 other;
       load(x, span[i]);
@@ -87,9 +128,7 @@ inline void quantize_row(const Around& around, const float* x, int64_t row, int6
         swiglu(span[i], other, span[i]);
       }
     }
-    const int64_t number = first / kSpan;
-    quantize_span<kSpan, kGroup>(span, values + first, scales + number,
-                                 sums + number * (kSpan / kGroup));
+    to.put(number, first / kSpan, span);
   }
 }
 
@@ -103,7 +142,7 @@ inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows
   for (int64_t r = 0; r < kCount; ++r) {
     float* const to = out + names[r] * matrix.outputs + output;
     __builtin_prefetch(to, 1);
-    __builtin_prefetch(to + 16, 1);
+    __builtin_prefetch(to + size / 2, 1);
     __builtin_prefetch(to + size - 1, 1);
   }
   multiply_tile<Group, kCount>(matrix.groups + block * matrix.spans() * 2, matrix.spans(), rows,
@@ -117,6 +156,58 @@ inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows
   }
 }
 
+// Calls each(first, count) for tiles that are as even as can be: one of few rows is slower for each
+// of them. The count is known when this is compiled.
+template <typename Each>
+inline void for_tiles(int64_t begin, int64_t end, const Each& each) {
+  const int64_t count = end - begin, tiles = (count + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = begin + count * tile / tiles;
+    switch (begin + count * (tile + 1) / tiles - first) {
+      case 1: each(first, std::integral_constant<int, 1>{}); break;
+      case 2: each(first, std::integral_constant<int, 2>{}); break;
+      case 3: each(first, std::integral_constant<int, 3>{}); break;
+      case 4: each(first, std::integral_constant<int, 4>{}); break;
+      default: each(first, std::integral_constant<int, kTileRows>{});
+    }
+  }
+}
+
+// The live rows of `x`, quantized by way of the prologue.
+inline void quantize(xla::ffi::ThreadPool& pool, const Around& around, const float* x,
+                     const LiveRows& live, int64_t width, const QuantizedRows& to) {
+  const auto some = [=, &around, &to](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) quantize_row(around, x, live.names[i], width, i, to);
+  };
+  if (live.count * width < kSharedQuantization) return some(0, live.count);
+  const int64_t chunks = (live.count + kQuantizedAtOnce - 1) / kQuantizedAtOnce;
+  share(pool, chunks, [=](int64_t i) {
+    some(i * kQuantizedAtOnce, std::min(live.count, (i + 1) * kQuantizedAtOnce));
+  });
+}
+
+// `out = residual + rows * matrix`, for the live rows
+template <typename Group>
+void multiply(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const QuantizedRows& from,
+              const LiveRows& live, const float* residual, float* out) {
+  const int64_t blocks = matrix.blocks();
+  // Neighbouring blocks to the same thread, as memory is read ahead; but enough chunks that no
+  // thread waits long for another.
+  const int64_t chunk = std::clamp<int64_t>(blocks / 16, 1, 16);
+  share(pool, (blocks + chunk - 1) / chunk, [=, &matrix, &from](int64_t i) {
+    const int64_t last = std::min(blocks, (i + 1) * chunk);
+    for (int64_t begin = 0; begin < live.count; begin += kNearRows) {
+      const int64_t end = std::min(live.count, begin + kNearRows);
+      for (int64_t block = i * chunk; block < last; ++block) {
+        for_tiles(begin, end, [&](int64_t first, auto count) {
+          multiply_rows<Group, decltype(count)::value>(matrix, block, from.from(first),
+                                                       live.names + first, residual, out);
+        });
+      }
+    }
+  });
+}
+
 // `out = residual + prologue(x) * matrix`.
 //
 // What the prologue gives has `width` columns, at most the matrix's inputs. `x` has as many, or
@@ -124,60 +215,13 @@ inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows
 template <typename Group>
 void linear(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const Around& around,
             const float* x, int64_t rows, int64_t width, float* out) {
-  const int64_t inputs = matrix.inputs, blocks = matrix.blocks();
   thread_local Quantized kept;
-  kept.reserve(rows, inputs);
   const int64_t columns = around.prologue == Around::kSwiGlu ? 2 * width : width;
-  int64_t live = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (!is_zero(x + row * columns, columns)) {
-      kept.live[live++] = row;
-    } else if (around.residual) {
-      std::copy_n(around.residual + row * matrix.outputs, matrix.outputs, out + row * matrix.outputs);
-    } else {
-      std::fill_n(out + row * matrix.outputs, matrix.outputs, 0.0f);
-    }
-  }
-  const int32_t* const names = kept.live.data();
-  int8_t* const values = kept.values.data();
-  float* const scales = kept.scales.data();
-  int32_t* const sums = kept.sums.data();
-  auto quantize = [=, &around](int64_t i) {
-    quantize_row(around, x, names[i], i, width, inputs, values, scales, sums);
-  };
-  if (live * width < kSharedQuantization) {
-    for (int64_t i = 0; i < live; ++i) quantize(i);
-  } else {
-    share(pool, live, quantize);
-  }
-
-  using Tile =
-      void (*)(const Matrix<Group>&, int64_t, const Rows&, const int32_t*, const float*, float*);
-  static constexpr Tile kTiles[] = {multiply_rows<Group, 1>, multiply_rows<Group, 2>,
-                                    multiply_rows<Group, 3>, multiply_rows<Group, 4>,
-                                    multiply_rows<Group, 5>};
-  auto multiply = [=, &matrix, &around](int64_t block, int64_t begin, int64_t end) {
-    const int64_t count = end - begin, tiles = (count + kTileRows - 1) / kTileRows;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      // As even as can be: a tile of few rows is slower for each of them.
-      const int64_t first = begin + count * tile / tiles;
-      const int64_t size = begin + count * (tile + 1) / tiles - first;
-      const Rows some{values + first * inputs, scales + first * inputs / kSpan,
-                      sums + first * inputs / kGroup, inputs};
-      kTiles[size - 1](matrix, block, some, names + first, around.residual, out);
-    }
-  };
-  // Neighbouring blocks to the same thread, as memory is read ahead; but enough chunks that no
-  // thread waits long for another.
-  const int64_t chunk = std::clamp<int64_t>(blocks / 16, 1, 16);
-  share(pool, (blocks + chunk - 1) / chunk, [=](int64_t i) {
-    const int64_t end = std::min(blocks, (i + 1) * chunk);
-    for (int64_t begin = 0; begin < live; begin += kNearRows) {
-      for (int64_t block = i * chunk; block < end; ++block) {
-        multiply(block, begin, std::min(live, begin + kNearRows));
-      }
-    }
-  });
+  const LiveRows live = leave_padding(x, rows, columns, around.residual, matrix.outputs, out,
+                                      kept.names(rows));
+  const QuantizedRows quantized = kept.reserve(live.count, matrix.inputs);
+  quantize(pool, around, x, live, width, quantized);
+  multiply(pool, matrix, quantized, live, around.residual, out);
 }
 
 // Rows of a table: `out[i] = weights of output ids[i]`, `[count, inputs]`.

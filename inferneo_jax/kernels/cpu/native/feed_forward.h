@@ -16,7 +16,7 @@ template <typename Group, int kCount>
 inline void gate_rows(const Matrix<Group>& matrix, int64_t span, const Rows& rows, int64_t first,
                       const QuantizedRows& gated) {
   constexpr int64_t kBlocks = kSpan / kBlock, kVectors = kBlock / kStride;
-  float totals[2][kBlocks][kCount][kBlock];
+  alignas(64) float totals[2][kBlocks][kCount][kBlock];
   for (int64_t part = 0; part < 2; ++part) {
     for (int64_t i = 0; i < kBlocks; ++i) {
       const int64_t block = part * (gated.inputs / kBlock) + span * kBlocks + i;

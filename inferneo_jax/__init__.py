@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from inferneo_jax.lockstep.job import Job
+    from inferneo_jax.memory import return_unused
     from inferneo_jax.model import EmbeddingModel, LanguageModel, follow_model, load_model
     from inferneo_jax.request import (
         EngineStats,
@@ -75,6 +76,7 @@ _HOMES = {
         "WeightsError",
     ),
     "lockstep.job": ("Job",),
+    "memory": ("return_unused",),
     "model": (
         "EmbeddingModel",
         "LanguageModel",
@@ -129,6 +131,7 @@ __all__ = [
     "__version__",
     "follow_model",
     "load_model",
+    "return_unused",
 ]
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import structlog
 from quart import Blueprint, Quart, Response, has_websocket_context, request, websocket
 
-from inferneo_jax import ConfigError, InferneoError
-from inferneo_jax.memory import return_unused
+from inferneo_jax import ConfigError, InferneoError, return_unused
 from server import connection, log
 from server.admission import TIMEOUT_HEADER, Admission
 from server.auth import Guard

@@ -6,6 +6,7 @@ source, the versions of JAX and of the device's compiler, the machine, the mesh,
 configuration. What was compiled from the same is loaded as it is.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -99,7 +100,8 @@ class ExecutableStore:
         try:
             file = self._file(key)
             content = file.read_bytes()
-            os.utime(file)
+            with contextlib.suppress(PermissionError):  # somebody else keeps them
+                os.utime(file)
             program, inputs, outputs = pickle.loads(content)  # noqa: S301  (as safe as the folder)
             return serialize_executable.deserialize_and_load(
                 program,

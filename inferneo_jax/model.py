@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +21,6 @@ from inferneo_jax.config import (
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.fitting import Sliceable
 from inferneo_jax.kernels import text_attention_for
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.matrix import EncodingError, Formats
@@ -206,22 +206,25 @@ def load_weights(
         for formats in choices
     }
 
-    def place(formats: Formats, sources: Mapping[str, Sliceable], **kept: Any) -> list[jax.Array]:
+    @contextmanager
+    def room(formats: Formats) -> Iterator[None]:
         needed = local_bytes(flat(weight_shapes(model, mesh, formats)))
         require(needed * sharing(mesh), "the weights")
         with explained("the weights were loaded"):
-            return place_weights(sources, model, mesh, formats, **kept)
+            yield
 
     for formats, store in stores.items():
-        if kept := store.read():
-            return place(formats, {}, kept=kept), formats
+        if store.there:
+            with room(formats):
+                if kept := store.read():
+                    return place_weights({}, model, mesh, formats, kept), formats
     shapes = {name: spec.shape for name, spec in models.declare(model).items()}
     sources = open_weights(info.path, shapes)
     refused: EncodingError | None = None
     for formats, store in stores.items():
         try:
-            with store.writing() as keep:
-                return place(formats, sources, keep=keep), formats
+            with room(formats), store.writing() as keep:
+                return place_weights(sources, model, mesh, formats, keep=keep), formats
         except EncodingError as error:
             refused = error
     assert refused, "there is at least one choice"

@@ -77,14 +77,19 @@ class KeptWeights:
         self._file = Path(folder) / f"{_digest(where)}{WEIGHTS_SUFFIX}"
         self._made_of = _digest(source_hash(), sys.byteorder, *_content(checkpoint))
 
+    @property
+    def there(self) -> bool:
+        """Whether there is something to read."""
+        return self._file is not None and self._file.exists()
+
     def read(self) -> EncodedParts | None:
         """What was kept; None where there is nothing that can be used."""
         if self._file is None:
             return None
         try:
-            content = _read_aligned(self._file)
-            found = self._parts(content)
-            os.utime(self._file)
+            found = self._parts(_read_aligned(self._file))
+            with contextlib.suppress(PermissionError):
+                os.utime(self._file)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:

@@ -185,6 +185,28 @@ def test_a_damaged_file_is_as_if_not_there(
     assert [file] == list(tmp_path.iterdir())
 
 
+def test_files_of_somebody_else_are_read_and_memory_is_asked_for_once(
+    tmp_path: Path, checkpoint: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = load(checkpoint, tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    asked: list[int] = []
+    read = kept.KeptWeights.read
+
+    def noted(store: kept.KeptWeights) -> kept.EncodedParts | None:
+        assert len(asked) == 1
+        return read(store)
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(kept.KeptWeights, "read", noted)
+    monkeypatch.setattr("inferneo_jax.model.require", lambda size, _: asked.append(size))
+    assert same(load(checkpoint, tmp_path), wanted)
+    assert len(reads) == len(asked) == 1
+
+
 def test_a_full_or_unwritable_disk_keeps_nothing_and_harms_nothing(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,8 +175,8 @@ def test_a_feed_forward_block_gives_the_bits_of_two_products(
 
     @jax.jit
     def apart(x: jax.Array) -> jax.Array:
-        both = form.multiply(x, gate_up, prologue=norm)
-        return form.multiply(both, down, prologue=gate, residual=x)
+        both = form.multiply(x, gate_up, 384, prologue=norm)
+        return form.multiply(both, down, 96, prologue=gate, after=After(residual=x))
 
     whole = jax.jit(lambda x: form.feed_forward(x, norm, gate_up, down, 192))
     x = jnp.asarray(_random(300, 96))

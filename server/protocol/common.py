@@ -43,7 +43,8 @@ class Body(BaseModel):
     @classmethod
     def _drop_nulls(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {name: value for name, value in values.items() if value is not None}
+            known = cls.model_fields
+            return {k: value for k, value in values.items() if value is not None or k not in known}
         return values
 
     @classmethod

@@ -283,7 +283,7 @@ def test_suffix_is_appended_with_a_warning(rig: Rig) -> None:
 
 
 def test_unknown_parameters_are_named_in_warnings(rig: Rig) -> None:
-    got = answer(rig, frobnicate=1, stream_options=None, Temperature=2)
+    got = answer(rig, frobnicate=None, stream_options=None, Temperature=2)
     assert [warning.split()[0] for warning in got["warnings"]] == ["Temperature", "frobnicate"]
     events = rig.events(PATH, body(stream_options={"include_obfuscation": False}))
     assert events[0]["warnings"][0].startswith("stream_options.include_obfuscation ")

@@ -6,10 +6,12 @@
 For a decode step of each number of rows, and for a chunk of 256 prompt tokens, the milliseconds of
 products, attention, sampling and all else that the device does, and what is left: dispatch and the
 time between operations. The model is that of ``bench_cpu_steps``. Leave the machine alone
-meanwhile; tracing itself takes a few parts in a hundred.
+meanwhile. Tracing slows what it looks at, by a quarter and more: so the whole step is timed without
+it too, and the parts are to be read as shares.
 """
 
 import argparse
+import gc
 import gzip
 import json
 import re
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 
 from inferneo_jax.programs import Key
-from tests.accelerators.bench_cpu_steps import Steps, load
+from tests.accelerators.bench_cpu_steps import Steps, load, median
 
 _STEPS = 20
 _CALL = re.compile(
@@ -48,11 +50,16 @@ def operations(compiled: Any, sampling: bool) -> dict[str, str]:
 
 
 def profile(run: Any, programs: tuple[Any, Any]) -> dict[str, float]:
-    """Milliseconds of a step by what they are for, averaged over some; ``step`` is the whole."""
-    for _ in range(5):
-        jax.block_until_ready(run())
+    """Milliseconds of a step by what they are for, averaged over some.
+
+    ``step`` is the whole, ``alone`` that without tracing.
+    """
+    alone = median(run, 1.0)
+    gc.collect()
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, create_perfetto_trace=True):
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        with jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options):
             started = time.perf_counter()
             for _ in range(_STEPS):
                 jax.block_until_ready(run())
@@ -67,7 +74,7 @@ def profile(run: Any, programs: tuple[Any, Any]) -> dict[str, float]:
         if kind and not _CONTAINERS.match(event["name"]):
             found[kind] += event["dur"]
     parts = {kind: found[kind] / _STEPS / 1e3 for kind in sorted(set(kinds.values()))}
-    return parts | {"step": seconds / _STEPS * 1e3}
+    return parts | {"step": seconds / _STEPS * 1e3, "alone": alone}
 
 
 def main() -> None:
@@ -97,6 +104,7 @@ def main() -> None:
     left = [each["step"] - sum(each.get(kind, 0) for kind in kinds) for each in columns.values()]
     print(f"{'between them':>18}", *(f"{value:12.2f}" for value in left))
     print(f"{'step':>18}", *(f"{each['step']:12.2f}" for each in columns.values()))
+    print(f"{'without tracing':>18}", *(f"{each['alone']:12.2f}" for each in columns.values()))
 
 
 if __name__ == "__main__":

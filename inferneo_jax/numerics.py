@@ -62,8 +62,8 @@ def formats_for(config: EngineConfig, mesh: Mesh, bits: Literal[4, 8] = 8) -> Fo
 def encoder_formats_for(config: EngineConfig, mesh: Mesh) -> Formats:
     """How an encoder's matrices are kept: as they are, for native kernels where a CPU has them.
 
-    Integers would be no faster where a batch is many rows, and 1.5 in a thousand off in the angle
-    between texts.
+    Blocks of integers were no faster where a batch is many rows, and their cosines to the float32
+    vectors were 0.9985.
     """
     dtype = dtype_for(config, mesh.devices.flat[0])
     if has_products(config, mesh):

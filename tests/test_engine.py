@@ -115,6 +115,29 @@ def test_a_chats_next_turn_reuses_the_answer(tiny_engine: MakeEngine) -> None:
     assert turn.wait().outputs[0].cached_tokens == 20
 
 
+def test_prefixes_are_counted_right_while_pages_are_evicted(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    random = np.random.default_rng(5)
+    # Stems of five pages each, six of them: more than the 40 pages hold beside what runs.
+    stems = [prompt(20, seed=seed) for seed in range(6)]
+    ids = [
+        stems[random.integers(6)][: random.integers(4, 21)] + prompt(int(random.integers(1, 9)), 99)
+        for _ in range(40)
+    ]
+    shared = [submit(engine, each, 6, logprobs=1) for each in ids]
+    cached = [each.wait().outputs[0].cached_tokens for each in shared]
+    stats = engine.stats()
+    assert stats.cached_tokens == sum(cached)
+    assert all(n % 4 == 0 and n < len(each) for n, each in zip(cached, ids, strict=True))
+    assert 0 < sum(cached) < sum(len(each) for each in ids)
+    # What was not cached was computed, and nothing twice but for those who gave way.
+    computed = stats.prompt_tokens
+    assert computed + sum(cached) == sum(map(len, ids)) or stats.preemptions
+    assert computed + sum(cached) >= sum(map(len, ids))
+    for each, found in zip(ids[::5], shared[::5], strict=True):
+        close(found, submit(engine, each, 6, logprobs=1, cache_salt=bytes(each)))
+
+
 def test_salts_keep_prefixes_apart(tiny_engine: MakeEngine) -> None:
     engine = tiny_engine()
     ids = prompt(20)

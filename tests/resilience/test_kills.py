@@ -143,6 +143,6 @@ def test_kills_leave_nobody_waiting_and_the_ledger_complete(location: str, tmp_p
     received = sum((holder.received for holder in holders), Counter())
     found = sum(before.values(), Counter())
     print(f"{ROUNDS} kills; received {dict(received)}, charged {dict(found)}, {slowest:.2f} s")
-    assert received["requests"] > 10 * ROUNDS
+    assert received["requests"] > 4 * ROUNDS  # they were not killed at rest
     assert received["completion"] > 20 * ROUNDS
     store.close()

@@ -134,8 +134,7 @@ class Steps:
         """Feed each row its newest token."""
         model = self._model(weights)
         newest = tokens.at[rows.slots, rows.positions].get(mode="clip")
-        live = rows.slots < tokens.shape[0]
-        view = PageView(rows.tables, rows.positions[:, None], live.astype(jnp.int32))
+        view = _view(tokens, rows, rows.positions[:, None], jnp.ones_like(rows.slots))
         hidden, cache = model(newest[:, None], self.attention, cache, view)
         ends = self._ends(model, hidden[:, 0], rows.slots, rows.positions + 1, rows.slots)
         return cache, tokens, ends
@@ -159,8 +158,7 @@ class Steps:
         places = jnp.where(steps[:, :most] < rows.num_drafted[:, None], slots, beyond)
         tokens = tokens.at[places, positions[:, 1:]].set(rows.drafts, mode="drop")
         inputs = tokens.at[slots, positions].get(mode="clip")
-        live = rows.slots < tokens.shape[0]
-        view = PageView(rows.tables, positions, jnp.where(live, rows.num_drafted + 1, 0))
+        view = _view(tokens, rows, positions, rows.num_drafted + 1)
         hidden, cache = model(inputs, self.attention, cache, view)
 
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -183,8 +181,7 @@ class Steps:
         model = self._model(weights)
         positions = rows.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
         inputs = tokens.at[rows.slots[:, None], positions].get(mode="clip")
-        live = rows.slots < tokens.shape[0]
-        view = PageView(rows.tables, positions, jnp.where(live, rows.length, 0))
+        view = _view(tokens, rows, positions, rows.length)
         hidden, cache = model(inputs, self.attention, cache, view)
 
         final = jnp.take_along_axis(hidden, rows.length[:, None, None] - 1, axis=1)[:, 0]
@@ -268,6 +265,16 @@ class Steps:
 
         scores = lax.cond(wanted, compute, skip)
         return jax.tree.map(lambda x: x.reshape(rows, chunk, *x.shape[2:]), scores)
+
+
+def _view(
+    tokens: Tokens,
+    rows: DecodeRows | VerifyRows | PrefillRows,
+    positions: Int[Array, "rows tokens"],
+    lengths: Int[Array, " rows"],
+) -> PageView:
+    """Where so many tokens of each row live; rows without a slot are all padding."""
+    return PageView(rows.tables, positions, jnp.where(rows.slots < tokens.shape[0], lengths, 0))
 
 
 def _from_all(sampled: T) -> T:

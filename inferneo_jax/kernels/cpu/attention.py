@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig
-from inferneo_jax.kernels.cpu.build import Library, Variant, library
+from inferneo_jax.kernels.cpu.build import Variant, chosen
 
 BLOCK = 16
 """Positions, and numbers of a head, that the kernels take together."""
@@ -53,7 +53,7 @@ class CpuPagedAttention(PagedAttention):
             shapes += [jax.ShapeDtypeStruct(scales, jnp.float32)] * 2
         return [
             # The number keeps XLA from taking the layers' for one and the same.
-            LayerCache(*self._library.call("attention_pages", shapes, layer=np.int64(layer)))
+            LayerCache(*chosen(self.variant).call("attention_pages", shapes, layer=np.int64(layer)))
             for layer in range(config.num_layers)
         ]
 
@@ -85,7 +85,7 @@ class CpuPagedAttention(PagedAttention):
         view: PageView,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
         """Softmax of scaled products over all keys at or before each token's position."""
-        return self._library.call(
+        return chosen(self.variant).call(
             "attention_attend",
             jax.ShapeDtypeStruct(queries.shape, jnp.float32),
             queries.astype(jnp.float32),
@@ -93,12 +93,6 @@ class CpuPagedAttention(PagedAttention):
             _NO_ANGLES[0],
             *_arrays(cache),
         )
-
-    @property
-    def _library(self) -> Library:
-        made = library(self.variant)
-        assert made, "attention_for chooses this class only where there is a library"
-        return made
 
     def _step(
         self, fused: Any, rope: Any, cache: LayerCache, view: PageView
@@ -108,7 +102,7 @@ class CpuPagedAttention(PagedAttention):
         mixed = (*fused.shape[:3], group, fused.shape[4])
         places = _places(view)
         first = 1 + len(rope) + len(places)
-        mixed, *written = self._library.call(
+        mixed, *written = chosen(self.variant).call(
             "attention_step",
             [
                 jax.ShapeDtypeStruct(mixed, jnp.float32),

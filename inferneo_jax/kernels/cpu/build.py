@@ -120,6 +120,13 @@ def library(variant: Variant = "native") -> Library | None:
         return _MADE[variant]
 
 
+def chosen(variant: Variant) -> Library:
+    """The library, for what is chosen only where there is one."""
+    made = library(variant)
+    assert made, "formats and attention of these kernels are chosen only where there is a library"
+    return made
+
+
 def start_building() -> None:
     """Compile the kernels, if need be, while the caller goes on; ``library`` waits for them."""
     threading.Thread(target=library, name="kernels", daemon=True).start()

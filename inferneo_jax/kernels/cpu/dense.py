@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from inferneo_jax.kernels.cpu.build import Library, Variant, library
+from inferneo_jax.kernels.cpu.build import Variant, chosen
 from inferneo_jax.layers.matrix import (
     NOTHING_AFTER,
     After,
@@ -97,7 +97,7 @@ class Packed(MatrixFormat):
         known = after.epilogue in (None, gelu) or norm
         live = jnp.int32(x.shape[0]) if live is None else live
         dtype = after.dtype if after.dtype and known and not norm else jnp.dtype("float32")
-        product: Array = _library(self.variant).call(
+        product: Array = chosen(self.variant).call(
             "dense_linear",
             jax.ShapeDtypeStruct((x.shape[0], outputs), dtype),
             x if x.dtype == self.dtype else x.astype(jnp.float32),
@@ -131,16 +131,10 @@ class CpuTextAttention(TextAttention):
     ) -> Num[Array, "tokens heads head_dim"]:
         """Each query's softmax over the keys of its text, times their values."""
         tokens, _, heads, head_dim = fused.shape
-        mixed: Array = _library(self.variant).call(
+        mixed: Array = chosen(self.variant).call(
             "text_attention",
             jax.ShapeDtypeStruct((tokens, heads, head_dim), fused.dtype),
             fused,
             texts.bounds,
         )
         return mixed
-
-
-def _library(variant: Variant) -> Library:
-    made = library(variant)
-    assert made, "these are chosen only where there is a library"
-    return made

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from inferneo_jax.kernels.cpu.build import Variant, library
+from inferneo_jax.kernels.cpu.build import Variant, chosen
 from inferneo_jax.layers.matrix import (
     NOTHING_AFTER,
     After,
@@ -153,9 +153,7 @@ class Blocks(MatrixFormat):
         return rows.reshape(*ids.shape, -1)
 
     def _call(self, kernel: str, shape: tuple[int, ...], *arguments: Array, **more: Any) -> Array:
-        made = library(self.variant)
-        assert made, "formats_for chooses this format only where there is a library"
-        result: Array = made.call(
+        result: Array = chosen(self.variant).call(
             kernel, jax.ShapeDtypeStruct(shape, jnp.float32), *arguments, **more
         )
         return result

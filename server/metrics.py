@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _MODEL = "model_name"
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 _SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _SHORT_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
@@ -168,8 +169,12 @@ class Metrics:
         self._embedded.labels(model).inc(tokens)
 
     def answered(self, method: str, rule: str, status: int) -> None:
-        """A request was answered; ``rule`` is its route's pattern, not its path."""
-        self._requests.labels(method, rule, f"{status // 100}xx").inc()
+        """A request was answered; ``rule`` is its route's pattern, not its path.
+
+        Clients may make up methods, which must make no series.
+        """
+        known = method if method in _METHODS else "other"
+        self._requests.labels(known, rule, f"{status // 100}xx").inc()
 
 
 class _Span:

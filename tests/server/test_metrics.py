@@ -70,6 +70,16 @@ def test_embedded_tokens_are_counted(rig: Rig) -> None:
     assert _grown(before, _read(rig), f"inferneo_embedding_tokens_total {EMBED}") == 5
 
 
+def test_made_up_methods_and_paths_make_no_series(rig: Rig) -> None:
+    rig.client.request("FROB0", "/v1/none0")
+    before = _read(rig)
+    for number in range(1, 20):
+        rig.client.request(f"FROB{number}", f"/v1/none{number}")
+    after = _read(rig)
+    assert after.keys() == before.keys()
+    assert _grown(before, after, "http_requests_total none other 4xx") == 19
+
+
 def test_times_are_those_of_the_engine() -> None:
     metrics = Metrics(tuple)
     meter = metrics.meter("m")

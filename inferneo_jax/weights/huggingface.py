@@ -148,6 +148,12 @@ def _tokenizer_json(folder: Path) -> str:
         raise TokenizerError(
             f"{folder} has no tokenizer that can be read ({error}); it needs a whole tokenizer.json"
         ) from error
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if tokenizer.get_vocab(with_added_tokens=False).keys() <= added:  # made of nothing
+        raise TokenizerError(
+            f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary of which one could "
+            "be made; download all files of the model"
+        )
     # Training leftovers: the server itself decides what is too long.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -151,8 +151,8 @@ def _tokenizer_json(folder: Path) -> str:
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if tokenizer.get_vocab(with_added_tokens=False).keys() <= added:  # made of nothing
         raise TokenizerError(
-            f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary of which one could "
-            "be made; download all files of the model"
+            f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary to make one of; "
+            "download all files of the model"
         )
     # Training leftovers: the server itself decides what is too long.
     tokenizer.no_truncation()

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: the Llama layout, with queries, keys and values in one tensor, so gate and up."""
+"""Phi-3 and Phi-4: the Llama layout with queries, keys and values in one tensor, so gate and up."""
 
 import numpy as np
 

@@ -50,7 +50,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     """
     settings = settings or Settings.load()
     log.configure(settings.log_format)
-    threads = StoreThreads(open_store(settings.keys_location()))
+    threads = StoreThreads(open_store(settings.keys_location(), settings.named("keys_db")))
     guard, limiter = Guard(settings, threads), Limiter(threads)
     job = _lead(settings)
     registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)

@@ -36,18 +36,11 @@ _ALONE = ("bench", "hostile", "resilience")
 """Folders whose tests say how long something may take: nothing runs beside them."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell who may run beside whom, where several workers share the tests (`make test`).
-
-    A file's tests stay together, and so do all that ask the one server of the real models.
-    """
+    """Mark the tests that must have the machine to themselves."""
     for item in items:
         if item.path.parent.name in _ALONE:
             item.add_marker(pytest.mark.alone)
-        shared = "address" in getattr(item, "fixturenames", ())
-        group = "real server" if shared else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

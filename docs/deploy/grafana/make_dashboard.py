@@ -40,13 +40,16 @@ class Panel:
     good: str = ""
 
 
-def _total(name: str, labels: str = _MODEL) -> str:
-    return f"sum({name}{{{labels}}})"
+def _total(name: str, by: str = "") -> str:
+    return f"sum{_by(by)} ({name}{{{_MODEL}}})"
 
 
 def _rate(name: str, labels: str = _MODEL, by: str = "") -> str:
-    grouping = f" by ({by})" if by else ""
-    return f"sum{grouping} (rate({name}{{{labels}}}[$__rate_interval]))"
+    return f"sum{_by(by)} (rate({name}{{{labels}}}[$__rate_interval]))"
+
+
+def _by(labels: str) -> str:
+    return f" by ({labels})" if labels else ""
 
 
 def _part(part: str, whole: str) -> str:
@@ -64,7 +67,7 @@ def _mean(name: str) -> str:
     return f"{_rate(name + '_sum')} / {_rate(name + '_count')}"
 
 
-_HELD = "sum(vllm:kv_cache_usage_perc{{{0}}} * inferneo_kv_cache_pages{{{0}}})".format(_MODEL)
+_HELD = f"sum(vllm:kv_cache_usage_perc{{{_MODEL}}} * inferneo_kv_cache_pages{{{_MODEL}}})"
 
 ROWS: dict[str, list[Panel]] = {
     "Now": [
@@ -186,9 +189,7 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Compiled after ready",
-            {
-                "{{instance}}": f"sum by (instance) (inferneo_compiles_after_ready_total{{{_MODEL}}})"
-            },
+            {"{{instance}}": _total("inferneo_compiles_after_ready_total", by="instance")},
             words="There should be none.",
         ),
         Panel(
@@ -213,7 +214,7 @@ def dashboard() -> dict[str, Any]:
     for title, row in ROWS.items():
         panels.append(_row(title, top))
         top += 1
-        per_line = len(row) if row[0].stat else min(len(row), 3) if len(row) % 3 == 0 else 2
+        per_line = 6 if row[0].stat else 2 if len(row) == 4 else 3
         width, height = _COLUMNS // per_line, 4 if row[0].stat else 8
         for index, panel in enumerate(row):
             left, line = width * (index % per_line), index // per_line

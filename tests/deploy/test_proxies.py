@@ -1,5 +1,6 @@
 """nginx and Caddy as docs/deploy has them: tokens pass when they come, and the keys hold."""
 
+import getpass
 import json
 import re
 import socket
@@ -36,7 +37,7 @@ def nginx(upstream: str, address: str, folder: Path) -> list[str]:
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (folder / "nginx.conf").write_text(
-        f"daemon off; pid {folder}/pid; error_log stderr; worker_processes 1;\n"
+        f"user {getpass.getuser()}; daemon off; pid {folder}/pid; error_log stderr; worker_processes 1;\n"
         f"events {{}}\nhttp {{ access_log off; {temporary}\n"
         f"{site.replace('127.0.0.1:8000', upstream)}}}\n"
     )

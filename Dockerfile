@@ -27,11 +27,9 @@ LABEL org.opencontainers.image.title="Inferneo-JAX" \
 
 # The CPU's kernels are compiled by the first start on each kind of CPU, and kept on /cache: compiled in here they would
 # be for the CPU that builds the image.
-# tini: the kernel withholds signals without a handler from a container's first process, and by such a one Hypercorn is
-# told to end with an exit code that says that the server failed (server/exit.py).
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ tini ${PACKAGES} \
+    && apt-get install --yes --no-install-recommends g++ ${PACKAGES} \
     && rm -rf /var/lib/apt/lists/*
 # A volume that is made of these folders belongs to the user too.
 RUN useradd --uid 10001 --user-group --create-home inferneo \
@@ -43,7 +41,9 @@ COPY --from=build /opt/inferneo /opt/inferneo
 ENV PATH=/opt/inferneo/bin:$PATH \
     INFERNEO_CHECKPOINTS=/models \
     INFERNEO_COMPILATION_CACHE=/cache/programs \
+    INFERNEO_HOST=0.0.0.0 \
     INFERNEO_KEYS_DB=/keys/keys.db \
+    INFERNEO_PORT=8000 \
     INFERNEO_REQUIRE_KEY=true \
     XDG_CACHE_HOME=/cache
 USER 10001:10001
@@ -52,8 +52,9 @@ VOLUME ["/models", "/cache", "/keys"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
-    CMD ["python", "-c", "from http.client import HTTPConnection as Connection; \
-        asked = Connection('127.0.0.1', 8000, timeout=4); asked.request('GET', '/ready'); \
+    CMD ["python", "-c", "from http.client import HTTPConnection as Connection; from os import environ; \
+        asked = Connection('127.0.0.1', int(environ['INFERNEO_PORT']), timeout=4); asked.request('GET', '/ready'); \
         raise SystemExit(asked.getresponse().status != 200)"]
-ENTRYPOINT ["tini", "--"]
-CMD ["hypercorn", "--bind", "0.0.0.0:8000", "server.app:app"]
+# In this one process: as a container's first, Hypercorn's own command would end with exit code 0 when the server fails,
+# because the kernel keeps from it the signal that server/exit.py sends.
+CMD ["inferneo", "serve"]

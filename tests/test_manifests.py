@@ -127,7 +127,14 @@ def test_probes_ask_for_paths_that_need_no_key(name: str) -> None:
 def test_ports_agree(name: str) -> None:
     _, leader, follower = group(name)
     ports = {each["name"]: each["containerPort"] for each in leader["ports"]}
-    assert leader["command"] == ["hypercorn", "-b", f"0.0.0.0:{ports['http']}", "server.app:app"]
+    assert leader["command"] == [
+        "inferneo",
+        "serve",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        str(ports["http"]),
+    ]
     assert follower["command"] == ["inferneo", "follow"]
     assert {leader[kind]["httpGet"]["port"] for kind in leader if kind.endswith("Probe")} == {
         "http"

@@ -37,7 +37,7 @@ def nginx(upstream: str, address: str, folder: Path) -> list[str]:
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (folder / "nginx.conf").write_text(
-        f"user {getpass.getuser()}; daemon off; pid {folder}/pid; error_log stderr; worker_processes 1;\n"
+        f"user {getpass.getuser()}; daemon off; pid {folder}/pid; error_log stderr;\n"
         f"events {{}}\nhttp {{ access_log off; {temporary}\n"
         f"{site.replace('127.0.0.1:8000', upstream)}}}\n"
     )

@@ -48,10 +48,11 @@ def test_the_pod_is_the_images_user_and_has_its_folders() -> None:
     assert mounted == {*re.findall(r'"(/\w+)"', volumes), "/tmp"}
 
 
-def test_the_pod_starts_what_the_image_starts_below_its_init() -> None:
-    assert "command" not in SERVER  # it would take the place of tini
+def test_the_pod_starts_what_the_image_starts() -> None:
     (words,) = re.findall(r"^CMD \[(.*)\]$", DOCKERFILE, re.MULTILINE)
     assert SERVER["args"] == re.findall(r'"([^"]+)"', words)
+    (port,) = re.findall(r"^EXPOSE (\d+)$", DOCKERFILE, re.MULTILINE)
+    assert [each["containerPort"] for each in SERVER["ports"]] == [int(port)]
 
 
 def test_all_of_it_is_about_the_same_pod_and_port() -> None:

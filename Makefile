@@ -11,6 +11,9 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
+# Processes that share the tests; those that say how long something may take run alone, after them.
+WORKERS ?= 2
+
 BIN := $(VENV)/bin
 MODELS := smollm2-135m-instruct all-minilm-l6-v2
 
@@ -27,7 +30,8 @@ serve: $(VENV)/.installed
 
 test: lint types
 	$(BIN)/inferneo pull $(MODELS)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m alone
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

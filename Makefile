@@ -3,6 +3,7 @@
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
 #   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
 #   make test             install, lint, check types, run every test
+#   make screenshots      make the pictures of docs/images anew
 #   make clean            remove the virtual environment
 
 VENV ?= .venv
@@ -20,7 +21,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test lint types install clean
+.PHONY: serve test lint types screenshots install clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -37,6 +38,9 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
+
+screenshots: $(VENV)/.installed-test
+	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_chat_real.py
 
 install: $(VENV)/.installed
 

@@ -5,6 +5,7 @@
 #   make test             install, lint, check types, run every test
 #   make image            the server as an image of Docker; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
 #   make hooks            check each commit before it is made: .pre-commit-config.yaml
+#   make screenshots      make the pictures of docs/images anew
 #   make clean            remove the virtual environment
 
 VENV ?= .venv
@@ -22,7 +23,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test lint types install image hooks clean
+.PHONY: serve test lint types screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -39,6 +40,9 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
+
+screenshots: $(VENV)/.installed-test
+	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_chat_real.py
 
 install: $(VENV)/.installed
 

@@ -216,8 +216,9 @@ def _from_hub(name: str, progress: Progress) -> tuple[Path, str]:
             f"{repository!r} cannot name a repository of the Hugging Face Hub, which is org/name"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, network_error) as error:
+        why = str(error).partition("\n")[0].removeprefix("Got: ")
         raise FetchError(
-            f"{repository} could not be downloaded ({error}); check the network, or download it "
+            f"{repository} could not be downloaded ({why}); check the network, or download it "
             "elsewhere and use `inferneo convert FOLDER`"
         ) from error
     if file and not (folder / file).exists():

@@ -41,12 +41,16 @@ class ModelProgress:
         )
 
     def __enter__(self) -> "ModelProgress":
-        if self._live.console.is_terminal:
-            self._live.start(refresh=True)
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def start(self) -> None:
+        """Show it from now on."""
+        if self._live.console.is_terminal:
+            self._live.start(refresh=True)
 
     def stop(self) -> None:
         """Take it away, if it is still there."""

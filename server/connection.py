@@ -21,7 +21,9 @@ from quart.wrappers.request import Body
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from server.errors import ApiError
 from server.protocol.shape import Usage
+from server.tracing import Trace, Tracing
 from server.transport import Departure, Patience, bound_frames, pinged
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ log = structlog.get_logger(__name__)
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
 _CONNECTIONS = "connections"
+_TRACING = "tracing"
 _INBOUND_FRAMES = 1
 _INSIST_SECONDS = 0.05
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -44,11 +47,30 @@ def request_id(headers: Headers) -> str:
 
 
 class Record:
-    """What the log line of a request will say."""
+    """What is said of a request when it is over: in its log line, and in its span if it has one.
+
+    Attributes:
+        trace: its trace; None: it has none.
+    """
 
     def __init__(self) -> None:
+        self.trace: Trace | None = None
         self.facts: dict[str, Any] = {}
+        self._failed = False
         self._started = time.perf_counter()
+
+    def begin_trace(
+        self,
+        tracing: Tracing | None,
+        method: str,
+        path: str,
+        headers: Headers,
+        id: str,  # noqa: A002
+    ) -> None:
+        """Begin its span, if traces are wanted of it; what is logged meanwhile names that."""
+        self.trace = tracing.begin(method, path, headers, id) if tracing is not None else None
+        if self.trace is not None:
+            structlog.contextvars.bind_contextvars(**self.trace.ids)
 
     def note(self, **facts: Any) -> None:
         """Add facts; None is left out."""
@@ -56,12 +78,23 @@ class Record:
 
     def note_usage(self, usage: Usage) -> None:
         """Add the tokens it took."""
-        self.note(prompt_tokens=usage.prompt, completion_tokens=usage.completion)
+        self.note(
+            prompt_tokens=usage.prompt,
+            cached_tokens=usage.cached,
+            completion_tokens=usage.completion,
+        )
+
+    def note_error(self, error: ApiError) -> None:
+        """Add why it was not served, or not to its end."""
+        self.note(error=error.name)
+        self._failed = error.status >= 500
 
     def write(self, event: str) -> None:
-        """Log it."""
+        """Log it, and end its span."""
         elapsed = (time.perf_counter() - self._started) * 1000
         log.info(event, **self.facts, ms=round(elapsed, 1))
+        if self.trace is not None:
+            self.trace.end(self.facts, failed=self._failed)
 
 
 class LimitedBody(Body):
@@ -234,6 +267,13 @@ class HttpConnection(ASGIHTTPConnection):
             self._request = request
             # Everything that is logged on behalf of the request names it.
             structlog.contextvars.bind_contextvars(id=request.id)
+            request.record.begin_trace(
+                self.app.extensions[_TRACING],
+                request.method,
+                request.path,
+                request.headers,
+                request.id,
+            )
         return request
 
 
@@ -267,9 +307,10 @@ def num_sockets() -> int:
     return cast(Connections, current_app.extensions[_CONNECTIONS]).num_sockets
 
 
-def install(app: Quart) -> Connections:
+def install(app: Quart, tracing: Tracing | None) -> Connections:
     """Make ``app`` use these classes; its open connections."""
     connections = app.extensions[_CONNECTIONS] = Connections()
+    app.extensions[_TRACING] = tracing
     app.request_class = ApiRequest
     app.asgi_http_class = HttpConnection
     app.asgi_websocket_class = WebsocketConnection

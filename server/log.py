@@ -9,7 +9,7 @@ from structlog.typing import Processor
 
 
 def configure(log_format: Literal["auto", "json", "console"]) -> None:
-    """Set up structlog, and the engine's standard loggers with it.
+    """Set up structlog, and the standard loggers of the engine and of OpenTelemetry.
 
     ``auto`` is console on a terminal and json elsewhere. Tracebacks are plain: a renderer that
     shows local variables would show prompts.
@@ -40,7 +40,8 @@ def configure(log_format: Literal["auto", "json", "console"]) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=common, processors=[remove, *shape])
     )
-    engine = logging.getLogger("inferneo_jax")
-    engine.handlers = [handler]
-    engine.setLevel(logging.INFO)
-    engine.propagate = False
+    for name, level in (("inferneo_jax", logging.INFO), ("opentelemetry", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

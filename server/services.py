@@ -10,11 +10,12 @@ from server.models import Registry
 from server.settings import Settings
 from server.store_threads import StoreThreads
 from server.text import TextWork
+from server.tracing import Tracing
 
 
 @dataclass(frozen=True)
 class Services:
-    """One application's settings, models, threads, keys, limits, places and figures."""
+    """One application's settings, models, threads, keys, limits, places, figures and traces."""
 
     settings: Settings
     registry: Registry
@@ -24,3 +25,4 @@ class Services:
     limiter: Limiter
     admission: Admission
     metrics: Metrics
+    tracing: Tracing | None

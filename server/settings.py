@@ -246,6 +246,33 @@ def unknown_variables() -> list[str]:
     return sentences
 
 
+@dataclasses.dataclass(frozen=True)
+class Traces:
+    """What the variables of OpenTelemetry ask for; all else about it the SDK reads itself.
+
+    Attributes:
+        exporters: ``otlp``, ``console`` or what there is not; none: no traces.
+        protocol: of ``otlp``.
+    """
+
+    exporters: tuple[str, ...]
+    protocol: str
+
+
+def traces_wanted() -> Traces:
+    """Whether the environment names a collector, or an exporter."""
+
+    def first(*names: str) -> str:
+        return next((value for name in names if (value := os.environ.get(name, "").strip())), "")
+
+    endpoint = first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    named = first("OTEL_TRACES_EXPORTER") or ("otlp" if endpoint else "none")
+    off = first("OTEL_SDK_DISABLED").lower() == "true"
+    protocol = first("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    exporters = [] if off else [name for name in _split(named) if name != "none"]
+    return Traces(tuple(exporters), protocol or "http/protobuf")
+
+
 def _read_file() -> dict[str, Any]:
     path = os.environ.get(CONFIG_VARIABLE)
     if not path:

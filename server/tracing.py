@@ -8,6 +8,7 @@ that ``/metrics`` counts. Of OpenTelemetry nothing is imported unless traces are
 import asyncio
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -200,7 +201,8 @@ class Tracing:
 
         def shut_down() -> None:
             self._provider.shutdown()
-            loop.call_soon_threadsafe(closed.set)
+            with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+                loop.call_soon_threadsafe(closed.set)
 
         # A thread that is left behind if it must be: the process would wait for one of a pool.
         threading.Thread(target=shut_down, name="traces-end", daemon=True).start()

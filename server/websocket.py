@@ -202,10 +202,13 @@ class _Session:
         record, running = Record(), self._running[key]
         path = websocket.path
         record.begin_trace(self._services.tracing, WEBSOCKET, path, websocket.headers, g.socket_id)
-        record.note(route=path, request_id=name)
+        record.note(route=path, key=owner(), request_id=name)
         with ExitStack() as held:
             try:
                 await self._generate(held, running, record, name, body)
+            except asyncio.CancelledError:
+                record.note(disconnected=True)
+                raise
             except Exception as error:  # noqa: BLE001
                 failure = as_api_error(error)
                 record.note_error(failure)

@@ -3,7 +3,8 @@
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
 #   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
 #   make test             install, lint, check types, run every test
-#   make clean            remove the virtual environment
+#   make test-clients     run the tests of every client, LangChain, LlamaIndex and LiteLLM too
+#   make clean            remove the virtual environments
 
 VENV ?= .venv
 HOST ?= 127.0.0.1
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test lint types install clean
+.PHONY: serve test test-clients lint types install clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -27,6 +28,18 @@ serve: $(VENV)/.installed
 test: lint types
 	$(BIN)/inferneo pull $(MODELS)
 	$(BIN)/pytest
+
+# The frameworks need an environment of their own: tests/clients/frameworks/requirements.txt says why.
+FRAMEWORKS := tests/clients/frameworks
+
+test-clients: $(VENV)/.installed-test $(FRAMEWORKS)/.venv/.installed
+	$(BIN)/inferneo pull $(MODELS)
+	REQUIRE_CLIENTS=1 $(BIN)/pytest tests/clients
+
+$(FRAMEWORKS)/.venv/.installed: $(FRAMEWORKS)/requirements.txt | $(VENV)/.created
+	$(BIN)/python -m venv $(FRAMEWORKS)/.venv
+	$(FRAMEWORKS)/.venv/bin/pip install --requirement $<
+	@touch $@
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -52,4 +65,4 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(FRAMEWORKS)/.venv

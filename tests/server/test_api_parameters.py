@@ -45,6 +45,11 @@ from harness import CHAT, Rig
         ({"logit_bias": [1]}, "logit_bias", ["an object"]),
         ({"stream": "yes"}, "stream", ["true or false"]),
         ({"stream_options": {"include_usage": True}}, "stream_options", ["stream"]),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            ["include_usage"],
+        ),
         ({"stream": True, "stream_options": []}, "stream_options", ["an object"]),
         ({"prompt": 5}, "prompt", ["an integer", "a string"]),
         ({"prompt": []}, "prompt", ["an empty list"]),

@@ -3,6 +3,7 @@
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
 #   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
 #   make test             install, lint, check types, run every test
+#   make docs             write docs/reference anew, of the schemas
 #   make clean            remove the virtual environment
 
 VENV ?= .venv
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test lint types install clean
+.PHONY: serve test lint types docs install clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -34,6 +35,9 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m server.reference docs/reference
 
 install: $(VENV)/.installed
 

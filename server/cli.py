@@ -149,7 +149,10 @@ def show(name: Name, checkpoints: Checkpoints) -> None:
 
 @app.command()
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False)],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", help="Names of converted models.", show_default=False),
+    ],
     checkpoints: Checkpoints,
 ) -> None:
     """Remove converted models."""

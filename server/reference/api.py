@@ -12,13 +12,12 @@ _ADDRESS = "http://127.0.0.1:8000"
 _EVENTS = "text/event-stream"
 _ABOUT = f"""# API reference
 
-Every endpoint of the server, with all that it takes and gives; [api.md](../api.md) explains streams, WebSockets and errors. The same
-as an OpenAPI 3.1 document is at `/openapi.json`, and to try out in a browser at `/docs`.
+Every endpoint of the server, with all that it takes and gives. A server has the same as an OpenAPI
+3.1 document at `/openapi.json`, and at `/docs` to try out in a browser. [api.md](../api.md) says
+more about streams, WebSockets and errors.
 
-- Bodies are JSON objects, sent with `Content-Type: application/json`. `null` means that a parameter was not sent. Where no default
-  is shown, the words say what holds without one.
-- Once the server has API keys, add `-H "Authorization: Bearer $KEY"` to the examples.
-- The examples ask a server at `{_ADDRESS}`, where `make serve` starts one."""
+The examples ask a server at `{_ADDRESS}`, where `make serve` starts one. Where a table shows no
+default, the words say what holds when the field is left out."""
 
 
 def api_page() -> str:
@@ -30,7 +29,7 @@ def api_page() -> str:
         for method, operation in methods.items()
     ]
     usual = _usual(found)
-    parts = [_ABOUT, _contents(operations)]
+    parts = [_ABOUT, found["info"]["description"], _contents(operations)]
     for tag in found["tags"]:
         parts += [f"## {tag['name'].title()}", tag["description"]]
         for method, path, operation in operations:
@@ -63,7 +62,7 @@ def _operation(
     method: str, path: str, operation: Schema, usual: dict[str, Schema]
 ) -> Iterator[str]:
     yield f"### `{method} {path}`"
-    yield f"{operation['summary']}. {operation.get('description', '')}"
+    yield f"{operation['summary']}. {operation.get('description', '')}".rstrip()
     own = [each for each in operation["parameters"] if "$ref" not in each]
     yield table(
         ("parameter", "in", "type and bounds", "meaning"),
@@ -115,7 +114,7 @@ def _default(field: Schema) -> str:
 
 def _curl(method: str, path: str, own: list[Schema], body: Schema | None) -> str:
     for each in own:
-        value = each["schema"].get("enum", [f"${each['name'].upper()}"])[0]
+        value = each["schema"].get("enum", [f"${each['name'].upper()}"])[-1]
         path = path.replace(f"{{{each['name']}}}", value)
     words = ["curl"]
     if method not in ("GET", "POST") or (method == "POST" and not body):
@@ -168,10 +167,11 @@ def _headers(found: Schema) -> Iterator[str]:
 
 
 def _errors(usual: dict[str, Schema]) -> Iterator[str]:
-    yield f"All but those that an endpoint describes itself have the body [Error]({anchor('Error')})."
+    body = f"[Error]({anchor('Error')})"
+    yield f"All but those that an endpoint describes itself have the body {body}."
     rows = [(status, _meaning(response)) for status, response in usual.items()]
     yield table(("status", "meaning"), rows)
-    yield "A path that takes another method answers 405, with `Allow`. The codes: [api.md](../api.md#errors)."
+    yield "Which codes there are: [api.md](../api.md#errors)."
 
 
 def _objects(found: Schema) -> Iterator[str]:
@@ -189,7 +189,7 @@ def _objects(found: Schema) -> Iterator[str]:
             continue
         yield f"### {name}"
         yield schema.get("description", "")
-        if "default" in str(schema):
+        if any("default" in field for field in schema["properties"].values()):  # of a request
             yield _parameters(schema)
             continue
         required = schema.get("required", ())

@@ -6,15 +6,9 @@ from server.reference.markdown import anchor, code
 
 Schema = dict[str, Any]
 
-_ANY = "any value"
-_LENGTHS = {
-    "string": ("minLength", "maxLength", "characters"),
-    "array": ("minItems", "maxItems", "items"),
-}
-
 
 def words(schema: Schema, *, null: bool = True) -> str:
-    """Such as ``integer, 1 to 256 or "none"``.
+    """Such as ``integer, 1 to 256`` or ``array (at most 16) of string, not empty``.
 
     Args:
         schema: of one value.
@@ -30,13 +24,20 @@ def words(schema: Schema, *, null: bool = True) -> str:
         return code(schema["const"])
     if "enum" in schema:
         return _or([code(value) for value in schema["enum"]])
-    kind = schema.get("type")
-    if kind == "array":
-        items = words(schema["items"]) if schema.get("items") else ""
-        return _bounded(f"array of {items}" if items else "array", schema, kind)
-    if kind == "object":
-        return _object(schema)
-    return _bounded(kind, schema, kind) if isinstance(kind, str) else _ANY
+    match schema.get("type"):
+        case "array":
+            bounds = _range(schema.get("minItems"), schema.get("maxItems"))
+            items = f" of {words(schema['items'])}" if schema.get("items") else ""
+            return f"array ({bounds}){items}" if bounds else f"array{items}"
+        case "object":
+            return _object(schema)
+        case "string":
+            bounds = _range(schema.get("minLength"), schema.get("maxLength"))
+            unit = "" if bounds in ("", "not empty") else " characters"
+            return ", ".join(filter(None, ["string", bounds + unit]))
+        case str(kind):
+            return ", ".join(filter(None, [kind, _bounds(schema, whole=kind == "integer")]))
+    return "any value"
 
 
 def _object(schema: Schema) -> str:
@@ -47,40 +48,50 @@ def _object(schema: Schema) -> str:
     return f"object of {', '.join(named)}" if named else "object"
 
 
-def _bounded(text: str, schema: Schema, kind: str) -> str:
-    low, high, unit = "minimum", "maximum", ""
-    if kind in _LENGTHS:
-        low, high, unit = _LENGTHS[kind]
-    least, most = schema.get(low), schema.get(high)
+def _bounds(schema: Schema, *, whole: bool) -> str:
+    """Of a number."""
+    low, high = schema.get("minimum"), schema.get("maximum")
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
-    unit = f" {unit}" if unit else ""
-    if least is not None and most is not None:
-        bounds = [f"{_number(least)} to {_number(most)}{unit}"]
-    else:
-        bounds = [
-            f"{word} {_number(bound)}{unit if bound != 1 else unit.removesuffix('s')}"
-            for word, bound in (
-                ("at least", least),
-                ("above", above),
-                ("at most", most),
-                ("below", below),
-            )
-            if bound is not None and not (unit and bound == 0)
-        ]
-    return ", ".join([text, *bounds])
+    if whole and below is not None:
+        high, below = below - 1, None
+    if above is not None and high is not None:
+        return f"above {_number(above)}, to {_number(high)}"
+    texts = [span(low, high)]
+    texts += [
+        f"{word} {_number(bound)}"
+        for word, bound in (("above", above), ("below", below))
+        if bound is not None
+    ]
+    return ", ".join(filter(None, texts))
+
+
+def _range(least: int | None, most: int | None) -> str:
+    """Of a length."""
+    return "not empty" if (least, most) == (1, None) else span(least or None, most)
+
+
+def span(low: float | None, high: float | None) -> str:
+    """Bounds that belong to the range; nothing where there are none."""
+    if low is not None and high is not None:
+        return f"{_number(low)} to {_number(high)}"
+    if low is not None:
+        return f"at least {_number(low)}"
+    return "" if high is None else f"at most {_number(high)}"
 
 
 def _number(value: float) -> str:
-    """As people write it; powers of two that are a type's end as such."""
+    """As people write it; the ends of a type as powers of two."""
     for bits in (31, 32, 63, 64):
-        for number, name in ((2**bits, f"2^{bits}"), (2**bits - 1, f"2^{bits} - 1")):
-            if abs(value) == number:
-                return name if value > 0 else f"-{name}" if name[-2:] != " 1" else f"-({name})"
+        if value == 2**bits - 1:
+            return f"2^{bits} - 1"
+        if value == -(2**bits):
+            return f"-2^{bits}"
     return f"{value:g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def _or(texts: list[str]) -> str:
-    kept = list(dict.fromkeys(texts))
-    if len(kept) <= 2 or not any("," in text for text in kept):
-        return ", ".join(kept[:-1]) + " or " + kept[-1] if len(kept) > 1 else "".join(kept)
-    return "; ".join(kept[:-1]) + "; or " + kept[-1]
+    *rest, last = dict.fromkeys(texts)
+    if not rest:
+        return last
+    between = "; " if any("," in text for text in (*rest, last)) else ", "
+    return between.join(rest) + f"{between if between == '; ' else ' '}or {last}"

@@ -6,11 +6,12 @@ from typing import Any
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; nothing where there are no rows."""
-    lines = [_row(cells) for cells in rows]
-    if not lines:
-        return ""
-    return "\n".join([_row(header), "|" + "---|" * len(header), *lines])
+    """A table without the columns that are empty; nothing where there are no rows."""
+    found = list(rows)
+    kept = [column for column in range(len(header)) if any(row[column] for row in found)]
+    lines = [_row([row[column] for column in kept]) for row in (header, *found)]
+    lines.insert(1, "|" + "---|" * len(kept))
+    return "\n".join(lines) if found else ""
 
 
 def _row(cells: Sequence[str]) -> str:

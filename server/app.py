@@ -21,7 +21,7 @@ from server.http import json_response
 from server.limits import Limiter
 from server.metrics import Metrics
 from server.models import Registry, still_loading
-from server.routes import admin, docs, embeddings, generate, health, keys, models, text
+from server.routes import admin, docs, embeddings, generate, health, keys, models, pages, text
 from server.routes import metrics as routes_metrics
 from server.services import Services
 from server.settings import Settings, unknown_variables
@@ -70,6 +70,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     app.before_websocket(partial(admit_socket, services))
     app.register_blueprint(health.blueprint(services))
     app.register_blueprint(docs.blueprint())
+    app.register_blueprint(pages.blueprint())
     app.register_blueprint(routes_metrics.blueprint(services))
     app.register_blueprint(keys.blueprint(services))
     app.register_blueprint(admin.blueprint(services))

@@ -22,7 +22,18 @@ FRESH_SECONDS = 1.0
 """For so long a key that was looked up is believed: what changes takes effect within that time."""
 _MOST_FRESH = 4096
 
-OPEN_ENDPOINTS = frozenset({"health.health", "health.ready"})
+OPEN_ENDPOINTS = frozenset(
+    {
+        "health.health",
+        "health.ready",
+        # Pages, which are the same for everybody; what they show is asked for with a key.
+        "pages.chat",
+        "pages.dashboard",
+        "pages.page_file",
+        "pages.docs",
+        "docs.docs_file",
+    }
+)
 SCOPE_OF = {
     "/v1/models": None,
     "/v1/models/<path:model_id>": None,
@@ -30,8 +41,6 @@ SCOPE_OF = {
     "/v1/ws-tickets": None,
     "/version": None,
     "/openapi.json": None,
-    "/docs": None,
-    "/docs/<file>": None,
     "/v1/completions": "inference",
     "/v1/chat/completions": "inference",
     "/tokenize": "inference",

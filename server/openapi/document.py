@@ -24,8 +24,8 @@ known is named in `warnings` of the answer, or refused if the header `X-Inferneo
 there. Every response carries `X-Request-Id`, and every error the body `Error`; a path that takes
 another method answers 405 with `Allow`.
 
-**Keys.** Once the server has API keys, every path but `/health` and `/ready` needs one:
-`Authorization: Bearer <key>`.
+**Keys.** Once the server has API keys, every path but `/health`, `/ready` and the web pages needs
+one: `Authorization: Bearer <key>`.
 
 **WebSocket.** `/v1/completions` and `/v1/chat/completions` take WebSocket connections too. A text
 frame with a request body starts an answer: with `"stream": true` its frames are the chunks that the

@@ -8,6 +8,7 @@ from server.protocol.completions import CompletionBody
 from server.protocol.embeddings import EmbeddingBody
 from server.protocol.text import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from server.routes.docs import ASSETS
+from server.routes.pages import page_files
 
 _EXAMPLE_CHAT = "smollm2-135m-instruct"
 _EXAMPLE_EMBEDDING = "all-minilm-l6-v2"
@@ -29,6 +30,21 @@ def _streamed(whole: type[answers.Generated], event: type[answers.Generated]) ->
             events=event,
         )
     }
+
+
+def _page() -> dict[int, Answer]:
+    return {
+        200: Answer(
+            description="A page; everything that it loads comes from this server.",
+            content={"text/html": {"type": "string"}},
+            headers=("Content-Security-Policy",),
+        )
+    } | errors()
+
+
+def _file(*kinds: str) -> dict[int, Answer]:
+    found = Answer(description="The file.", content={kind: {} for kind in kinds})
+    return {200: found} | errors(404)
 
 
 OPERATIONS = (
@@ -171,32 +187,41 @@ OPERATIONS = (
         | errors(401, 403),
     ),
     Operation(
+        path="/",
+        name="chatPage",
+        tag="server",
+        summary="Chat in a browser",
+        answers=_page(),
+    ),
+    Operation(
+        path="/dashboard",
+        name="dashboardPage",
+        tag="server",
+        summary="Watch the server in a browser",
+        answers=_page(),
+    ),
+    Operation(
         path="/docs",
         name="docs",
         tag="server",
         summary="Read this description in a browser",
-        answers={
-            200: Answer(
-                description="A page; everything that it loads comes from this server.",
-                content={"text/html": {"type": "string"}},
-                headers=("Content-Security-Policy",),
-            )
-        }
-        | errors(),
+        answers=_page(),
+    ),
+    Operation(
+        path="/pages/{file}",
+        name="pageFile",
+        tag="server",
+        summary="Get a file of the pages",
+        parameters={"file": ({"type": "string", "enum": page_files()}, "The file's name.")},
+        answers=_file("image/svg+xml", "text/css", "text/javascript"),
     ),
     Operation(
         path="/docs/{file}",
         name="docsFile",
         tag="server",
-        summary="Get a file of that page",
+        summary="Get a file of Swagger UI",
         parameters={"file": ({"type": "string", "enum": sorted(ASSETS)}, "The file's name.")},
-        answers={
-            200: Answer(
-                description="The file.",
-                content={kind: {} for kind in sorted(set(ASSETS.values()))},
-            )
-        }
-        | errors(404),
+        answers=_file(*sorted(set(ASSETS.values()))),
     ),
     *admin.OPERATIONS,
 )

@@ -96,6 +96,14 @@ def test_probes_need_no_key(rig: KeyRig, path: str) -> None:
     assert rig.client.get(path, headers={"Host": "any.example"}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/docs", "/pages/api.js"])
+def test_pages_need_no_key_and_are_the_same_for_everybody(rig: KeyRig, path: str) -> None:
+    answers = [rig.client.get(path, headers=each) for each in ({}, rig.headers(), bearer("x"))]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert len({answer.content for answer in answers}) == 1
+    assert rig.client.post(path).status_code == 401
+
+
 def test_two_authorization_headers_are_none(rig: KeyRig) -> None:
     text = rig.key()[1]
     twice = [("Authorization", f"Bearer {text}")] * 2

@@ -1,0 +1,13 @@
+/* What Swagger UI asks the server, the description included, carries the key that the chat page keeps. */
+const key = sessionStorage.getItem("inferneo.key") ?? localStorage.getItem("inferneo.key");
+SwaggerUIBundle({
+  url: "openapi.json",
+  dom_id: "#page",
+  deepLinking: true,
+  tryItOutEnabled: true,
+  validatorUrl: null,
+  requestInterceptor: (request) => {
+    if (key) request.headers.Authorization ??= `Bearer ${key}`;
+    return request;
+  },
+});

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from server.settings import PREFIX, Settings
+from server.setting import variable_of
+from server.settings import Settings
 
 _STEP_SECONDS = 0.5
 _TAIL = 2000
@@ -46,7 +47,7 @@ class Server:
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.url = f"http://{address}/v1"
         self._log = Path(tempfile.mkdtemp(prefix="inferneo-")) / "server.log"
-        variables = {PREFIX + name.upper(): str(value) for name, value in settings.items()}
+        variables = {variable_of(name): str(value) for name, value in settings.items()}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "hypercorn", "-b", address, "server.app:app"],

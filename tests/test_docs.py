@@ -14,7 +14,7 @@ from server.reference import pages
 from server.reference.commands import Command, commands
 from server.reference.markdown import anchor
 from server.replica_settings import ReplicaSettings
-from server.settings import CONFIG_VARIABLE, PREFIX, Settings
+from server.setting import Setting, describe
 
 ROOT = Path(__file__).parent.parent
 _NOT_OURS = {"node_modules", "checkpoints", "build", "dist"}
@@ -85,14 +85,12 @@ def test_every_command_and_flag_is_described(command: Command) -> None:
         assert len(parameter.text) > 5, parameter.flags or parameter.value
 
 
-@pytest.mark.parametrize("name", Settings.model_fields)
-def test_every_setting_is_described(name: str) -> None:
-    row = next(
-        line
-        for line in pages()["configuration.md"].splitlines()
-        if line.startswith(f"| `{PREFIX}{name.upper()}`")
-    )
-    assert len(row.split(" | ")[-1]) > 10, f"{name} has no description"
+@pytest.mark.parametrize("setting", [*describe(ReplicaSettings)], ids=lambda setting: setting.name)
+def test_every_setting_is_described(setting: Setting) -> None:
+    assert f"`{setting.variable}`" in pages()["configuration.md"]
+    assert len(setting.description) > 10
+    assert setting.about
+    assert setting.default
 
 
 def test_every_endpoint_is_described() -> None:
@@ -179,7 +177,7 @@ def test_every_target_of_make_named_exists(page: Path) -> None:
 
 @each_page
 def test_every_variable_named_exists(page: Path) -> None:
-    known = {PREFIX + name.upper() for name in ReplicaSettings.model_fields} | {CONFIG_VARIABLE}
+    known = {setting.variable for setting in describe(ReplicaSettings)}
     for command in COMMANDS.values():
         for parameter in command.parameters:
             known.update(re.findall(r"`(INFERNEO_\w+)`", parameter.text))

@@ -1,43 +1,48 @@
-"""``configuration.md``: every setting, of the fields of ``Settings``."""
+"""``configuration.md``: every setting, of the schema of settings."""
 
-import inspect
+import itertools
 import re
 from collections.abc import Iterator
 
-from server.reference.markdown import code, join, table
-from server.reference.types import words
-from server.settings import CONFIG_VARIABLE, PREFIX, Settings
+from server.reference.markdown import join, table
+from server.replica_settings import ReplicaSettings
+from server.setting import Setting, describe
 
-_ABOUT = f"""# Settings
+_ABOUT = """# Settings
 
-Each setting is a variable of the environment, or a key of the TOML file that `{CONFIG_VARIABLE}`
-names; of both, the variable counts. Arrays are written with commas between, in TOML as arrays; an
-object is `name=value` with commas between, in TOML a table. Another variable that begins with
-`{PREFIX}` is named in the log at start."""
-_HEADER = ("variable", "key in TOML", "type and bounds", "default", "meaning")
+Every setting can be given in three ways; of several, the first counts:
+
+1. as an option of `inferneo serve`: `--max-len 4096`;
+2. as a variable of the environment: `INFERNEO_MAX_LEN=4096`;
+3. as a key of a TOML file, which `--config` or `INFERNEO_CONFIG` names: `max_len = 4096`. Lists are
+   TOML's arrays there, and pairs a table.
+
+A key is written as its option, with `_` for `-`; settings without an option have their key below.
+A wrong value, or a key that is none, ends the start with a sentence that names it; a variable that
+begins with `INFERNEO_` and is none is named in the log. `hypercorn server.app:app` reads variables
+and the file."""
 
 
 def configuration_page() -> str:
     """The page."""
-    return join([_ABOUT, table(_HEADER, _rows())])
+    groups = itertools.groupby(describe(ReplicaSettings), lambda setting: setting.group)
+    return join([_ABOUT, *(part for _, found in groups for part in _group(list(found)))])
 
 
-def _rows() -> Iterator[tuple[str, ...]]:
-    described = Settings.model_json_schema()["properties"]
-    documented = _documented(Settings)
-    for name, field in Settings.model_fields.items():
-        default = described[name].get("default")
-        yield (
-            f"`{PREFIX}{name.upper()}`",
-            f"`{name}`",
-            words(described[name], null=False).replace('"', ""),
-            "" if default in (None, "", [], {}) else code(default).replace('"', ""),
-            field.description or documented.get(name, ""),
-        )
+def _group(settings: list[Setting]) -> Iterator[str]:
+    first = settings[0]
+    yield f"## {first.group}"
+    about = re.sub(r"docs/([\w-]+\.md)", r"[\1](../\1)", first.about)
+    yield f"{about[:1].upper()}{about[1:]}"
+    yield table(("setting", "value", "default", "meaning"), map(_row, settings))
 
 
-def _documented(schema: type[Settings]) -> dict[str, str]:
-    """What a class's docstring says of its attributes."""
-    text = (inspect.getdoc(schema) or "").partition("Attributes:\n")[2]
-    found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", text, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(words.replace("``", "`").split()) for name, words in found}
+def _row(setting: Setting) -> tuple[str, ...]:
+    other = setting.flag or setting.name
+    bounds = f", {setting.bounds}" if setting.bounds else ""
+    return (
+        f"`{setting.variable}`<br>`{other}`",
+        f"`{setting.form}`{bounds}",
+        setting.default,
+        setting.description,
+    )

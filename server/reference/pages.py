@@ -12,6 +12,6 @@ def pages() -> dict[str, str]:
     made = {
         "api.md": ("server/protocol and server/openapi", api_page()),
         "cli.md": ("server/cli.py", commands_page()),
-        "configuration.md": ("server/settings.py", configuration_page()),
+        "configuration.md": ("server/schema.py", configuration_page()),
     }
     return {name: _NOTE.format(source=source) + text for name, (source, text) in made.items()}

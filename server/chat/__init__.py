@@ -1,0 +1,1 @@
+"""``inferneo chat``: talk to a server in the terminal."""

@@ -1,6 +1,7 @@
 """The import rules of docs/architecture.md, read from the source itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,15 @@ def test_importing_the_app_loads_no_jax() -> None:
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_file_is_two_rooms(file: Path) -> None:
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 320
+
+
+def test_the_map_names_every_module_and_no_other() -> None:
+    """Packages stand for what is in them; of their modules those are named that need a word."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[a-z_]+\.py\b", text.split("```")[1]))
+    there = {file.name for file in SOURCES}
+    assert not named - there, "docs/architecture.md names modules that are gone"
+    top = {file.name for file in SOURCES if file.parent.parent == ROOT} - {"__init__.py"}
+    folders = {f"{file.parent.name}/" for file in SOURCES if file.parent.parent.parent == ROOT}
+    missing = (top - named) | {folder for folder in folders if folder not in text}
+    assert not missing, "the map in docs/architecture.md lacks them"

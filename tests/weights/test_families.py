@@ -5,7 +5,7 @@ from inferneo_jax.errors import ConfigError
 from inferneo_jax.models import declare
 from inferneo_jax.models.families import FAMILIES, find_family
 
-CONFIGS = ["llama", "mistral", "qwen2", "qwen3", "bert"]
+CONFIGS = ["llama", "mistral", "qwen2", "qwen3", "phi3", "bert"]
 
 
 def config_of(made, model_type):

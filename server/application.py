@@ -23,7 +23,7 @@ from server.metrics import Metrics
 from server.models import Registry, still_loading
 from server.routes import admin, docs, embeddings, generate, health, keys, models, pages, text
 from server.routes import metrics as routes_metrics
-from server.services import Services
+from server.services import Services, attach
 from server.settings import Settings, unknown_variables
 from server.shutdown import drain, end_if_lost, held_up
 from server.socket_auth import admit_socket
@@ -59,6 +59,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     services = Services(settings, registry, TextWork(), threads, guard, limiter, admission, metrics)
 
     app = Quart("server", static_folder=None)
+    attach(app, services)
     connections = connection.install(app)
     mend_hypercorn()
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes

@@ -112,12 +112,11 @@ class NumericSettings(BaseModel):
 class EngineSettings(BaseModel):
     """Engine: how much runs at once, and on which devices."""
 
-    slots: int | None = Field(
-        default=None,
+    slots: int = Field(
+        default=EngineConfig().slots,
         ge=1,
         le=256,
         description="Requests that run at once.",
-        json_schema_extra=_shown("N", str(EngineConfig().slots)),
     )
     max_len: int | None = Field(
         default=None,

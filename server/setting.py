@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 from server.schema import Schema
 
 PREFIX = "INFERNEO_"
+KEY_VARIABLE = PREFIX + "API_KEY"
+"""The key that `inferneo chat` sends: no setting of a server."""
 _NO_FLAG = ("models", "job_token")
 """The first is the argument of `inferneo serve`; the second everybody could read in `ps`."""
 
@@ -26,7 +28,7 @@ class Setting:
         description: sentences on the setting.
         form: how a value is written: ``N``, ``SECONDS``, ``auto|json``.
         bounds: of a number, as ``1 to 256``; empty: none.
-        default: as it would be written, or in words.
+        default: as it would be written, or, with ``default_in_words``, what happens without one.
         variable: the environment variable.
         flag: the option of `inferneo serve`; None: it has none.
     """
@@ -38,6 +40,7 @@ class Setting:
     form: str
     bounds: str
     default: str
+    default_in_words: bool
     variable: str
     flag: str | None
 
@@ -59,6 +62,7 @@ def describe(schema: type[BaseModel] = Schema) -> Iterator[Setting]:
     for name, field in schema.model_fields.items():
         group, about = _group(schema, name)
         extra: Any = field.json_schema_extra or {}
+        words = extra.get("default")
         yield Setting(
             name=name,
             group=group,
@@ -66,7 +70,8 @@ def describe(schema: type[BaseModel] = Schema) -> Iterator[Setting]:
             description=field.description or "",
             form=extra.get("form") or _form(field),
             bounds=_bounds(field),
-            default=extra.get("default") or _written(field.default),
+            default=words or _written(field.default),
+            default_in_words=words is not None,
             variable=variable_of(name),
             flag=flag_of(name),
         )

@@ -4,7 +4,6 @@ A flag wins over a variable, and a variable over the file, which ``--config`` or
 names. This is the only reader of the environment.
 """
 
-import dataclasses
 import difflib
 import os
 import re
@@ -25,7 +24,7 @@ from pydantic_settings import (
 from inferneo_jax import ConfigError, EngineConfig, JobConfig, MeshShape
 from server.protocol.validation import describe
 from server.schema import Schema
-from server.setting import PREFIX, flag_of, variable_of
+from server.setting import KEY_VARIABLE, PREFIX, flag_of, variable_of
 
 
 class Settings(Schema, BaseSettings):
@@ -94,7 +93,7 @@ class Settings(Schema, BaseSettings):
 
     def places(self) -> int:
         """How many requests are served or wait at once."""
-        return self.engine_config().slots + self.max_waiting
+        return self.slots + self.max_waiting
 
     def engine_config(self) -> EngineConfig:
         """The part that the engine reads.
@@ -103,9 +102,8 @@ class Settings(Schema, BaseSettings):
             ConfigError: the values do not go together.
         """
         cache = self.compilation_cache or self.checkpoints_dir() / ".compiled"
-        config = EngineConfig() if self.slots is None else EngineConfig(slots=self.slots)
-        return dataclasses.replace(
-            config,
+        return EngineConfig(
+            slots=self.slots,
             dtype=self.dtype,
             kernels=self.kernels,
             quantization=self.quantization,
@@ -152,7 +150,7 @@ class Settings(Schema, BaseSettings):
 
 def unknown_variables() -> list[str]:
     """Sentences about variables that look like settings and are none."""
-    known = {variable_of(name) for name in Settings.model_fields}
+    known = {variable_of(name) for name in Settings.model_fields} | {KEY_VARIABLE}
     links = _service_links()
     sentences = []
     if links:

@@ -33,13 +33,13 @@ def load_from_disk(
     Raises:
         InferneoError: it cannot be had, or cannot be used.
     """
+    if job:
+        job.join(progress)
+    path = folder_of(source, settings, progress)
     # Here, because it brings in jax.
     from inferneo_jax import load_model
 
-    if job:
-        job.join(progress)
-    path, config = folder_of(source, settings, progress), settings.engine_config()
-    return load_model(path, config, name=source.id, progress=progress, job=job)
+    return load_model(path, settings.engine_config(), name=source.id, progress=progress, job=job)
 
 
 def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:

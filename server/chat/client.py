@@ -12,7 +12,7 @@ import orjson
 
 from server.bench.errors import RequestFailedError
 from server.bench.sse import EventReader
-from server.chat.errors import ChatError, KeyNeededError, LoadingError, NoServerError
+from server.chat.errors import ChatError, KeyNeededError, NoServerError
 from server.locality import is_loopback
 
 _CONNECT_SECONDS, _SILENT_SECONDS = 5.0, 120.0
@@ -95,13 +95,9 @@ class Server:
         Raises:
             ChatError: it does not answer.
         """
-        try:
-            self._json("/v1/models")
-        except LoadingError:
-            return True
-        except KeyNeededError:
-            return False
-        return False
+        with self._talking(), self._client() as client:
+            client.get("/health")
+        return any("stage" in state for state in self.states())
 
     def states(self) -> list[dict[str, Any]]:
         """What ``/ready`` says of each model; nothing where there is no such path."""
@@ -194,8 +190,6 @@ def _refusal(response: httpx.Response, server: Server) -> ChatError:
         message, code = f"{server.url} answers with the status {response.status_code}.", None
     if response.status_code == 401:
         return KeyNeededError(message)
-    if code == "model_loading":
-        return LoadingError(message)
     if code == "context_length_exceeded":
         return ChatError(f"{message} /undo takes back the last turn, /clear all.")
     seconds = response.headers.get("Retry-After", "")

@@ -48,7 +48,9 @@ def run(line: str, talk: Talk) -> bool:
 
 
 def _help(talk: Talk, _: str) -> None:
-    shown = {f"/{name} {command.usage}".rstrip(): command.text for name, command in COMMANDS.items()}
+    shown = {
+        f"/{name} {command.usage}".rstrip(): command.text for name, command in COMMANDS.items()
+    }
     width = max(map(len, shown))
     talk.screen.show("\n".join(f"{usage:<{width}}  {text}" for usage, text in shown.items()))
     talk.screen.note(

@@ -11,8 +11,21 @@ from server.protocol.chat import ChatBody
 from server.protocol.validation import describe
 
 _FIXED = frozenset(
-    "add_generation_prompt continue_final_message logprobs messages metadata model n "
-    "service_tier store stream stream_options top_logprobs user".split()
+    [
+        "add_generation_prompt",
+        "continue_final_message",
+        "logprobs",
+        "messages",
+        "metadata",
+        "model",
+        "n",
+        "service_tier",
+        "store",
+        "stream",
+        "stream_options",
+        "top_logprobs",
+        "user",
+    ]
 )
 """Parameters that a chat has its own values for, or no use."""
 PARAMETERS = tuple(sorted(ChatBody.model_fields.keys() - _FIXED))

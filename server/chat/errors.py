@@ -11,7 +11,3 @@ class NoServerError(ChatError):
 
 class KeyNeededError(ChatError):
     """The server wants an API key, or another one."""
-
-
-class LoadingError(ChatError):
-    """The server's models are still being loaded."""

@@ -54,7 +54,7 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
             server = Server(address)
             server.started_here = True
             with ModelProgress(err, server.states):
-                while not _ready(server):
+                while not server.states() or server.loading():
                     if process.poll() is not None:
                         text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
                         raise ChatError(f"The server ended before it was ready:\n{text}")
@@ -62,11 +62,6 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
             yield server
         finally:
             end(process)
-
-
-def _ready(server: Server) -> bool:
-    states = server.states()
-    return bool(states) and all("stage" not in state for state in states)
 
 
 def _variables(model: str | None, settings: Settings, folder: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from server.chat import commands
 from server.chat.client import Answer, Server
 from server.chat.dialogue import Dialogue
 from server.chat.editor import Editor, history_file
-from server.chat.errors import ChatError, LoadingError, NoServerError
+from server.chat.errors import ChatError, NoServerError
 from server.chat.local import local_server
 from server.chat.screen import Screen, terminal
 from server.chat.talk import Talk

@@ -2,6 +2,7 @@
 
 import enum
 import inspect
+import itertools
 import types
 import typing
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ class Parameter:
     Attributes:
         flags: how it may be written, such as ``--json``; none: an argument.
         value: what its value is called; empty: it takes none.
+        panel: the group that it is shown in.
         required: whether it must be there.
         default: what holds without it, in Markdown.
         text: its words.
@@ -37,6 +39,7 @@ class Parameter:
 
     flags: tuple[str, ...]
     value: str
+    panel: str
     required: bool
     default: str
     text: str
@@ -44,10 +47,11 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: ``name`` is all its words, ``text`` its docstring."""
+    """A command: ``name`` is all its words, ``text`` its docstring, ``epilog`` what follows."""
 
     name: str
     text: str
+    epilog: str
     parameters: tuple[Parameter, ...]
 
 
@@ -78,7 +82,12 @@ def _commands(app: typer.Typer, prefix: str) -> Iterator[Command]:
             yield Command(
                 name=f"{prefix} {name}",
                 text=command.help or inspect.getdoc(function) or "",
-                parameters=tuple(map(_parameter, signature.parameters.values())),
+                epilog=command.epilog or "",
+                parameters=tuple(
+                    _parameter(each)
+                    for each in signature.parameters.values()
+                    if each.annotation is not typer.Context
+                ),
             )
     for group in app.registered_groups:
         assert group.typer_instance is not None
@@ -89,14 +98,18 @@ def _parameter(parameter: inspect.Parameter) -> Parameter:
     kind, info = typing.get_args(parameter.annotation)[:2]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(each for each in typing.get_args(kind) if each is not types.NoneType)
-    if typing.get_origin(kind) is list:
+    several = typing.get_origin(kind) is list
+    if several:
         kind = typing.get_args(kind)[0]
     value = info.metavar or _VALUES.get(kind, parameter.name.upper().split("_")[-1])
+    if several and isinstance(info, ArgumentInfo) and "..." not in value:
+        value += "..."
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         value = "|".join(each.value for each in kind)
     return Parameter(
         flags=() if isinstance(info, ArgumentInfo) else _flags(parameter.name, kind, info),
         value=value,
+        panel=info.rich_help_panel or "",
         required=parameter.default is inspect.Parameter.empty and not info.default_factory,
         default=_default(parameter.default, info),
         text=_words(info),
@@ -136,28 +149,42 @@ def _words(info: ArgumentInfo | OptionInfo) -> str:
 
 def _section(command: Command) -> str:
     usage = [command.name]
-    arguments, options = [], []
+    arguments: list[tuple[str, ...]] = []
+    options: dict[str, list[tuple[str, ...]]] = {}
     for each in command.parameters:
         if each.flags:
             shown = [f"{flag} {each.value}".rstrip() for flag in each.flags]
             usage += shown[:1] * each.required
             default = "required" if each.required else each.default
-            options.append((", ".join(f"`{flag}`" for flag in shown), default, each.text))
+            row = (", ".join(f"`{flag}`" for flag in shown), default, each.text)
+            options.setdefault(each.panel, []).append(row)
         else:
             optional = not (each.required or each.value.startswith("["))
             usage.append(f"[{each.value}]" if optional else each.value)
             arguments.append((f"`{each.value}`", each.default, each.text))
-    if any(default != "required" for _, default, _ in options):
+    if any(not each.required for each in command.parameters if each.flags):
         usage.append("[OPTIONS]")
+    tables = [
+        [f"**{panel}**" if panel else "", table(("option", "default", ""), rows)]
+        for panel, rows in options.items()
+    ]
     return join(
         [
             f"## `{command.name}`",
             *_paragraphs(command.text),
             fence("text", " ".join(usage)),
             table(("argument", "default", ""), arguments),
-            table(("option", "default", ""), options),
+            *itertools.chain(*tables),
+            *_examples(command.epilog),
         ]
     )
+
+
+def _examples(epilog: str) -> Iterator[str]:
+    """An epilog's paragraphs; commands that follow each other are one block."""
+    blocks = itertools.groupby(epilog.split("\n\n"), lambda text: text.startswith("inferneo "))
+    for are_commands, texts in blocks:
+        yield fence("bash", "\n".join(texts)) if are_commands else "\n\n".join(texts)
 
 
 def _paragraphs(text: str) -> Iterator[str]:

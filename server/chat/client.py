@@ -89,21 +89,20 @@ class Server:
         """
         self._json(f"/v1/models/{model}")
 
-    def loading(self) -> bool:
-        """Whether its models are still being loaded.
+    def greet(self) -> None:
+        """Make sure that somebody answers.
 
         Raises:
-            ChatError: it does not answer.
+            ChatError: nobody does.
         """
         with self._talking(), self._client() as client:
             client.get("/health")
-        return any("stage" in state for state in self.states())
 
     def states(self) -> list[dict[str, Any]]:
         """What ``/ready`` says of each model; nothing where there is no such path."""
-        with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-            with self._client() as client:
-                return list(client.get("/ready").json()["models"])
+        unusable = contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError)
+        with unusable, self._client() as client:
+            return list(client.get("/ready").json()["models"])
         return []
 
     def stream(self, body: Mapping[str, Any], answer: Answer) -> Iterator[str]:
@@ -114,22 +113,24 @@ class Server:
         """
         sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
         begin = time.perf_counter()
-        with self._talking(), self._client() as client:
-            with client.stream("POST", "/v1/chat/completions", json=sent) as response:
-                if response.status_code != 200:
-                    response.read()
-                    raise _refusal(response, self)
-                reader = EventReader()
-                for piece in response.iter_bytes():
-                    for event in reader.feed(piece):
-                        if event == b"[DONE]":
-                            return
-                        text = _read(event, answer)
-                        if text:
-                            answer.last = time.perf_counter() - begin
-                            answer.first = answer.first or answer.last
-                            answer.text += text
-                            yield text
+        with (
+            self._talking(),
+            self._client() as client,
+            client.stream("POST", "/v1/chat/completions", json=sent) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                raise _refusal(response, self)
+            reader = EventReader()
+            for piece in response.iter_bytes():
+                for event in reader.feed(piece):
+                    if event == b"[DONE]":
+                        return
+                    if text := _read(event, answer):
+                        answer.last = time.perf_counter() - begin
+                        answer.first = answer.first or answer.last
+                        answer.text += text
+                        yield text
         if answer.reason is None:
             raise ChatError(f"The connection to {self.url} ended before the answer did.")
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -53,15 +54,32 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
         try:
             server = Server(address)
             server.started_here = True
-            with ModelProgress(err, server.states):
-                while not server.states() or server.loading():
-                    if process.poll() is not None:
-                        text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
-                        raise ChatError(f"The server ended before it was ready:\n{text}")
-                    time.sleep(_LOOK_SECONDS)
+            for _ in waiting(server, err, started=False):
+                if process.poll() is not None:
+                    text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
+                    raise ChatError(f"The server ended before it was ready:\n{text}")
             yield server
         finally:
             end(process)
+
+
+def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
+    """Show how far a server's models are until they are loaded; yields while they are not.
+
+    Args:
+        server: to wait for.
+        err: where to show it.
+        started: it answers already.
+    """
+    rows: list[dict[str, Any]] = []
+    with ModelProgress(err, lambda: rows):
+        while True:
+            states = server.states()
+            rows = [state for state in states if "stage" in state]
+            if not rows and (states or started):
+                return
+            yield
+            time.sleep(_LOOK_SECONDS)
 
 
 def _variables(model: str | None, settings: Settings, folder: str) -> dict[str, str]:

@@ -4,7 +4,6 @@ import contextlib
 import getpass
 import os
 import sys
-import time
 from dataclasses import dataclass
 
 from server.chat import commands
@@ -12,15 +11,13 @@ from server.chat.client import Answer, Server
 from server.chat.dialogue import Dialogue
 from server.chat.editor import Editor, history_file
 from server.chat.errors import ChatError, NoServerError
-from server.chat.local import local_server
+from server.chat.local import local_server, waiting
 from server.chat.screen import Screen, terminal
 from server.chat.talk import Talk
 from server.listening import url_of
-from server.progress import ModelProgress
 from server.setting import KEY_VARIABLE
 from server.settings import Settings
 
-_LOOK_SECONDS = 0.5
 _FAILED, _INTERRUPTED = 1, 130
 
 
@@ -115,10 +112,9 @@ def _ready(server: Server, screen: Screen) -> Server:
     Raises:
         ChatError: it does not answer.
     """
-    with ModelProgress(screen.err, server.states) as progress:
-        del progress
-        while server.loading():
-            time.sleep(_LOOK_SECONDS)
+    server.greet()
+    for _ in waiting(server, screen.err, started=True):
+        pass
     return server
 
 

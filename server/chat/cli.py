@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from server.chat import BEGINNING
+
 
 def chat(
     model: Annotated[
@@ -36,6 +38,7 @@ def chat(
             "--set",
             metavar="NAME=VALUE",
             help="A parameter of the API, such as temperature=0; may be repeated.",
+            show_default=" ".join(f"{name}={value}" for name, value in BEGINNING.items()),
         ),
     ] = None,
 ) -> None:

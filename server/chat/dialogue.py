@@ -1,11 +1,13 @@
 """What was said, and what goes with it to the server."""
 
+import difflib
 import json
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from server.chat import BEGINNING
 from server.chat.errors import ChatError
 from server.protocol.chat import ChatBody
 from server.protocol.validation import describe
@@ -46,13 +48,13 @@ class Dialogue:
         model: that answers.
         system: what it is told before all else; empty: nothing.
         turns: the questions and answers so far.
-        parameters: of sampling, by their names.
+        parameters: of sampling, by their names; they begin with a temperature for small models.
     """
 
     model: str
     system: str = ""
     turns: tuple[Turn, ...] = ()
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=lambda: dict(BEGINNING))
 
     def messages(self, question: str | None = None) -> list[dict[str, str]]:
         """As the API has them, a further question at the end."""
@@ -81,7 +83,9 @@ class Dialogue:
             ChatError: there is no such parameter, or the API would refuse the value.
         """
         if name not in PARAMETERS:
-            raise ChatError(f"{name!r} cannot be set; there are {', '.join(PARAMETERS)}.")
+            close = difflib.get_close_matches(name, PARAMETERS, n=1)
+            known = f"did you mean {close[0]}?" if close else f"there are {', '.join(PARAMETERS)}."
+            raise ChatError(f"{name!r} cannot be set; {known}")
         parameters = {key: value for key, value in self.parameters.items() if key != name}
         if text != "default":
             try:

@@ -64,7 +64,9 @@ def load(path: Path, dialogue: Dialogue) -> tuple[Dialogue, str | None]:
         dialogue,
         system=system,
         turns=tuple(map(Turn, texts[::2], texts[1::2])),
-        parameters={name: body[name] for name in PARAMETERS if name in body},
+        parameters={name: body[name] for name in PARAMETERS if name in body}
+        if as_json
+        else dialogue.parameters,
     )
     return read, texts[-1] if len(texts) % 2 else None
 

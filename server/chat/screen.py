@@ -1,5 +1,7 @@
 """What a chat shows: answers as they are written, and lines about them."""
 
+import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,8 @@ from rich.text import Text
 from server.chat.client import Answer
 from server.chat.text import Wrapper, clean
 
+_LOCAL_MODES = 3
+"""Where termios(3)'s ``c_lflag`` is in what ``tcgetattr`` gives."""
 _REASONS = {
     "stop": "complete",
     "length": "cut: max_tokens, or the model's context, is used up",
@@ -30,12 +34,13 @@ class Screen:
 
     @contextmanager
     def answer(self) -> Iterator["Writer"]:
-        """An answer that is being written; it ends with a line of its own."""
+        """An answer that is being written; what is typed meanwhile is not shown in it."""
         writer = Writer(self.out)
-        try:
-            yield writer
-        finally:
-            writer.end()
+        with _without_echo():
+            try:
+                yield writer
+            finally:
+                writer.end()
 
     def note(self, text: str) -> None:
         """Something beside the conversation."""
@@ -67,6 +72,7 @@ class Screen:
         self.note(" · ".join(filter(None, parts)))
         for warning in answer.warnings:
             self.note(f"The server: {warning}")
+        self.out.print()
 
 
 class Writer:
@@ -90,6 +96,21 @@ class Writer:
         if not self._ends_line:
             self._file.write("\n")
             self._file.flush()
+
+
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    changed = termios.tcgetattr(sys.stdin)
+    changed[_LOCAL_MODES] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def terminal() -> Screen:

@@ -45,7 +45,7 @@ class Editor:
             multiline=True,
             history=self._history(),
             key_bindings=_keys(),
-            completer=_Commands(),
+            completer=CommandCompleter(),
             complete_while_typing=False,
             input=source,
             output=output,
@@ -96,7 +96,7 @@ def _keys() -> KeyBindings:
     return keys
 
 
-class _Commands(Completer):
+class CommandCompleter(Completer):
     """Names of commands, and of parameters after ``/set``."""
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:

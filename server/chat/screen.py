@@ -56,7 +56,8 @@ class Screen:
 
     def error(self, text: str) -> None:
         """What went wrong."""
-        self.err.print(Text.assemble(("error: ", "bold red"), clean(text)))
+        shown = Text.assemble(("error: ", "bold red"), clean(text))
+        self.err.print(shown, soft_wrap=not self.err.is_terminal)
 
     def figures(self, answer: Answer) -> None:
         """How an answer came, in one line."""

@@ -100,6 +100,7 @@ class CommandCompleter(Completer):
     """Names of commands, and of parameters after ``/set``."""
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        """What may follow, at Tab."""
         text = document.text_before_cursor
         if text.startswith("/set "):
             words, start = PARAMETERS, text.removeprefix("/set ")

@@ -1,6 +1,8 @@
 """A server for the time of a chat, in a process of its own."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -56,8 +58,7 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
             server.started_here = True
             for _ in waiting(server, err, started=False):
                 if process.poll() is not None:
-                    text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
-                    raise ChatError(f"The server ended before it was ready:\n{text}")
+                    raise ChatError(f"The server ended before it was ready: {_why(log)}")
             yield server
         finally:
             end(process)
@@ -82,6 +83,13 @@ def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
             time.sleep(_LOOK_SECONDS)
 
 
+def _why(log: Path) -> str:
+    """The reason of the last error that the log has; else its end."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    reasons = re.findall(r'^\{"reason": ".*"level": "error".*\}$', text, re.MULTILINE)
+    return str(json.loads(reasons[-1])["reason"]) if reasons else f"\n{text[-_TAIL:]}"
+
+
 def _variables(model: str | None, settings: Settings, folder: str) -> dict[str, str]:
     """Of its environment. It has no keys: only this machine is served."""
     if model is None and not settings.models:
@@ -89,5 +97,5 @@ def _variables(model: str | None, settings: Settings, folder: str) -> dict[str, 
 
         model = next(each.name for each in load_catalog().values() if each.kind == "chat")
     chosen = {"models": model, "aliases": ""} if model else {}
-    chosen |= {"keys_db": f"{folder}/keys.db", "require_key": "auto", "log_format": "console"}
+    chosen |= {"keys_db": f"{folder}/keys.db", "require_key": "auto", "log_format": "json"}
     return {variable_of(name): value for name, value in chosen.items()}

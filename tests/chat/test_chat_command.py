@@ -100,6 +100,16 @@ def test_on_a_terminal_an_answer_streams_and_ctrl_c_stops_it(rig: Rig, tmp_path:
         terminal.type("/retry\r")
         terminal.wait_for("END of it.")
         terminal.wait_for("complete")
+        terminal.wait_for("> ")
+        terminal.type("\x1b[A\x1b[A")  # up, past /retry
+        terminal.wait_for("Hello\\?")
+        terminal.type("\x15")  # Ctrl-U empties the line
+        terminal.wait_for(r"\x1b\[K")
+        terminal.type("/und\t")
+        terminal.wait_for("/und.*o")
+        terminal.type("\r")
+        terminal.wait_for("Taken back: Hello\\?")
+        terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.wait() == 0
 

@@ -1,18 +1,17 @@
 """A server for the time of a chat, in a process of its own."""
 
-import json
+import contextlib
 import os
-import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
 from rich.console import Console
 
 from server.bench.process import end, led
@@ -27,7 +26,7 @@ _TAIL = 2000
 """Characters of its log that an error shows."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def local_server(model: str | None, settings: Settings, err: Console) -> Iterator[Server]:
     """A server that is ready. At the end, or whatever happens to this process, it ends.
 
@@ -86,8 +85,12 @@ def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
 def _why(log: Path) -> str:
     """The reason of the last error that the log has; else its end."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    reasons = re.findall(r'^\{"reason": ".*"level": "error".*\}$', text, re.MULTILINE)
-    return str(json.loads(reasons[-1])["reason"]) if reasons else f"\n{text[-_TAIL:]}"
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            event = orjson.loads(line)
+            if event["level"] == "error":
+                return str(event["reason"])
+    return f"\n{text[-_TAIL:]}"
 
 
 def _variables(model: str | None, settings: Settings, folder: str) -> dict[str, str]:

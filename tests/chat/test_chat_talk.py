@@ -1,6 +1,7 @@
 """A conversation with a server: what is asked, kept and told."""
 
 import io
+import re
 from pathlib import Path
 
 import orjson
@@ -239,6 +240,11 @@ def test_help_names_every_command_and_unknown_ones_are_told() -> None:
     assert not commands.run("What is /help?", talk)
     with pytest.raises(commands.Leave):
         commands.run("/exit", talk)
+
+
+def test_the_manual_names_every_command() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`/([a-z]+)[ `]", page)) == commands.COMMANDS.keys()
 
 
 def test_what_is_saved_can_be_gone_on_with(rig: Rig, tmp_path: Path) -> None:

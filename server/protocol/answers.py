@@ -115,7 +115,7 @@ class CompletionChunk(Generated):
 
     object: Literal["text_completion"]
     choices: list[CompletionDelta] = Field(description="What is new; empty beside the usage.")
-    usage: Usage | None = Field(None, description="With stream_options.include_usage only.")
+    usage: Usage | None = Field(None, description="With stream_options.include_usage.")
 
 
 class Alternative(Part):
@@ -185,7 +185,7 @@ class ChatCompletionChunk(Generated):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatDelta] = Field(description="What is new; empty beside the usage.")
-    usage: Usage | None = Field(None, description="With stream_options.include_usage only.")
+    usage: Usage | None = Field(None, description="With stream_options.include_usage.")
 
 
 class Embedding(Part):

@@ -120,7 +120,9 @@ def test_a_terminal_sees_how_it_loads_and_where_it_is(tmp_path: Path) -> None:
         assert "org/tiny-chat" in text
         for words in (
             "ready after",
-            f"API       {url}/v1 ",
+            f"{url}/ ",
+            f"{url}/dashboard ",
+            f"{url}/v1 ",
             f"{url}/docs ",
             "org/tiny-chat (chat), tiny-embed (embeddings)",
             "none yet, so only this machine is served; inferneo keys create",

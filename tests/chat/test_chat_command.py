@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from harness import CHAT, REPLY, Rig
+from rigs import key_rig
+
+from inferneo_jax import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "server.cli", "chat"]
@@ -57,7 +60,7 @@ class Terminal:
             preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # to be controlled by
         )
         os.close(other)
-        self.seen = ""
+        self.seen = self.all = ""
 
     def __enter__(self) -> "Terminal":
         return self
@@ -77,7 +80,8 @@ class Terminal:
             left = deadline - time.monotonic()
             assert left > 0, f"{pattern!r} is not in {self.seen!r}"
             if select.select([self._end], [], [], left)[0]:
-                self.seen += os.read(self._end, 65_536).decode(errors="replace")
+                piece = os.read(self._end, 65_536).decode(errors="replace")
+                self.seen, self.all = self.seen + piece, self.all + piece
         self.seen = self.seen[match.end() :]
 
     def wait(self) -> int:
@@ -112,6 +116,24 @@ def test_on_a_terminal_an_answer_streams_and_ctrl_c_stops_it(rig: Rig, tmp_path:
         terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.wait() == 0
+
+
+def test_a_key_is_asked_for_and_not_shown(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with (
+        key_rig(tokenizer, str(tmp_path / "keys.db"), require_key="true") as rig,
+        Terminal("--url", rig.url, tmp_path=tmp_path) as terminal,
+    ):
+        key = rig.key()[1]
+        for text in ("wrong", key):
+            terminal.wait_for("error: .*\r\n")
+            terminal.wait_for("API key: ")
+            terminal.type(f"{text}\r")
+        terminal.wait_for("/help shows")
+        terminal.wait_for("> ")
+        terminal.type("Hello?\r")
+        terminal.wait_for("END of it.")
+    assert "wrong" not in terminal.all
+    assert key not in terminal.all
 
 
 @pytest.mark.parametrize("piped", [True, False])

@@ -3,6 +3,7 @@
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
 #   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
 #   make test             install, lint, check types, run every test
+#   make docs             write docs/reference anew, of the schemas
 #   make image            the server as an image of Docker; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
 #   make hooks            check each commit before it is made: .pre-commit-config.yaml
 #   make screenshots      make the pictures of docs/images anew
@@ -24,7 +25,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test test-clients lint types screenshots install image hooks clean
+.PHONY: serve test test-clients lint types docs screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -53,6 +54,9 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m server.reference docs/reference
 
 screenshots: $(VENV)/.installed-test
 	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_chat_real.py

@@ -13,6 +13,7 @@ from inferneo_jax import __version__
 from inferneo_jax.errors import InferneoError
 from server import keys_cli, plan_cli
 from server.bench import cli as bench_cli
+from server.chat.cli import chat
 from server.doctor.cli import doctor
 from server.flags import with_flags
 from server.follow import GROUPS, follow
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=EPILOG, rich_help_panel=SERVE)(with_flags(serve))
+app.command(rich_help_panel=SERVE)(chat)
 app.command(rich_help_panel=SERVE)(doctor)
 app.add_typer(keys_cli.app, name="keys", rich_help_panel=SERVE)
 app.command(rich_help_panel=SERVE)(with_flags(follow, GROUPS))

@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 from server.schema import Schema
 
 PREFIX = "INFERNEO_"
+KEY_VARIABLE = PREFIX + "API_KEY"
+"""The key that `inferneo chat` sends: no setting of a server."""
 _NO_FLAG = ("models", "job_token")
 """The first is the argument of `inferneo serve`; the second everybody could read in `ps`."""
 

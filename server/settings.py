@@ -25,7 +25,7 @@ from pydantic_settings import (
 from inferneo_jax import ConfigError, EngineConfig, JobConfig, MeshShape
 from server.protocol.validation import describe
 from server.schema import Schema, split_list
-from server.setting import PREFIX, flag_of, variable_of
+from server.setting import KEY_VARIABLE, PREFIX, flag_of, variable_of
 
 
 class Settings(Schema, BaseSettings):
@@ -151,7 +151,7 @@ class Settings(Schema, BaseSettings):
 
 def unknown_variables() -> list[str]:
     """Sentences about variables that look like settings and are none."""
-    known = {variable_of(name) for name in Settings.model_fields}
+    known = {variable_of(name) for name in Settings.model_fields} | {KEY_VARIABLE}
     links = _service_links()
     sentences = []
     if links:

@@ -56,7 +56,7 @@ def running(side: Side, start_seconds: float) -> Iterator[tuple[str, float | Non
     with tempfile.TemporaryFile() as log:
         begin = time.monotonic()
         process = subprocess.Popen(  # noqa: S603 - this project's or the user's own command
-            _led(command),
+            led(command),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -70,10 +70,10 @@ def running(side: Side, start_seconds: float) -> Iterator[tuple[str, float | Non
                 raise BenchError(f"{side.label} {failure}; the end of its log:\n{text}")
             yield url, time.monotonic() - begin
         finally:
-            _end(process)
+            end(process)
 
 
-def _led(command: list[str]) -> list[str]:
+def led(command: list[str]) -> list[str]:
     """The command, which on Linux is told to end when this process is killed."""
     if sys.platform != "linux":
         return command
@@ -97,7 +97,7 @@ async def _wait_ready(
     return f"was not ready within {seconds:g} s (--start-seconds)"
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def end(process: "subprocess.Popen[bytes]") -> None:
     """End it, kindly first, and every process of its session that is left."""
     try:
         if process.poll() is None:

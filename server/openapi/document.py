@@ -17,7 +17,7 @@ from server.protocol.states import Error
 _REFERENCE = "#/components/schemas/{model}"
 
 _ABOUT = """
-The server speaks OpenAI's API, and a little of vLLM's. `docs/api.md` of the project says more.
+The server speaks OpenAI's API, and a little of vLLM's.
 
 **Requests** are JSON objects. `null` means that a parameter was not sent. A parameter that is not
 known is named in `warnings` of the answer, or refused if the header `X-Inferneo-Strict: true` is

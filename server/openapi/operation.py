@@ -91,7 +91,7 @@ def errors(*statuses: int) -> dict[int, Answer]:
 
 
 def _words(model: type[BaseModel]) -> str:
-    return (model.__doc__ or "").split("\n")[0]
+    return (model.__doc__ or "").split("\n")[0].replace("``", "`")
 
 
 def _error(description: str, *headers: str) -> Answer:

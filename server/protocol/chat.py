@@ -106,8 +106,9 @@ class Conversation(Body):
     messages: Annotated[
         list[dict[str, Any]], PlainValidator(_messages), WithJsonSchema(_MESSAGES)
     ] = Field(
-        description="The conversation so far. developer means system; the parts of a content are "
-        "joined by newlines."
+        description="The conversation so far. A message has a role, system, developer (which means "
+        "system), user, assistant, tool or function, and a content: a text, or a list of text "
+        "parts, which are joined by newlines."
     )
     chat_template_kwargs: Annotated[dict[str, Any], WithJsonSchema(_VARIABLES)] = Field(
         default_factory=dict, description="Further variables of the model's chat template."

@@ -1,0 +1,104 @@
+"""A server for the time of a chat, in a process of its own."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+
+from server.bench.process import end, led
+from server.chat.client import Server
+from server.chat.errors import ChatError
+from server.progress import ModelProgress
+from server.setting import variable_of
+from server.settings import Settings
+
+_LOOK_SECONDS = 0.2
+_TAIL = 2000
+"""Characters of its log that an error shows."""
+
+
+@contextlib.contextmanager
+def local_server(model: str | None, settings: Settings, err: Console) -> Iterator[Server]:
+    """A server that is ready. At the end, or whatever happens to this process, it ends.
+
+    Args:
+        model: that it serves; None: those of the settings, or the catalog's first that chats.
+        settings: which it reads itself, from the environment and the file.
+        err: where to show how far it is.
+
+    Raises:
+        ChatError: it ends before it is ready; with the end of its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with tempfile.TemporaryDirectory(prefix="inferneo-") as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(  # noqa: S603 - this package's own server
+                led([sys.executable, "-m", "hypercorn", "-b", address, "server.app:app"]),
+                env=os.environ | _variables(model, settings, folder),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # the terminal's Ctrl-C stops an answer, not the server
+            )
+        try:
+            server = Server(address)
+            server.started_here = True
+            for _ in waiting(server, err, started=False):
+                if process.poll() is not None:
+                    raise ChatError(f"The server ended before it was ready: {_why(log)}")
+            yield server
+        finally:
+            end(process)
+
+
+def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
+    """Show how far a server's models are until they are loaded; yields while they are not.
+
+    Args:
+        server: to wait for.
+        err: where to show it.
+        started: it answers already.
+    """
+    rows: list[dict[str, Any]] = []
+    with ModelProgress(err, lambda: rows):
+        while True:
+            states = server.states()
+            rows = [state for state in states if "stage" in state]
+            if not rows and (states or started):
+                return
+            yield
+            time.sleep(_LOOK_SECONDS)
+
+
+def _why(log: Path) -> str:
+    """The reason of the last error that the log has; else its end."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            event = orjson.loads(line)
+            if event["level"] == "error":
+                return str(event["reason"])
+    return f"\n{text[-_TAIL:]}"
+
+
+def _variables(model: str | None, settings: Settings, folder: str) -> dict[str, str]:
+    """Of its environment. It has no keys: only this machine is served."""
+    if model is None and not settings.models:
+        from inferneo_jax.weights.catalog import load_catalog
+
+        model = next(each.name for each in load_catalog().values() if each.kind == "chat")
+    chosen = {"models": model, "aliases": ""} if model else {}
+    chosen |= {"keys_db": f"{folder}/keys.db", "require_key": "auto", "log_format": "json"}
+    return {variable_of(name): value for name, value in chosen.items()}

@@ -10,6 +10,7 @@ const WINDOWS = [
   [900, "15 min"],
 ];
 const SPANS = [
+  [60, "1 min"],
   [300, "5 min"],
   [900, "15 min"],
   [3600, "60 min"],

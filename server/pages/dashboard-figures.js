@@ -3,7 +3,8 @@
  *
  * A line's `at(history, index, view)` is its value at a sample. `view.match` accepts the labels of
  * the models that are chosen, and `view.window` is how many seconds percentiles, means and shares
- * are of; rates are of the last ten. What is `ofServer` does not tell models apart.
+ * are of; rates are of the last ten. What is `ofServer` does not tell models apart; what is
+ * `optional` is shown where there is something to show.
  */
 
 const RATE_SECONDS = 10;
@@ -199,7 +200,16 @@ export const FIGURES = [
       process("process", "process_resident_memory_bytes"),
       process("weights", "inferneo_model_weights_bytes"),
       process("KV cache", "inferneo_kv_cache_bytes"),
-      process("device", "inferneo_device_memory_used_bytes"),
+    ],
+  },
+  {
+    title: "Accelerators' memory",
+    unit: "bytes",
+    ofServer: true,
+    optional: true, // a CPU has none
+    lines: [
+      process("used", "inferneo_device_memory_used_bytes"),
+      process("limit", "inferneo_device_memory_limit_bytes"),
     ],
   },
   {

@@ -4,7 +4,9 @@ import { ceiling, clock, split, text } from "./dashboard-format.js";
 import { h, set, svg } from "./dom.js";
 
 const HEIGHT = 132;
-const EDGE = { top: 8, right: 62, bottom: 20, left: 46 };
+const EDGE = { top: 8, bottom: 20, left: 46 };
+const NAMES_WIDTH = 68; // right of the lines, where there are several
+const SCALED = new Set(["s", "bytes", "%"]); // units that numbers carry along
 const LABEL_HEIGHT = 13;
 const ROWS = 12;
 const NOTHING = "Nothing to show yet";
@@ -14,6 +16,8 @@ export class Plot {
   constructor(figure, onMoment) {
     this.figure = figure;
     this.onMoment = onMoment;
+    this.right = figure.lines.length > 1 ? NAMES_WIDTH : 8;
+    this.unit = SCALED.has(figure.unit) ? figure.unit : "";
     this.width = 0;
     this.now = figure.lines.map((line) => h("dd", {}, "\u2013"));
     this.svg = svg("svg", { class: "plot", role: "img", height: HEIGHT });
@@ -27,7 +31,8 @@ export class Plot {
       h("summary", {}, "Table", h("span", { class: "unseen" }, ` of ${figure.title}`)),
       this.table,
     );
-    const about = [figure.about, figure.ofServer ? "whole server" : null].filter(Boolean);
+    const unit = this.unit ? null : figure.unit;
+    const about = [unit, figure.about, figure.ofServer ? "whole server" : null].filter(Boolean);
     this.element = h(
       "section",
       { class: "tile", "aria-label": figure.title },
@@ -46,7 +51,9 @@ export class Plot {
   #legend({ name }, index) {
     const stroke = svg("path", { class: `line line-${index}`, d: "M1 5H21" });
     const swatch = svg("svg", { class: "swatch", width: 22, height: 10, "aria-hidden": "true" }, stroke);
-    return h("div", {}, h("dt", {}, swatch, name), this.now[index]);
+    const alone = this.figure.lines.length === 1;
+    const term = h("dt", { class: alone ? "unseen" : null }, swatch, name);
+    return h("div", {}, term, this.now[index]);
   }
 
   /**
@@ -61,6 +68,7 @@ export class Plot {
     const begin = times.findIndex((time) => time >= from);
     this.begin = begin < 0 ? times.length : begin;
     values.forEach((line, i) => this.#tell(this.now[i], line[moment]));
+    this.element.hidden = Boolean(this.figure.optional) && !values.some((line) => line.some(Number.isFinite));
     if (!this.width) return;
     const top = this.#top();
     const y = (value) => EDGE.top + (1 - value / top) * (HEIGHT - EDGE.top - EDGE.bottom);
@@ -73,7 +81,8 @@ export class Plot {
   }
 
   #tell(element, value) {
-    const [number, unit] = split(value, this.figure.unit);
+    const [number, unit] = split(value, this.unit);
+    element.classList.toggle("unknown", !Number.isFinite(value));
     element.replaceChildren(number, h("small", {}, unit && ` ${unit}`));
   }
 
@@ -86,7 +95,7 @@ export class Plot {
 
   #x(time) {
     const { from, to } = this.shown;
-    return EDGE.left + ((time - from) / (to - from)) * (this.width - EDGE.left - EDGE.right);
+    return EDGE.left + ((time - from) / (to - from)) * (this.width - EDGE.left - this.right);
   }
 
   /** Samples that share a pixel are drawn as the least and the most of them. */
@@ -126,13 +135,11 @@ export class Plot {
 
   #axes(top, y) {
     const { from, to } = this.shown;
-    const right = this.width - EDGE.right;
+    const right = this.width - this.right;
     const levels = [0, top / 2, top].flatMap((level) => [
       svg("path", { class: "grid", d: `M${EDGE.left} ${y(level)}H${right}` }),
       svg("text", { x: EDGE.left - 6, y: y(level) + 4, "text-anchor": "end" },
-        text(level, this.figure.unit === "s" || this.figure.unit === "bytes" || this.figure.unit === "%"
-          ? this.figure.unit
-          : "")),
+        text(level, this.unit)),
     ]);
     const minutes = (to - from) / 60;
     const marks = [
@@ -159,7 +166,7 @@ export class Plot {
       end.at = Math.min(end.at, floor);
       floor = end.at - LABEL_HEIGHT;
     }
-    const x = this.width - EDGE.right + 5;
+    const x = this.width - this.right + 5;
     return ends.map(({ i, at }) =>
       svg("text", { class: `label label-${i}`, x, y: at }, this.figure.lines[i].name),
     );
@@ -169,7 +176,7 @@ export class Plot {
     const { times, values, moment, pointed } = this.shown;
     const hasAny = values.some((line) => line.slice(this.begin).some(Number.isFinite));
     if (!hasAny) {
-      const x = (EDGE.left + this.width - EDGE.right) / 2;
+      const x = (EDGE.left + this.width - this.right) / 2;
       return [svg("text", { class: "nothing", x, y: HEIGHT / 2, "text-anchor": "middle" }, NOTHING)];
     }
     if (!pointed) return [];
@@ -222,7 +229,7 @@ export class Plot {
     if (!this.shown) return;
     const { left } = this.svg.getBoundingClientRect();
     const { from, to } = this.shown;
-    const part = (event.clientX - left - EDGE.left) / (this.width - EDGE.left - EDGE.right);
+    const part = (event.clientX - left - EDGE.left) / (this.width - EDGE.left - this.right);
     this.onMoment(Math.min(to, Math.max(from, from + part * (to - from))));
   }
 }

@@ -177,7 +177,7 @@ export class Plot {
     const hasAny = values.some((line) => line.slice(this.begin).some(Number.isFinite));
     if (!hasAny) {
       const x = (EDGE.left + this.width - this.right) / 2;
-      return [svg("text", { class: "nothing", x, y: HEIGHT / 2, "text-anchor": "middle" }, NOTHING)];
+      return [svg("text", { class: "nothing", x, y: HEIGHT * 0.3, "text-anchor": "middle" }, NOTHING)];
     }
     if (!pointed) return [];
     const x = this.#x(times[moment]);

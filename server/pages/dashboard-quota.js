@@ -68,7 +68,7 @@ export class Quota {
       h("thead", {}, h("tr", {}, ...heads.map((name) => h("th", { scope: "col" }, name)))),
       h("tbody", {}, ...rows),
     );
-    const region = { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": "quota" };
+    const region = { class: "scroll", tabindex: 0, role: "region", "aria-label": "Keys and what they use" };
     const more = keys.length - MOST;
     const scrolled = this.body.querySelector(".scroll")?.scrollLeft ?? 0;
     const held = this.body.querySelector(".scroll") === document.activeElement;

@@ -83,7 +83,7 @@ def test_numbers_are_those_of_metrics(rig: Rig, visit: Callable[..., Visit]) -> 
         wait_for(lambda line=line: value(page, "Prompts", line) > 0)
     rates = value(page, "Prompts", 0), value(page, "Prompts", 2)
     assert rates[0] / rates[1] == pytest.approx(18 / 4, rel=0.02)
-    page.get_by_label("Model").select_option(EMBED)
+    page.get_by_label("Model", exact=True).select_option(EMBED)
     wait_for(lambda: value(page, "Prompts", 0) == -1 or value(page, "Prompts", 0) == 0)
     assert value(page, "Prompts", 2) > 0
     assert number(page, "Requests") == "\N{EN DASH}"  # an embedding model has no slots
@@ -118,7 +118,7 @@ def test_a_moment_is_told_in_all_plots(endless: Rig, visit: Callable[..., Visit]
     page.get_by_label("Show", exact=True).select_option("1 min")
     with streams(endless, 2):
         wait_for(lambda: value(page, "Requests") == 2)
-        slots = value(page, "Slots and places")
+        page.wait_for_timeout(1000)  # more than a step of the slider
     wait_for(lambda: value(page, "Requests") == 0)
     page.get_by_role("button", name="Pause").click()
     slider = page.get_by_role("slider", name="Moment")
@@ -128,7 +128,7 @@ def test_a_moment_is_told_in_all_plots(endless: Rig, visit: Callable[..., Visit]
         page.keyboard.press("ArrowLeft")
         if value(page, "Requests") == 2:
             break
-    assert value(page, "Slots and places") == slots == 50
+    assert value(page, "Slots and places") == 50
     assert re.search(r"\d\d:\d\d:\d\d, \d+ s ago", slider.get_attribute("aria-valuetext") or "")
     assert page.locator(".cursor").count() > 5
     page.keyboard.press("Escape")
@@ -171,11 +171,11 @@ def test_the_manual_names_what_is_plotted(rig: Rig, visit: Callable[..., Visit])
         for line in manual.splitlines()
         if line.startswith("| ") and len(cells := [c.strip() for c in line[1:-1].split("|")]) == 3
     }
-    known = set(re.findall(r"`([a-z_:]+)`", (DOCS / "metrics.md").read_text(encoding="utf-8")))
+    known = set(re.findall(r"`([a-z_:0-9]+)`", (DOCS / "metrics.md").read_text(encoding="utf-8")))
     for title, names, of in figures:
         _, lines, told = rows.pop(title)
         assert lines.split(", ") == names, title
-        assert re.findall(r"`([a-z_:]+)`", told) == list(dict.fromkeys(of)), title
+        assert re.findall(r"`([a-z_:0-9]+)`", told) == list(dict.fromkeys(of)), title
         for name in of:
             assert name in known or name.startswith("process_"), name
-    assert set(rows) == {"plot", "---"}, "the manual tells of what is not plotted"
+    assert set(rows) == {"plot"}, "the manual tells of what is not plotted"

@@ -13,8 +13,6 @@ from harness import Rig
 from playwright.sync_api import Page
 from prometheus_client.parser import text_string_to_metric_families
 
-START = "process_start_time_seconds"
-
 
 @pytest.fixture
 def page(rig: Rig, visit: Callable[..., Visit]) -> Page:
@@ -86,26 +84,26 @@ def test_the_text_is_read_as_prometheus_own_parser_reads_it(rig: Rig, page: Page
     assert read == expected
 
 
+HISTORY = """async (answers) => {
+  const { History } = await import("/pages/dashboard-history.js");
+  const h = new History(1000);
+  for (const answer of answers) {
+    if (!answer) { h.gap(); continue; }
+    const [time, start, counts, gauge] = answer;
+    const sample = (name, value, grows) => ({ name, key: name, labels: {}, value, grows });
+    h.add(time, [
+      ...Object.entries(counts).map(([name, value]) => sample(name, value, true)),
+      sample("process_start_time_seconds", start, false),
+      sample("gauge", gauge, false),
+    ]);
+  }
+  return ASKED;
+}"""
+
+
 def history(page: Page, answers: list[Any], asked: str) -> Any:
     """``asked`` of a history ``h``; an answer is (time, start, counts, gauge), or None: a gap."""
-    return page.evaluate(
-        """async ([answers, asked]) => {
-          const { History } = await import("/pages/dashboard-history.js");
-          const h = new History(1000);
-          for (const answer of answers) {
-            if (!answer) { h.gap(); continue; }
-            const [time, start, counts, gauge] = answer;
-            const samples = Object.entries(counts).map(([name, value]) =>
-              ({ name, key: name, labels: {}, value, grows: true }));
-            samples.push({ name: "%s", key: "start", labels: {}, value: start, grows: false });
-            samples.push({ name: "gauge", key: "gauge", labels: {}, value: gauge, grows: false });
-            h.add(time, samples);
-          }
-          return new Function("h", `return ${asked}`)(h);
-        }"""
-        % START,
-        [answers, asked],
-    )
+    return page.evaluate(HISTORY.replace("ASKED", asked), answers)
 
 
 def test_a_rate_survives_a_restart(page: Page) -> None:

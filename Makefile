@@ -3,6 +3,7 @@
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
 #   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
 #   make test             install, lint, check types, run every test
+#   make screenshots      make the manual's pictures anew, under docs/images
 #   make clean            remove the virtual environment
 
 VENV ?= .venv
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test lint types install clean
+.PHONY: serve test lint types install screenshots clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -50,6 +51,10 @@ $(VENV)/.created:
 		echo "Python 3.11 or newer is needed and was not found; name one with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
+
+screenshots: $(VENV)/.installed-test
+	$(BIN)/inferneo pull $(MODELS)
+	INFERNEO_TEST_PICTURES=1 $(BIN)/pytest tests/pages/test_pictures.py
 
 clean:
 	rm -rf $(VENV)

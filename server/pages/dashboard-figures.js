@@ -123,10 +123,10 @@ export const FIGURES = [
     ],
   },
   { title: "Time to first token", unit: "s", lines: percentiles("vllm:time_to_first_token_seconds") },
-  { title: "Between tokens", unit: "s", lines: percentiles("vllm:inter_token_latency_seconds") },
-  { title: "Whole request", unit: "s", lines: percentiles("vllm:e2e_request_latency_seconds") },
+  { title: "Inter-token latency", unit: "s", lines: percentiles("vllm:inter_token_latency_seconds") },
+  { title: "Request latency", unit: "s", lines: percentiles("vllm:e2e_request_latency_seconds") },
   {
-    title: "Where time goes",
+    title: "Queue, prefill, decode",
     unit: "s",
     about: "mean",
     lines: [
@@ -155,14 +155,14 @@ export const FIGURES = [
     ],
   },
   {
-    title: "Answers",
+    title: "Responses",
     unit: "/s",
     about: "/v1",
     ofServer: true,
     lines: [answers("2xx", "2xx"), answers("4xx", "4xx"), answers("5xx", "5xx")],
   },
   {
-    title: "Sequences ended",
+    title: "Finished sequences",
     unit: "/s",
     lines: [
       ended("stop", "stop"),
@@ -172,7 +172,7 @@ export const FIGURES = [
     ],
   },
   {
-    title: "Shared work",
+    title: "Cache hits and drafts",
     unit: "%",
     about: "of tokens",
     lines: [
@@ -213,7 +213,7 @@ export const FIGURES = [
     ],
   },
   {
-    title: "Processor",
+    title: "CPU",
     unit: "cores",
     ofServer: true,
     lines: [

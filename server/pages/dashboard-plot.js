@@ -4,7 +4,7 @@ import { ceiling, clock, split, text } from "./dashboard-format.js";
 import { h, set, svg } from "./dom.js";
 
 const HEIGHT = 132;
-const EDGE = { top: 8, bottom: 20, left: 46 };
+const EDGE = { top: 8, bottom: 20, left: 54 };
 const NAMES_WIDTH = 68; // right of the lines, where there are several
 const SCALED = new Set(["s", "bytes", "%"]); // units that numbers carry along
 const LABEL_HEIGHT = 13;

@@ -42,7 +42,7 @@ export class Status {
         "Several servers answer at this address",
         "Their figures are their own and cannot be shown as one. Open the dashboard of each.",
       ],
-      refusal && [explain(refusal).title, refusal.message, true],
+      refusal && ofRefusal(refusal),
     ].filter(Boolean);
     const written = JSON.stringify(notices);
     if (written === this.shown) return; // else it would be read out again
@@ -51,11 +51,16 @@ export class Status {
   }
 }
 
+function ofRefusal(refusal) {
+  const { title, todo, needsKey } = explain(refusal);
+  return [title, refusal.status === 401 ? todo : refusal.message, needsKey];
+}
+
 function notice([title, message, needsKey]) {
   if (!needsKey) return h("p", { class: "notice" }, h("strong", {}, title), ` ${message}`);
   return h(
     "div",
-    { class: "notice" },
+    { class: "notice calm" },
     h("p", {}, h("strong", {}, title), ` ${message}`),
     h(
       "p",

@@ -16,7 +16,7 @@ import { byId, h } from "./dom.js";
 import { mountShell } from "./shell.js";
 
 const KEPT_SECONDS = 3600 + 900; // the longest plot, and the longest window before its first value
-const READY_ROUNDS = 5; // of which one asks /ready, while all is well
+const READY_ROUNDS = 3; // of which one asks /ready, while all is well
 const QUOTA_ROUNDS = 3;
 
 const view = { model: "", window: 60, span: 300 };
@@ -134,7 +134,10 @@ function onView(name) {
 /** Show the numbers of another time in all plots; null: the newest. */
 function onMoment(time) {
   state.moment = time;
-  draw();
+  state.frame ??= requestAnimationFrame(() => {
+    state.frame = null;
+    if (history.length) drawPlots();
+  });
 }
 
 function draw() {
@@ -151,8 +154,16 @@ function draw() {
   const infos = history.series("inferneo_model_info").map(({ labels }) => labels.model_name);
   controls.setModels([...new Set(infos)]);
   const shownCards = loading || refusal || !history.length ? [] : modelCards(history);
-  cards.replaceChildren(...(shownCards.length ? shownCards : readyCards(state.models)));
+  showCards(shownCards.length ? shownCards : readyCards(state.models));
   if (known) drawPlots();
+}
+
+/** Cards that say the same are left alone, with what somebody has selected in them. */
+function showCards(fresh) {
+  const words = fresh.map((card) => card.textContent).join();
+  if (words === state.cards) return;
+  state.cards = words;
+  cards.replaceChildren(...fresh);
 }
 
 function drawPlots() {

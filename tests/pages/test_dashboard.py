@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inferneo_jax import Tokenizer
 
+FRAME = "new Promise(requestAnimationFrame)"
+"""Waits for what was drawn."""
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -51,7 +53,7 @@ def test_figures_move_with_the_load(endless: Rig, visit: Callable[..., Visit]) -
     grown = after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"]
     assert grown == 3 * 60
     # All of them are within the ten seconds that a rate is of, but for those of the first sample.
-    wait_for(lambda: value(page, "Sequences ended", 1) > 0)
+    wait_for(lambda: value(page, "Finished sequences", 1) > 0)
     told = page.evaluate(
         """async () => {
           const { FIGURES } = await import("/pages/dashboard-figures.js");
@@ -59,7 +61,7 @@ def test_figures_move_with_the_load(endless: Rig, visit: Callable[..., Visit]) -
         }"""
     )
     assert told == [each.get_attribute("aria-label") for each in page.locator(".tile").all()]
-    assert 0 < value(page, "Answers") <= 15
+    assert 0 < value(page, "Responses") <= 15
     assert number(page, "Time to first token") != "\N{EN DASH}"
     visited.shot("dashboard-after-load")
     visited.assert_accessible()
@@ -68,7 +70,11 @@ def test_figures_move_with_the_load(endless: Rig, visit: Callable[..., Visit]) -
 def test_numbers_are_those_of_metrics(rig: Rig, visit: Callable[..., Visit]) -> None:
     page = open_dashboard(visit, rig.url).page
     page.get_by_label("Percentiles over").select_option("5 min")
-    wait_for(lambda: value(page, "Shared work") == -1 or value(page, "Shared work") >= 0)
+    wait_for(
+        lambda: (
+            value(page, "Cache hits and drafts") == -1 or value(page, "Cache hits and drafts") >= 0
+        )
+    )
     before = samples(rig)
     for prompt in ("abc", "abcdef", "abcdefghi"):
         body = {"model": CHAT, "prompt": prompt, "max_tokens": 4}
@@ -78,7 +84,7 @@ def test_numbers_are_those_of_metrics(rig: Rig, visit: Callable[..., Visit]) -> 
     hits = after["vllm:prefix_cache_hits_total"] - before.get("vllm:prefix_cache_hits_total", 0)
     assert hits == 1 + 3 + 4
     share = round(100 * hits / 18)
-    wait_for(lambda: value(page, "Shared work") == share)
+    wait_for(lambda: value(page, "Cache hits and drafts") == share)
     for line in (0, 2):  # received, embedded
         wait_for(lambda line=line: value(page, "Prompts", line) > 0)
     rates = value(page, "Prompts", 0), value(page, "Prompts", 2)
@@ -126,6 +132,7 @@ def test_a_moment_is_told_in_all_plots(endless: Rig, visit: Callable[..., Visit]
     slider.focus()
     for _ in range(150):
         page.keyboard.press("ArrowLeft")
+        page.evaluate(FRAME)
         if value(page, "Requests") == 2:
             break
     assert value(page, "Slots and places") == 50
@@ -133,11 +140,11 @@ def test_a_moment_is_told_in_all_plots(endless: Rig, visit: Callable[..., Visit]
     assert page.locator(".cursor").count() > 5
     page.keyboard.press("Escape")
     expect(slider).to_have_attribute("aria-valuetext", "now")
-    assert value(page, "Requests") == 0
+    wait_for(lambda: value(page, "Requests") == 0)
     tile(page, "Requests").locator("svg.plot").hover()
-    assert page.locator(".cursor").count() > 5
+    wait_for(lambda: page.locator(".cursor").count() > 5)
     page.mouse.move(0, 0)
-    assert page.locator(".cursor").count() == 0
+    wait_for(lambda: page.locator(".cursor").count() == 0)
 
 
 def test_a_plot_is_a_table_too(rig: Rig, visit: Callable[..., Visit]) -> None:

@@ -3,7 +3,7 @@
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
 #   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
 #   make test             install, lint, check types, run every test
-#   make screenshots      make the manual's pictures anew, under docs/images
+#   make screenshots      make the pictures of docs/images anew
 #   make clean            remove the virtual environment
 
 VENV ?= .venv
@@ -53,8 +53,7 @@ $(VENV)/.created:
 	@touch $@
 
 screenshots: $(VENV)/.installed-test
-	$(BIN)/inferneo pull $(MODELS)
-	INFERNEO_TEST_PICTURES=1 $(BIN)/pytest tests/pages/test_pictures.py
+	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_dashboard_real.py
 
 clean:
 	rm -rf $(VENV)

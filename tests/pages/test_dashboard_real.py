@@ -1,4 +1,4 @@
-"""The manual's pictures of the dashboard, made of a real server: `make screenshots`."""
+"""The dashboard of a real server under load, of which the picture of docs/images is made."""
 
 import os
 import subprocess
@@ -11,16 +11,20 @@ from browsing import Visit
 
 from tests.serving import ROOT, process
 
+IMAGES = "INFERNEO_DOCS_IMAGES"
+"""Names the folder that takes the picture; without it none is made."""
 LARGEST_BYTES = 200_000
 LOADS = ("2", "8", "16", "4")
 """Clients at once, one after the other."""
 
+pytestmark = pytest.mark.real
 
-@pytest.mark.skipif("INFERNEO_TEST_PICTURES" not in os.environ, reason="make screenshots makes it")
-def test_the_dashboard_under_load(
-    checkpoints: Path, tmp_path: Path, visit: Callable[..., Visit]
+
+@pytest.mark.skipif(IMAGES not in os.environ, reason=f"{IMAGES} names no folder")
+def test_picture_of_the_dashboard(
+    real_checkpoints: Path, tmp_path: Path, visit: Callable[..., Visit]
 ) -> None:
-    settings = {"INFERNEO_CHECKPOINTS": str(checkpoints), "INFERNEO_SLOTS": "16"}
+    settings = {"INFERNEO_CHECKPOINTS": str(real_checkpoints), "INFERNEO_SLOTS": "16"}
     settings["INFERNEO_KEYS_DB"] = str(tmp_path / "keys.db")
     with process(tmp_path / "log", settings) as server:
         server.wait_ready()
@@ -35,7 +39,7 @@ def test_the_dashboard_under_load(
                 while running.poll() is None:
                     page.wait_for_timeout(200)  # in which the page is at work
             assert running.returncode == 0
-        path = ROOT / "docs" / "images" / "dashboard.png"
+        path = Path(os.environ[IMAGES]) / "dashboard.png"
         path.parent.mkdir(exist_ok=True)
         page.screenshot(path=path)
         page.close()

@@ -22,8 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
-	$(BIN)/inferneo pull $(MODELS)
-	exec $(BIN)/hypercorn --bind $(HOST):$(PORT) server.app:app
+	exec $(BIN)/inferneo serve --host $(HOST) --port $(PORT)
 
 test: lint types
 	$(BIN)/inferneo pull $(MODELS)

@@ -12,7 +12,9 @@ from rich.console import Console
 from inferneo_jax.errors import InferneoError
 from server import keys_cli, plan_cli
 from server.bench import cli as bench_cli
-from server.follow import follow
+from server.flags import with_flags
+from server.follow import GROUPS, follow
+from server.serve import EPILOG, serve
 
 app = typer.Typer(
     help="Serve language and embedding models over an OpenAI-compatible API.",
@@ -20,10 +22,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(epilog=EPILOG)(with_flags(serve))
 app.add_typer(keys_cli.app, name="keys")
 app.add_typer(bench_cli.app, name="bench")
 app.command()(plan_cli.plan)
-app.command()(follow)
+app.command()(with_flags(follow, GROUPS))
 out = Console()
 err = Console(stderr=True)
 
@@ -194,12 +197,12 @@ def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def main() -> None:
-    """Runs the command; what goes wrong for a known reason is one message and exit status 1."""
+def main(command: Callable[[], object] = app) -> None:
+    """Runs a command; what goes wrong for a known reason is one message and exit status 1."""
     try:
-        app()
+        command()
     except InferneoError as error:
-        err.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        err.print("[bold red]error:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 

@@ -74,6 +74,12 @@ class LimitedBody(Body):
     def __init__(self, expected: int | None, maximum: int | None) -> None:
         super().__init__(expected, maximum)
         self._left = maximum
+        self._too_large = RequestEntityTooLarge(
+            f"The request body has more than {maximum} bytes. Send less, or raise "
+            "INFERNEO_MAX_BODY_BYTES where the server is started."
+        )
+        if self._must_raise is not None:
+            self._must_raise = self._too_large
         self._answered = False
         self._ended = asyncio.Event()
 
@@ -82,7 +88,7 @@ class LimitedBody(Body):
         if self._left is not None:
             self._left -= len(data)
             if self._left < 0 and self._must_raise is None:
-                self._must_raise = RequestEntityTooLarge()
+                self._must_raise = self._too_large
                 super().set_complete()
         if self._must_raise is None and not self._answered:
             self._data.extend(data)

@@ -5,26 +5,35 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import structlog
+import typer
 
 from inferneo_jax import ConfigError, InferneoError, Job
 from server import log
+from server.flags import given
 from server.settings import Settings
 from server.sources import folder_of, sources_of
 
 logger = structlog.get_logger(__name__)
 
+GROUPS = ("Models", "Numerics", "Engine", "Several processes", "Logs and file")
+"""Of the settings, those that a process without HTTP reads."""
 
-def follow() -> None:
-    """Run the language model's steps for process 0 of a job, until that ends."""
-    settings = Settings.load()
+
+def follow(context: typer.Context, **_: Any) -> None:
+    """Run the language model's steps for process 0 of a job, until that ends.
+
+    Give it the settings that process 0 has, but for its own number.
+    """
+    settings = Settings.load(given(context))
     log.configure(settings.log_format)
     if (config := settings.job_config()) is None:
         raise ConfigError(
-            "INFERNEO_COORDINATOR is not set: there is nobody to follow. Set it, "
-            "INFERNEO_NUM_PROCESSES, INFERNEO_PROCESS_ID and INFERNEO_JOB_TOKEN"
+            "no coordinator is named, so there is nobody to follow: set INFERNEO_COORDINATOR, "
+            "INFERNEO_NUM_PROCESSES and INFERNEO_PROCESS_ID (or give the flags of these names), "
+            "and INFERNEO_JOB_TOKEN"
         )
     job = Job(config, leads=False)
     job.on_lost(_end_now)
@@ -54,7 +63,9 @@ def _follow(settings: Settings, job: Job) -> None:
         follow_model(folder_of(source, settings, _quiet), config, job)
         for source in sources_of(settings)
     ):
-        raise ConfigError("INFERNEO_MODELS names no language model; there is nothing to follow")
+        raise ConfigError(
+            f"{settings.named('models')} names no language model; there is nothing to follow"
+        )
 
 
 def _end_now(reason: str) -> NoReturn:

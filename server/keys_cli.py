@@ -174,7 +174,12 @@ def _print_json(what: object) -> None:
 
 @contextmanager
 def _store(db: str | None) -> Iterator[Store]:
-    store = open_store(Settings.load().keys_location() if db is None else db)
+    settings = Settings.load()
+    store = (
+        open_store(settings.keys_location(), settings.named("keys_db"))
+        if db is None
+        else open_store(db, "--db")
+    )
     try:
         yield store
     finally:

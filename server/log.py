@@ -2,19 +2,29 @@
 
 import logging
 import sys
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 
-def configure(log_format: Literal["auto", "json", "console"]) -> None:
+def to_console(log_format: Literal["auto", "json", "console"]) -> bool:
+    """Whether the log is for a person to read."""
+    return log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+
+
+def configure(
+    log_format: Literal["auto", "json", "console"],
+    taken: Callable[[EventDict], bool] | None = None,
+) -> None:
     """Set up structlog, and the engine's standard loggers with it.
+
+    Events of the server that are ``taken`` by somebody who shows them otherwise are not written.
 
     ``auto`` is console on a terminal and json elsewhere. Tracebacks are plain: a renderer that
     shows local variables would show prompts.
     """
-    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     shape: list[Processor] = (
         [
             structlog.dev.ConsoleRenderer(
@@ -22,7 +32,7 @@ def configure(log_format: Literal["auto", "json", "console"]) -> None:
                 exception_formatter=structlog.dev.plain_traceback,
             )
         ]
-        if console
+        if to_console(log_format)
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
     common: list[Processor] = [
@@ -30,8 +40,14 @@ def configure(log_format: Literal["auto", "json", "console"]) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+
+    def take(logger: Any, method: str, event: EventDict) -> EventDict:
+        if taken and taken(event):
+            raise structlog.DropEvent
+        return event
+
     structlog.configure(
-        processors=[*common, *shape],
+        processors=[take, *common, *shape],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )

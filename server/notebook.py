@@ -13,7 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from server.settings import PREFIX, Settings
+from server.listening import url_of
+from server.setting import variable_of
+from server.settings import Settings
 
 _STEP_SECONDS = 0.5
 _TAIL = 2000
@@ -21,7 +23,7 @@ _TAIL = 2000
 
 
 class Server:
-    """`hypercorn server.app:app` in a process of its own, on a free port of this machine.
+    """`inferneo serve` in a process of its own, on a free port of this machine unless one is given.
 
     Starting returns once it is ready, after models are fetched and compiled.
 
@@ -43,19 +45,20 @@ class Server:
             raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; there are {known}")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.url = f"http://{address}/v1"
+            settings = {"host": "127.0.0.1", "port": probe.getsockname()[1]} | settings
+        address = url_of(str(settings["host"]), int(str(settings["port"])))
+        self.url = f"{address}/v1"
         self._log = Path(tempfile.mkdtemp(prefix="inferneo-")) / "server.log"
-        variables = {PREFIX + name.upper(): str(value) for name, value in settings.items()}
+        variables = {variable_of(name): str(value) for name, value in settings.items()}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "hypercorn", "-b", address, "server.app:app"],
+                [sys.executable, "-m", "server.cli", "serve"],
                 env=os.environ | variables,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
         try:
-            self._wait(f"http://{address}/ready", time.monotonic() + timeout)
+            self._wait(f"{address}/ready", time.monotonic() + timeout)
         except BaseException:
             self.stop()
             raise

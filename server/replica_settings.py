@@ -1,38 +1,39 @@
 """Settings of replicas: the server's, and how many servers there are."""
 
 import os
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import Field
 
 from inferneo_jax import ConfigError
-from server.settings import PREFIX, Settings
+from server.setting import PREFIX, variable_of
+from server.settings import Settings
 
 _SHARED = ("redis", "rediss", "valkey", "valkeys")
 
 
 class ReplicaSettings(Settings):
-    """The server's settings, and what each of several servers is given.
+    """Replicas: what each of several servers is given (docs/replicas.md)."""
 
-    Attributes:
-        replicas: how many.
-        replica_cpus: cores that Ray sets aside for each; likewise ``replica_gpus``, in GPUs, and
-            ``replica_tpus``, in TPU chips.
-    """
-
-    replicas: int = Field(default=1, ge=1, le=1000)
-    replica_cpus: float = Field(default=1.0, ge=0)
-    replica_gpus: int = Field(default=0, ge=0)
-    replica_tpus: int = Field(default=0, ge=0)
+    replicas: int = Field(default=1, ge=1, le=1000, description="How many servers there are.")
+    replica_cpus: float = Field(
+        default=1.0,
+        ge=0,
+        description="Cores that Ray sets aside for each.",
+        json_schema_extra={"form": "N"},
+    )
+    replica_gpus: int = Field(default=0, ge=0, description="GPUs that each gets.")
+    replica_tpus: int = Field(default=0, ge=0, description="TPU chips that each gets.")
 
     @classmethod
-    def load(cls) -> Self:
+    def load(cls, flags: Mapping[str, Any] | None = None) -> Self:
         """Read and check them.
 
         Raises:
             ConfigError: they cannot work; the text names the variable.
         """
-        settings = super().load()
+        settings = super().load(flags)
         scheme = settings.keys_location().partition("://")[0]
         if settings.replicas > 1 and scheme not in _SHARED:
             raise ConfigError(
@@ -45,7 +46,7 @@ class ReplicaSettings(Settings):
 
     def environment(self) -> dict[str, str]:
         """The variables that a replica's server is to find: this process's, without our own."""
-        own = {PREFIX + name.upper() for name in type(self).model_fields.keys() - _OF_SERVER}
+        own = {variable_of(name) for name in type(self).model_fields.keys() - _OF_SERVER}
         given = {
             name: value
             for name, value in os.environ.items()

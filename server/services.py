@@ -1,6 +1,9 @@
 """What the routes share."""
 
 from dataclasses import dataclass
+from typing import cast
+
+from quart import Quart
 
 from server.admission import Admission
 from server.auth import Guard
@@ -10,6 +13,8 @@ from server.models import Registry
 from server.settings import Settings
 from server.store_threads import StoreThreads
 from server.text import TextWork
+
+_NAME = "services"
 
 
 @dataclass(frozen=True)
@@ -24,3 +29,13 @@ class Services:
     limiter: Limiter
     admission: Admission
     metrics: Metrics
+
+
+def services_of(app: Quart) -> Services:
+    """Those of an application."""
+    return cast(Services, app.extensions[_NAME])
+
+
+def attach(app: Quart, services: Services) -> None:
+    """Give an application its services."""
+    app.extensions[_NAME] = services

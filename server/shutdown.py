@@ -7,7 +7,9 @@ it back until :func:`drain` is done.
 
 import asyncio
 import multiprocessing
+import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Event
@@ -24,6 +26,7 @@ log = structlog.get_logger(__name__)
 _LOOK_SECONDS = 1.0
 _GOODBYE_SECONDS = 2.0
 """How long clients have to read why they were ended."""
+_ONCE_SECONDS = 0.5
 
 
 async def drain(services: Services, connections: Connections) -> None:
@@ -108,7 +111,10 @@ def _hold_event(told: asyncio.Event) -> Callable[[], None] | None:
 
 
 def _hold_signals(told: asyncio.Event) -> Callable[[], None] | None:
-    """Without workers: Hypercorn has set handlers on the event loop before the start."""
+    """Without workers: Hypercorn has set handlers on the event loop before the start.
+
+    A second Ctrl-C ends the process at once.
+    """
     loop: Any = asyncio.get_running_loop()
     known = getattr(loop, "_signal_handlers", {})
     handles = {
@@ -116,8 +122,19 @@ def _hold_signals(told: asyncio.Event) -> Callable[[], None] | None:
     }
     if not handles:
         return None
+    first = 0.0
+
+    def tell(number: int) -> None:
+        nonlocal first
+        first = first or time.monotonic()
+        # Programs around this one may pass on what the terminal has sent already.
+        if number == signal.SIGINT and time.monotonic() - first > _ONCE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        told.set()
+
     for number in handles:
-        loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(number, tell, number)
 
     def pass_on() -> None:
         for handle in handles.values():

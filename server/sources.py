@@ -33,13 +33,13 @@ def load_from_disk(
     Raises:
         InferneoError: it cannot be had, or cannot be used.
     """
+    if job:
+        job.join(progress)
+    path = folder_of(source, settings, progress)
     # Here, because it brings in jax.
     from inferneo_jax import load_model
 
-    if job:
-        job.join(progress)
-    path, config = folder_of(source, settings, progress), settings.engine_config()
-    return load_model(path, config, name=source.id, progress=progress, job=job)
+    return load_model(path, settings.engine_config(), name=source.id, progress=progress, job=job)
 
 
 def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
@@ -62,28 +62,34 @@ def sources_of(settings: Settings) -> list[Source]:
     Raises:
         ConfigError: two models would have the same id.
     """
-    sources = [_source(name) for name in settings.models or _default_models()]
+    sources = [
+        _source(name, settings.named("models")) for name in settings.models or _default_models()
+    ]
     ids = [source.id for source in sources]
     if twice := [i for i in ids if ids.count(i) > 1]:
-        raise ConfigError(f"INFERNEO_MODELS names two models that would be called {twice[0]!r}")
+        raise ConfigError(
+            f"{settings.named('models')} names two models that would be called {twice[0]!r}"
+        )
     for alias, target in settings.aliases.items():
         if target not in ids:
             raise ConfigError(
-                f"INFERNEO_ALIASES: {alias!r} stands for {target!r}, which is not among the models "
-                f"{', '.join(ids)}"
+                f"{settings.named('aliases')}: {alias!r} stands for {target!r}, which is "
+                f"not among the models {', '.join(ids)}"
             )
         if alias in ids:
-            raise ConfigError(f"INFERNEO_ALIASES: {alias!r} is the id of a model already")
+            raise ConfigError(
+                f"{settings.named('aliases')}: {alias!r} is the id of a model already"
+            )
     return sources
 
 
-def _source(name: str) -> Source:
+def _source(name: str, setting: str) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         return Source(path.resolve().name, path.resolve())
     if name.startswith(("/", "./", "../", "~")):
         raise ConfigError(
-            f"INFERNEO_MODELS names {name}, where there is no folder; give the folder of a "
+            f"{setting} names {name}, where there is no folder; give the folder of a "
             "converted checkpoint, or a name that can be pulled"
         )
     return Source(name)

@@ -174,8 +174,10 @@ def token_wait(calls: Iterable[tuple[float, int]], excess: int, now: float) -> f
     return WINDOW_SECONDS
 
 
-def open_store(location: str | Path) -> Store:
+def open_store(location: str | Path, setting: str = "INFERNEO_KEYS_DB") -> Store:
     """The store at a path, or at a URL of Redis or Valkey; connects when it is first used.
+
+    ``setting``: where the location comes from, for an error.
 
     Raises:
         ConfigError: the URL is of another kind.
@@ -187,7 +189,7 @@ def open_store(location: str | Path) -> Store:
         return SqliteStore(Path(location).expanduser().absolute())
     if scheme not in ("redis", "rediss", "unix", "valkey", "valkeys"):
         raise ConfigError(
-            f"INFERNEO_KEYS_DB begins with {scheme}://; it must be a path, or a URL that begins "
+            f"{setting} begins with {scheme}://; it must be a path, or a URL that begins "
             "with redis://, rediss://, unix://, valkey:// or valkeys://"
         )
     from server.store_redis import RedisStore

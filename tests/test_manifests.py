@@ -11,7 +11,8 @@ import yaml
 
 from server.app import app
 from server.replica_settings import ReplicaSettings
-from server.settings import PREFIX, Settings
+from server.setting import PREFIX
+from server.settings import Settings
 
 FOLDER = Path(__file__).parents[1] / "docs" / "deploy"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.weights.atomic import remove_folder
-from inferneo_jax.weights.checkpoint import INFO_FILE
+from inferneo_jax.weights.checkpoint import INFO_FILE, CheckpointInfo, fingerprint, read_info
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Built wheels carry the catalog inside the package; a checkout has it beside.
@@ -95,6 +95,19 @@ def list_checkpoints(checkpoints: Path) -> dict[str, Path]:
             folders.clear()
             found[Path(folder).relative_to(checkpoints).as_posix()] = Path(folder)
     return found
+
+
+def look(path: Path) -> CheckpointInfo:
+    """What the checkpoint in a folder is, if it is whole as far as can be seen quickly.
+
+    Every description, and all numbers of its vectors, are read.
+
+    Raises:
+        CheckpointError: it is damaged, or there is none.
+    """
+    info = read_info(path)
+    fingerprint(info)
+    return info
 
 
 def remove_checkpoint(checkpoints: Path, name: str) -> None:

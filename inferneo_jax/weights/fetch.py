@@ -182,10 +182,11 @@ def _unpack(wheel: Path, wanted: str, target: Path) -> None:
 
 def _from_hub(name: str, progress: Progress) -> tuple[Path, str]:
     """Path and revision of a model in the Hub's own cache, downloaded if need be."""
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
+    # Of httpx or httpx2, whichever this version of the Hub's library is made of.
+    network_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     repository, _, file = name.partition(":")
     allowed = [file] if file else _WANTED
     progress("downloading", 0, 0)
@@ -209,7 +210,7 @@ def _from_hub(name: str, progress: Progress) -> tuple[Path, str]:
         ) from error
     except errors.HFValidationError as error:
         raise FetchError(f"{repository!r} cannot name a repository: {error}") from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, network_error) as error:
         raise FetchError(
             f"{repository} could not be downloaded ({error}); check the network, or download it "
             "elsewhere and use `inferneo convert FOLDER`"

@@ -15,6 +15,7 @@ from inferneo_jax.weights.source import Array, SourceModel, SourceTensor
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 _INDEX = "model.safetensors.index.json"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_VOCABULARIES = ("vocab.*", "*.model", "*.tiktoken")
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
@@ -136,6 +137,12 @@ def _read(file: Path, name: str, dtype: str) -> Array:
 def _tokenizer_json(folder: Path) -> str:
     """The folder's fast tokenizer, or one made of its slow one; cuts and pads nothing."""
     file = folder / "tokenizer.json"
+    # Of none at all transformers would make one with no words.
+    if not file.exists() and not any(any(folder.glob(name)) for name in _VOCABULARIES):
+        raise TokenizerError(
+            f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary to make one of; "
+            "download all files of the model"
+        )
     try:
         if file.exists():
             tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))

@@ -232,7 +232,7 @@ def explained(error: RequestFailedError, url: str, api_key: str | None) -> Bench
     if error.reason == "cannot connect":
         return BenchError(
             f"nothing answers at {url} ({error}); start a server, as by "
-            "`hypercorn -b 127.0.0.1:8000 server.app:app`, or name another with --url"
+            "`inferneo serve`, or name another with --url"
         )
     return BenchError(f"{url} answers no request: {error}")
 

@@ -104,7 +104,7 @@ async def test_serve_embeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--url", "http://127.0.0.1:9"), "nothing answers at http://127.0.0.1:9 .*hypercorn"),
+        (("--url", "http://127.0.0.1:9"), "nothing answers at http://127.0.0.1:9 .*inferneo serve"),
         (("--model", "nothing"), rf"nothing.*\nModels at .*{CHAT}.*--model"),
         (("--concurrency", "1,x"), "--concurrency is '1,x'; write numbers"),
         (("--concurrency", "1.5"), "write whole numbers"),

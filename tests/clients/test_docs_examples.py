@@ -8,7 +8,7 @@ import pytest
 from tools import node_modules, program, run, run_on_page
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("docs/clients.md", "README.md")
+PAGES = ("docs/clients.md", "docs/quickstart.md", "README.md")
 PRINTED_ADDRESS = "127.0.0.1:8000"
 ANSWER = "Paris"
 

@@ -24,6 +24,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -97,6 +99,9 @@ def decoders_to_make() -> dict[str, Any]:
                 **SHARED, tie_word_embeddings=False, head_dim=16, rope_parameters=rope(10_000.0)
             )
         ),
+        "phi3": Phi3ForCausalLM(
+            Phi3Config(**SHARED, tie_word_embeddings=False, rope_parameters=rope(10_000.0))
+        ),
     }
 
 
@@ -106,6 +111,7 @@ STORED = {
     "llama-untied": torch.float16,
     "qwen2": torch.bfloat16,
     "qwen3": torch.bfloat16,
+    "phi3": torch.bfloat16,
     "bert": torch.float32,
 }
 

@@ -211,7 +211,9 @@ def test_a_body_that_is_too_large_is_answered_all_the_same(rig: Rig, chunked: bo
     with httpx.Client(base_url=rig.url) as client:
         response = client.post(COMPLETIONS, content=content, headers=headers)
         assert response.status_code == 413
-        assert error_of(response)["type"] == "invalid_request_error"
+        error = error_of(response)
+        assert error["type"] == "invalid_request_error"
+        assert "INFERNEO_MAX_BODY_BYTES" in error["message"]
 
 
 def test_a_large_body_does_not_hide_other_errors(rig: Rig) -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from inferneo_jax import ConfigError
 from inferneo_jax.config import MeshShape
+from server.replica_settings import ReplicaSettings
+from server.setting import describe
 from server.settings import Settings, unknown_variables
 from server.sources import sources_of
 
@@ -81,7 +83,7 @@ def test_a_wrong_variable_is_named(
     ("text", "words"),
     [
         ("slots = 'x'", "'slots' in .*inferneo.toml is 'x'"),
-        ("slot = 1", "'slot' in .*inferneo.toml is not a setting; there are .*slots"),
+        ("slot = 1", "'slot' in .*inferneo.toml is not a setting; did you mean 'slots'"),
         ("slots = ", "no TOML"),
     ],
 )
@@ -96,6 +98,77 @@ def test_a_variable_that_is_no_setting_is_pointed_out(monkeypatch: pytest.Monkey
     (sentence,) = unknown_variables()
     assert "INFERNEO_MODLES" in sentence
     assert "did you mean INFERNEO_MODELS" in sentence
+
+
+def test_flags_win_over_variables(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    file.write_text("slots = 3\nmax_len = 50\nport = 1\n")
+    monkeypatch.setenv("INFERNEO_SLOTS", "4")
+    monkeypatch.setenv("INFERNEO_PORT", "2")
+    settings = Settings.load({"port": "3", "models": ("a",)})
+    assert (settings.port, settings.slots, settings.max_len) == (3, 4, 50)
+    names = [settings.named(name) for name in ("port", "models", "slots", "dtype")]
+    assert names == ["--port", "MODEL", "INFERNEO_SLOTS", "INFERNEO_DTYPE"]
+    assert settings.named("max_len") == f"'max_len' in {file}"
+
+
+def test_a_flag_names_the_file(monkeypatch: pytest.MonkeyPatch, file: Path, tmp_path: Path) -> None:
+    file.write_text("slots = 3\n")
+    other = tmp_path / "other.toml"
+    other.write_text("slots = 4\n")
+    assert Settings.load({"config": str(other)}).slots == 4
+    other.write_text("slots = 0\n")
+    with pytest.raises(ConfigError, match=r"^'slots' in .*other\.toml is 0"):
+        Settings.load({"config": str(other)})
+    with pytest.raises(ConfigError, match=r"^--config names /nowhere, which cannot be read"):
+        Settings.load({"config": "/nowhere"})
+    other.write_text(f"config = '{file}'\n")
+    with pytest.raises(ConfigError, match="there can be one only"):
+        Settings.load({"config": str(other)})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"slots": "0"}, "--slots is '0'; it must be at least 1"),
+        ({"max_len": "x"}, "--max-len is 'x'; it must be an integer"),
+        ({"port": "65536"}, "--port is '65536'; it must be at most 65535"),
+        ({"dtype": "int4"}, "--dtype is 'int4'; it must be 'auto', 'float32' or 'bfloat16'"),
+        ({"aliases": "x"}, "--aliases holds 'x'; write alias=model"),
+        ({"process_id": "1"}, "INFERNEO_NUM_PROCESSES and --process-id need INFERNEO_COORD"),
+    ],
+)
+def test_a_wrong_flag_is_named(flags: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match="^" + re.escape(words)):
+        Settings.load(flags)
+
+
+def test_every_setting_is_described() -> None:
+    found = list(describe(ReplicaSettings))
+    assert [each.name for each in found] == list(ReplicaSettings.model_fields)
+    assert [each.name for each in found if not (each.flag or each.group == "Replicas")] == [
+        "models",
+        "job_token",
+    ]
+    for each in found:
+        assert each.description.endswith("."), each
+        assert each.about.endswith("."), each
+        assert "None" not in each.default, each
+        assert each.form != "TEXT", each
+    slots = next(each for each in found if each.name == "slots")
+    assert (slots.variable, slots.flag) == ("INFERNEO_SLOTS", "--slots")
+    assert (slots.form, slots.bounds, slots.default) == ("N", "1 to 256", "32")
+
+
+def test_what_kubernetes_says_of_a_service_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFERNEO_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(ConfigError, match=r"^INFERNEO_PORT is 'tcp"):
+        Settings.load()
+    monkeypatch.setenv("INFERNEO_SERVICE_HOST", "10.0.0.1")
+    assert Settings.load().port == 8000
+    (sentence,) = unknown_variables()
+    assert sentence.startswith("INFERNEO_PORT, INFERNEO_SERVICE_HOST: made by Kubernetes")
+    monkeypatch.setenv("INFERNEO_PORT", "9000")
+    assert Settings.load().port == 9000
 
 
 def test_the_default_is_a_chat_and_an_embedding_model() -> None:

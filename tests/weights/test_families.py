@@ -1,11 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.models import declare
-from inferneo_jax.models.families import FAMILIES, find_family
+from inferneo_jax.models.families import FAMILIES, find_family, qwen3
 
-CONFIGS = ["llama", "mistral", "qwen2", "qwen3", "bert"]
+CONFIGS = ["llama", "mistral", "qwen2", "qwen3", "phi3", "bert"]
 
 
 def config_of(made, model_type):
@@ -157,3 +159,8 @@ def test_a_window_that_hides_nothing_is_accepted(made):
 def test_each_architecture_belongs_to_one_family():
     names = [name for family in FAMILIES for name in family.architectures | family.model_types]
     assert len(names) == len(set(names))
+
+
+def test_the_manuals_example_is_the_file():
+    manual = Path(__file__).parents[2] / "docs" / "models.md"
+    assert Path(qwen3.__file__).read_text(encoding="utf-8") in manual.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ import pytest
 from inferneo_jax.errors import CheckpointError, ConfigError, TokenizerError
 from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.convert import convert, read_source
+from inferneo_jax.weights.huggingface import read_huggingface
 
 
 def test_pickles_are_refused(made, tmp_path):
@@ -69,3 +70,10 @@ def test_sentence_transformers_settings_are_read(made, tmp_path):
     made.json(folder / "modules.json", modules)
     with pytest.raises(ConfigError, match="Dense"):
         read_source(folder)
+
+
+def test_a_folder_without_a_vocabulary_is_refused(made, tmp_path):
+    folder = made.folder(tmp_path / "hf", made.LLAMA)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"neither tokenizer\.json nor a vocabulary"):
+        read_huggingface(folder)

@@ -132,6 +132,24 @@ def start_building() -> None:
     threading.Thread(target=library, name="kernels", daemon=True).start()
 
 
+def look(variant: Variant = "native") -> tuple[str | None, bool, str | None]:
+    """What ``library`` would find, without compiling anything or changing a file.
+
+    Returns:
+        The compiler, if there is one; whether the library is there already; why it cannot be made.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        return None, False, f"no C++ compiler was found: {_HELP}"
+    flags = _flags(variant)
+    try:
+        # Sources include no more of the standard library than they need: that it is there will do.
+        _run(compiler, *flags, "-fsyntax-only", "-include", "algorithm", "-x", "c++", os.devnull)
+        return compiler, _there(_cache_folder(), _key(compiler, flags)) is not None, None
+    except (subprocess.SubprocessError, OSError) as error:
+        return compiler, False, _complaint(compiler, error)
+
+
 def _make(variant: Variant, folder: Path) -> Library | None:
     compiler = _compiler()
     if compiler is None:
@@ -140,13 +158,17 @@ def _make(variant: Variant, folder: Path) -> Library | None:
     try:
         path = _cached(compiler, variant, folder)
         return Library(variant, path, ctypes.CDLL(str(path)))
-    except subprocess.SubprocessError as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        first = next((line for line in said if "error" in line), said[-1])
-        log.warning("%s cannot compile the kernels (%s): %s", compiler, first, _HELP)
-    except OSError as error:
-        log.warning("the compiled kernels cannot be used (%s): %s", error, _HELP)
+    except (subprocess.SubprocessError, OSError) as error:
+        log.warning("%s", _complaint(compiler, error))
     return None
+
+
+def _complaint(compiler: str, error: subprocess.SubprocessError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"the compiled kernels cannot be used ({error}): {_HELP}"
+    said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    first = next((line for line in said if "error" in line), said[-1])
+    return f"{compiler} cannot compile the kernels ({first}): {_HELP}"
 
 
 def _compiler() -> str | None:
@@ -168,11 +190,11 @@ def _cached(compiler: str, variant: Variant, folder: Path) -> Path:
     was tampered with is not taken for it. (The loader would map it and crash.) It appears whole,
     by a rename, and several processes may make it at once.
     """
-    flags = (*_COMMON, *_EXACT, *_FLAGS[variant])
+    flags = _flags(variant)
     key = _key(compiler, flags)
-    for path in sorted(folder.glob(f"{key}-*.so")):
-        if path.stem == f"{key}-{_hash(path.read_bytes())}":
-            return path
+    if path := _there(folder, key):
+        return path
+    for path in folder.glob(f"{key}-*.so"):
         path.unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -182,6 +204,18 @@ def _cached(compiler: str, variant: Variant, folder: Path) -> Path:
         # A home that cannot be written to: compiled anew by every process.
         folder = Path(tempfile.mkdtemp(prefix="inferneo-kernels-"))
         return _compile(compiler, flags, folder, folder, key)
+
+
+def _there(folder: Path, key: str) -> Path | None:
+    """A library of this key that is whole."""
+    for path in sorted(folder.glob(f"{key}-*.so")):
+        if path.stem == f"{key}-{_hash(path.read_bytes())}":
+            return path
+    return None
+
+
+def _flags(variant: Variant) -> tuple[str, ...]:
+    return (*_COMMON, *_EXACT, *_FLAGS[variant])
 
 
 def _compile(compiler: str, flags: Sequence[str], scratch: Path, folder: Path, key: str) -> Path:

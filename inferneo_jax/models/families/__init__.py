@@ -4,10 +4,11 @@ from inferneo_jax.errors import ConfigError
 from inferneo_jax.models.families.bert import BERT
 from inferneo_jax.models.families.family import Family, HFConfig
 from inferneo_jax.models.families.llama import LLAMA
+from inferneo_jax.models.families.phi3 import PHI3
 from inferneo_jax.models.families.qwen2 import QWEN2
 from inferneo_jax.models.families.qwen3 import QWEN3
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, BERT)
+FAMILIES = (LLAMA, QWEN2, QWEN3, PHI3, BERT)
 
 
 def find_family(config: HFConfig) -> Family:

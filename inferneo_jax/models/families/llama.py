@@ -1,6 +1,7 @@
 """Llama and everything laid out like it: Mistral, SmolLM2, and the base of Qwen2 and Qwen3."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,16 +131,11 @@ def _layer(config: DecoderConfig, prefix: str) -> dict[str, Recipe]:
     attention = f"{prefix}.self_attn"
     rows = {"q_proj": config.num_heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
 
-    def fuse(*arrays: Array) -> Array:
-        """Rows of heads side by side: each KV head's queries, then its key, then its value."""
-        heads = [a.reshape(kv_heads, -1, dim, *a.shape[1:]) for a in alike(*arrays)]
-        return np.concatenate(heads, axis=1)
-
     made = {
         "attention_norm.scale": copied(f"{prefix}.input_layernorm.weight", width),
         "attention.qkv.kernel": Recipe(
             tuple(Part(f"{attention}.{p}.weight", (n, width)) for p, n in rows.items()),
-            lambda *arrays: np.moveaxis(fuse(*arrays), -1, 0),
+            partial(fuse_heads, config),
         ),
         "attention.out.kernel": transposed(
             f"{attention}.o_proj.weight", width, config.num_heads * dim, kv_heads, group, dim, width
@@ -153,12 +149,29 @@ def _layer(config: DecoderConfig, prefix: str) -> dict[str, Recipe]:
     }
     if config.qkv_bias:
         made["attention.qkv.bias"] = Recipe(
-            tuple(Part(f"{attention}.{p}.bias", (n,)) for p, n in rows.items()), fuse
+            tuple(Part(f"{attention}.{p}.bias", (n,)) for p, n in rows.items()),
+            partial(fuse_heads, config),
         )
     if config.qk_norm:
         made["attention.q_norm.scale"] = copied(f"{attention}.q_norm.weight", dim)
         made["attention.k_norm.scale"] = copied(f"{attention}.k_norm.weight", dim)
     return made
+
+
+def fuse_heads(config: DecoderConfig, *arrays: Array) -> Array:
+    """Queries, keys and values as one weight: each KV head's queries, then its key and its value.
+
+    Args:
+        config: of the decoder, for its heads.
+        arrays: ``[heads * head_dim, hidden]`` of each of the three, or their biases, without the
+            second axis.
+
+    Returns:
+        ``[hidden, kv_heads, group + 2, head_dim]``; without the first axis for biases.
+    """
+    split = config.num_kv_heads, -1, config.head_dim
+    heads = np.concatenate([a.reshape(*split, *a.shape[1:]) for a in alike(*arrays)], axis=1)
+    return np.moveaxis(heads, -1, 0) if arrays[0].ndim > 1 else heads
 
 
 def alike(*arrays: Array) -> list[Array]:

@@ -1,0 +1,194 @@
+"""Makes the application; importing this makes none."""
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+from quart import Blueprint, Quart, Response, has_websocket_context, request, websocket
+
+from inferneo_jax import InferneoError
+from server import connection, log
+from server.admission import TIMEOUT_HEADER, Admission
+from server.auth import Guard
+from server.caller import owner
+from server.connection import current_request, request_id
+from server.errors import as_api_error
+from server.exit import end_orderly, exit_failed
+from server.http import json_response
+from server.limits import Limiter
+from server.metrics import Metrics
+from server.models import Registry, still_loading
+from server.routes import admin, docs, embeddings, generate, health, keys, models, pages, text
+from server.routes import metrics as routes_metrics
+from server.services import Services, attach
+from server.settings import Settings, unknown_variables
+from server.shutdown import drain, end_if_lost, held_up
+from server.socket_auth import admit_socket
+from server.sources import Loader, load_from_disk
+from server.store import open_store
+from server.store_threads import StoreThreads
+from server.text import TextWork
+from server.transport import mend_hypercorn
+
+if TYPE_CHECKING:
+    from inferneo_jax import Job
+
+logger = structlog.get_logger(__name__)
+
+_LOADING_THRESHOLD = 50_000
+"""New objects between two runs of the collector while models load."""
+
+
+def create_app(settings: Settings | None = None, loader: Loader | None = None) -> Quart:
+    """Build the application; models are loaded once it is served, by ``loader``, or from disk.
+
+    Raises:
+        ConfigError: the settings cannot work.
+    """
+    settings = settings or Settings.load()
+    log.configure(settings.log_format)
+    threads = StoreThreads(open_store(settings.keys_location(), settings.named("keys_db")))
+    guard, limiter = Guard(settings, threads), Limiter(threads)
+    job = _lead(settings)
+    registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
+    admission = Admission(settings.places(), settings.request_seconds)
+    metrics = Metrics(registry.models, admission)
+    services = Services(settings, registry, TextWork(), threads, guard, limiter, admission, metrics)
+
+    app = Quart("server", static_folder=None)
+    attach(app, services)
+    connections = connection.install(app)
+    mend_hypercorn()
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
+    app.url_map.merge_slashes = False  # a redirect would be no answer of the API
+    _handle_errors(app)
+    _name_responses(app, services)
+    app.before_request(guard.admit_request)
+    app.before_websocket(partial(admit_socket, services))
+    app.register_blueprint(health.blueprint(services))
+    app.register_blueprint(docs.blueprint())
+    app.register_blueprint(pages.blueprint())
+    app.register_blueprint(routes_metrics.blueprint(services))
+    app.register_blueprint(keys.blueprint(services))
+    app.register_blueprint(admin.blueprint(services))
+    api = (models.add_routes, generate.add_routes, embeddings.add_routes)
+    app.register_blueprint(_with_models("v1", "/v1", services, *api))
+    app.register_blueprint(_with_models("text", None, services, text.add_routes))
+    for rule in app.url_map.iter_rules():
+        if rule.websocket:
+            rule.methods = None  # or Allow would name GET, which those paths do not take
+
+    @app.while_serving
+    async def run_models() -> AsyncGenerator[None, None]:
+        for sentence in unknown_variables():
+            logger.warning("unknown_setting", reason=sentence)
+        await guard.announce()
+        tasks = [
+            asyncio.create_task(_load(registry)),
+            asyncio.create_task(limiter.run()),
+            asyncio.create_task(end_if_lost(services)),
+        ]
+        try:
+            with held_up(partial(drain, services, connections)):
+                yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.to_thread(registry.stop)
+            services.text.close()
+            await asyncio.to_thread(threads.close)
+
+    return app
+
+
+def _lead(settings: Settings) -> "Job | None":
+    """The job that this process is to lead, if the settings name one."""
+    if (config := settings.job_config()) is None:
+        return None
+    from inferneo_jax import Job
+
+    def leave(reason: str) -> None:
+        logger.warning("job_ends", reason=reason)
+        end_orderly()
+
+    return Job(config, leads=True, on_leave=leave)
+
+
+def _with_models(
+    name: str, prefix: str | None, services: Services, *parts: Callable[[Blueprint, Services], None]
+) -> Blueprint:
+    """Routes that need the models."""
+    routes = Blueprint(name, __name__, url_prefix=prefix)
+
+    async def require_models() -> None:
+        if not services.registry.loaded:
+            raise still_loading()
+
+    async def take_place() -> None:
+        if request.method == "POST":
+            current, timeout = current_request(), request.headers.get(TIMEOUT_HEADER)
+            current.place = services.admission.enter(owner(), timeout)
+            current.cleanup.enter_context(current.place)
+
+    routes.before_request(require_models)
+    routes.before_request(take_place)
+    routes.before_websocket(require_models)
+    for add_routes in parts:
+        add_routes(routes, services)
+    return routes
+
+
+async def _load(registry: Registry) -> None:
+    """Load the models. A server that can never serve ends, with an exit code that says so."""
+    usual = gc.get_threshold()
+    # Nearly all that is made now stays; to look through it over and over takes a tenth of the time.
+    gc.set_threshold(_LOADING_THRESHOLD, *usual[1:])
+    try:
+        await registry.load()
+    except InferneoError as error:
+        logger.error("loading_failed", reason=str(error))
+    except Exception:
+        logger.exception("loading_failed")
+    else:
+        # What is loaded stays. Left to the collector, its every full pass would look through all
+        # of that, and hold up every request for a tenth of a second or more.
+        gc.collect()
+        gc.freeze()
+        from inferneo_jax import return_unused  # with jax, which is loaded by now
+
+        return_unused()
+        logger.info("ready")
+        return
+    finally:
+        gc.set_threshold(*usual)
+    # Of a job's other processes some may wait for this one, and JAX would wait for them.
+    exit_failed(at_once=registry.in_job)
+
+
+def _handle_errors(app: Quart) -> None:
+    @app.errorhandler(Exception)
+    async def fail(error: Exception) -> Response:
+        failure = as_api_error(error)
+        response = json_response(failure.envelope(), failure.status, failure.headers)
+        if has_websocket_context():  # the connection was not accepted
+            response.headers["X-Request-Id"] = request_id(websocket.headers)
+        return response
+
+
+def _name_responses(app: Quart, services: Services) -> None:
+    @app.after_request
+    async def finish(response: Response) -> Response:
+        current = current_request()
+        response.headers["X-Request-Id"] = current.id
+        response.headers.update(await services.limiter.headers())
+        if services.admission.closed.is_set() and current.http_version.startswith("1"):
+            response.headers["Connection"] = "close"
+        current.record.note(status=response.status_code)
+        rule = current.url_rule.rule if current.url_rule else "none"
+        services.metrics.answered(current.method, rule, response.status_code)
+        await current.body.drain()
+        return response

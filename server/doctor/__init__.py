@@ -1,0 +1,1 @@
+"""`inferneo doctor`: what is here, what is wrong with it, and how to mend it."""

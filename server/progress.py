@@ -1,0 +1,74 @@
+"""How far models are, on a terminal: for each what is done for it, and a bar."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_BAR, _NAME, _REFRESHES_PER_SECOND = 24, 40, 8
+_WORDS = {
+    "compile": "compiling programs",
+    "joining": "waiting for the other processes",
+    "loading": "reading weights",
+    "verifying": "checking its hash",
+}
+
+
+class ModelProgress:
+    """A table that redraws itself, and is gone at the end; nothing where there is no terminal.
+
+    While it is shown, what is written to ``sys.stderr`` appears above it.
+
+    Args:
+        console: where to.
+        rows: what is so at the moment: ``id``, ``stage``, ``done``, ``total`` of each model.
+    """
+
+    def __init__(self, console: Console, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+        self._rows = rows
+        self._begin = time.monotonic()
+        self._live = Live(
+            console=console,
+            get_renderable=self._table,
+            refresh_per_second=_REFRESHES_PER_SECOND,
+            transient=True,
+            redirect_stdout=False,
+        )
+
+    def __enter__(self) -> "ModelProgress":
+        if self._live.console.is_terminal:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take it away, if it is still there."""
+        self._live.stop()
+
+    def _table(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(max_width=_NAME, no_wrap=True)
+        table.add_column(no_wrap=True)
+        for row in self._rows():
+            stage, done, total = row["stage"], row["done"], row["total"]
+            if stage == "ready":
+                table.add_row(row["id"], Text("ready", style="green"), "")
+                continue
+            bar = ProgressBar(total or None, done, width=_BAR, pulse=not total)
+            amount = ""
+            if total:
+                amount = (
+                    f"{decimal(done)} of {decimal(total)}"
+                    if stage == "downloading"
+                    else f"{done} of {total}"
+                )
+            table.add_row(row["id"], _WORDS.get(stage, stage), bar, amount)
+        return Group(table, Text(f"{time.monotonic() - self._begin:.0f} s", style="dim"))

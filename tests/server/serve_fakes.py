@@ -1,0 +1,29 @@
+"""`inferneo serve` on fake models, as a program of its own; a model named ``broken`` fails."""
+
+import os
+
+from fake_engine import FakeEmbedder, FakeEngine, writes
+from harness import make_tokenizer, models_of
+
+from inferneo_jax import CheckpointError
+from server.cli import main
+from server.serve import run
+from server.settings import Settings
+
+tokenizer = make_tokenizer()
+engine = FakeEngine(writes(tokenizer, "x", end=False), limit=1)
+models = models_of(engine, FakeEmbedder(), tokenizer)
+
+
+def load(source, settings, progress):
+    if source.id == "broken":
+        raise CheckpointError("its weights cannot be read; pull it again")
+    progress("compile", 1, 2)
+    return models[source.id]()
+
+
+def serve() -> None:
+    run(Settings.load({"models": os.environ.get("FAKES", ",".join(models))}), load)
+
+
+main(serve)

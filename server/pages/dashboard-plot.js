@@ -1,6 +1,6 @@
 /** A plot of a figure over time: its numbers, its lines with labels, and the same as a table. */
 
-import { ceiling, clock, split, text } from "./dashboard-format.js";
+import { ceiling as roundUp, clock, split, text } from "./dashboard-format.js";
 import { h, set, svg } from "./dom.js";
 
 const HEIGHT = 132;
@@ -90,7 +90,7 @@ export class Plot {
     let most = 0;
     for (const line of this.shown.values)
       for (let i = this.begin; i < line.length; i += 1) if (line[i] > most) most = line[i];
-    return ceiling(most, this.figure.unit);
+    return roundUp(most, this.figure.unit);
   }
 
   #x(time) {
@@ -165,6 +165,11 @@ export class Plot {
     for (const end of ends) {
       end.at = Math.min(end.at, floor);
       floor = end.at - LABEL_HEIGHT;
+    }
+    let ceiling = EDGE.top + 4;
+    for (const end of ends.reverse()) {
+      end.at = Math.max(end.at, ceiling);
+      ceiling = end.at + LABEL_HEIGHT;
     }
     const x = this.width - this.right + 5;
     return ends.map(({ i, at }) =>

@@ -3,12 +3,17 @@
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
 #   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
 #   make test             install, lint, check types, run every test
+#   make image            the server as an image of Docker; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
+#   make hooks            check each commit before it is made: .pre-commit-config.yaml
 #   make screenshots      make the pictures of docs/images anew
 #   make clean            remove the virtual environment
 
 VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
+
+# Processes that share the tests; those that say how long something may take run alone, after them.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 MODELS := smollm2-135m-instruct all-minilm-l6-v2
@@ -18,7 +23,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test lint types install screenshots clean
+.PHONY: serve test lint types screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -26,7 +31,8 @@ serve: $(VENV)/.installed
 
 test: lint types
 	$(BIN)/inferneo pull $(MODELS)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m alone
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -35,7 +41,25 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
+screenshots: $(VENV)/.installed-test
+	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_chat_real.py tests/pages/test_dashboard_real.py
+
 install: $(VENV)/.installed
+
+# The version is written in one place, and git knows the revision.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' inferneo_jax/version.py)
+DOCKER ?= docker
+IMAGE ?= inferneo-jax
+EXTRAS ?=
+PACKAGES ?=
+
+image:
+	$(DOCKER) build --tag $(IMAGE):$(VERSION) --tag $(IMAGE):latest \
+		--build-arg EXTRAS="$(EXTRAS)" --build-arg PACKAGES="$(PACKAGES)" \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
+
+hooks: $(VENV)/.installed-test
+	$(BIN)/pre-commit install
 
 $(VENV)/.installed: pyproject.toml inferneo_jax/version.py | $(VENV)/.created
 	$(BIN)/pip install --editable .
@@ -50,9 +74,6 @@ $(VENV)/.created:
 		echo "Python 3.11 or newer is needed and was not found; name one with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
-
-screenshots: $(VENV)/.installed-test
-	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_dashboard_real.py
 
 clean:
 	rm -rf $(VENV)

@@ -13,9 +13,9 @@ from inferneo_jax.memory import free_memory, total_memory
 
 
 def kernels() -> dict[str, object]:
-    """The C++ compiler, whether the native kernels are compiled, and why they cannot be."""
+    """The C++ compiler, and whether the native kernels are compiled, or why they cannot be."""
     compiler, compiled, why = build.look()
-    return {"compiler": compiler, "compiled": compiled, "why": why}
+    return {"compiler": compiler, "compiled": compiled, "why": why, "help": build.HELP}
 
 
 def devices() -> dict[str, object]:

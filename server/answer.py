@@ -39,6 +39,7 @@ class Answer:
             InferneoError: as :meth:`Generation.events` does.
         """
         shape, opened, first = self.shape, False, True
+        usage = self.generation.usage
         async with aclosing(self.generation.events()) as events:
             async for event in events:
                 if not opened:
@@ -46,19 +47,22 @@ class Answer:
                     opened = True
                     if (opening := shape.opening()) is not None:
                         for choice in self.generation.choices:
-                            yield shape.chunk(choice.index, opening, first=first)
+                            yield shape.chunk(choice.index, opening, usage=usage, first=first)
                             first = False
                 if event is None:
                     yield None
                     continue
                 if event.text or event.tokens:
-                    yield shape.chunk(event.index, shape.delta(event), first=first)
+                    yield shape.chunk(event.index, shape.delta(event), usage=usage, first=first)
                     first = False
                 if event.finish_reason is not None:
-                    yield shape.chunk(event.index, shape.ending(), event.finish_reason, first=first)
+                    ending = shape.ending()
+                    yield shape.chunk(
+                        event.index, ending, event.finish_reason, usage=usage, first=first
+                    )
                     first = False
         if shape.include_usage or self.generation.cancelled:
-            yield shape.usage_chunk(self.generation.usage)
+            yield shape.usage_chunk(usage)
 
     async def whole(self) -> dict[str, Any]:
         """The whole answer at once.

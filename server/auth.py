@@ -92,11 +92,10 @@ class Guard:
             log.warning("no_key_required", reason="INFERNEO_REQUIRE_KEY is false: all are served")
             return
         with suppress(ApiError):  # logged
-            if not await self._closed():
-                reason = (
-                    "no API key exists: only this machine is served, without a key. "
-                    "`inferneo keys create NAME` makes one"
-                )
+            if not await self._has_keys():
+                locally = "only this machine is served, without a key"
+                whom = locally if self._settings.require_key == "auto" else "nobody is served"
+                reason = f"no API key exists: {whom}. `inferneo keys create NAME` makes one"
                 log.warning("no_keys", reason=reason)
 
     async def admit_request(self) -> None:
@@ -216,9 +215,12 @@ class Guard:
 
     async def _closed(self) -> bool:
         """Whether keys are needed; once they were, they are for as long as the server runs."""
-        if not self._keys_exist and self._store.exists():
-            self._keys_exist = await self._threads.call(self._store.has_keys)
+        if not self._keys_exist:
+            self._keys_exist = await self._has_keys()
         return self._keys_exist
+
+    async def _has_keys(self) -> bool:
+        return self._store.exists() and await self._threads.call(self._store.has_keys)
 
     async def _get_pepper(self) -> bytes:
         if self._pepper is None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from inferneo_jax.errors import InferneoError
 from server import keys_cli, plan_cli
 from server.bench import cli as bench_cli
+from server.doctor.cli import doctor
 from server.flags import with_flags
 from server.follow import GROUPS, follow
 from server.serve import EPILOG, serve
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command(epilog=EPILOG)(with_flags(serve))
 app.add_typer(keys_cli.app, name="keys")
 app.add_typer(bench_cli.app, name="bench")
+app.command()(doctor)
 app.command()(plan_cli.plan)
 app.command()(with_flags(follow, GROUPS))
 out = Console()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # When each figure began: a series more for each, which nobody plots.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
+_REASONS = ("stop", "length", "abort", "error")
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 _SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -88,6 +89,7 @@ class Metrics:
             MODEL,
             "finished_reason",
         )
+        self._begun: set[str] = set()
         self._first = histogram(
             "vllm:time_to_first_token_seconds", "From request to first token.", _SECONDS
         )
@@ -123,6 +125,11 @@ class Metrics:
 
     def meter(self, model: str) -> "Meter":
         """For one request to a model that generates."""
+        if model not in self._begun:
+            self._begun.add(model)
+            # From 0: of a series that appears with its first error Prometheus sees no increase.
+            for reason in _REASONS:
+                self._finished.labels(model, reason)
         return Meter(self, model)
 
     def embedded(self, model: str, tokens: int) -> None:

@@ -171,6 +171,7 @@ def _answer(
             model=body.model,
             with_logprobs=logprobs is not None,
             include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
             warnings=(*warnings, *body.notes()),
         ),
         stream=body.stream,

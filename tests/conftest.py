@@ -32,6 +32,16 @@ from inferneo_jax.weights.fetch import pull
 from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, real_server
 from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
 
+_ALONE = ("bench", "hostile", "resilience")
+"""Folders whose tests say how long something may take: nothing runs beside them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that must have the machine to themselves."""
+    for item in items:
+        if item.path.parent.name in _ALONE:
+            item.add_marker(pytest.mark.alone)
+
 
 @pytest.fixture(scope="session")
 def real_checkpoints() -> Path:

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ MIXED: list[dict[str, Any]] = [
     {"sampling": GREEDY, "logprobs": 0, "prompt_logprobs": 2},
 ]
 """Fields of requests that use every feature of sampling."""
+MakeEngine = Callable[..., Engine]
+"""What the fixture ``tiny_engine`` gives: an engine with changes of its configuration."""
 _numbers = itertools.count()
 
 

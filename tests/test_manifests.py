@@ -66,7 +66,7 @@ def group(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
 
 
 def test_there_are_manifests() -> None:
-    assert [file.name for file in FILES] == [*GROUPS[:1], "replicas.yaml", *GROUPS[1:]]
+    assert {file.name for file in FILES} == {*GROUPS, "replicas.yaml", "server.yaml"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -87,9 +87,10 @@ def test_the_values_are_good(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             continue
         for name, value in found.items():
             set_by = re.sub(r"\$\((\w+)\)", lambda found: OF_LEADER_WORKER_SET[found[1]], value)
-            monkeypatch.setenv(name, set_by or SECRETS[name])
+            monkeypatch.setenv(name, set_by or SECRETS.get(name, ""))
         settings = ReplicaSettings.load()
-        assert settings.keys_location() == SECRETS["INFERNEO_KEYS_DB"]
+        if "INFERNEO_KEYS_DB" in found:  # of one server the image says where
+            assert settings.keys_location() == SECRETS["INFERNEO_KEYS_DB"]
         job = settings.job_config()
         assert (job is not None) == (file.name in GROUPS)
         if job:
@@ -126,7 +127,14 @@ def test_probes_ask_for_paths_that_need_no_key(name: str) -> None:
 def test_ports_agree(name: str) -> None:
     _, leader, follower = group(name)
     ports = {each["name"]: each["containerPort"] for each in leader["ports"]}
-    assert leader["command"] == ["hypercorn", "-b", f"0.0.0.0:{ports['http']}", "server.app:app"]
+    assert leader["command"] == [
+        "inferneo",
+        "serve",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        str(ports["http"]),
+    ]
     assert follower["command"] == ["inferneo", "follow"]
     assert {leader[kind]["httpGet"]["port"] for kind in leader if kind.endswith("Probe")} == {
         "http"

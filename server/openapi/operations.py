@@ -176,12 +176,8 @@ OPERATIONS = (
         "it needs the scope `metrics`.",
         answers={
             200: Answer(
-                description="The figures, in Prometheus' text form or, if it is asked for, in "
-                "OpenMetrics'.",
-                content={
-                    "text/plain": {"type": "string"},
-                    "application/openmetrics-text": {"type": "string"},
-                },
+                description="The figures, in Prometheus' text form.",
+                content={"text/plain": {"type": "string"}},
             )
         }
         | errors(401, 403),

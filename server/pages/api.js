@@ -24,9 +24,9 @@ export function keyIsRemembered() {
 
 /** What the server refused, with its status, or 0 if it could not be reached or went away. */
 export class ApiError extends Error {
-  constructor(status, message, { code = null, param = null, retryAfter = null } = {}) {
+  constructor(status, message, { code = null, param = null, retryAfter = null, requestId = null } = {}) {
     super(message);
-    Object.assign(this, { status, code, param, retryAfter });
+    Object.assign(this, { status, code, param, retryAfter, requestId });
   }
 }
 
@@ -79,6 +79,7 @@ export async function* stream(path, body, signal) {
     body: JSON.stringify({ ...body, stream: true }),
     signal,
   });
+  const requestId = response.headers.get("X-Request-Id");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
   try {
@@ -90,7 +91,10 @@ export async function* stream(path, body, signal) {
         if (error.name === "AbortError") throw error;
         part = { done: true };
       }
-      if (part.done) throw new ApiError(0, "The connection was lost before the answer was whole.");
+      if (part.done) {
+        const message = "The connection was lost before the answer was whole.";
+        throw new ApiError(0, message, { requestId });
+      }
       pending += part.value;
       const events = pending.split("\n\n");
       pending = events.pop(); // perhaps not whole yet
@@ -98,7 +102,7 @@ export async function* stream(path, body, signal) {
         if (event === "data: [DONE]") return;
         if (!event.startsWith("data: ")) continue; // a sign of life
         const payload = JSON.parse(event.slice("data: ".length));
-        if (payload.error) throw new ApiError(500, payload.error.message, payload.error);
+        if (payload.error) throw new ApiError(500, payload.error.message, { ...payload.error, requestId });
         yield payload;
       }
     }
@@ -109,6 +113,7 @@ export async function* stream(path, body, signal) {
 
 async function failure(response) {
   const retryAfter = response.headers.get("Retry-After");
+  const requestId = response.headers.get("X-Request-Id");
   let error = {};
   try {
     ({ error = {} } = await response.json());
@@ -116,5 +121,5 @@ async function failure(response) {
     // a proxy's page, not the server's envelope
   }
   const message = error.message ?? `The server answered ${response.status}.`;
-  return new ApiError(response.status, message, { ...error, retryAfter });
+  return new ApiError(response.status, message, { ...error, retryAfter, requestId });
 }

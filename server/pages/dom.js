@@ -28,3 +28,30 @@ export function set(element, attributes) {
 export function byId(id) {
   return document.getElementById(id);
 }
+
+/** Put a text on the clipboard; the older way is for pages that came by plain HTTP from elsewhere. */
+export async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const field = h("textarea", { readonly: true });
+    const focused = document.activeElement;
+    field.value = text;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+    focused?.focus();
+  }
+}
+
+/** A button that copies what `text()` gives, and says so. */
+export function copyButton(text, label = "Copy", attributes = {}) {
+  const button = h("button", { type: "button", class: "small quiet", ...attributes }, label);
+  button.addEventListener("click", async () => {
+    await copyText(text());
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = label), 1500);
+  });
+  return button;
+}

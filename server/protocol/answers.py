@@ -99,7 +99,7 @@ class CompletionChunk(Generated):
 
     object: Literal["text_completion"]
     choices: list[CompletionDelta]
-    usage: Usage | None = Field(None, description="With stream_options.include_usage only.")
+    usage: Usage | None = Field(None, description="With stream_options.include_usage.")
 
 
 class Alternative(Part):
@@ -169,7 +169,7 @@ class ChatCompletionChunk(Generated):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatDelta]
-    usage: Usage | None = Field(None, description="With stream_options.include_usage only.")
+    usage: Usage | None = Field(None, description="With stream_options.include_usage.")
 
 
 class Embedding(Part):

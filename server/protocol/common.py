@@ -84,6 +84,15 @@ class StreamOptions(Body):
     include_usage: bool = Field(
         False, description="End the stream with a chunk that holds the usage and no choices."
     )
+    continuous_usage_stats: bool = Field(
+        False, description="Every chunk holds the usage so far; needs include_usage."
+    )
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise FieldError("stream_options.continuous_usage_stats", "needs include_usage too.")
+        return self
 
 
 def _stops(value: Any) -> list[str]:
@@ -264,6 +273,11 @@ class GenerationBody(Body):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream holds the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def unknown(self) -> list[str]:
         """Names in the body that this endpoint does not know, nested ones with their path."""

@@ -34,6 +34,7 @@ class Shape(ABC):
         model: the name that was asked for.
         with_logprobs: the request asked for log probabilities.
         include_usage: a stream ends with a chunk of usage.
+        continuous_usage: the chunks before that one hold the usage so far.
         warnings: for the client; in a stream they are part of the first chunk.
     """
 
@@ -45,6 +46,7 @@ class Shape(ABC):
     model: str
     with_logprobs: bool
     include_usage: bool
+    continuous_usage: bool
     warnings: tuple[str, ...]
 
     @abstractmethod
@@ -73,12 +75,15 @@ class Shape(ABC):
         content: dict[str, Any],
         finish_reason: str | None = None,
         *,
+        usage: Usage,
         first: bool = False,
     ) -> dict[str, Any]:
-        """One chunk of a stream; the first one carries the warnings."""
+        """One chunk of a stream, with the usage so far; the first carries the warnings."""
         choice = {"index": index, **content, "finish_reason": finish_reason}
         chunk = self._head(self.part, [choice], self.warnings if first else ())
-        return chunk | {"usage": None} if self.include_usage else chunk
+        if not self.include_usage:
+            return chunk
+        return chunk | {"usage": usage.as_dict() if self.continuous_usage else None}
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The last chunk, when usage was asked for."""

@@ -2,10 +2,12 @@
 
 import asyncio
 
-from prometheus_client.exposition import choose_encoder
-from quart import Blueprint, Response, request
+from prometheus_client import generate_latest
+from quart import Blueprint, Response
 
 from server.services import Services
+
+_TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def blueprint(services: Services) -> Blueprint:
@@ -14,9 +16,10 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        # One format, which every Prometheus reads: of OpenMetrics prometheus_client (0.26) makes
+        # vllm_num_requests_running where Prometheus 2 asks for it, and so no figure has its name.
         # The engines are asked under their locks, which the event loop must not wait for.
-        content = await asyncio.to_thread(encode, services.metrics.registry)
-        return Response(content, content_type=content_type)
+        content = await asyncio.to_thread(generate_latest, services.metrics.registry)
+        return Response(content, content_type=_TEXT_FORMAT)
 
     return routes

@@ -63,6 +63,18 @@ def test_usage_comes_last_and_is_null_before(rig: Rig, path: str) -> None:
         assert all("usage" not in chunk for chunk in stream(rig, path, **asked))
 
 
+@BOTH
+def test_continuous_usage_grows_to_the_whole(rig: Rig, path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    usage = ask(rig, path, n=2)["usage"]
+    asked = {"n": 2, "stream_options": options}
+    for chunks in (stream(rig, path, **asked), frames(rig, path, **asked)):
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == sorted(counts)
+        assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {usage["prompt_tokens"]}
+        assert chunks[-1]["usage"] == chunks[-2]["usage"] == usage
+
+
 def test_a_chat_choice_is_role_then_content_then_reason(rig: Rig) -> None:
     chunks = stream(rig, CHATS, n=3)
     for index in range(3):

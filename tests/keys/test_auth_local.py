@@ -111,3 +111,20 @@ def test_a_store_that_fails_closes_the_server(tokenizer: Tokenizer, tmp_path: Pa
             assert response.headers["Retry-After"]
             assert str(tmp_path) not in response.text
         assert rig.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("require_key", "whom"), [("auto", "only this machine is served"), ("true", "nobody is served")]
+)
+def test_a_server_without_keys_says_at_start_whom_it_serves(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    require_key: str,
+    whom: str,
+) -> None:
+    for keys, told in ((0, True), (1, False)):
+        capfd.readouterr()
+        with key_rig(tokenizer, str(tmp_path / "keys.db"), require_key=require_key) as rig:
+            assert (whom in capfd.readouterr().err) is told, keys
+            rig.key("first")

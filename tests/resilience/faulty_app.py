@@ -1,7 +1,8 @@
 """The application, with an engine that can be made to fail: the faults come as a file of orders.
 
 A step looks for the file that the environment names. ``raise`` in it makes the step raise, a number
-makes it hang for so many seconds.
+makes it hang for so many seconds. An engine is given up for lost sooner than a user's is, but not
+before the longest hang that it is to survive: 9 seconds, of which 3 are not noticed.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inferneo_jax.runner import PendingStep
+from server import models
 from server.app import create_app
 
 ORDERS = Path(os.environ["TEST_FAULTS"])
@@ -28,4 +30,5 @@ def wait(step: PendingStep) -> Any:
 
 
 PendingStep.wait = wait  # type: ignore[method-assign]
+models.LOST_SECONDS = 8.0
 app = create_app()

@@ -1,8 +1,11 @@
 """Logs say what happened, and nothing of what was said."""
 
+import ast
 import json
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -45,3 +48,23 @@ def test_json_lines_are_one_object_each(capsys: pytest.CaptureFixture[str]) -> N
     first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert (first["level"], first["event"]) == ("warning", "the sink of request x raised")
     assert (second["level"], second["status"]) == ("info", 200)
+
+
+def test_the_manual_names_every_event() -> None:
+    root = Path(__file__).parents[2]
+    manual = (root / "docs" / "operations.md").read_text(encoding="utf-8")
+    logging = {"info", "warning", "error", "exception"}
+    events = {
+        node.args[0].value
+        for file in (root / "server").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in logging
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+        and re.fullmatch(r"[a-z]+(_[a-z]+)*", node.args[0].value)
+    }
+    assert len(events) > 15
+    assert not {event for event in events if f"`{event}`" not in manual}

@@ -65,6 +65,13 @@ def test_who_leaves_is_an_abort_and_has_no_latency(rig: Rig) -> None:
     assert _grown(before, after, f"vllm:e2e_request_latency_seconds_count {CHAT}") == 0
 
 
+def test_errors_are_counted_from_0(rig: Rig) -> None:
+    rig.client.post("/v1/completions", json={"model": CHAT, "prompt": "abc", "max_tokens": 1})
+    found = _read(rig)
+    for reason in ("stop", "length", "abort", "error"):
+        assert f"vllm:request_success_total {reason} {CHAT}" in found
+
+
 def test_embedded_tokens_are_counted(rig: Rig) -> None:
     before = _read(rig)
     rig.client.post("/v1/embeddings", json={"model": EMBED, "input": ["abc", "de"]})
@@ -135,10 +142,13 @@ def test_places_are_taken_and_given_back(rig: Rig) -> None:
     assert during["inferneo_request_places"] == 32 + 256
 
 
-def test_openmetrics_for_whom_asks(rig: Rig) -> None:
-    response = rig.client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
-    assert response.headers["content-type"].startswith("application/openmetrics-text")
-    assert response.text.endswith("# EOF\n")
+@pytest.mark.parametrize("version", ["1.0.0", "1.0.0;escaping=allow-utf-8"])  # Prometheus 2 and 3
+def test_names_are_the_same_for_every_prometheus(rig: Rig, version: str) -> None:
+    response = rig.client.get(
+        "/metrics", headers={"Accept": f"application/openmetrics-text;version={version},*/*;q=0.1"}
+    )
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert f'\nvllm:num_requests_running{{model_name="{CHAT}"}} 0.0\n' in response.text
 
 
 def test_the_manual_names_every_figure_and_no_other(rig: Rig) -> None:

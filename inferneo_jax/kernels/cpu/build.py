@@ -43,7 +43,7 @@ _EXACT = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 120
 _NATIVE = Path(__file__).parent / "native"
-_HELP = (
+HELP = (
     "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) or name one "
     "with CXX; products and attention run several times slower in XLA's own operations"
 )
@@ -140,7 +140,7 @@ def look(variant: Variant = "native") -> tuple[str | None, bool, str | None]:
     """
     compiler = _compiler()
     if compiler is None:
-        return None, False, f"no C++ compiler was found: {_HELP}"
+        return None, False, "no C++ compiler was found"
     flags = _flags(variant)
     try:
         # Sources include no more of the standard library than they need: that it is there will do.
@@ -153,22 +153,22 @@ def look(variant: Variant = "native") -> tuple[str | None, bool, str | None]:
 def _make(variant: Variant, folder: Path) -> Library | None:
     compiler = _compiler()
     if compiler is None:
-        log.warning("no C++ compiler was found: %s", _HELP)
+        log.warning("no C++ compiler was found: %s", HELP)
         return None
     try:
         path = _cached(compiler, variant, folder)
         return Library(variant, path, ctypes.CDLL(str(path)))
     except (subprocess.SubprocessError, OSError) as error:
-        log.warning("%s", _complaint(compiler, error))
+        log.warning("%s: %s", _complaint(compiler, error), HELP)
     return None
 
 
 def _complaint(compiler: str, error: subprocess.SubprocessError | OSError) -> str:
     if isinstance(error, OSError):
-        return f"the compiled kernels cannot be used ({error}): {_HELP}"
+        return f"the compiled kernels cannot be used ({error})"
     said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
     first = next((line for line in said if "error" in line), said[-1])
-    return f"{compiler} cannot compile the kernels ({first}): {_HELP}"
+    return f"{compiler} cannot compile the kernels ({first})"
 
 
 def _compiler() -> str | None:

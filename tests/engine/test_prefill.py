@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from house import SHAPES, House
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,9 +11,7 @@ from inferneo_jax.mesh import make_mesh
 from inferneo_jax.models import REFERENCE
 from inferneo_jax.prefill import PrefillShapes
 from inferneo_jax.sizing import make_programs
-from tests.support import MIXED, TINY, TINY_ENGINE, close, prompt, submit
-from tests.test_engine import MakeEngine
-from tests.test_fairness import SHAPES, House
+from tests.support import MIXED, TINY, TINY_ENGINE, MakeEngine, close, prompt, submit
 
 
 def test_each_chunk_has_one_row_or_as_many_as_the_longest_holds() -> None:

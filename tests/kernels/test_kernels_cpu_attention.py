@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from variants import VARIANTS
 
 from inferneo_jax.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
@@ -25,7 +26,6 @@ from inferneo_jax.sizing import make_programs
 from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY
 
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})
-VARIANTS: list[Variant] = ["native", "avx2", "portable"]
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 3e-6}
 MAX_LEN = 608
 

@@ -27,10 +27,9 @@ from inferneo_jax.model import EmbeddingModel, load_model
 from inferneo_jax.request import GenerationOutput, GenerationRequest
 from inferneo_jax.runner import PendingStep, Runner
 from inferneo_jax.weights.convert import convert
-from tests.support import GREEDY, ONE_DEVICE, TINY, prompt, submit, tiny_weights
+from tests.support import GREEDY, ONE_DEVICE, TINY, MakeEngine, prompt, submit, tiny_weights
 
-MakeEngine = Callable[..., Engine]
-FAMILIES = Path(__file__).parent / "golden" / "families"
+FAMILIES = Path(__file__).parents[1] / "golden" / "families"
 SOON = 0.4
 """Seconds after which a step hangs."""
 

@@ -1,12 +1,10 @@
 """The laws of the engine, on a tiny random model."""
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from inferneo_jax.engine import Engine
 from inferneo_jax.errors import (
     ContextLengthError,
     EngineStoppedError,
@@ -14,9 +12,8 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.request import SamplingParams
 from inferneo_jax.scheduler import Scheduler
-from tests.support import MIXED, Collected, close, prompt, submit
+from tests.support import MIXED, Collected, MakeEngine, close, prompt, submit
 
-MakeEngine = Callable[..., Engine]
 with_kernels = pytest.mark.parametrize("kernels", ["xla", "native"])
 
 

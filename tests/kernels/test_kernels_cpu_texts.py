@@ -19,17 +19,10 @@ from inferneo_jax.layers.texts import TextAttention, Texts
 from inferneo_jax.mesh import make_mesh
 from inferneo_jax.numerics import encoder_formats_for
 from tests.support import ONE_DEVICE
-from tests.test_kernels_cpu import VARIANTS, _supported
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 needs_kernels = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
-
-
-@pytest.fixture(params=[v for v in VARIANTS if _supported(v)])
-def variant(request: pytest.FixtureRequest) -> Variant:
-    assert library(request.param) is not None
-    return request.param
 
 
 def _random(*shape: int) -> jax.Array:

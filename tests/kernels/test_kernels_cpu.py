@@ -1,11 +1,5 @@
-"""The CPU's products against exact integers, and the library that holds them."""
+"""The CPU's products against exact integers."""
 
-import dataclasses
-import logging
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,35 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.engine import Engine
-from inferneo_jax.kernels.cpu import build
 from inferneo_jax.kernels.cpu.build import Variant, library
 from inferneo_jax.kernels.cpu.linear import Blocks
-from inferneo_jax.layers.matrix import After, EncodingError, Int8, Plain
+from inferneo_jax.layers.matrix import After, EncodingError
 from inferneo_jax.layers.mlp import gate
 from inferneo_jax.layers.norm import RMSNorm
-from inferneo_jax.mesh import make_mesh
-from inferneo_jax.numerics import formats_for
-from inferneo_jax.runner import Runner
-from tests.support import MIXED, ONE_DEVICE, TINY, TINY_ENGINE, close, prompt, submit, tiny_weights
 
-VARIANTS: tuple[Variant, ...] = ("native", "avx2", "portable")
 F32 = jnp.dtype("float32")
 
+
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
-
-
-def _supported(variant: Variant) -> bool:
-    flags = Path("/proc/cpuinfo")
-    has_avx2 = flags.exists() and "avx2" in flags.read_text(encoding="utf-8", errors="replace")
-    return variant != "avx2" or has_avx2
-
-
-@pytest.fixture(params=[v for v in VARIANTS if _supported(v)])
-def variant(request: pytest.FixtureRequest) -> Variant:
-    assert library(request.param) is not None
-    return request.param
 
 
 def _product(form: Blocks, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -228,110 +203,3 @@ def test_values_that_are_no_numbers_stay_in_their_rows() -> None:
     dirty = _product(Blocks(F32), x, _random(64, 32))
     np.testing.assert_array_equal(dirty[[0, 3]], clean[[0, 3]])
     assert not np.isfinite(dirty[[1, 2]]).any()
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, Blocks),
-        ({"kernels": "native"}, Blocks),
-        ({"kernels": "xla"}, Plain),
-        ({"dtype": "float32"}, Plain),
-        ({"quantization": "none"}, Plain),
-        ({"quantization": "int8"}, Int8),
-        ({"mesh": MeshShape(1, 2)}, Plain),
-    ],
-)
-def test_a_cpu_keeps_matrices_for_its_kernels(changes: dict[str, Any], expected: type) -> None:
-    config = EngineConfig(**({"mesh": ONE_DEVICE} | changes))
-    formats = formats_for(config, make_mesh(config.mesh))
-    assert type(formats.linear) is type(formats.head) is expected
-    finer = formats_for(config, make_mesh(config.mesh), bits=4)
-    assert getattr(finer.linear, "bits", None) == (4 if expected is Blocks else None)
-    assert finer.head == formats.head
-
-
-def test_without_a_library_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_MADE", {"native": None})
-    assert type(formats_for(EngineConfig(), make_mesh(ONE_DEVICE)).linear) is Plain
-
-
-def test_alone_is_batched_with_kernels() -> None:
-    config = dataclasses.replace(
-        TINY_ENGINE, slots=8, kv_tokens=640, row_buckets=(8,), prefill_chunks=(8,)
-    )
-    formats = formats_for(config, make_mesh(ONE_DEVICE))
-    assert isinstance(formats.linear, Blocks)
-    runner = Runner(TINY, tiny_weights(TINY, ONE_DEVICE, formats), config, formats)
-    runner.compile()
-    engine = Engine(runner)
-    try:
-        sent = [submit(engine, prompt(9 + i, seed=i), **f).wait() for i, f in enumerate(MIXED)]
-        together = [submit(engine, prompt(9 + i, seed=i), **f) for i, f in enumerate(MIXED)]
-        for got, wanted in zip(together, sent, strict=True):
-            close(got.wait(), wanted)
-        assert engine.stats().compiles_after_ready == 0
-    finally:
-        engine.stop()
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache folder with nothing in it, and kernels that compile in no time."""
-    monkeypatch.setattr(build, "_MADE", {})
-    monkeypatch.setattr(build, "_NATIVE", tmp_path / "native")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "native").mkdir()
-    (tmp_path / "native" / "bindings.cc").write_text('extern "C" int two() { return 2; }')
-    return tmp_path / "inferneo" / "kernels"
-
-
-def test_without_a_compiler_there_is_no_library_and_one_warning(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with caplog.at_level(logging.WARNING, build.__name__):
-        assert library() is None
-        assert library() is None
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        "no C++ compiler was found"
-    ]
-    assert "apt-get install g++" in caplog.text
-    assert not fresh.exists()
-
-
-def test_a_compiler_that_fails_is_told_of(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("CXX", "false")
-    assert library() is None
-    assert "false cannot compile the kernels" in caplog.text
-
-
-def test_a_library_that_was_cut_short_is_made_again(fresh: Path) -> None:
-    made = library("portable")
-    assert made is not None
-    whole = made.path.read_bytes()
-    made.path.unlink()  # not truncated in place: this process has it mapped
-    made.path.write_bytes(whole[:1000])
-    build._MADE.clear()
-    again = library("portable")
-    assert again is not None
-    assert again.path.read_bytes() == whole
-    assert list(fresh.iterdir()) == [again.path]
-
-
-def test_processes_may_build_at_once(fresh: Path) -> None:
-    code = (
-        "import sys, pathlib; from inferneo_jax.kernels.cpu import build; "
-        "build._NATIVE = pathlib.Path(sys.argv[1]); print(build.library('portable').path)"
-    )
-
-    def start(_: int) -> str:
-        command = [sys.executable, "-c", code, str(build._NATIVE)]
-        return subprocess.run(command, stdout=-1, text=True, timeout=120, check=True).stdout.strip()
-
-    with ThreadPoolExecutor(3) as pool:
-        paths = set(pool.map(start, range(3)))
-    assert {Path(each).parent for each in paths} == {fresh}
-    assert paths >= {str(each) for each in fresh.iterdir()}

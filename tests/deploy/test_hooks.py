@@ -1,0 +1,63 @@
+"""Hooks before a commit: they run what the virtual environment has, and refuse what it refuses."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from files import ROOT, SCRIPTS, check, read
+
+CONFIG = ROOT / ".pre-commit-config.yaml"
+HOOKS = {hook["id"]: hook for repo in read(CONFIG)["repos"] for hook in repo["hooks"]}
+SMALL = ("image", "manifests", "dashboard")
+
+
+def test_every_hook_is_a_program_of_ours() -> None:
+    check(SCRIPTS / "pre-commit", "validate-config", CONFIG)
+    assert [repo["repo"] for repo in read(CONFIG)["repos"]] == ["local"]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for hook in HOOKS.values():
+        program, argument, *_ = [*hook["entry"].split(), ""]
+        assert hook["language"] == "system"
+        if program == "make":
+            assert argument in targets
+        else:
+            assert (SCRIPTS / Path(program).name).exists()
+            assert program.startswith(".venv/bin/")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository of what the quick hooks look at."""
+    for name in ("Dockerfile", ".pre-commit-config.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "docs" / "deploy", tmp_path / "docs" / "deploy")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "bin").symlink_to(SCRIPTS)
+    check("git", "init", "--quiet", cwd=tmp_path)
+    check("git", "add", "Dockerfile", ".pre-commit-config.yaml", "docs", cwd=tmp_path)
+    return tmp_path
+
+
+def run(hook: str, folder: Path) -> int:
+    command = [SCRIPTS / "pre-commit", "run", hook, "--all-files"]
+    cache = os.environ | {"PRE_COMMIT_HOME": str(folder / ".cache")}
+    return subprocess.run(command, cwd=folder, env=cache, check=False).returncode
+
+
+@pytest.mark.parametrize("hook", SMALL)
+def test_what_is_good_passes_and_what_is_not_does_not(hook: str, checkout: Path) -> None:
+    assert run(hook, checkout) == 0
+    spoilt = {
+        "image": ("Dockerfile", "WORKDIR /source", "WORKDIR source"),
+        "manifests": ("docs/deploy/server.yaml", "terminationGrace", "terminalGrace"),
+        "dashboard": ("docs/deploy/grafana/dashboards/inferneo.json", "Now", "Then"),
+    }
+    name, good, bad = spoilt[hook]
+    text = (checkout / name).read_text()
+    assert good in text
+    (checkout / name).write_text(text.replace(good, bad))
+    check("git", "add", name, cwd=checkout)
+    assert run(hook, checkout) != 0

@@ -1,0 +1,89 @@
+"""A scheduler without an engine."""
+
+from collections import Counter
+
+from inferneo_jax.pages import PagePool
+from inferneo_jax.plans import StepPlan
+from inferneo_jax.prefill import PrefillShapes
+from inferneo_jax.request import GenerationRequest
+from inferneo_jax.scheduler import Scheduler
+from inferneo_jax.sequence import Sequence
+
+PAGE = 4
+SHAPES = PrefillShapes.of((4, 8), slots=5, overhead=2)
+
+
+class House:
+    """A scheduler, and steps that take no time: every token is 1."""
+
+    def __init__(self, slots: int = 4, pages: int = 1000) -> None:
+        self.scheduler = Scheduler(slots, PagePool(pages, PAGE), SHAPES)
+        self.slots = slots
+        self.sequences: list[Sequence] = []
+        self.tokens: Counter[str] = Counter()
+        self.rows: list[int] = []
+        self.chunks: list[int] = []
+        self._in_flight: StepPlan | None = None
+
+    def add(
+        self,
+        owner: str,
+        tokens: int,
+        length: int = 5,
+        priority: int = 0,
+        prompt: tuple[int, ...] | None = None,
+    ) -> Sequence:
+        number = len(self.sequences)
+        request = GenerationRequest(
+            id=str(number),
+            prompt=prompt or tuple(range(number * 7, number * 7 + length)),
+            max_tokens=tokens,
+            owner=owner,
+            priority=priority,
+            cache_salt=owner.encode(),
+        )
+        sequence = Sequence(request, lambda _: None, number)
+        self.sequences.append(sequence)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self, times: int = 1) -> None:
+        """As the engine does it: a step is read when the next one is on its way."""
+        for _ in range(times):
+            plan = self.scheduler.schedule()
+            self._check(plan)
+            if self._in_flight:
+                self._commit(self._in_flight)
+            self._in_flight = plan
+
+    def _check(self, plan: StepPlan) -> None:
+        """What is prefilled beside decoding rows stays within the budget, and fits its shape."""
+        self.rows.append(len(plan.decode))
+        self.chunks.append(len(plan.prefill))
+        assert sum(chunk.length for chunk in plan.prefill) <= SHAPES.budget
+        if plan.prefill:
+            assert plan.shape in SHAPES.shapes
+            rows, tokens = plan.shape
+            assert len(plan.prefill) <= rows
+            assert all(0 < chunk.length <= tokens for chunk in plan.prefill)
+
+    def _commit(self, plan: StepPlan) -> None:
+        rows = [row.sequence for row in plan.decode]
+        rows += [chunk.sequence for chunk in plan.prefill if chunk.sample]
+        for sequence in rows:
+            if not sequence.finished:
+                self.tokens[sequence.request.owner] += 1
+                if reason := sequence.accept(1):
+                    self.end(sequence)
+                    sequence.deliver((1,), reason=reason)
+
+    def end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+
+    def run(self, steps: int = 20_000) -> None:
+        """Until everything is done."""
+        for _ in range(steps):
+            if all(sequence.finished for sequence in self.sequences):
+                return
+            self.step()
+        raise AssertionError("it does not end")

@@ -1,0 +1,64 @@
+"""Where a CPU's matrices are kept for its own kernels, and what an engine makes of them."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from inferneo_jax.config import EngineConfig, MeshShape
+from inferneo_jax.engine import Engine
+from inferneo_jax.kernels.cpu import build
+from inferneo_jax.kernels.cpu.build import library
+from inferneo_jax.kernels.cpu.linear import Blocks
+from inferneo_jax.layers.matrix import Int8, Plain
+from inferneo_jax.mesh import make_mesh
+from inferneo_jax.numerics import formats_for
+from inferneo_jax.runner import Runner
+from tests.support import MIXED, ONE_DEVICE, TINY, TINY_ENGINE, close, prompt, submit, tiny_weights
+
+pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Blocks),
+        ({"kernels": "native"}, Blocks),
+        ({"kernels": "xla"}, Plain),
+        ({"dtype": "float32"}, Plain),
+        ({"quantization": "none"}, Plain),
+        ({"quantization": "int8"}, Int8),
+        ({"mesh": MeshShape(1, 2)}, Plain),
+    ],
+)
+def test_a_cpu_keeps_matrices_for_its_kernels(changes: dict[str, Any], expected: type) -> None:
+    config = EngineConfig(**({"mesh": ONE_DEVICE} | changes))
+    formats = formats_for(config, make_mesh(config.mesh))
+    assert type(formats.linear) is type(formats.head) is expected
+    finer = formats_for(config, make_mesh(config.mesh), bits=4)
+    assert getattr(finer.linear, "bits", None) == (4 if expected is Blocks else None)
+    assert finer.head == formats.head
+
+
+def test_without_a_library_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_MADE", {"native": None})
+    assert type(formats_for(EngineConfig(), make_mesh(ONE_DEVICE)).linear) is Plain
+
+
+def test_alone_is_batched_with_kernels() -> None:
+    config = dataclasses.replace(
+        TINY_ENGINE, slots=8, kv_tokens=640, row_buckets=(8,), prefill_chunks=(8,)
+    )
+    formats = formats_for(config, make_mesh(ONE_DEVICE))
+    assert isinstance(formats.linear, Blocks)
+    runner = Runner(TINY, tiny_weights(TINY, ONE_DEVICE, formats), config, formats)
+    runner.compile()
+    engine = Engine(runner)
+    try:
+        sent = [submit(engine, prompt(9 + i, seed=i), **f).wait() for i, f in enumerate(MIXED)]
+        together = [submit(engine, prompt(9 + i, seed=i), **f) for i, f in enumerate(MIXED)]
+        for got, wanted in zip(together, sent, strict=True):
+            close(got.wait(), wanted)
+        assert engine.stats().compiles_after_ready == 0
+    finally:
+        engine.stop()

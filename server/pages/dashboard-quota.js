@@ -26,7 +26,6 @@ export class Quota {
   /** Another key is used now, which may be allowed more. */
   reset() {
     this.refused = false;
-    this.body.replaceChildren();
     this.#explain();
   }
 
@@ -44,12 +43,16 @@ export class Quota {
   }
 
   #explain() {
+    this.told = null;
     this.body.replaceChildren(
       h("p", { class: "hint" }, `${NEEDED} Whoever runs the server makes one: `, h("code", {}, MAKE)),
     );
   }
 
   #show(keys) {
+    const told = JSON.stringify(keys);
+    if (told === this.told) return; // else whoever reads or copies it would be disturbed
+    this.told = told;
     const fullest = keys
       .map((key) => ({ key, fill: Math.max(...LIMITS.map(([name]) => fillOf(key, name))) }))
       .sort((a, b) => b.fill - a.fill || a.key.name.localeCompare(b.key.name));

@@ -86,7 +86,7 @@ def test_an_administrator_sees_what_each_key_uses(
         expect(row.get_by_role("cell")).to_contain_text(["2 / 8", "no limit", "2 / 4", "2 / 2"])
         expect(page.get_by_role("row").nth(1)).to_contain_text(key.id)  # the fullest
         visited.assert_accessible()
-        row.scroll_into_view_if_needed()
+        page.get_by_role("heading", name="Limits of API keys").scroll_into_view_if_needed()
         visited.shot("dashboard-quota")
     expect(row.get_by_role("cell").nth(3)).to_contain_text("0 / 2")
     keyed.store.change_key(key.id, {"revoked": "1.0"})

@@ -4,83 +4,105 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from inferneo_jax import __version__
 from inferneo_jax.errors import InferneoError
 from server import keys_cli, plan_cli
 from server.bench import cli as bench_cli
 from server.doctor.cli import doctor
 from server.flags import with_flags
 from server.follow import GROUPS, follow
+from server.progress import ModelProgress
 from server.serve import EPILOG, serve
+from server.settings import Settings
+
+MODELS, SERVE, MEASURE = "Models", "Serve", "Plan and measure"
 
 app = typer.Typer(
     help="Serve language and embedding models over an OpenAI-compatible API.",
+    epilog="Begin with `inferneo serve`; each command has a --help of its own.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(epilog=EPILOG)(with_flags(serve))
-app.add_typer(keys_cli.app, name="keys")
-app.add_typer(bench_cli.app, name="bench")
-app.command()(doctor)
-app.command()(plan_cli.plan)
-app.command()(with_flags(follow, GROUPS))
+app.command(epilog=EPILOG, rich_help_panel=SERVE)(with_flags(serve))
+app.command(rich_help_panel=SERVE)(doctor)
+app.add_typer(keys_cli.app, name="keys", rich_help_panel=SERVE)
+app.command(rich_help_panel=SERVE)(with_flags(follow, GROUPS))
 out = Console()
 err = Console(stderr=True)
 
-
-def _default_checkpoints() -> Path:
-    from inferneo_jax.weights.catalog import default_checkpoints_dir
-
-    return default_checkpoints_dir()
-
-
 Checkpoints = Annotated[
-    Path,
+    str | None,
     typer.Option(
-        envvar="INFERNEO_CHECKPOINTS",
-        default_factory=_default_checkpoints,
-        show_default="the checkout's checkpoints, else the user's cache",
+        metavar="FOLDER",
+        show_default="that of the settings: INFERNEO_CHECKPOINTS",
         help="Folder of the converted models.",
     ),
 ]
-Name = Annotated[str, typer.Argument(help="Name of a converted model.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a converted model.", show_default=False)
+]
 
 
-@app.command()
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"inferneo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Serve language and embedding models over an OpenAI-compatible API."""
+    del version
+
+
+@app.command(rich_help_panel=MODELS)
 def pull(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME...",
+            metavar="NAME",
             help="Names of the catalog, or org/name (org/name:file.gguf) of the Hugging Face Hub.",
             show_default=False,
         ),
     ],
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints = None,
 ) -> None:
     """Download models and convert them; those that are there already are left alone."""
     from inferneo_jax.weights.fetch import pull as pull_model
 
     _convert_on_host()
+    folder = _folder(checkpoints)
     for name in names:
         with _progress(name) as progress:
-            path = pull_model(name, checkpoints, progress)
+            path = pull_model(name, folder, progress)
         out.print(f"{name}: {path}", soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def convert(
     path: Annotated[
-        Path, typer.Argument(help="A GGUF file, or a folder with config.json and safetensors.")
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A GGUF file, or a folder with config.json and safetensors."
+        ),
     ],
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the checkpoint; by default that of the path.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name of the converted model.",
+            show_default="that of the file or folder",
+        ),
     ] = None,
 ) -> None:
     """Convert a model that lies on this machine."""
@@ -90,14 +112,14 @@ def convert(
     _convert_on_host()
     source = path.absolute()
     name = name or (source.stem if source.is_file() else source.name)
-    destination = checkpoint_path(checkpoints, name)
+    destination = checkpoint_path(_folder(checkpoints), name)
     with _progress(name) as progress:
         convert_model(source, destination, progress)
     out.print(f"{name}: {destination}", soft_wrap=True)
 
 
-@app.command("list")
-def list_models(checkpoints: Checkpoints) -> None:
+@app.command("list", rich_help_panel=MODELS)
+def list_models(checkpoints: Checkpoints = None) -> None:
     """List the converted models, and those of the catalog that could be pulled."""
     from rich.table import Table
 
@@ -105,7 +127,7 @@ def list_models(checkpoints: Checkpoints) -> None:
     from inferneo_jax.weights.checkpoint import read_info
 
     table = Table("model", "kind", "size", "licence", "state", box=None)
-    found, catalog = list_checkpoints(checkpoints), load_catalog()
+    found, catalog = list_checkpoints(_folder(checkpoints)), load_catalog()
     for name, folder in found.items():
         size = f"{_bytes_below(folder) / 1e6:,.0f} MB"
         try:
@@ -121,18 +143,18 @@ def list_models(checkpoints: Checkpoints) -> None:
     out.print(table)
 
 
-@app.command()
-def show(name: Name, checkpoints: Checkpoints) -> None:
+@app.command(rich_help_panel=MODELS)
+def show(name: Name, checkpoints: Checkpoints = None) -> None:
     """Show what a converted model is and where it came from."""
     import datetime
     import math
 
     from rich.table import Table
 
-    from inferneo_jax.weights.catalog import checkpoint_path
+    from inferneo_jax.weights.catalog import find_checkpoint
     from inferneo_jax.weights.checkpoint import read_info, stored_shapes
 
-    info = read_info(checkpoint_path(checkpoints, name))
+    info = read_info(find_checkpoint(_folder(checkpoints), name))
     shapes = stored_shapes(info.path)
     created = datetime.datetime.fromtimestamp(info.created, datetime.UTC)
     rows = {
@@ -152,17 +174,25 @@ def show(name: Name, checkpoints: Checkpoints) -> None:
     out.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False)],
-    checkpoints: Checkpoints,
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME", help="Names of converted models.", show_default=False),
+    ],
+    checkpoints: Checkpoints = None,
 ) -> None:
     """Remove converted models."""
     from inferneo_jax.weights.catalog import remove_checkpoint
 
     for name in names:
-        remove_checkpoint(checkpoints, name)
+        remove_checkpoint(_folder(checkpoints), name)
         out.print(f"{name}: removed")
+
+
+# Here, so that help shows them last.
+app.command(rich_help_panel=MEASURE)(plan_cli.plan)
+app.add_typer(bench_cli.app, name="bench", rich_help_panel=MEASURE)
 
 
 def _convert_on_host() -> None:
@@ -176,26 +206,20 @@ def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def _folder(checkpoints: str | None) -> Path:
+    """Where the converted models lie."""
+    return Settings.load({"checkpoints": checkpoints} if checkpoints else {}).checkpoints_dir()
+
+
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for the current stage of one model."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
+    """Shows on stderr what is being done for one model."""
+    row: dict[str, Any] = {"id": name, "stage": "waiting", "done": 0, "total": 0}
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Elapsed())
-    with Progress(*columns, console=err, transient=True) as bars:
-        task = bars.add_task(name, total=None)
-        current = ""
+    def report(stage: str, done: int, total: int) -> None:
+        row.update(stage=stage, done=done, total=total)
 
-        def report(stage: str, done: int, total: int) -> None:
-            nonlocal task, current
-            # A bar cannot go back to an unknown total: each stage has its own.
-            if stage != current:
-                bars.remove_task(task)
-                task = bars.add_task(f"{name}: {stage}", total=total or None)
-                current = stage
-            bars.update(task, completed=done, total=total or None)
-
+    with ModelProgress(err, lambda: [row]):
         yield report
 
 

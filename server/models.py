@@ -215,7 +215,8 @@ class Registry:
         try:
             model = self._loader(entry.source, self._settings, progress)
         except InferneoError as error:
-            raise type(error)(f"{name}: {error}") from error
+            text = str(error)
+            raise type(error)(text if text.startswith(name) else f"{name}: {text}") from error
         entry.stage, entry.done, entry.total = "ready", 1, 1
         entry.model = model
         log.info("loaded", model=name)

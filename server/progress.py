@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
-from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-_BAR, _NAME, _REFRESHES_PER_SECOND = 24, 40, 8
+_BAR, _NAME, _REFRESHES_PER_SECOND = 16, 26, 8
 _WORDS = {
     "compile": "compiling programs",
     "joining": "waiting for the other processes",
@@ -42,12 +41,16 @@ class ModelProgress:
         )
 
     def __enter__(self) -> "ModelProgress":
-        if self._live.console.is_terminal:
-            self._live.start(refresh=True)
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def start(self) -> None:
+        """Show it from now on."""
+        if self._live.console.is_terminal:
+            self._live.start(refresh=True)
 
     def stop(self) -> None:
         """Take it away, if it is still there."""
@@ -57,18 +60,15 @@ class ModelProgress:
         table = Table.grid(padding=(0, 2))
         table.add_column(max_width=_NAME, no_wrap=True)
         table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
         for row in self._rows():
             stage, done, total = row["stage"], row["done"], row["total"]
             if stage == "ready":
-                table.add_row(row["id"], Text("ready", style="green"), "")
+                table.add_row(Text(row["id"]), Text("ready", style="green"), "")
                 continue
             bar = ProgressBar(total or None, done, width=_BAR, pulse=not total)
-            amount = ""
-            if total:
-                amount = (
-                    f"{decimal(done)} of {decimal(total)}"
-                    if stage == "downloading"
-                    else f"{done} of {total}"
-                )
-            table.add_row(row["id"], _WORDS.get(stage, stage), bar, amount)
+            unit, word = (1_000_000, " MB") if stage == "downloading" else (1, "")
+            amount = f"{done // unit:,} of {total // unit:,}{word}" if total else ""
+            table.add_row(Text(row["id"]), _WORDS.get(stage, stage), bar, amount)
         return Group(table, Text(f"{time.monotonic() - self._begin:.0f} s", style="dim"))

@@ -52,12 +52,13 @@ class Display:
         self._paths = paths
         self._registry = registry
         self._keys = f"needed; {_MAKE} makes one"
+        self._others = "reach it"
         self._begin = time.monotonic()
         self._progress = ModelProgress(console, registry.progress)
 
     def __enter__(self) -> "Display":
         self._console.print(f"[bold]Inferneo[/] {__version__} at {self._url}", highlight=False)
-        self._progress.__enter__()
+        self._progress.start()
         # Now, so that what is still logged is written above the progress.
         log.configure(self._settings.log_format, self._takes)
         return self
@@ -76,6 +77,7 @@ class Display:
                 pass
             case "no_keys":
                 self._keys = f"none yet, so only this machine is served; {_MAKE} makes one"
+                self._others = "are refused until there is a key"
             case "no_key_required":
                 self._keys = "[yellow]not needed: everybody who reaches the server is served[/]"
             case "ready":
@@ -110,9 +112,8 @@ class Display:
         table.add_row("Models", Text(", ".join(models)))
         table.add_row("Keys", self._keys)
         if not is_local(self._settings.host):
-            table.add_row(
-                "Network", f"listens on {self._settings.host}, so other machines reach it"
-            )
+            text = f"listens on {self._settings.host}: other machines {self._others}"
+            table.add_row("Network", text)
         seconds = time.monotonic() - self._begin
         return Panel(
             table,

@@ -106,17 +106,7 @@ class Job:
             on_leave=self._on_leave,
         )
         log.info("joined a job of %d processes as number %d", count, number)
-        agree(
-            self._link,
-            "process",
-            {
-                "version": __version__,
-                "jax": jax.__version__,
-                "platform": jax.devices()[0].platform,
-                "devices": [device.device_kind for device in jax.devices()],
-                "byte order": sys.byteorder,
-            },
-        )
+        agree(self._link, "process", _nature())
 
     def take(self, model: str) -> None:
         """Give the job's devices to a model.
@@ -176,6 +166,26 @@ def _check_number(leads: bool, number: int | None) -> None:
             f"this is process {number} of the job; process 0 is the one that serves HTTP, and all "
             "others run `inferneo follow`"
         )
+
+
+def _nature() -> dict[str, object]:
+    """What all processes of a job must be alike in before they agree on a model.
+
+    Two sources of one version would run other programs, or the same in another order, and wait for
+    each other for ever.
+    """
+    import jax
+
+    from inferneo_jax.executables import source_hash
+
+    return {
+        "version": __version__,
+        "source of inferneo_jax": source_hash()[:12],
+        "jax": jax.__version__,
+        "platform": jax.devices()[0].platform,
+        "devices": [device.device_kind for device in jax.devices()],
+        "byte order": sys.byteorder,
+    }
 
 
 def _initialize(config: JobConfig) -> tuple[str, Any]:

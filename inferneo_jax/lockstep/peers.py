@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -231,8 +231,3 @@ class Link:
 
     def _start(self, work: Callable[[], None], name: str) -> None:
         threading.Thread(target=work, name=f"lockstep {name}", daemon=True).start()
-
-
-def describe(arrays: Sequence[Any]) -> list[str]:
-    """Shapes and dtypes, for ``agree``."""
-    return [f"{array.dtype}{list(array.shape)}" for array in arrays]

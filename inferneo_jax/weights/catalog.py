@@ -97,6 +97,19 @@ def list_checkpoints(checkpoints: Path) -> dict[str, Path]:
     return found
 
 
+def find_checkpoint(checkpoints: Path, name: str) -> Path:
+    """The folder of a checkpoint that is there, if damaged.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    path = checkpoint_path(checkpoints, name)
+    if not (path / INFO_FILE).exists():
+        known = ", ".join(list_checkpoints(checkpoints)) or "none"
+        raise CheckpointError(f"no model {name!r} in {checkpoints}; there are: {known}")
+    return path
+
+
 def look(path: Path) -> CheckpointInfo:
     """What the checkpoint in a folder is, if it is whole as far as can be seen quickly.
 
@@ -116,10 +129,7 @@ def remove_checkpoint(checkpoints: Path, name: str) -> None:
     Raises:
         CheckpointError: there is none of this name.
     """
-    path = checkpoint_path(checkpoints, name)
-    if not (path / INFO_FILE).exists():
-        known = ", ".join(list_checkpoints(checkpoints)) or "none"
-        raise CheckpointError(f"no model {name!r} in {checkpoints}; there are: {known}")
+    path = find_checkpoint(checkpoints, name)
     remove_folder(path)
     prune_parents(checkpoints, path)
 

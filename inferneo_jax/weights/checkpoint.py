@@ -135,7 +135,10 @@ def write_checkpoint(
             # Its own temporary folder is renamed inside ours.
             checkpointer.save(folder / WEIGHTS_FOLDER, dict(weights), save_args=_chunked(weights))
     except OSError as error:
-        raise CheckpointError(f"{destination} could not be written: {error}") from error
+        raise CheckpointError(
+            f"{destination} could not be written ({error.strerror or error}); free some space "
+            "there, or name another folder with --checkpoints or INFERNEO_CHECKPOINTS"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

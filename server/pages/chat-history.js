@@ -38,7 +38,7 @@ export function showHistory(root, chat, actions) {
         button("Export JSON", () => download(`${fileName(chat)}.json`, "application/json", toJson(chat)), { disabled: empty }),
         button("Export Markdown", () => download(`${fileName(chat)}.md`, "text/markdown", toMarkdown(chat)), { disabled: empty }),
         button("Import", () => choose(wrong, actions.add)),
-        button("Clear all", () => confirmed(`Delete all chats and settings of this page (${chats.length} chats)?`, actions.clear)),
+        button("Clear all", () => confirmed(`Delete all chats (${chats.length}) and the settings of this page?`, actions.clear)),
       ),
       wrong,
       h("p", { class: "hint" }, "Chats are kept in this browser, at this address, and nowhere else."),

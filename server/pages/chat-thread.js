@@ -123,7 +123,7 @@ export class Thread {
       const actions = h(
         "div",
         { class: "actions" },
-        h("span", { class: "hint" }, "What came after it goes."),
+        h("span", { class: "hint" }, "The messages after it are removed."),
         h("button", { type: "button", class: "small quiet", onclick: cancel }, "Cancel"),
         h("button", { type: "button", class: "small primary", onclick: send }, "Send again"),
       );

@@ -38,7 +38,9 @@ const panels = new Panels(
   byId("main"),
 );
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running.size && !document.querySelector("dialog[open]")) stop();
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (byId("card").hidden) stop();
+  byId("card").hidden = true;
 });
 addEventListener("pagehide", () => running.size && keep());
 draw();

@@ -1,6 +1,9 @@
 """The library of the CPU's kernels is compiled once, whole, or not at all and with a word."""
 
+import errno
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +61,21 @@ def test_a_library_that_was_cut_short_is_made_again(fresh: Path) -> None:
     assert again is not None
     assert again.path.read_bytes() == whole
     assert list(fresh.iterdir()) == [again.path]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_home_that_cannot_be_written_to_costs_only_time(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    made = library("portable")
+    assert made is not None
+    assert not made.path.is_relative_to(fresh)
+    monkeypatch.undo()
+    shutil.rmtree(made.path.parent)
 
 
 def test_processes_may_build_at_once(fresh: Path) -> None:

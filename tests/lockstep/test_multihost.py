@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from clients import Ending, body, plain, socketed, stream, until
 
-from tests.serving import Process, environment, free_address, process, stats_of
+from tests.serving import ROOT, Process, environment, free_address, process, stats_of
 from tests.tiny import CHAT, EMBEDDING, tiny_checkpoints
 
 READY, AT_MOST = 120.0, 10.0
@@ -220,6 +221,22 @@ def test_who_does_not_belong_is_refused_and_told(
         wait_for(leader, two.leader)
         if "INFERNEO_SLOTS" in changed:
             assert two.leader.popen.wait(AT_MOST) != 0
+
+
+def test_another_source_of_the_same_version_is_refused(
+    tiny: dict[str, str], tmp_path: Path
+) -> None:
+    package = shutil.copytree(ROOT / "inferneo_jax", tmp_path / "changed" / "inferneo_jax")
+    with (package / "steps.py").open("a") as steps:
+        steps.write("# as if somebody had mended something on one host only\n")
+    changed = f"{package.parent}:{environment({})['PYTHONPATH']}"
+    language_model = tiny["INFERNEO_MODELS"].split(",")[0]
+    settings = tiny | {"INFERNEO_MODELS": language_model}
+    with job(tmp_path, settings, PYTHONPATH=changed, PYTHONSAFEPATH="1") as two:
+        assert two.follower.popen.wait(60) == 1
+        for process in (two.follower, two.leader):
+            wait_for("source of inferneo_jax is '", process)
+            wait_for("Give all of them the same version", process)
 
 
 def test_only_process_0_serves(tiny: dict[str, str], tmp_path: Path) -> None:

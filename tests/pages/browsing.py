@@ -67,8 +67,9 @@ class Visit:
         See https://www.deque.com/axe/core-documentation/api-documentation/.
         """
         script = node_modules() / "node_modules" / "axe-core" / "axe.min.js"
-        # Evaluated by the debugger, which the page's policy does not bind.
-        self.page.evaluate(script.read_text(encoding="utf-8"))
+        if not self.page.evaluate("'axe' in window"):
+            # Evaluated by the debugger, which the page's policy does not bind.
+            self.page.evaluate(script.read_text(encoding="utf-8"))
         found: dict[str, Any] = self.page.evaluate("axe.run()")
         faults = [
             (fault["id"], fault["help"], [node["html"][:200] for node in fault["nodes"]])

@@ -126,6 +126,26 @@ def test_a_chat_survives_a_reload_until_it_is_deleted(rig: Rig, chat: Chat) -> N
     assert chat.said() == []
 
 
+def test_what_cannot_be_kept_is_said(rig: Rig, chat: Chat) -> None:
+    """The browser's storage is full: first the probabilities are left out, then all is."""
+    chat.page.evaluate(
+        """() => {
+          const { setItem } = Storage.prototype;
+          window.room = 3000;
+          Storage.prototype.setItem = function (name, value) {
+            if (value.length > window.room) throw new DOMException("", "QuotaExceededError");
+            setItem.call(this, name, value);
+          };
+        }"""
+    )
+    chat.button("Probabilities").click()
+    chat.ask("One")
+    expect(chat.page.get_by_text("the probabilities of this chat are not kept")).to_be_visible()
+    chat.page.evaluate("window.room = 500")
+    chat.ask("Two")
+    expect(chat.page.get_by_text("this chat is not kept. Export it")).to_be_visible()
+
+
 def test_a_chat_without_a_mouse(rig: Rig, chat: Chat) -> None:
     page, press = chat.page, chat.page.keyboard.press
     expect(chat.input).to_be_focused()

@@ -166,6 +166,10 @@ def test_a_busy_server_is_asked_again(rig: Rig, visit: Callable[..., Visit]) -> 
     chat.send("Hello")
     expect(chat.answers.get_by_role("alert")).to_contain_text("The server is busy")
     rig.engine.refusal = None
+    chat.ask("More")
+    expect(chat.button("Try again")).to_have_count(0)  # it would undo what came after
+    assert asked(rig.engine) == [("user", "Hello"), ("user", "More")]
+    chat.messages.last.get_by_role("button", name="Delete").click()
     chat.button("Try again").click()
     chat.expect_done()
     assert chat.said() == ["Hello", REPLY]

@@ -180,6 +180,6 @@ def test_the_work_grows_with_the_length_and_no_faster(page: Page, unit: str) -> 
       Element.prototype.append = append;
       return made;
     }"""
-    once, twice = (page.evaluate(count, [unit, times]) for times in (800, 1600))
-    assert once >= 8000
-    assert twice < 2.3 * once
+    once, twice = (page.evaluate(count, [unit, times]) for times in (400, 800))
+    assert once >= 4000
+    assert twice < 2.5 * once

@@ -38,6 +38,10 @@ def test_tokens_have_the_probabilities_that_the_api_gives(rig: Rig, chat: Chat) 
         expect(card.locator(".chosen")).to_contain_text(rows[0][1])
     chat.page.mouse.move(1, 1)
     expect(card).to_be_hidden()
+    tokens.nth(1).hover()
+    expect(card).to_be_visible()
+    chat.page.keyboard.press("Escape")
+    expect(card).to_be_hidden()
     # Whoever wants the text has it, and the tokens again.
     chat.button("Probabilities").click()
     assert chat.said() == ["Hi", REPLY]

@@ -1,5 +1,6 @@
 """`inferneo serve`: its flags, what it shows, and how it ends."""
 
+import io
 import os
 import pty
 import re
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.progress import ModelProgress
 from server.setting import describe
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +139,28 @@ def test_a_terminal_sees_how_it_loads_and_where_it_is(tmp_path: Path) -> None:
         shown.until("Ending: requests that run have 25 s")
         assert shown.ended() == 0
         assert "Traceback" not in shown.text
+
+
+def test_progress_says_what_is_done_and_how_far() -> None:
+    rows = [
+        {"id": "a" * 60, "stage": "downloading", "done": 25_000_000, "total": 93_000_000},
+        {"id": "b", "stage": "compile", "done": 3, "total": 19},
+        {"id": "c", "stage": "ready", "done": 1, "total": 1},
+    ]
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with ModelProgress(console, lambda: rows):
+        pass
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\r", console.file.getvalue())
+    first, second, third, _ = text.split("\n")[:4]
+    assert "downloading" in first
+    assert first.rstrip().endswith("25 of 93 MB")
+    assert re.search(r"b +compiling programs +\S+ +3 of 19", second)
+    assert re.search("c +ready", third)
+    assert max(map(len, re.split("[\r\n]", text))) <= 80
+    quiet = Console(file=io.StringIO(), width=80)
+    with ModelProgress(quiet, lambda: rows):
+        pass
+    assert quiet.file.getvalue() == ""
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:

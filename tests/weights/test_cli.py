@@ -1,9 +1,11 @@
+import re
 import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
+from inferneo_jax import InferneoError, __version__
 from inferneo_jax.weights.checkpoint import read_info
 from server.cli import app, main
 
@@ -63,3 +65,53 @@ def test_help_loads_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_that_of_the_package(inferneo):
+    assert inferneo("--version").output == f"inferneo {__version__}\n"
+
+
+def test_help_names_every_command_in_its_group(inferneo):
+    shown = inferneo("--help").output
+    places = [shown.index(f"─ {group} ─") for group in ("Serve", "Models", "Plan and measure")]
+    assert places == sorted(places)
+    for command in ("serve", "doctor", "keys", "follow", "pull", "convert", "plan", "bench"):
+        assert f"│ {command} " in shown
+
+
+def test_a_folder_of_the_settings_file_counts_here_too(inferneo, made, tmp_path, monkeypatch):
+    made.folder(tmp_path / "hf", made.LLAMA)
+    (tmp_path / "inferneo.toml").write_text(f"checkpoints = '{tmp_path / 'other'}'\n")
+    monkeypatch.setenv("INFERNEO_CONFIG", str(tmp_path / "inferneo.toml"))
+    settings = {"INFERNEO_CHECKPOINTS": None, "COLUMNS": "200"}
+    arguments = ["convert", str(tmp_path / "hf"), "--name", "tiny"]
+    assert CliRunner().invoke(app, arguments, env=settings).exit_code == 0
+    assert read_info(tmp_path / "other" / "tiny").family == "llama"
+    assert inferneo("list", "--checkpoints", tmp_path / "other").output.count("tiny") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("show", "nosuch"), "no model 'nosuch' in .*; there are: none"),
+        (("rm", "nosuch"), "no model 'nosuch' in .*; there are: none"),
+        (("pull", "nosuch"), "no model 'nosuch' in the catalog; there are smollm2-135m-instruct"),
+        (("pull", "a/b/c"), "'a/b/c' cannot name a repository of the Hugging Face Hub"),
+        (("pull", "../x"), "'../x' cannot name a model"),
+        (("convert", "/nowhere"), "there is no file or folder /nowhere"),
+    ],
+)
+def test_what_a_new_user_gets_wrong_is_a_sentence(inferneo, arguments, words):
+    done = inferneo(*arguments)
+    assert isinstance(done.exception, InferneoError)
+    assert re.search(words, str(done.exception))
+    assert done.output == ""
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_what_to_do(made, tmp_path):
+    (tmp_path / "file").touch()
+    folder = made.folder(tmp_path / "hf", made.LLAMA)
+    arguments = ["convert", str(folder), "--checkpoints", str(tmp_path / "file" / "below")]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, InferneoError)
+    assert "name another folder with --checkpoints" in str(done.exception)

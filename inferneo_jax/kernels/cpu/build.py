@@ -10,6 +10,7 @@ preprocessor (``__AVX512VNNI__``), so variants are the same source with other fl
 """
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -42,6 +43,7 @@ _COMMON = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"
 _EXACT = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 120
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NATIVE = Path(__file__).parent / "native"
 HELP = (
     "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install) or name one "
@@ -194,13 +196,15 @@ def _cached(compiler: str, variant: Variant, folder: Path) -> Path:
     key = _key(compiler, flags)
     if path := _there(folder, key):
         return path
-    for path in folder.glob(f"{key}-*.so"):
-        path.unlink(missing_ok=True)
     try:
+        for path in folder.glob(f"{key}-*.so"):
+            path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             return _compile(compiler, flags, Path(scratch), folder, key)
-    except PermissionError:
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
         # A home that cannot be written to: compiled anew by every process.
         folder = Path(tempfile.mkdtemp(prefix="inferneo-kernels-"))
         return _compile(compiler, flags, folder, folder, key)

@@ -59,7 +59,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m server.reference docs/reference
 
 screenshots: $(VENV)/.installed-test
-	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_chat_real.py
+	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_chat_real.py tests/pages/test_dashboard_real.py
 
 install: $(VENV)/.installed
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TokenizerError,
         WeightsError,
     )
+    from inferneo_jax.facts import DeviceMemory, ModelFacts, device_memory
     from inferneo_jax.lockstep.job import Job
     from inferneo_jax.memory import return_unused
     from inferneo_jax.model import EmbeddingModel, LanguageModel, follow_model, load_model
@@ -75,6 +76,7 @@ _HOMES = {
         "TokenizerError",
         "WeightsError",
     ),
+    "facts": ("DeviceMemory", "ModelFacts", "device_memory"),
     "lockstep.job": ("Job",),
     "memory": ("return_unused",),
     "model": (
@@ -100,6 +102,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "DecoderConfig",
+    "DeviceMemory",
     "Embedder",
     "EmbeddingModel",
     "EncoderConfig",
@@ -119,6 +122,7 @@ __all__ = [
     "JobError",
     "LanguageModel",
     "MeshShape",
+    "ModelFacts",
     "OverloadedError",
     "RequestError",
     "SamplingParams",
@@ -129,6 +133,7 @@ __all__ = [
     "TokenizerError",
     "WeightsError",
     "__version__",
+    "device_memory",
     "follow_model",
     "load_model",
     "return_unused",

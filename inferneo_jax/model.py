@@ -21,9 +21,11 @@ from inferneo_jax.config import (
 from inferneo_jax.embedder import Embedder
 from inferneo_jax.engine import Engine
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.facts import ModelFacts, facts_of
 from inferneo_jax.kernels import text_attention_for
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.matrix import EncodingError, Formats
+from inferneo_jax.layers.texts import TextAttention
 from inferneo_jax.lockstep.follow import follow
 from inferneo_jax.lockstep.job import Job
 from inferneo_jax.lockstep.peers import agree
@@ -49,6 +51,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     engine: Engine
     max_len: int
+    facts: ModelFacts
     kind: Literal["decoder"] = "decoder"
 
     def stop(self) -> None:
@@ -65,6 +68,7 @@ class EmbeddingModel:
     tokenizer: Tokenizer
     embedder: Embedder
     max_tokens: int
+    facts: ModelFacts
     kind: Literal["encoder"] = "encoder"
 
     def stop(self) -> None:
@@ -101,11 +105,12 @@ def load_model(
             mesh = make_mesh(shape, jax.local_devices())
             formats = encoder_formats_for(config, mesh)
             weights, _ = load_weights(info, mesh, [formats], config)
+            attention = text_attention_for(config, mesh)
             embedder = Embedder(
                 info.config,
                 weights,
                 formats,
-                text_attention_for(config, mesh),
+                attention,
                 mesh,
                 config.max_len,
                 config.step_seconds,
@@ -119,8 +124,10 @@ def load_model(
                 tokenizer=tokenizer,
                 embedder=embedder,
                 max_tokens=embedder.max_tokens,
+                facts=facts_of(weights, formats, mesh, native=type(attention) is not TextAttention),
             )
         runner = load_runner(info, config, progress, job)
+    facts = runner.facts()
     engine = Engine(runner)
     if job:
         job.on_lost(engine.fail)
@@ -130,6 +137,7 @@ def load_model(
         tokenizer=tokenizer,
         engine=engine,
         max_len=runner.max_len,
+        facts=facts,
     )
 
 

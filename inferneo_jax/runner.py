@@ -14,9 +14,10 @@ from jaxtyping import Array
 
 from inferneo_jax import compiles
 from inferneo_jax import mesh as meshes
-from inferneo_jax.cache import KVCache
+from inferneo_jax.cache import KVCache, PagedAttention
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.executables import ExecutableStore
+from inferneo_jax.facts import ModelFacts, facts_of
 from inferneo_jax.groups import Plans
 from inferneo_jax.heartbeat import PATIENCE
 from inferneo_jax.layers.matrix import Formats
@@ -134,6 +135,18 @@ class Runner:
             max_logprobs=self.config.max_logprobs,
             max_logit_bias=self.config.max_logit_bias,
             max_stop_ids=MAX_STOP_IDS,
+        )
+
+    def facts(self) -> ModelFacts:
+        """What it runs; to be asked while no step is under way, as steps take the cache along."""
+        attention = self._programs.attention
+        return facts_of(
+            self._weights,
+            self._programs.formats,
+            self._mesh,
+            native=type(attention) is not PagedAttention,
+            cache=jax.tree.leaves(self._cache),
+            kv_dtype=str(attention.dtype),
         )
 
     def reset(self) -> None:

@@ -68,7 +68,7 @@ class Place:
 
 
 class Admission:
-    """The places of a server.
+    """The places of a server, one for each sequence that is generated or waits to be.
 
     Without keys every request may have any place that is free. With keys, a key may have as many
     as it leaves free (the dynamic threshold of Choudhury and Hahne, IEEE/ACM Transactions on
@@ -77,7 +77,7 @@ class Admission:
 
     def __init__(self, places: int, longest: float) -> None:
         """``longest`` is how many seconds a request may take at most, and if it says nothing."""
-        self._places = places
+        self.places = places
         self._longest = longest
         self._taken: Counter[str | None] = Counter()
         self._total = 0
@@ -85,6 +85,11 @@ class Admission:
         self._empty = asyncio.Event()
         self._empty.set()
         self.closed = asyncio.Event()
+
+    @property
+    def taken(self) -> int:
+        """Places that are taken now."""
+        return self._total
 
     def enter(self, owner: str | None, timeout: str | None) -> Place:
         """Take a place.
@@ -128,10 +133,10 @@ class Admission:
 
     def _take(self, owner: str | None, more: int, *, held: int = 0) -> None:
         """Give ``owner`` so many places for a request that holds ``held`` of them already."""
-        mine, free = self._taken[owner], self._places - self._total
+        mine, free = self._taken[owner], self.places - self._total
         fits = (more if owner is None else mine + more) <= free
         # Every key may have one request, however large: what never fits could only be sent in vain.
-        only = mine == held and self._total < 2 * self._places
+        only = mine == held and self._total < 2 * self.places
         if not (fits or only):
             raise self._full()
         self._taken[owner] += more

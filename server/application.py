@@ -64,7 +64,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     job = _lead(settings)
     registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
     admission = Admission(settings.places(), settings.request_seconds)
-    metrics = Metrics(registry.models)
+    metrics = Metrics(registry.models, admission)
     tracing = open_tracing()
     services = Services(
         settings, registry, TextWork(), threads, guard, limiter, admission, metrics, tracing

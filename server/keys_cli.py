@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from inferneo_jax import ConfigError
-from server.keyring import Keyring, describe, state_of
+from server.keyring import Keyring, state_of
 from server.keys import SCOPES, Limits
 from server.settings import Settings
 from server.store import Store, open_store
-from server.usage import usage_of
+from server.usage import key_list, usage_of
 
 app = typer.Typer(help="Make, list and end API keys.", no_args_is_help=True)
 
@@ -79,11 +79,11 @@ def create(
 def list_keys(db: Database = None, as_json: Json = False) -> None:
     """List the keys; none of them can be read again."""
     table = _table("id", "name", "state", "scopes", "models", *_FIELDS, "expires")
-    with _keyring(db) as keyring:
-        keys = keyring.all()
-    if as_json:
-        _print_json({"object": "list", "data": [describe(key) for key in keys]})
-        return
+    with _store(db) as store:
+        keys = Keyring(store).all()
+        if as_json:
+            _print_json(key_list(store, keys))
+            return
     for key in keys:
         limits = [_shown(getattr(key.limits, field)) for field in _FIELDS.values()]
         scopes, models = ", ".join(sorted(key.scopes)), ", ".join(key.models) or "all"

@@ -7,7 +7,7 @@ and HTTP; those of a request begin when it is given to the engine.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -17,10 +17,10 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from inferneo_jax import EngineStats, GenerationOutput, __version__
+from inferneo_jax import GenerationOutput
+from server.admission import Admission
+from server.collector import MODEL, StateCollector
 from server.tracing import METHODS, Trace
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 # When each figure began: a series more for each, which nobody plots.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-_MODEL = "model_name"
 _REASONS = ("stop", "length", "abort", "error")
 
 _SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -58,44 +57,6 @@ _LONG_SECONDS = (
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
-_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
-    "vllm:num_requests_running": ("Requests that hold a slot.", lambda s: s.running),
-    "vllm:num_requests_waiting": ("Requests that wait for a slot.", lambda s: s.waiting),
-    "vllm:kv_cache_usage_perc": (
-        "The part of the KV cache's pages that requests hold, from 0 to 1.",
-        lambda s: s.pages_used / max(1, s.pages),
-    ),
-    "inferneo_slots": ("Requests that can run at once.", lambda s: s.slots),
-    "inferneo_kv_cache_pages": ("Pages of the KV cache.", lambda s: s.pages),
-    "inferneo_kv_cache_page_tokens": ("Tokens that a page holds.", lambda s: s.page_len),
-    "inferneo_kv_cache_pages_cached": (
-        "Pages that no request holds and that wait for one with the same prefix.",
-        lambda s: s.pages_cached,
-    ),
-    "inferneo_engine_ready": ("1 while the engine takes requests, else 0.", lambda s: s.ready),
-}
-_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
-    "vllm:generation_tokens": ("Tokens that were generated.", lambda s: s.output_tokens),
-    "vllm:num_preemptions": (
-        "Times that a request gave up its pages to another.",
-        lambda s: s.preemptions,
-    ),
-    "vllm:spec_decode_num_draft_tokens": ("Tokens that were drafted.", lambda s: s.drafted_tokens),
-    "vllm:spec_decode_num_accepted_tokens": (
-        "Drafted tokens that the model would have chosen too.",
-        lambda s: s.accepted_tokens,
-    ),
-    "inferneo_prefill_tokens": (
-        "Prompt tokens that were computed, not found in the prefix cache.",
-        lambda s: s.prompt_tokens,
-    ),
-    "inferneo_engine_steps": ("Steps of the engine.", lambda s: s.steps),
-    "inferneo_compiles_after_ready": (
-        "Programs compiled while requests waited; there should be none.",
-        lambda s: s.compiles_after_ready,
-    ),
-}
-
 
 class Metrics:
     """All figures of one application.
@@ -104,28 +65,28 @@ class Metrics:
         registry: of ``prometheus_client``, to be written out.
     """
 
-    def __init__(self, models: Callable[[], Sequence["Model"]]) -> None:
+    def __init__(self, models: Callable[[], Sequence["Model"]], admission: Admission) -> None:
         self.registry = registry = CollectorRegistry()
-        registry.register(_Engines(models))
+        registry.register(StateCollector(models, admission))
         ProcessCollector(registry=registry)
 
         def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, words, [_MODEL], buckets=buckets, registry=registry)
+            return Histogram(name, words, [MODEL], buckets=buckets, registry=registry)
 
         def counter(name: str, words: str, *labels: str) -> Counter:
             return Counter(name, words, labels, registry=registry)
 
-        self._prompts = counter("vllm:prompt_tokens", "Tokens of prompts, cached or not.", _MODEL)
+        self._prompts = counter("vllm:prompt_tokens", "Tokens of prompts, cached or not.", MODEL)
         self._queries = counter(
-            "vllm:prefix_cache_queries", "Tokens that were looked up in the prefix cache.", _MODEL
+            "vllm:prefix_cache_queries", "Tokens that were looked up in the prefix cache.", MODEL
         )
         self._hits = counter(
-            "vllm:prefix_cache_hits", "Tokens that were found in the prefix cache.", _MODEL
+            "vllm:prefix_cache_hits", "Tokens that were found in the prefix cache.", MODEL
         )
         self._finished = counter(
             "vllm:request_success",
             "Sequences that ended, by why: stop, length, abort (its reader left), error.",
-            _MODEL,
+            MODEL,
             "finished_reason",
         )
         self._begun: set[str] = set()
@@ -152,7 +113,7 @@ class Metrics:
             "vllm:request_generation_tokens", "Tokens generated for a sequence.", _TOKENS
         )
         self._embedded = counter(
-            "inferneo_embedding_tokens", "Tokens of texts that were embedded.", _MODEL
+            "inferneo_embedding_tokens", "Tokens of texts that were embedded.", MODEL
         )
         self._requests = counter(
             "http_requests",
@@ -248,28 +209,3 @@ class Meter:
         if times.admitted is not None:
             metrics._queue.labels(model).observe(max(0.0, times.admitted - self._started))
             metrics._prefill.labels(model).observe(times.first - times.admitted)
-
-
-class _Engines(Collector):
-    """What the engines count themselves, asked when somebody looks."""
-
-    def __init__(self, models: Callable[[], Sequence["Model"]]) -> None:
-        self._models = models
-
-    def collect(self) -> Iterator[Metric]:
-        info = GaugeMetricFamily("inferneo_build_info", "Always 1.", labels=["version"])
-        info.add_metric([__version__], 1)
-        yield info
-        stats = {
-            model.name: model.engine.stats() for model in self._models() if model.kind == "decoder"
-        }
-        for family, figures in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
-            for name, (words, read) in figures.items():
-                metric = family(name, words, labels=[_MODEL])
-                for model, found in stats.items():
-                    metric.add_metric([model], float(read(found)))
-                yield metric
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing: registering would else ask the engines."""
-        return iter(())

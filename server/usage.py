@@ -5,6 +5,7 @@ import datetime
 from collections.abc import Iterable
 from typing import Any
 
+from server.keyring import describe
 from server.keys import Key
 from server.store import Store
 
@@ -26,6 +27,23 @@ class Days:
 
 
 ALWAYS = Days()
+
+
+def key_standing(store: Store, key: Key) -> dict[str, Any]:
+    """A key as it may be shown, and what it uses now of each of its limits; blocks."""
+    standing = store.standing(key.id, None)
+    used = {
+        "requests": standing.requests,
+        "tokens": standing.tokens,
+        "day_requests": standing.day_requests,
+        "concurrent": standing.running,
+    }
+    return {**describe(key), "used": used}
+
+
+def key_list(store: Store, keys: Iterable[Key]) -> dict[str, Any]:
+    """Several keys, each as :func:`key_standing` shows it; blocks."""
+    return {"object": "list", "data": [key_standing(store, key) for key in keys]}
 
 
 def key_usage(store: Store, key: Key, days: Days = ALWAYS) -> dict[str, Any]:

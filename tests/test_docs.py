@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from server.admission import Admission
 from server.metrics import Metrics
 from server.openapi import document
 from server.reference import pages
@@ -105,7 +106,7 @@ def test_every_endpoint_is_described() -> None:
 
 
 def test_every_metric_is_described() -> None:
-    for metric in Metrics(tuple).registry.collect():
+    for metric in Metrics(tuple, Admission(1, 1.0)).registry.collect():
         assert len(metric.documentation) > 8, metric.name
 
 

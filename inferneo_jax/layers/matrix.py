@@ -89,6 +89,11 @@ class MatrixFormat(ABC):
     dtype: jnp.dtype
     padding_cost: ClassVar[float] = 1.0
 
+    @property
+    def quantization(self) -> str:
+        """How its numbers are rounded, for people; ``none``: they are of ``dtype``."""
+        return "none"
+
     @abstractmethod
     def pieces(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
@@ -196,6 +201,11 @@ class Int8(MatrixFormat):
 
     parts: int = 1
     products: Literal["int8", "float"] = "int8"
+
+    @property
+    def quantization(self) -> str:
+        """Always int8."""
+        return "int8"
 
     def pieces(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool

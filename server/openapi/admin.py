@@ -19,7 +19,7 @@ OPERATIONS = (
         path="/admin/keys",
         name="listKeys",
         tag="admin",
-        summary="List all keys",
+        summary="List all keys, and what they use of their limits",
         answers=ok(states.KeyList) | _ERRORS,
     ),
     Operation(
@@ -37,9 +37,9 @@ OPERATIONS = (
         path="/admin/keys/{key_id}",
         name="getKey",
         tag="admin",
-        summary="Get a key by its id",
+        summary="Get a key by its id, and what it uses of its limits",
         parameters=_KEY,
-        answers=ok(states.KeyState) | _KEY_ERRORS,
+        answers=ok(states.KeyStanding) | _KEY_ERRORS,
     ),
     Operation(
         path="/admin/keys/{key_id}",

@@ -104,6 +104,21 @@ class KeyState(Part):
     revoked: int | None = Field(description="When it was ended.")
 
 
+class KeyUse(Part):
+    """What a key uses now of each of its limits, requests under way included."""
+
+    requests: Count = Field(description="In the last sixty seconds.")
+    tokens: Count = Field(description="In the last sixty seconds, those reserved included.")
+    day_requests: Count = Field(description="Of this day of UTC.")
+    concurrent: Count = Field(description="At once.")
+
+
+class KeyStanding(KeyState):
+    """A key, without its secret, and how it stands."""
+
+    used: KeyUse = Field(description="What it uses of its limits now.")
+
+
 class NewKey(KeyState):
     """A key and its text, which cannot be had again."""
 
@@ -114,7 +129,7 @@ class KeyList(Part):
     """All keys, oldest first."""
 
     object: Literal["list"]
-    data: list[KeyState] = Field(description="Those that have ended, too.")
+    data: list[KeyStanding] = Field(description="Those that have ended, too.")
 
 
 class SocketTicket(Part):

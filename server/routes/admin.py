@@ -23,7 +23,7 @@ from server.keys import Key, Limits
 from server.prepare import validate
 from server.protocol.keys import ChangeKeyBody, LimitsBody, NewKeyBody
 from server.services import Services
-from server.usage import Days, key_usage, usage_of
+from server.usage import Days, key_list, key_standing, key_usage, usage_of
 
 log = structlog.get_logger(__name__)
 
@@ -92,8 +92,8 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.get("/keys")
     async def list_keys() -> Response:
-        keys = await do(keyring.all)
-        return json_response({"object": "list", "data": [describe(key) for key in keys]})
+        await threads.flush()
+        return json_response(await do(lambda: key_list(store, keyring.all())))
 
     @routes.post("/keys")
     async def create_key() -> Response:
@@ -113,7 +113,8 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.get("/keys/<key_id>")
     async def get_key(key_id: str) -> Response:
-        return json_response(describe(await do(partial(keyring.get, key_id))))
+        await threads.flush()
+        return json_response(await do(lambda: key_standing(store, keyring.get(key_id))))
 
     @routes.patch("/keys/<key_id>")
     async def change_key(key_id: str) -> Response:

@@ -19,6 +19,7 @@ from fake_engine import FakeEmbedder, FakeEngine, writes
 from harness import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
 
 from inferneo_jax import EngineStats, GenerationOutput
+from server.admission import Admission
 from server.metrics import Metrics
 from tests.clients.tools import program
 from tests.serving import free_address
@@ -69,7 +70,7 @@ def known() -> dict[str, set[str]]:
     engine = FakeEngine(lambda _: ())
     model = models_of(engine, FakeEmbedder(), make_tokenizer())[CHAT]()
     found: dict[str, set[str]] = {name: set() for name in OF_PROMETHEUS}
-    metrics = Metrics(lambda: [model])
+    metrics = Metrics(lambda: [model], Admission(1, 1.0))
     for collector in set(metrics.registry._collector_to_names):
         labels = set(getattr(collector, "_labelnames", ()))
         for family in collector.collect():

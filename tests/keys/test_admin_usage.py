@@ -1,5 +1,6 @@
 """What keys used, by days; and the command line, which shows and does the same."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server.keyring import Keyring, KeyringError
-from server.keys import Key
+from server.keys import Key, Limits
 from server.store import DAY_SECONDS, Call, Spent
 
 __all__ = ["ask", "rig"]
@@ -63,6 +64,32 @@ def test_usage_is_told_of_each_key_and_all_between_two_days(rig: KeyRig, ask: As
     }
 
 
+def test_a_key_shows_what_it_uses_of_its_limits_as_its_headers_do(rig: KeyRig, ask: Ask) -> None:
+    limits = Limits(requests=5, tokens=1000, day_requests=9)
+    key, text = rig.key(limits)
+    rig.engine.limit = 1
+    body = {**BODY, "max_tokens": 40, "stream": True}
+    with rig.client.stream("POST", CHATS, headers=bearer(text), json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        running = ask("GET", f"/{key.id}").json()
+        left = 1000 - int(response.headers["X-RateLimit-Remaining-Tokens"])
+        assert running["used"] == {
+            "requests": 1,
+            "tokens": left,  # reserved
+            "day_requests": 1,
+            "concurrent": 1,
+        }
+        assert left > 40
+        rig.engine.release()
+        list(lines)
+    ended = ask("GET", f"/{key.id}").json()
+    assert ended["used"]["concurrent"] == 0
+    assert 0 < ended["used"]["tokens"] < left
+    assert ended in ask("GET", "").json()["data"]
+    assert ended["limits"] == dataclasses.asdict(limits)
+
+
 @pytest.mark.parametrize(
     ("query", "param"),
     [
@@ -96,6 +123,7 @@ def test_the_command_line_and_http_show_and_do_the_same(rig: KeyRig, ask: Ask) -
     by_name = {card["name"]: card for card in ask("GET", "").json()["data"]}
     cards = [by_name[name] for name in ("shared", "shared 2")]
     assert abs(cards[0]["expires"] - cards[1]["expires"]) < 60
+    assert [card.pop("used")["requests"] for card in cards] == [1, 0]
     for card in cards:
         for name in ("id", "name", "created", "expires"):
             del card[name]

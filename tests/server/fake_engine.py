@@ -70,6 +70,7 @@ class FakeEngine:
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
         self._stopped = False
+        self._totals = {"output_tokens": 0, "prompt_tokens": 0, "steps": 0}
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
         self._thread.start()
 
@@ -111,6 +112,7 @@ class FakeEngine:
             used = len(self._jobs)
         counts = dict.fromkeys(EngineStats.__slots__, 0)
         counts |= {"slots": 4, "slots_used": used, "running": used, "pages": 64, "page_len": 16}
+        counts |= {"pages_used": min(64, used), **self._totals}
         return EngineStats(**counts | {"ready": not self._stopped and not self.stuck_seconds})
 
     def stuck(self) -> float:
@@ -168,10 +170,13 @@ class FakeEngine:
         if self.failure and self.limit is not None and job.written >= self.limit:
             return self._deliver(job, GenerationOutput(finish_reason="error", error=self.failure))
         first = job.written == 0
+        self._totals["steps"] += 1
+        self._totals["prompt_tokens"] += first * (len(request.prompt) - len(request.prompt) // 2)
         ids, reason = [], "length" if request.max_tokens == 0 else None
         while reason is None and len(ids) < self.batch:
             ids.append(job.script[job.written])
             job.written += 1
+            self._totals["output_tokens"] += 1
             if ids[-1] in request.stop_token_ids:
                 reason = "stop"
             elif job.written >= min(request.max_tokens, len(job.script)):

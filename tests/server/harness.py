@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
-from inferneo_jax import EmbeddingModel, LanguageModel, Tokenizer
+from inferneo_jax import EmbeddingModel, LanguageModel, ModelFacts, Tokenizer
 from server.app import create_app
 from server.settings import Settings
 from server.sources import Loader
@@ -127,6 +128,16 @@ def parse_events(text: str) -> list[Any]:
 def models_of(
     engine: FakeEngine, embedder: FakeEmbedder, tokenizer: Tokenizer
 ) -> dict[str, Callable[[], Any]]:
+    facts = ModelFacts(
+        dtype="float32",
+        quantization="none",
+        kv_dtype="float32",
+        kernels="xla",
+        mesh="data=1,model=1",
+        device="cpu",
+        weight_bytes=1024,
+        cache_bytes=4096,
+    )
     return {
         CHAT: lambda: LanguageModel(
             name=CHAT,
@@ -134,6 +145,7 @@ def models_of(
             tokenizer=tokenizer,
             engine=engine,
             max_len=engine.max_len,
+            facts=facts,
         ),
         EMBED: lambda: EmbeddingModel(
             name=EMBED,
@@ -141,6 +153,7 @@ def models_of(
             tokenizer=tokenizer,
             embedder=embedder,
             max_tokens=embedder.max_tokens,
+            facts=dataclasses.replace(facts, kv_dtype="", cache_bytes=0),
         ),
     }
 

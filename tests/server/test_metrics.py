@@ -9,6 +9,7 @@ from harness import CHAT, EMBED, Rig
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferneo_jax import GenerationOutput
+from server.admission import Admission
 from server.metrics import Metrics
 
 
@@ -88,7 +89,7 @@ def test_made_up_methods_and_paths_make_no_series(rig: Rig) -> None:
 
 
 def test_times_are_those_of_the_engine() -> None:
-    metrics = Metrics(tuple)
+    metrics = Metrics(tuple, Admission(1, 1.0))
     meter = metrics.meter("m")
     started = time.monotonic()
     meter.submitted(0, 7)
@@ -118,6 +119,27 @@ def test_times_are_those_of_the_engine() -> None:
     assert value("vllm:inter_token_latency_seconds_count", labels) == 5
     assert value("vllm:prefix_cache_hits_total", labels) == 4
     assert value("vllm:request_success_total", labels | {"finished_reason": "stop"}) == 1
+
+
+def test_what_is_served_is_told(rig: Rig) -> None:
+    found = _read(rig)
+    assert found[f"inferneo_model_info cpu float32 xla decoder float32 data=1,model=1 {CHAT} none"]
+    assert found[f"inferneo_model_info cpu float32 xla encoder  data=1,model=1 {EMBED} none"]
+    assert found[f"inferneo_max_model_len_tokens {CHAT}"] == 512
+    assert found[f"inferneo_kv_cache_bytes {EMBED}"] == 0
+    assert not [name for name in found if name.startswith("inferneo_device_memory")]
+
+
+def test_places_are_taken_and_given_back(rig: Rig) -> None:
+    before = _read(rig)
+    rig.engine.limit = 1
+    body = {"model": CHAT, "prompt": "abc", "max_tokens": 5, "stream": True, "n": 3}
+    with rig.client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()  # kept: without it the response is closed
+        next(lines)
+        during = _read(rig)
+    assert _grown(before, during, "inferneo_request_places_used") == 3
+    assert during["inferneo_request_places"] == 32 + 256
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.0.0;escaping=allow-utf-8"])  # Prometheus 2 and 3

@@ -54,6 +54,11 @@ class Blocks(MatrixFormat):
     bits: Literal[4, 8] = 8
     variant: Variant = "native"
 
+    @property
+    def quantization(self) -> str:
+        """What ggml calls such blocks."""
+        return {8: "q8_0", 4: "q4_1"}[self.bits]
+
     def pieces(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
     ) -> tuple[Piece, ...]:

@@ -7,7 +7,8 @@
 #   make image            the server as an image of Docker; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
 #   make hooks            check each commit before it is made: .pre-commit-config.yaml
 #   make screenshots      make the pictures of docs/images anew
-#   make clean            remove the virtual environment
+#   make test-clients     run the tests of every client, LangChain, LlamaIndex and LiteLLM too
+#   make clean            remove the virtual environments
 
 VENV ?= .venv
 HOST ?= 127.0.0.1
@@ -24,7 +25,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test lint types docs screenshots install image hooks clean
+.PHONY: serve test test-clients lint types docs screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -34,6 +35,18 @@ test: lint types
 	$(BIN)/inferneo pull $(MODELS)
 	$(BIN)/pytest -m "not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m alone
+
+# The frameworks need an environment of their own: tests/clients/frameworks/requirements.txt says why.
+FRAMEWORKS := tests/clients/frameworks
+
+test-clients: $(VENV)/.installed-test $(FRAMEWORKS)/.venv/.installed
+	$(BIN)/inferneo pull $(MODELS)
+	REQUIRE_CLIENTS=1 $(BIN)/pytest tests/clients
+
+$(FRAMEWORKS)/.venv/.installed: $(FRAMEWORKS)/requirements.txt | $(VENV)/.created
+	$(BIN)/python -m venv $(FRAMEWORKS)/.venv
+	$(FRAMEWORKS)/.venv/bin/pip install --requirement $<
+	@touch $@
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -80,4 +93,4 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(FRAMEWORKS)/.venv

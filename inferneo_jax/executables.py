@@ -27,7 +27,7 @@ import jaxlib.version
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from inferneo_jax import compiles
+from inferneo_jax import compiles, cpu
 from inferneo_jax.weights.atomic import PARTIAL, write_whole
 from inferneo_jax.weights.convert import Progress
 
@@ -142,7 +142,8 @@ def _surroundings(mesh: Mesh) -> list[object]:
         source_hash(),
         (jax.__version__, jaxlib.version.__version__, sys.version),
         (device.platform, device.device_kind, device.client.platform_version),
-        _machine() if device.platform == "cpu" else platform.machine(),
+        # Code for another CPU may not run on this one.
+        cpu.description() if device.platform == "cpu" else platform.machine(),
         [os.environ.get(name) for name in _ENVIRONMENT],
         (mesh.axis_names, mesh.devices.shape, [each.id for each in mesh.devices.flat]),
         (jax.process_index(), jax.process_count(), jax.device_count()),
@@ -159,17 +160,6 @@ def source_hash() -> str:
             digest.update(str(file.relative_to(folder)).encode() + b"\0")
             digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-@cache
-def _machine() -> str:
-    """The CPU, and which instructions it has: code for another may not run on this one."""
-    wanted = ("model name", "flags", "Features", "CPU part")
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
 def _note_hit(event: str, **_: object) -> None:

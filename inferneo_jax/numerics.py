@@ -1,12 +1,11 @@
 """What numbers a model is kept and computed in: what ``auto`` means, on which device."""
 
-import platform
-from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from inferneo_jax import cpu
 from inferneo_jax import mesh as meshes
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.layers.matrix import Formats, Plain
@@ -20,7 +19,7 @@ def dtype_for(config: EngineConfig, device: Any) -> jnp.dtype:
     """Of weights and products; auto is bfloat16 where the hardware multiplies it."""
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
-    native = device.platform != "cpu" or _cpu_multiplies_bfloat16()
+    native = device.platform != "cpu" or cpu.multiplies_bfloat16()
     return jnp.dtype("bfloat16" if native else "float32")
 
 
@@ -95,10 +94,3 @@ def compute_capability(device: Any) -> tuple[int, ...]:
     """A GPU's, as ``(8, 0)``; empty where it is unknown."""
     capability = str(getattr(device, "compute_capability", ""))
     return tuple(int(n) for n in capability.split(".") if n.isdecimal())
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    if platform.system() != "Linux":
-        return False
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    return "avx512_bf16" in flags or "amx_bf16" in flags

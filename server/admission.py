@@ -15,6 +15,7 @@ from server.errors import ApiError, bad_request, shutting_down, unavailable
 
 if TYPE_CHECKING:
     from server.answer import Answer
+    from server.record import Record
     from server.services import Services
 
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -161,15 +162,18 @@ class Admission:
         return max(1, min(_LONGEST_RETRY, math.ceil(each * self._total / 4)))
 
 
-async def admit(services: "Services", place: Place, answer: "Answer") -> None:
+async def admit(services: "Services", place: Place, answer: "Answer", record: "Record") -> None:
     """Let an answer be generated: there is room for all its sequences, and for its key's limits.
 
     Raises:
         ApiError: there is not.
     """
-    generation = answer.generation
+    record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
+    generation, trace = answer.generation, record.trace
     place.widen(len(generation.choices))
     generation.place = place
     model = services.registry.get(answer.shape.model).name
     await services.limiter.admit_answer(answer, model)
-    generation.meter = services.metrics.meter(model)
+    if trace is not None:
+        trace.planned(generation.plan, model)
+    generation.meter = services.metrics.meter(model, trace)

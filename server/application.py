@@ -7,7 +7,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
-from quart import Blueprint, Quart, Response, has_websocket_context, request, websocket
+from quart import (
+    Blueprint,
+    Quart,
+    Response,
+    has_request_context,
+    has_websocket_context,
+    request,
+    websocket,
+)
 
 from inferneo_jax import InferneoError
 from server import connection, log
@@ -31,6 +39,7 @@ from server.sources import Loader, load_from_disk
 from server.store import open_store
 from server.store_threads import StoreThreads
 from server.text import TextWork
+from server.tracing import open_tracing
 from server.transport import mend_hypercorn
 
 if TYPE_CHECKING:
@@ -56,11 +65,14 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
     admission = Admission(settings.places(), settings.request_seconds)
     metrics = Metrics(registry.models)
-    services = Services(settings, registry, TextWork(), threads, guard, limiter, admission, metrics)
+    tracing = open_tracing()
+    services = Services(
+        settings, registry, TextWork(), threads, guard, limiter, admission, metrics, tracing
+    )
 
     app = Quart("server", static_folder=None)
     attach(app, services)
-    connections = connection.install(app)
+    connections = connection.install(app, tracing)
     mend_hypercorn()
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
@@ -101,6 +113,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
             await asyncio.to_thread(registry.stop)
             services.text.close()
             await asyncio.to_thread(threads.close)
+            if tracing is not None:
+                await tracing.close()
 
     return app
 
@@ -173,6 +187,8 @@ def _handle_errors(app: Quart) -> None:
     @app.errorhandler(Exception)
     async def fail(error: Exception) -> Response:
         failure = as_api_error(error)
+        if has_request_context():
+            current_request().record.note_error(failure)
         response = json_response(failure.envelope(), failure.status, failure.headers)
         if has_websocket_context():  # the connection was not accepted
             response.headers["X-Request-Id"] = request_id(websocket.headers)

@@ -3,7 +3,6 @@
 import asyncio
 import re
 import secrets
-import time
 from collections.abc import Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +20,8 @@ from quart.wrappers.request import Body
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from server.protocol.shape import Usage
+from server.record import Record
+from server.tracing import Tracing
 from server.transport import Departure, Patience, bound_frames, pinged
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
 _CONNECTIONS = "connections"
+_TRACING = "tracing"
 _INBOUND_FRAMES = 1
 _INSIST_SECONDS = 0.05
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -41,27 +42,6 @@ def request_id(headers: Headers) -> str:
     """The client's ``X-Request-Id`` if it is one that may be repeated, else a new one."""
     given = headers.get("X-Request-Id", "")
     return given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
-
-
-class Record:
-    """What the log line of a request will say."""
-
-    def __init__(self) -> None:
-        self.facts: dict[str, Any] = {}
-        self._started = time.perf_counter()
-
-    def note(self, **facts: Any) -> None:
-        """Add facts; None is left out."""
-        self.facts |= {name: fact for name, fact in facts.items() if fact is not None}
-
-    def note_usage(self, usage: Usage) -> None:
-        """Add the tokens it took."""
-        self.note(prompt_tokens=usage.prompt, completion_tokens=usage.completion)
-
-    def write(self, event: str) -> None:
-        """Log it."""
-        elapsed = (time.perf_counter() - self._started) * 1000
-        log.info(event, **self.facts, ms=round(elapsed, 1))
 
 
 class LimitedBody(Body):
@@ -240,6 +220,13 @@ class HttpConnection(ASGIHTTPConnection):
             self._request = request
             # Everything that is logged on behalf of the request names it.
             structlog.contextvars.bind_contextvars(id=request.id)
+            request.record.begin_trace(
+                self.app.extensions[_TRACING],
+                request.method,
+                request.path,
+                request.headers,
+                request.id,
+            )
         return request
 
 
@@ -273,9 +260,10 @@ def num_sockets() -> int:
     return cast(Connections, current_app.extensions[_CONNECTIONS]).num_sockets
 
 
-def install(app: Quart) -> Connections:
+def install(app: Quart, tracing: Tracing | None) -> Connections:
     """Make ``app`` use these classes; its open connections."""
     connections = app.extensions[_CONNECTIONS] = Connections()
+    app.extensions[_TRACING] = tracing
     app.request_class = ApiRequest
     app.asgi_http_class = HttpConnection
     app.asgi_websocket_class = WebsocketConnection

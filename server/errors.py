@@ -47,6 +47,11 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers or {}
 
+    @property
+    def name(self) -> str:
+        """In one word, for logs and close frames."""
+        return self.code or self.kind
+
     def envelope(self) -> dict[str, Any]:
         """The body."""
         return {

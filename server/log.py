@@ -18,7 +18,7 @@ def configure(
     log_format: Literal["auto", "json", "console"],
     taken: Callable[[EventDict], bool] | None = None,
 ) -> None:
-    """Set up structlog, and the engine's standard loggers with it.
+    """Set up structlog, and the standard loggers of the engine and of OpenTelemetry.
 
     Events of the server that are ``taken`` by somebody who shows them otherwise are not written.
 
@@ -56,7 +56,8 @@ def configure(
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=common, processors=[remove, *shape])
     )
-    engine = logging.getLogger("inferneo_jax")
-    engine.handlers = [handler]
-    engine.setLevel(logging.INFO)
-    engine.propagate = False
+    for name, level in (("inferneo_jax", logging.INFO), ("opentelemetry", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

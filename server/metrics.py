@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from inferneo_jax import EngineStats, GenerationOutput, __version__
+from server.tracing import METHODS, Trace
 
 if TYPE_CHECKING:
     from server.sources import Model
@@ -30,7 +31,6 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _MODEL = "model_name"
 _REASONS = ("stop", "length", "abort", "error")
-_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 _SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _SHORT_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
@@ -162,14 +162,14 @@ class Metrics:
             "status",
         )
 
-    def meter(self, model: str) -> "Meter":
-        """For one request to a model that generates."""
+    def meter(self, model: str, trace: Trace | None = None) -> "Meter":
+        """For one request to a model that generates; ``trace`` is told the same times."""
         if model not in self._begun:
             self._begun.add(model)
             # From 0: of a series that appears with its first error Prometheus sees no increase.
             for reason in _REASONS:
                 self._finished.labels(model, reason)
-        return Meter(self, model)
+        return Meter(self, model, trace)
 
     def embedded(self, model: str, tokens: int) -> None:
         """Texts were embedded."""
@@ -180,16 +180,20 @@ class Metrics:
 
         Clients may make up methods, which must make no series.
         """
-        known = method if method in _METHODS else "other"
+        known = method if method in METHODS else "other"
         self._requests.labels(known, rule, f"{status // 100}xx").inc()
 
 
-class _Span:
-    """One sequence's times, in monotonic seconds."""
+class Times:
+    """When a sequence was given to the engine, got a slot, its first and its last token.
 
-    __slots__ = ("admitted", "first", "last", "tokens")
+    In seconds of ``time.monotonic``.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("admitted", "first", "last", "started", "tokens")
+
+    def __init__(self, started: float) -> None:
+        self.started = started
         self.admitted: float | None = None
         self.first: float | None = None
         self.last = 0.0
@@ -199,49 +203,51 @@ class _Span:
 class Meter:
     """Takes the times of one request's sequences."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self._metrics, self._model = metrics, model
+    def __init__(self, metrics: Metrics, model: str, trace: Trace | None) -> None:
+        self._metrics, self._model, self._trace = metrics, model, trace
         self._started = time.monotonic()
-        self._spans: dict[int, _Span] = {}
+        self._running: dict[int, Times] = {}
         self._between = metrics._between.labels(model)
 
     def submitted(self, index: int, prompt_tokens: int) -> None:
         """A sequence was given to the engine."""
-        self._spans[index] = _Span()
+        self._running[index] = Times(self._started)
         self._metrics._prompts.labels(self._model).inc(prompt_tokens)
         self._metrics._prompt_sizes.labels(self._model).observe(prompt_tokens)
         self._metrics._queries.labels(self._model).inc(prompt_tokens)
 
     def output(self, index: int, output: GenerationOutput, when: float) -> None:
         """The engine handed something over."""
-        span, count = self._spans.get(index), len(output.token_ids)
-        if span is None or not count:
+        times, count = self._running.get(index), len(output.token_ids)
+        if times is None or not count:
             return
-        if span.first is None:
-            span.first, span.admitted = when, output.admitted_at
+        if times.first is None:
+            times.first, times.admitted = when, output.admitted_at
             self._metrics._first.labels(self._model).observe(when - self._started)
             self._metrics._hits.labels(self._model).inc(output.cached_tokens)
             rest = count - 1
         else:
             rest = count
         for _ in range(rest):  # what comes at once took so long together
-            self._between.observe((when - span.last) / count if span.last else 0.0)
-        span.last, span.tokens = when, span.tokens + count
+            self._between.observe((when - times.last) / count if times.last else 0.0)
+        times.last, times.tokens = when, times.tokens + count
 
     def ended(self, index: int, reason: str) -> None:
         """A sequence is over."""
-        if (span := self._spans.pop(index, None)) is None:
+        if (times := self._running.pop(index, None)) is None:
             return
+        if self._trace is not None:
+            self._trace.sequence(index, reason, times)
         metrics, model = self._metrics, self._model
         metrics._finished.labels(model, reason).inc()
-        metrics._output_sizes.labels(model).observe(span.tokens)
-        if span.first is None or reason in ("abort", "error"):
+        metrics._output_sizes.labels(model).observe(times.tokens)
+        if times.first is None or reason in ("abort", "error"):
             return
-        metrics._whole.labels(model).observe(span.last - self._started)
-        metrics._decode.labels(model).observe(span.last - span.first)
-        if span.admitted is not None:
-            metrics._queue.labels(model).observe(max(0.0, span.admitted - self._started))
-            metrics._prefill.labels(model).observe(span.first - span.admitted)
+        metrics._whole.labels(model).observe(times.last - self._started)
+        metrics._decode.labels(model).observe(times.last - times.first)
+        if times.admitted is not None:
+            metrics._queue.labels(model).observe(max(0.0, times.admitted - self._started))
+            metrics._prefill.labels(model).observe(times.first - times.admitted)
 
 
 class _Engines(Collector):

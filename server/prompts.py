@@ -9,6 +9,9 @@ from server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionBody, Prom
 if TYPE_CHECKING:
     from inferneo_jax import LanguageModel, Tokenizer
 
+CONTEXT_IS = "This model's maximum context length is"
+"""OpenAI's words, by which LiteLLM and others know that a shorter prompt would do."""
+
 _FILL_IN_THE_MIDDLE = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
@@ -93,13 +96,13 @@ def fit(length: int, limit: int | None, default: int, context: int, name: str) -
         return min(default, context - length) if limit is None else limit
     if length >= context:
         message = (
-            f"{name} has {length} tokens, and the model's context holds {context}, the answer "
-            "included. Shorten it."
+            f"{name} has {length} tokens. {CONTEXT_IS} {context} tokens, the answer included. "
+            "Shorten it."
         )
         raise _too_long(message, name)
     raise _too_long(
-        f"{name} has {length} tokens and max_tokens is {limit}, {length + (limit or 0)} in all; "
-        f"the model's context holds {context}. Shorten the prompt, or lower max_tokens to at most "
+        f"{name} has {length} tokens and max_tokens is {limit}, {length + (limit or 0)} in all. "
+        f"{CONTEXT_IS} {context} tokens. Shorten the prompt, or lower max_tokens to at most "
         f"{context - length}.",
         "max_tokens",
     )

@@ -13,7 +13,7 @@ from pydantic_settings import NoDecode
 from inferneo_jax import ConfigError, EngineConfig, MeshShape
 
 
-def _split(value: Any) -> Any:
+def split_list(value: Any) -> Any:
     """A comma-separated text as a list; what comes from TOML is a list already."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
@@ -25,7 +25,7 @@ def _pairs(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     pairs = {}
-    for part in _split(value):
+    for part in split_list(value):
         alias, equals, model = (text.strip() for text in part.partition("="))
         if not (alias and equals and model):
             raise ValueError(f"holds {part!r}; write alias=model, several with commas between")
@@ -52,7 +52,7 @@ def _shown(form: str | None = None, default: str | None = None) -> dict[str, Any
     return {"form": form, "default": default}
 
 
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)]
 Aliases = Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)]
 
 

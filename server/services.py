@@ -13,13 +13,14 @@ from server.models import Registry
 from server.settings import Settings
 from server.store_threads import StoreThreads
 from server.text import TextWork
+from server.tracing import Tracing
 
 _NAME = "services"
 
 
 @dataclass(frozen=True)
 class Services:
-    """One application's settings, models, threads, keys, limits, places and figures."""
+    """One application's settings, models, threads, keys, limits, places, figures and traces."""
 
     settings: Settings
     registry: Registry
@@ -29,6 +30,7 @@ class Services:
     limiter: Limiter
     admission: Admission
     metrics: Metrics
+    tracing: Tracing | None
 
 
 def services_of(app: Quart) -> Services:

@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from pydantic_settings import (
 
 from inferneo_jax import ConfigError, EngineConfig, JobConfig, MeshShape
 from server.protocol.validation import describe
-from server.schema import Schema
+from server.schema import Schema, split_list
 from server.setting import KEY_VARIABLE, PREFIX, flag_of, variable_of
 
 
@@ -164,6 +165,33 @@ def unknown_variables() -> list[str]:
             hint = f"; did you mean {close[0]}?" if close else ""
             sentences.append(f"{name} is not a setting of this version{hint}")
     return sentences
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What the variables of OpenTelemetry ask for; all else about it the SDK reads itself.
+
+    Attributes:
+        exporters: ``otlp``, ``console`` or what there is not; none: no traces.
+        protocol: of ``otlp``.
+    """
+
+    exporters: tuple[str, ...]
+    protocol: str
+
+
+def traces_wanted() -> Traces:
+    """Whether the environment names a collector, or an exporter."""
+
+    def first(*names: str) -> str:
+        return next((value for name in names if (value := os.environ.get(name, "").strip())), "")
+
+    endpoint = first("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    named = first("OTEL_TRACES_EXPORTER") or ("otlp" if endpoint else "none")
+    off = first("OTEL_SDK_DISABLED").lower() == "true"
+    protocol = first("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    exporters = [] if off else [name for name in split_list(named) if name != "none"]
+    return Traces(tuple(exporters), protocol or "http/protobuf")
 
 
 def _service_links() -> list[str]:

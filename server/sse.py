@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from server.errors import as_api_error
+from server.record import Record
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -23,7 +24,9 @@ def event(payload: dict[str, Any]) -> bytes:
 
 
 async def stream(
-    first: dict[str, Any] | None, rest: AsyncGenerator[dict[str, Any] | None, None]
+    first: dict[str, Any] | None,
+    rest: AsyncGenerator[dict[str, Any] | None, None],
+    record: Record,
 ) -> AsyncGenerator[bytes, None]:
     """The events of an answer whose first chunk is there already.
 
@@ -35,5 +38,7 @@ async def stream(
             async for chunk in rest:
                 yield _KEEP_ALIVE if chunk is None else event(chunk)
         except Exception as error:  # noqa: BLE001  (the status line has long been sent)
-            yield event(as_api_error(error).envelope())
+            failure = as_api_error(error)
+            record.note_error(failure)
+            yield event(failure.envelope())
         yield _DONE

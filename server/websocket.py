@@ -17,13 +17,15 @@ from quart import g, websocket
 
 from server.admission import TIMEOUT_HEADER, admit
 from server.caller import owner
-from server.connection import Record, request_id
+from server.connection import request_id
 from server.errors import ApiError, as_api_error, bad_request
 from server.generation import Generation
 from server.http import STRICT_HEADER, is_strict, parse_object
 from server.prepare import Prepare
 from server.protocol.validation import json_kind
+from server.record import Record
 from server.services import Services
+from server.tracing import WEBSOCKET
 
 MAX_AT_ONCE = 16
 _LONGEST_ID = 128
@@ -66,7 +68,7 @@ async def close_failed(error: ApiError) -> None:
     """Say what is wrong, then close the accepted connection with the code that stands for it."""
     await websocket.send(orjson.dumps(error.envelope()).decode())
     code = 4000 + error.status if error.status in (401, 403, 429) else 1011
-    await websocket.close(code, error.code or error.kind)
+    await websocket.close(code, error.name)
 
 
 def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> None:
@@ -199,16 +201,21 @@ class _Session:
     async def _answer(self, key: object, name: str | None, body: dict[str, Any]) -> None:
         """Run one request to its end; whatever happens to it stays with it."""
         record, running = Record(), self._running[key]
-        record.note(request_id=name)
+        path = websocket.path
+        record.begin_trace(self._services.tracing, WEBSOCKET, path, websocket.headers, g.socket_id)
+        record.note(route=path, key=owner(), request_id=name)
         with ExitStack() as held:
             try:
                 await self._generate(held, running, record, name, body)
+            except asyncio.CancelledError:
+                record.note(disconnected=True)
+                raise
             except Exception as error:  # noqa: BLE001
                 failure = as_api_error(error)
-                record.note(error=failure.code or failure.kind)
+                record.note_error(failure)
                 await self._send(failure.envelope(), name)
                 if failure.status == 401:  # the key was revoked, or has expired
-                    await websocket.close(4401, failure.code or failure.kind)
+                    await websocket.close(4401, failure.name)
             finally:
                 del self._running[key]
                 if running.generation is not None:
@@ -233,11 +240,10 @@ class _Session:
         place = held.enter_context(services.admission.enter(owner(), timeout))
         await services.guard.recheck()
         answer = await self._prepare(services.registry, services.text, body, strict=self._strict)
-        record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
         running.generation = answer.generation
         if running.cancelled:
             answer.generation.cancel()
-        await admit(services, place, answer)
+        await admit(services, place, answer, record)
         if not answer.stream:
             await self._send(await answer.whole(), name)
             return

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -31,6 +32,10 @@ from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
 from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, real_server
 from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
+
+# A machine that does other things too is no fault of the code.
+hypothesis.settings.register_profile("any time", deadline=None)
+hypothesis.settings.load_profile("any time")
 
 _ALONE = ("bench", "hostile", "resilience")
 """Folders whose tests say how long something may take: nothing runs beside them."""

@@ -18,7 +18,7 @@ from server.setting import KEY_VARIABLE, Setting, describe
 
 ROOT = Path(__file__).parent.parent
 _NOT_OURS = {"node_modules", "checkpoints", "build", "dist"}
-_USERS_OWN = {"compose.override.yaml"}
+_USERS_OWN = {"compose.override.yaml", "config.yaml"}
 """Files that whoever reads a page may write."""
 PAGES = [
     path

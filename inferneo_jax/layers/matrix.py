@@ -76,6 +76,11 @@ class MatrixFormat(ABC):
     Products may have further columns than the matrix, and rows of a table than it has inputs: what
     a format pads. Layers cut them off.
 
+    Padding of rows is left out in two ways, each where it lies. A batch of an encoder has all of it
+    behind the last text, so ``live``, a count, says where it begins. In a decoder's step it is
+    between live rows, at the end of each row of prompts; there it is rows of zeros, which kernels
+    notice while they round what they multiply.
+
     Attributes:
         dtype: in which what is not quantized is kept, and sums cross between devices.
         padding_cost: time to multiply a row of zeros, as padding is, in that of another row.
@@ -165,12 +170,10 @@ class Plain(MatrixFormat):
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
-        """``x`` times the matrix, float32."""
         (matrix,) = stored
         return _dot(x.astype(matrix.dtype), matrix, jnp.dtype("float32"), table=table)
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
-        """Rows of a table."""
         return jnp.take(stored[0], ids, axis=0, mode="clip")
 
 
@@ -216,7 +219,6 @@ class Int8(MatrixFormat):
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
-        """``x`` times the matrix, float32."""
         values, scales = stored
         if self.products == "float":
             wide = values.astype(self.dtype)
@@ -226,7 +228,6 @@ class Int8(MatrixFormat):
         return sums.astype(jnp.float32) * row_scales[:, None] * scales
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
-        """Rows of a table."""
         values, scales = stored
         rows = jnp.take(values, ids, axis=0, mode="clip").astype(jnp.float32)
         return (rows * jnp.take(scales[0], ids, mode="clip")[..., None]).astype(self.dtype)

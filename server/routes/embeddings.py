@@ -11,6 +11,7 @@ from server.connection import current_request
 from server.errors import bad_request
 from server.http import json_response, read_object, wants_strict
 from server.prepare import validate
+from server.prompts import CONTEXT_IS
 from server.protocol.completions import PromptInput
 from server.protocol.embeddings import EmbeddingBody, embedding_answer
 from server.protocol.shape import Usage
@@ -109,9 +110,8 @@ def _tokenize(
         if len(each) > model.max_tokens:
             name = f"input[{i}]" if len(ids) > 1 else "input"
             raise bad_request(
-                f"{name} has {len(each)} tokens, and this model reads at most "
-                f"{model.max_tokens}. Shorten it, cut it into several, or set "
-                "truncate_prompt_tokens to -1.",
+                f"{name} has {len(each)} tokens. {CONTEXT_IS} {model.max_tokens} tokens. "
+                "Shorten it, cut it into several, or set truncate_prompt_tokens to -1.",
                 name,
                 "context_length_exceeded",
             )

@@ -35,10 +35,9 @@ def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: 
 
 async def _respond(services: Services, answer: Answer) -> Response:
     current, generation = current_request(), answer.generation
-    current.record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
     current.cleanup.callback(lambda: current.record.note_usage(generation.usage))
     assert current.place is not None
-    await admit(services, current.place, answer)
+    await admit(services, current.place, answer, current.record)
     current.cleanup.callback(generation.end)  # should it never begin
     if not answer.stream:
         return json_response(await answer.whole())
@@ -46,4 +45,4 @@ async def _respond(services: Services, answer: Answer) -> Response:
     current.cleanup.push_async_callback(chunks.aclose)
     # The engine is asked here, so that what fails at once has an HTTP status.
     first = await anext(chunks)
-    return Response(sse.stream(first, chunks), headers=sse.HEADERS)
+    return Response(sse.stream(first, chunks, current.record), headers=sse.HEADERS)

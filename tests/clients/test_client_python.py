@@ -120,6 +120,7 @@ def test_refusals_are_not_found_bad_request_and_too_long(client: openai.OpenAI) 
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=CHAT, prompt="x" * 600)
     assert caught.value.code == "context_length_exceeded"
+    assert "This model's maximum context length is 512 tokens" in caught.value.message
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model=EMBED, input="")
     assert caught.value.param == "input"

@@ -5,20 +5,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools import node_modules, program, run, run_on_page
+from tools import framework_python, node_modules, program, run, run_on_page
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/clients.md", "docs/quickstart.md", "README.md")
+FRAMEWORK_PAGES = tuple(
+    f"docs/clients/{name}.md" for name in ("langchain", "llamaindex", "litellm")
+)
 PRINTED_ADDRESS = "127.0.0.1:8000"
 ANSWER = "Paris"
 
 pytestmark = pytest.mark.real
 
 
-def blocks(language: str) -> list[tuple[str, str]]:
+def blocks(language: str, pages: tuple[str, ...] = PAGES) -> list[tuple[str, str]]:
     """Every fenced block of this language: where it is, and its text."""
     found = []
-    for page in PAGES:
+    for page in pages:
         text = (ROOT / page).read_text(encoding="utf-8")
         for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             line = text.count("\n", 0, match.start()) + 1
@@ -50,6 +53,14 @@ def test_python_examples_run(address: str, code: str) -> None:
     printed = run([sys.executable, "-W", "error", "-c", pointed_at(code, address)])
     assert printed.strip()
     assert ANSWER in printed or "capital" not in code
+
+
+@pytest.mark.parametrize("page", FRAMEWORK_PAGES)
+def test_framework_examples_run(address: str, page: str) -> None:
+    ((_, code),) = blocks("python", (page,))
+    printed = run([framework_python(), "-c", pointed_at(code, address)])
+    assert printed.count(ANSWER) >= 2
+    assert "vectors of 384" in printed or "lions" not in printed.lower()
 
 
 @pytest.mark.parametrize("code", cases("bash", holding="curl"))

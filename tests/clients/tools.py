@@ -9,6 +9,7 @@ from typing import NoReturn
 import pytest
 
 NODE = Path(__file__).parent / "node"
+FRAMEWORKS = Path(__file__).parent / "frameworks"
 PATIENCE = 240.0
 
 
@@ -25,6 +26,14 @@ def program(*names: str) -> str:
         if found := shutil.which(name):
             return found
     missing(f"{names[0]} is not installed")
+
+
+def framework_python() -> str:
+    """A Python that has LangChain, LlamaIndex and LiteLLM."""
+    python = FRAMEWORKS / ".venv" / "bin" / "python"
+    if not python.exists():
+        missing(f"{python.relative_to(FRAMEWORKS.parents[2])} is made by `make test-clients`")
+    return str(python)
 
 
 def node_modules() -> Path:
@@ -45,8 +54,11 @@ def node_modules() -> Path:
 
 def run(command: list[str], **options: object) -> str:
     """What a program printed; it must end well."""
+    # LiteLLM would ask for a list of prices first, for seconds where there is no network.
+    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     result = subprocess.run(
         command,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

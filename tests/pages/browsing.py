@@ -24,8 +24,9 @@ _FLAGS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """It ends with its file: while it lives a loop runs here, and no other test may run one."""
     executable = program("chromium", "chromium-browser", "google-chrome")
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=executable, args=_FLAGS)

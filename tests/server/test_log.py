@@ -1,6 +1,5 @@
 """Logs say what happened, and nothing of what was said."""
 
-import ast
 import json
 import logging
 import re
@@ -9,17 +8,21 @@ from pathlib import Path
 
 import pytest
 import structlog
+from collector import Kept
+from harness import CHAT, running
+from websockets.sync.client import connect
 
+from inferneo_jax import Tokenizer
 from server import log
 
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    engine = logging.getLogger("inferneo_jax")
-    kept = (engine.handlers, engine.propagate, engine.level)
+    loggers = [logging.getLogger(name) for name in ("inferneo_jax", "opentelemetry")]
+    kept = [(each.handlers, each.propagate, each.level) for each in loggers]
     yield
-    engine.handlers, engine.propagate, level = kept
-    engine.setLevel(level)
+    for each, (each.handlers, each.propagate, level) in zip(loggers, kept, strict=True):
+        each.setLevel(level)
     structlog.reset_defaults()
 
 
@@ -52,19 +55,33 @@ def test_json_lines_are_one_object_each(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_manual_names_every_event() -> None:
     root = Path(__file__).parents[2]
-    manual = (root / "docs" / "operations.md").read_text(encoding="utf-8")
-    logging = {"info", "warning", "error", "exception"}
-    events = {
-        node.args[0].value
-        for file in (root / "server").rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in logging
-        and node.args
-        and isinstance(node.args[0], ast.Constant)
-        and isinstance(node.args[0].value, str)
-        and re.fullmatch(r"[a-z]+(_[a-z]+)*", node.args[0].value)
-    }
-    assert len(events) > 15
-    assert not {event for event in events if f"`{event}`" not in manual}
+    page = (root / "docs" / "logs.md").read_text(encoding="utf-8")
+    written = set()
+    for file in (root / "server").rglob("*.py"):
+        source = file.read_text(encoding="utf-8")
+        written |= set(re.findall(r"\blog(?:ger)?\.[a-z]+\(\s*\"([a-z_]+)\"", source))
+        written |= set(re.findall(r"record\.write\(\"([a-z_]+)\"\)", source))
+    assert "request" in written
+    assert {name for name in written if f"`{name}`" not in page} == set()
+
+
+def test_the_manual_names_every_field_of_a_request(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "logs.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page.split("\n| `event` | `level`")[0], re.MULTILINE)
+    named = set(re.findall(r"`([a-z_]+)`", " ".join(rows)))
+    monkeypatch.setattr("server.application.open_tracing", Kept().tracing)
+    body = {"model": CHAT, "prompt": "abc", "user": "u", "max_tokens": 3}
+    with running(tokenizer) as rig:
+        rig.post("/v1/completions", body)
+        rig.post("/v1/completions", {"model": "none"})
+        with connect(rig.ws + "/v1/completions") as socket:
+            socket.send(json.dumps({"type": "request", "id": "mine", "body": body}))
+            socket.recv()
+        rig.engine.limit = 1
+        with rig.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            next(answer.iter_lines())
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    fields = {name for line in lines if line["event"].endswith("request") for name in line}
+    assert fields | {"key"} == named  # of a key there is none here

@@ -11,6 +11,7 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
+            metavar="MODEL",
             help="Id or alias of a model of the server, or what a server is to be started with.",
             show_default="the server's first that chats",
         ),
@@ -42,11 +43,11 @@ def chat(
         ),
     ] = None,
 ) -> None:
-    """Talk to a model.
+    """Talk to a model, in the terminal or in a script.
 
-    If no server answers where this machine's should, one is started for the time of the chat. An
-    API key is read from INFERNEO_API_KEY, or asked for. With --message, or where standard input is
-    no terminal, one question is asked, and its answer alone is printed.
+    Where no server answers on this machine, one is started for the chat.
+    An API key is read from INFERNEO_API_KEY, or asked for.
+    With --message, or text on standard input, the answer alone is printed.
 
       inferneo chat
       inferneo chat my-model --url http://gpu-host:8000

@@ -19,14 +19,17 @@ from quart import (
 
 from inferneo_jax import InferneoError
 from server import connection, log
-from server.admission import TIMEOUT_HEADER, Admission
-from server.auth import Guard
-from server.caller import owner
+from server.access.admission import TIMEOUT_HEADER, Admission
+from server.access.auth import Guard
+from server.access.caller import owner
+from server.access.limits import Limiter
+from server.access.socket_auth import admit_socket
+from server.access.store import open_store
+from server.access.store_threads import StoreThreads
 from server.connection import current_request, request_id
 from server.errors import as_api_error
 from server.exit import end_orderly, exit_failed
 from server.http import json_response
-from server.limits import Limiter
 from server.metrics import Metrics
 from server.models import Registry, still_loading
 from server.routes import admin, docs, embeddings, generate, health, keys, models, pages, text
@@ -34,10 +37,7 @@ from server.routes import metrics as routes_metrics
 from server.services import Services, attach
 from server.settings import Settings, unknown_variables
 from server.shutdown import drain, end_if_lost, held_up
-from server.socket_auth import admit_socket
 from server.sources import Loader, load_from_disk
-from server.store import open_store
-from server.store_threads import StoreThreads
 from server.text import TextWork
 from server.tracing import open_tracing
 from server.transport import mend_hypercorn

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from inferneo_jax import __version__
 from inferneo_jax.errors import InferneoError
-from server import keys_cli, plan_cli
 from server.bench import cli as bench_cli
 from server.chat.cli import chat
+from server.commands import keys_cli, plan_cli
+from server.commands.flags import with_flags
+from server.commands.follow import GROUPS, follow
+from server.commands.progress import ModelProgress
+from server.commands.serve import EPILOG, serve
 from server.doctor.cli import doctor
-from server.flags import with_flags
-from server.follow import GROUPS, follow
-from server.progress import ModelProgress
-from server.serve import EPILOG, serve
 from server.settings import Settings
 
 MODELS, SERVE, MEASURE = "Models", "Serve", "Plan and measure"

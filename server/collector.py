@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from inferneo_jax import EngineStats, __version__
-from server.admission import Admission
+from server.access.admission import Admission
 
 if TYPE_CHECKING:
     from server.sources import Model

@@ -25,7 +25,7 @@ from server.tracing import Tracing
 from server.transport import Departure, Patience, bound_frames, pinged
 
 if TYPE_CHECKING:
-    from server.admission import Place
+    from server.access.admission import Place
 
 log = structlog.get_logger(__name__)
 

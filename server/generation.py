@@ -26,7 +26,7 @@ from server.protocol.shape import Usage
 
 if TYPE_CHECKING:
     from inferneo_jax import Engine, Tokenizer
-    from server.admission import Place
+    from server.access.admission import Place
     from server.metrics import Meter
 
 MAX_UNTAKEN = 64

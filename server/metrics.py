@@ -19,7 +19,7 @@ from prometheus_client import (
 )
 
 from inferneo_jax import GenerationOutput
-from server.admission import Admission
+from server.access.admission import Admission
 from server.collector import MODEL, StateCollector
 from server.tracing import METHODS, Trace
 

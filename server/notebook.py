@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from server.listening import url_of
+from server.commands.listening import url_of
 from server.setting import variable_of
 from server.settings import Settings
 

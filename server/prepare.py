@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from inferneo_jax import SamplingParams
+from server.access.caller import cache_salt, owner
 from server.answer import Answer
-from server.caller import cache_salt, owner
 from server.choice import Prompt, TextOptions
 from server.conversation import conversation_ids
 from server.errors import bad_request

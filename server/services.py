@@ -5,13 +5,13 @@ from typing import cast
 
 from quart import Quart
 
-from server.admission import Admission
-from server.auth import Guard
-from server.limits import Limiter
+from server.access.admission import Admission
+from server.access.auth import Guard
+from server.access.limits import Limiter
+from server.access.store_threads import StoreThreads
 from server.metrics import Metrics
 from server.models import Registry
 from server.settings import Settings
-from server.store_threads import StoreThreads
 from server.text import TextWork
 from server.tracing import Tracing
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from server.caller import owner
+from server.access.caller import owner
 from server.errors import bad_request
 
 INLINE_CHARACTERS = 2000

@@ -15,8 +15,8 @@ import orjson
 import structlog
 from quart import g, websocket
 
-from server.admission import TIMEOUT_HEADER, admit
-from server.caller import owner
+from server.access.admission import TIMEOUT_HEADER, admit
+from server.access.caller import owner
 from server.connection import request_id
 from server.errors import ApiError, as_api_error, bad_request
 from server.generation import Generation

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.admission import Admission
+from server.access.admission import Admission
 from server.metrics import Metrics
 from server.openapi import document
 from server.reference import pages

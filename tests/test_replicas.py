@@ -14,8 +14,8 @@ import psutil
 import pytest
 import websockets
 
+from server.access.keys import Limits
 from server.app import create_app
-from server.keys import Limits
 from server.settings import Settings
 from tests.accelerators.ray_cluster import Replicas, replicas
 from tests.accelerators.two_replicas import LIMIT, Load, share_limit

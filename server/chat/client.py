@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 import httpx
 import orjson
 
+from server.access.locality import is_loopback
 from server.bench.errors import RequestFailedError
 from server.bench.sse import EventReader
 from server.chat.errors import ChatError, KeyNeededError, NoServerError
-from server.locality import is_loopback
 
 _CONNECT_SECONDS, _SILENT_SECONDS = 5.0, 120.0
 """This server sends something every 15 s; another one may compute a long prompt in silence."""

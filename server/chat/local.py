@@ -17,7 +17,7 @@ from rich.console import Console
 from server.bench.process import end, led
 from server.chat.client import Server
 from server.chat.errors import ChatError
-from server.progress import ModelProgress
+from server.commands.progress import ModelProgress
 from server.setting import variable_of
 from server.settings import Settings
 

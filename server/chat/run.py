@@ -14,7 +14,7 @@ from server.chat.errors import ChatError, NoServerError
 from server.chat.local import local_server, waiting
 from server.chat.screen import Screen, terminal
 from server.chat.talk import Talk
-from server.listening import url_of
+from server.commands.listening import url_of
 from server.setting import KEY_VARIABLE
 from server.settings import Settings
 

@@ -39,8 +39,8 @@ def doctor(
 def examine(flags: dict[str, Any]) -> Iterator[Finding]:
     """What all checks find. ``flags``: settings of the command line."""
     # Here, because they bring in numpy, and every command would wait for it.
+    from server.commands.listening import listener_at
     from server.doctor import machine, setup
-    from server.listening import listener_at
 
     with machine.start_survey() as process:  # slow, so that others run beside it
         try:

@@ -9,13 +9,13 @@ from typing import Any
 
 from inferneo_jax import ConfigError, InferneoError
 from inferneo_jax.weights.catalog import checkpoint_path, load_catalog, look
+from server.access.keyring import state_of
+from server.access.keys import Key
+from server.access.store import StoreError, open_store
+from server.commands.listening import Listener, is_local, listen, url_of
 from server.doctor.finding import Finding, State, existing, in_bytes, size_of
-from server.keyring import state_of
-from server.keys import Key
-from server.listening import Listener, is_local, listen, url_of
 from server.settings import Settings, unknown_variables
 from server.sources import Source, sources_of
-from server.store import StoreError, open_store
 
 _STALE_SECONDS = 30 * 86_400.0  # as inferneo_jax.executables has it, which would bring in jax
 _OTHERS_WRITE = 0o022

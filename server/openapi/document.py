@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from inferneo_jax import __version__
-from server.admission import TIMEOUT_HEADER
+from server.access.admission import TIMEOUT_HEADER
 from server.http import STRICT_HEADER
 from server.openapi.operation import HEADERS, Answer, Operation
 from server.openapi.operations import OPERATIONS

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from server.keys import Scope
+from server.access.keys import Scope
 from server.protocol.common import Body
 
 _MOST = 10**12

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from inferneo_jax import EngineStats
-from server.keys import Scope
+from server.access.keys import Scope
 from server.protocol.answers import Count, Null, Part
 
 

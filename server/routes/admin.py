@@ -13,17 +13,17 @@ from typing import Any, NamedTuple, TypeVar
 import structlog
 from quart import Blueprint, Response, request
 
-from server.auth import bearer, check_scope, forbidden
-from server.caller import caller, set_caller
+from server.access.auth import bearer, check_scope, forbidden
+from server.access.caller import caller, set_caller
+from server.access.keyring import Keyring, KeyringError, describe
+from server.access.keys import Key, Limits
+from server.access.usage import Days, key_list, key_standing, key_usage, usage_of
 from server.connection import current_request
 from server.errors import ApiError, bad_request
 from server.http import json_response, read_object
-from server.keyring import Keyring, KeyringError, describe
-from server.keys import Key, Limits
 from server.prepare import validate
 from server.protocol.keys import ChangeKeyBody, LimitsBody, NewKeyBody
 from server.services import Services
-from server.usage import Days, key_list, key_standing, key_usage, usage_of
 
 log = structlog.get_logger(__name__)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
-from server.caller import owner
+from server.access.caller import owner
 from server.connection import current_request
 from server.errors import bad_request
 from server.http import json_response, read_object, wants_strict

@@ -3,7 +3,7 @@
 from quart import Blueprint, Response
 
 from server import sse
-from server.admission import admit
+from server.access.admission import admit
 from server.answer import Answer
 from server.connection import current_request
 from server.http import json_response, read_object, wants_strict

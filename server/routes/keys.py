@@ -5,12 +5,12 @@ from functools import partial
 
 from quart import Blueprint, Response
 
-from server.caller import caller
+from server.access.caller import caller
+from server.access.keys import Key
+from server.access.usage import key_usage
 from server.errors import bad_request
 from server.http import json_response
-from server.keys import Key
 from server.services import Services
-from server.usage import key_usage
 
 TICKET_SECONDS = 30
 

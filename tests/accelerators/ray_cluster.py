@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from server.keys import Limits, new_key
-from server.store import open_store
+from server.access.keys import Limits, new_key
+from server.access.store import open_store
 from tests.serving import Process
 
 ROOT = Path(__file__).parents[2]

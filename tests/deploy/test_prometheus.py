@@ -19,7 +19,7 @@ from fake_engine import FakeEmbedder, FakeEngine, writes
 from harness import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
 
 from inferneo_jax import EngineStats, GenerationOutput
-from server.admission import Admission
+from server.access.admission import Admission
 from server.metrics import Metrics
 from tests.clients.tools import program
 from tests.serving import free_address

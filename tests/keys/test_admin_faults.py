@@ -13,8 +13,8 @@ from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server import log
-from server.store_redis import RedisStore
-from server.store_sqlite import SqliteStore
+from server.access.store_redis import RedisStore
+from server.access.store_sqlite import SqliteStore
 
 KEYS = "/admin/keys"
 ADMIN = frozenset({"admin"})

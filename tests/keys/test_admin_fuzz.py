@@ -7,7 +7,7 @@ import pytest
 from fuzz import Report, run
 from rigs import KeyRig, bearer
 
-from server.keys import Key
+from server.access.keys import Key
 from server.openapi import document
 
 

@@ -15,9 +15,9 @@ from harness import CHAT
 from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
-from server.keyring import Keyring, KeyringError
-from server.keys import Key, Limits
-from server.store import DAY_SECONDS, Call, Spent
+from server.access.keyring import Keyring, KeyringError
+from server.access.keys import Key, Limits
+from server.access.store import DAY_SECONDS, Call, Spent
 
 __all__ = ["ask", "rig"]
 

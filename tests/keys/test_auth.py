@@ -13,9 +13,9 @@ from rigs import KeyRig, bearer, closing_code
 from websockets.sync.client import connect
 
 from server import log
+from server.access.auth import OPEN_ENDPOINTS, SCOPE_OF
+from server.access.keys import digest, new_text
 from server.app import create_app
-from server.auth import OPEN_ENDPOINTS, SCOPE_OF
-from server.keys import digest, new_text
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from rigs import KeyRig, bearer, key_rig
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
+from server.access.keys import new_text
 from server.app import create_app
-from server.keys import new_text
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from harness import CHAT, REPLY
 from rigs import KeyRig, bearer, closing_code
 from websockets.sync.client import connect
 
-from server.keys import new_text
+from server.access.keys import new_text
 
 ROOT = Path(__file__).parents[2]
 CHATS = "/v1/chat/completions"
@@ -66,7 +66,7 @@ def test_a_first_frame_without_a_right_key_closes_the_socket(rig: KeyRig) -> Non
 
 
 def test_a_silent_socket_is_closed(rig: KeyRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.socket_auth.FIRST_FRAME_SECONDS", 0.05)
+    monkeypatch.setattr("server.access.socket_auth.FIRST_FRAME_SECONDS", 0.05)
     with connect(rig.ws + CHATS) as ws:
         assert closing_code(ws) == 4401
 
@@ -74,7 +74,7 @@ def test_a_silent_socket_is_closed(rig: KeyRig, monkeypatch: pytest.MonkeyPatch)
 def test_a_revoked_key_ends_an_open_socket_at_its_next_request(
     rig: KeyRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.auth.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("server.access.auth.FRESH_SECONDS", 0.0)
     key, text = rig.key()
     with connect(rig.ws + CHATS, additional_headers=bearer(text)) as ws:
         ws.send(orjson.dumps({**BODY, "stream": True}).decode())

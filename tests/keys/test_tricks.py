@@ -11,8 +11,8 @@ import pytest
 from harness import CHAT, EMBED
 from rigs import KeyRig
 
+from server.access.auth import OPEN_ENDPOINTS
 from server.app import create_app
-from server.auth import OPEN_ENDPOINTS
 from server.settings import Settings
 
 PATHS = sorted(

@@ -15,7 +15,7 @@ from playwright.sync_api import Page, Request, expect
 from rigs import KeyRig, key_rig
 
 from inferneo_jax import Tokenizer
-from server.keys import Limits
+from server.access.keys import Limits
 from server.sources import Progress
 
 REFUSED = ["status of 401", "status of 403", "status of 503"]

@@ -17,8 +17,8 @@ import websockets
 from harness import CHAT, EMBED
 from rigs import FREE, bearer
 
-from server.keys import Key, new_key
-from server.store import LEASE_SECONDS, Store, open_store
+from server.access.keys import Key, new_key
+from server.access.store import LEASE_SECONDS, Store, open_store
 from tests.serving import Process, process
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "6"))

@@ -7,7 +7,7 @@ from harness import make_tokenizer, models_of
 
 from inferneo_jax import CheckpointError
 from server.cli import main
-from server.serve import run
+from server.commands.serve import run
 from server.settings import Settings
 
 tokenizer = make_tokenizer()

@@ -17,7 +17,7 @@ from websockets import InvalidStatus
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
-from server.admission import TIMEOUT_HEADER, Admission, Place
+from server.access.admission import TIMEOUT_HEADER, Admission, Place
 from server.errors import ApiError
 
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}

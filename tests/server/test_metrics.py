@@ -9,7 +9,7 @@ from harness import CHAT, EMBED, Rig
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferneo_jax import GenerationOutput
-from server.admission import Admission
+from server.access.admission import Admission
 from server.metrics import Metrics
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from server.cli import app
-from server.progress import ModelProgress
+from server.commands.progress import ModelProgress
 from server.setting import describe
 
 ROOT = Path(__file__).parents[2]

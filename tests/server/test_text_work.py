@@ -5,8 +5,8 @@ import threading
 
 from quart import Quart
 
-from server.caller import set_caller
-from server.keys import Key
+from server.access.caller import set_caller
+from server.access.keys import Key
 from server.text import INLINE_CHARACTERS, TextWork
 
 LONG = INLINE_CHARACTERS + 1

@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 from werkzeug.datastructures import Headers
 
 from inferneo_jax import EngineFailedError, GenerationOutput, Tokenizer
-from server.admission import Admission
+from server.access.admission import Admission
 from server.metrics import Metrics
 from server.tracing import open_tracing
 

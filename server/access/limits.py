@@ -8,13 +8,13 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from server.caller import caller, set_standing
-from server.caller import standing as known_standing
+from server.access.caller import caller, set_standing
+from server.access.caller import standing as known_standing
+from server.access.keys import Key
+from server.access.store import DAY_SECONDS, LEASE_SECONDS, Call, Spent, Standing
+from server.access.store_threads import StoreThreads
 from server.errors import ApiError
-from server.keys import Key
 from server.protocol.shape import Usage
-from server.store import DAY_SECONDS, LEASE_SECONDS, Call, Spent, Standing
-from server.store_threads import StoreThreads
 
 if TYPE_CHECKING:
     from server.answer import Answer
@@ -47,7 +47,7 @@ class Limiter:
     """The limits of all keys, as their store counts them.
 
     A reservation is a lease that this renews while the request runs, so that a server that dies
-    holds nothing for longer than :data:`~server.store.LEASE_SECONDS`.
+    holds nothing for longer than :data:`~server.access.store.LEASE_SECONDS`.
     """
 
     def __init__(self, threads: StoreThreads) -> None:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import structlog
 
+from server.access.store import Store, StoreError
 from server.errors import RETRY_OVERLOADED_SECONDS, unavailable
-from server.store import Store, StoreError
 
 log = structlog.get_logger(__name__)
 

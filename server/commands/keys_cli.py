@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from inferneo_jax import ConfigError
-from server.keyring import Keyring, state_of
-from server.keys import SCOPES, Limits
+from server.access.keyring import Keyring, state_of
+from server.access.keys import SCOPES, Limits
+from server.access.store import Store, open_store
+from server.access.usage import key_list, usage_of
 from server.settings import Settings
-from server.store import Store, open_store
-from server.usage import key_list, usage_of
 
 app = typer.Typer(help="Make, list and end API keys.", no_args_is_help=True)
 

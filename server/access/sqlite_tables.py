@@ -6,8 +6,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from server.keys import Limits
-from server.store import (
+from server.access.keys import Limits
+from server.access.store import (
     BUSY_SECONDS,
     DAY_SECONDS,
     WINDOW_SECONDS,

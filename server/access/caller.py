@@ -4,8 +4,8 @@ from typing import Any
 
 from quart import g, has_app_context
 
-from server.keys import Key
-from server.store import Standing
+from server.access.keys import Key
+from server.access.store import Standing
 
 
 def caller() -> Key | None:

@@ -4,13 +4,13 @@ import asyncio
 
 from quart import Response, websocket
 
-from server.auth import Guard, bearer, check_scope, unauthenticated
-from server.caller import set_caller, set_standing
+from server.access.auth import Guard, bearer, check_scope, unauthenticated
+from server.access.caller import set_caller, set_standing
+from server.access.keys import Key
+from server.access.limits import Limiter, exhausted
 from server.connection import num_sockets
 from server.errors import RETRY_OVERLOADED_SECONDS, ApiError, unavailable
 from server.http import parse_object
-from server.keys import Key
-from server.limits import Limiter, exhausted
 from server.models import still_loading
 from server.services import Services
 from server.websocket import close_failed, open_socket

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from inferneo_jax import InferneoError
-from server.keys import (
+from server.access.keys import (
     DEFAULT_SCOPES,
     SCOPES,
     Key,
@@ -19,7 +19,7 @@ from server.keys import (
     new_key,
     new_text,
 )
-from server.store import Store
+from server.access.store import Store
 
 LONGEST_NAME = 100
 LONGEST_MODEL = 512

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from inferneo_jax import ConfigError, InferneoError
-from server.keys import Key, Limits
+from server.access.keys import Key, Limits
 
 WINDOW_SECONDS = 60.0
 DAY_SECONDS = 86_400
@@ -184,7 +184,7 @@ def open_store(location: str | Path, setting: str = "INFERNEO_KEYS_DB") -> Store
     """
     scheme = urlsplit(str(location)).scheme if "://" in str(location) else ""
     if not scheme:
-        from server.store_sqlite import SqliteStore
+        from server.access.store_sqlite import SqliteStore
 
         return SqliteStore(Path(location).expanduser().absolute())
     if scheme not in ("redis", "rediss", "unix", "valkey", "valkeys"):
@@ -192,6 +192,6 @@ def open_store(location: str | Path, setting: str = "INFERNEO_KEYS_DB") -> Store
             f"{setting} begins with {scheme}://; it must be a path, or a URL that begins "
             "with redis://, rediss://, unix://, valkey:// or valkeys://"
         )
-    from server.store_redis import RedisStore
+    from server.access.store_redis import RedisStore
 
     return RedisStore(str(location))

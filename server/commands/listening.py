@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from inferneo_jax import ConfigError
-from server.locality import is_loopback
+from server.access.locality import is_loopback
 from server.settings import Settings
 
 BACKLOG = 100

@@ -11,9 +11,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import redis
 
-from server.keys import Key, Limits
-from server.redis_scripts import RENEW, RESERVE, SETTLE, STANDING
-from server.store import LEASE_SECONDS, Call, Refusal, Spent, Standing, StoreError, UsageRow
+from server.access.keys import Key, Limits
+from server.access.redis_scripts import RENEW, RESERVE, SETTLE, STANDING
+from server.access.store import LEASE_SECONDS, Call, Refusal, Spent, Standing, StoreError, UsageRow
 
 _TIMEOUT_SECONDS = 2.0
 _ROOT = "{inferneo}:"
@@ -40,7 +40,7 @@ def _telling(
 
 
 class RedisStore:
-    """A :class:`~server.store.Store` on a server of its own."""
+    """A :class:`~server.access.store.Store` on a server of its own."""
 
     threads = 8
 
@@ -57,7 +57,7 @@ class RedisStore:
         }
 
     def exists(self) -> bool:
-        """See :class:`~server.store.Store`, here and below."""
+        """See :class:`~server.access.store.Store`, here and below."""
         return True
 
     @_telling

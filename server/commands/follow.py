@@ -12,7 +12,7 @@ import typer
 
 from inferneo_jax import ConfigError, InferneoError, Job
 from server import log
-from server.flags import given
+from server.commands.flags import given
 from server.settings import Settings
 from server.sources import folder_of, sources_of
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from server import log
-from server.flags import given
+from server.commands.flags import given
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run(settings: Settings, loader: "Loader | None" = None) -> None:
         SystemExit: the models cannot be loaded, or one is lost; with exit code 1.
     """
     from server.application import create_app
-    from server.listening import listen
+    from server.commands.listening import listen
 
     with listen(settings) as listener:
         asyncio.run(_serve(create_app(settings, loader), settings, listener))
@@ -66,7 +66,7 @@ async def _serve(app: "Quart", settings: Settings, listener: socket.socket) -> N
     from hypercorn.config import Config
     from rich.console import Console
 
-    from server.serve_display import Display
+    from server.commands.serve_display import Display
     from server.services import services_of
 
     config = Config()

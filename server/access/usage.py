@@ -5,9 +5,9 @@ import datetime
 from collections.abc import Iterable
 from typing import Any
 
-from server.keyring import describe
-from server.keys import Key
-from server.store import Store
+from server.access.keyring import describe
+from server.access.keys import Key
+from server.access.store import Store
 
 _TOTALS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
 _EPOCH = datetime.date(1970, 1, 1)

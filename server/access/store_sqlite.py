@@ -11,9 +11,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from server.keys import Key, Limits
-from server.sqlite_tables import charge, connect, expire, retry_of, standing_of
-from server.store import (
+from server.access.keys import Key, Limits
+from server.access.sqlite_tables import charge, connect, expire, retry_of, standing_of
+from server.access.store import (
     LEASE_SECONDS,
     WINDOW_SECONDS,
     Call,
@@ -44,7 +44,7 @@ def _telling(
 
 
 class SqliteStore:
-    """A :class:`~server.store.Store` in a file that only its owner may read."""
+    """A :class:`~server.access.store.Store` in a file that only its owner may read."""
 
     threads = 1
 
@@ -54,7 +54,7 @@ class SqliteStore:
         self._lock = threading.Lock()
 
     def exists(self) -> bool:
-        """See :class:`~server.store.Store`, here and below."""
+        """See :class:`~server.access.store.Store`, here and below."""
         return self.path.exists()
 
     @_telling

@@ -8,13 +8,13 @@ import structlog
 from quart import request
 from quart.wrappers.base import BaseRequestWebsocket
 
-from server.caller import caller, set_caller
+from server.access.caller import caller, set_caller
+from server.access.keys import Key, digest, id_of
+from server.access.locality import is_local_name, is_loopback, name_of
+from server.access.store_threads import StoreThreads
 from server.connection import current_request
 from server.errors import ApiError
-from server.keys import Key, digest, id_of
-from server.locality import is_local_name, is_loopback, name_of
 from server.settings import Settings
-from server.store_threads import StoreThreads
 
 log = structlog.get_logger(__name__)
 

@@ -11,9 +11,9 @@ from structlog.typing import EventDict
 
 from inferneo_jax import __version__
 from server import log
-from server.listening import is_local, url_of
+from server.commands.listening import is_local, url_of
+from server.commands.progress import ModelProgress
 from server.models import Registry
-from server.progress import ModelProgress
 from server.settings import Settings
 
 _KINDS = {"decoder": "chat", "encoder": "embeddings"}

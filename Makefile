@@ -25,7 +25,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test test-clients lint types docs screenshots install image hooks clean
+.PHONY: serve test test-clients frameworks lint types docs screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -39,9 +39,11 @@ test: lint types
 # The frameworks need an environment of their own: tests/clients/frameworks/requirements.txt says why.
 FRAMEWORKS := tests/clients/frameworks
 
-test-clients: $(VENV)/.installed-test $(FRAMEWORKS)/.venv/.installed
+test-clients: $(VENV)/.installed-test frameworks
 	$(BIN)/inferneo pull $(MODELS)
 	REQUIRE_CLIENTS=1 $(BIN)/pytest tests/clients
+
+frameworks: $(FRAMEWORKS)/.venv/.installed
 
 $(FRAMEWORKS)/.venv/.installed: $(FRAMEWORKS)/requirements.txt | $(VENV)/.created
 	$(BIN)/python -m venv $(FRAMEWORKS)/.venv

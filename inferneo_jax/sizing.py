@@ -1,6 +1,7 @@
 """How long a sequence may be and how many pages the cache has: programs that fit their devices."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 from jax.sharding import Mesh
@@ -14,6 +15,8 @@ from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.matrix import Formats
 from inferneo_jax.numerics import cache_dtype_for
 from inferneo_jax.programs import Programs
+
+log = logging.getLogger(__name__)
 
 
 def make_programs(
@@ -63,6 +66,12 @@ def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int
     config, groups, page_len = programs.config, programs.groups, programs.page_len
     token_bytes = programs.cache_bytes // page_len
     context_length = programs.model.context_length
+    if config.max_len is not None and config.max_len > context_length:
+        log.warning(
+            "max_len is %d, but the model's context is %d tokens, and no request gets more",
+            config.max_len,
+            context_length,
+        )
     longest = min(config.max_len or context_length, context_length)
     if config.kv_tokens:
         tokens = config.kv_tokens // groups

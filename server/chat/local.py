@@ -24,6 +24,7 @@ from server.settings import Settings
 _LOOK_SECONDS = 0.2
 _TAIL = 2000
 """Characters of its log that an error shows."""
+_OF_A_JOB = ("coordinator", "num_processes", "process_id", "job_token")
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
         with log.open("wb") as file:
             process = subprocess.Popen(  # noqa: S603 - this package's own server
                 led([sys.executable, "-m", "hypercorn", "-b", address, "server.app:app"]),
-                env=os.environ | _variables(model, settings, folder),
+                env=_environment(model, settings, folder),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -93,12 +94,14 @@ def _why(log: Path) -> str:
     return f"\n{text[-_TAIL:]}"
 
 
-def _variables(model: str | None, settings: Settings, folder: str) -> dict[str, str]:
-    """Of its environment. It has no keys: only this machine is served."""
+def _environment(model: str | None, settings: Settings, folder: str) -> dict[str, str]:
+    """Its variables. It has no keys: only this machine is served; and it joins no job."""
     if model is None and not settings.models:
         from inferneo_jax.weights.catalog import load_catalog
 
         model = next(each.name for each in load_catalog().values() if each.kind == "chat")
     chosen = {"models": model, "aliases": ""} if model else {}
     chosen |= {"keys_db": f"{folder}/keys.db", "require_key": "auto", "log_format": "json"}
-    return {variable_of(name): value for name, value in chosen.items()}
+    job = {variable_of(name) for name in _OF_A_JOB}
+    kept = {name: value for name, value in os.environ.items() if name not in job}
+    return kept | {variable_of(name): value for name, value in chosen.items()}

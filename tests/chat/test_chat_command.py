@@ -50,14 +50,14 @@ class Terminal:
     def __init__(self, *arguments: str, tmp_path: Path) -> None:
         self._end, other = pty.openpty()
         self._process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            # The first of a session that opens a terminal is controlled by it.
+            ["sh", "-c", ': < "$(tty)"; exec "$@"', "sh", *COMMAND, *arguments],
             cwd=ROOT,
             env=environment(tmp_path, COLUMNS="80", LINES="24"),
             stdin=other,
             stdout=other,
             stderr=other,
             start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # to be controlled by
         )
         os.close(other)
         self.seen = self.all = ""

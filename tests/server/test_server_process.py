@@ -95,7 +95,7 @@ def test_sigterm_ends_the_server_cleanly(tmp_path: Path, workers: str, busy: boo
             "-w", workers, "-b", f"127.0.0.1:{port}", "--graceful-timeout", "1", "fake_app:app"
         ),
         cwd=tmp_path,
-        env=environment(),
+        env=environment(INFERNEO_DRAIN_SECONDS="0.5"),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -108,9 +108,11 @@ def test_sigterm_ends_the_server_cleanly(tmp_path: Path, workers: str, busy: boo
             if busy:
                 body = {"model": "org/tiny-chat", "prompt": "x", "max_tokens": 9, "stream": True}
                 with client.stream("POST", "/v1/completions", json=body) as response:
-                    next(response.iter_bytes())
+                    parts = response.iter_bytes()  # kept: without it the connection is closed
+                    assert next(parts)
                     process.send_signal(signal.SIGTERM)
                     process.wait(20)
+                    assert b"".join(parts).endswith(b"data: [DONE]\n\n")
             else:
                 process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=20)[1]

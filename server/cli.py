@@ -139,10 +139,12 @@ def list_models(checkpoints: Checkpoints = None) -> None:
         else:
             kind = "chat" if info.kind == "decoder" else "embedding"
             table.add_row(name, kind, size, info.licence or "", "ready")
-    for name, entry in catalog.items():
-        if name not in found:
-            table.add_row(name, entry.kind, "", entry.licence, f"inferneo pull {name}")
+    absent = [name for name in catalog if name not in found]
+    for name in absent:
+        table.add_row(name, catalog[name].kind, "", catalog[name].licence, "not here")
     out.print(table)
+    if absent:  # in one line, to be copied
+        out.print(f"\nTo have them: inferneo pull {' '.join(absent)}", soft_wrap=True)
 
 
 @app.command(rich_help_panel=MODELS)

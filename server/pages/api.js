@@ -71,6 +71,20 @@ export async function askJson(path, options) {
   return (await ask(path, options)).json();
 }
 
+/** What `/ready` says, whatever its status; it needs no key. */
+export async function askReady(signal) {
+  let response;
+  try {
+    response = await fetch("ready", { cache: "no-store", signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, "No answer came.");
+  }
+  const body = await response.json().catch(() => ({}));
+  if (!body.status) throw new ApiError(response.status, `The server answered ${response.status}.`);
+  return body;
+}
+
 /** POST a JSON body, and yield the events of the answer as they come. */
 export async function* stream(path, body, signal) {
   const response = await ask(path, {

@@ -1,6 +1,6 @@
 /** Which models can be talked to, and waiting till they can. */
 
-import { ApiError, askJson } from "./api.js";
+import { ApiError, askJson, askReady } from "./api.js";
 
 const AGAIN_MS = 1000;
 
@@ -11,8 +11,8 @@ const AGAIN_MS = 1000;
  * model is taken to generate.
  */
 export async function findModels() {
-  const [{ data }, states] = await Promise.all([askJson("v1/models"), readStates()]);
-  const known = new Map(states.map((state) => [state.id, state]));
+  const [{ data }, ready] = await Promise.all([askJson("v1/models"), askReady().catch(() => null)]);
+  const known = new Map((ready?.models ?? []).map((state) => [state.id, state]));
   return data
     .filter(({ id }) => known.get(id)?.kind !== "encoder")
     .map(({ id }) => ({ id, context: known.get(id)?.max_len ?? null }));
@@ -21,7 +21,7 @@ export async function findModels() {
 /** Return once the models are loaded; `onProgress` is told in words how far that is. */
 export async function waitReady(onProgress, signal) {
   for (;;) {
-    const state = await readReady();
+    const state = await askReady().catch(() => null);
     if (state?.status !== "loading") return;
     onProgress(describe(state.models));
     await pause(AGAIN_MS, signal);
@@ -42,19 +42,6 @@ export function pause(ms, signal) {
     if (signal?.aborted) stop();
     signal?.addEventListener("abort", stop, { once: true });
   });
-}
-
-async function readStates() {
-  return (await readReady())?.models ?? [];
-}
-
-/** What `/ready` says, whatever its status; null if it says nothing. */
-async function readReady() {
-  try {
-    return await (await fetch("ready", { cache: "no-store" })).json();
-  } catch {
-    return null;
-  }
 }
 
 function describe(models) {

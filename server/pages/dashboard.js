@@ -1,6 +1,6 @@
 /** The dashboard: reads `/metrics` every two seconds, keeps an hour of it, and plots it. */
 
-import { ApiError, ask } from "./api.js";
+import { ApiError, ask, askReady } from "./api.js";
 import { Controls } from "./dashboard-controls.js";
 import { FIGURES } from "./dashboard-figures.js";
 import { duration } from "./dashboard-format.js";
@@ -94,18 +94,10 @@ async function readMetrics(signal) {
   if (ready.some(({ value }) => value === 0)) state.phase = "connecting"; // ask /ready why
 }
 
-/** `/ready` answers without a key, also while models are loading or the server ends. */
+/** `/ready` answers also while models are loading or the server ends. */
 async function readReady(signal) {
-  let response;
-  try {
-    response = await fetch("ready", { cache: "no-store", signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ApiError(0, "No answer came.");
-  }
-  const body = await response.json().catch(() => ({}));
-  if (!body.status) throw new ApiError(response.status, `The server answered ${response.status}.`);
-  Object.assign(state, { phase: body.status, models: body.models, message: body.error?.message });
+  const { status, models, error } = await askReady(signal);
+  Object.assign(state, { phase: status, models, message: error?.message });
 }
 
 function rest() {

@@ -1,5 +1,7 @@
 /* What Swagger UI asks the server, the description included, carries the key that the chat page keeps. */
-const key = sessionStorage.getItem("inferneo.key") ?? localStorage.getItem("inferneo.key");
+import { getKey } from "./api.js";
+
+const key = getKey();
 SwaggerUIBundle({
   url: "openapi.json",
   dom_id: "#page",

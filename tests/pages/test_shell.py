@@ -80,3 +80,13 @@ def test_the_theme_is_the_systems_until_another_is_chosen(
     page.reload()
     expect(page.get_by_role("button", name=re.compile("dark colours"))).to_be_visible()
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
+
+
+def test_the_description_is_asked_for_with_the_key_that_the_pages_keep(
+    rig: Rig, visit: Callable[..., Visit]
+) -> None:
+    page = visit(rig.url).page
+    page.evaluate("sessionStorage.setItem('inferneo.key', 'mine')")
+    with page.expect_request("**/openapi.json") as asked:
+        page.goto(f"{rig.url}/docs")
+    assert asked.value.headers["authorization"] == "Bearer mine"

@@ -127,11 +127,12 @@ def list_models(checkpoints: Checkpoints = None) -> None:
 
     from inferneo_jax.weights.catalog import list_checkpoints, load_catalog
     from inferneo_jax.weights.checkpoint import read_info
+    from server.doctor.finding import size_of
 
     table = Table("model", "kind", "size", "licence", "state", box=None)
     found, catalog = list_checkpoints(_folder(checkpoints)), load_catalog()
     for name, folder in found.items():
-        size = f"{_bytes_below(folder) / 1e6:,.0f} MB"
+        size = f"{size_of(folder) / 1e6:,.0f} MB"
         try:
             info = read_info(folder)
         except InferneoError:
@@ -204,10 +205,6 @@ def _convert_on_host() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _folder(checkpoints: str | None) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from server.child import free_port
 from server.commands.listening import url_of
 from server.setting import variable_of
 from server.settings import Settings
@@ -43,9 +43,7 @@ class Server:
         if unknown := settings.keys() - Settings.model_fields.keys():
             known = ", ".join(Settings.model_fields)
             raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; there are {known}")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            settings = {"host": "127.0.0.1", "port": probe.getsockname()[1]} | settings
+        settings = {"host": "127.0.0.1", "port": free_port()} | settings
         address = url_of(str(settings["host"]), int(str(settings["port"])))
         self.url = f"{address}/v1"
         self._log = Path(tempfile.mkdtemp(prefix="inferneo-")) / "server.log"

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 import httpx
 import orjson
 
-from server.access.locality import is_loopback
 from server.bench.errors import RequestFailedError
 from server.bench.sse import EventReader
 from server.chat.errors import ChatError, KeyNeededError, NoServerError
+from server.commands.listening import is_local
 
 _CONNECT_SECONDS, _SILENT_SECONDS = 5.0, 120.0
 """This server sends something every 15 s; another one may compute a long prompt in silence."""
@@ -69,7 +69,7 @@ class Server:
             raise ChatError(f"{url!r} is no address of a server; write http://host:port")
         self.key = key
         # A proxy of the environment is not for what runs on this machine.
-        self._proxied = not (parts.hostname == "localhost" or is_loopback(parts.hostname))
+        self._proxied = not is_local(parts.hostname)
 
     def models(self) -> list[str]:
         """Ids of the models that can chat, as far as the server tells them apart.

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,9 +13,9 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from server.bench.process import end, led
 from server.chat.client import Server
 from server.chat.errors import ChatError
+from server.child import end, free_port, led
 from server.commands.progress import ModelProgress
 from server.setting import variable_of
 from server.settings import Settings
@@ -39,9 +38,7 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
     Raises:
         ChatError: it ends before it is ready; with the end of its log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory(prefix="inferneo-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:

@@ -1,25 +1,23 @@
 """The batching loop: schedule, run, commit. Token ids in, token ids out.
 
-One thread owns the scheduler and the runner. Other threads only leave requests and aborts in an
-inbox; outputs go to each request's sink, called on the engine's thread.
+One thread owns the scheduler and the runner. Other threads leave requests, and changes to them, in
+an inbox, and read figures that it publishes; outputs go to each request's sink, called on the
+engine's thread.
 """
 
 import dataclasses
 import logging
 import threading
 import time
-from collections import deque
 
 from inferneo_jax import compiles
 from inferneo_jax.errors import (
-    EngineError,
     EngineFailedError,
     EngineStoppedError,
-    OverloadedError,
-    RequestError,
 )
 from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.heartbeat import Heartbeat
+from inferneo_jax.inbox import Inbox
 from inferneo_jax.request import (
     EngineStats,
     EngineTotals,
@@ -28,10 +26,9 @@ from inferneo_jax.request import (
     OutputSink,
     TokenLogprob,
 )
-from inferneo_jax.results import Result, results_of
+from inferneo_jax.results import Result, Results, results_of
 from inferneo_jax.runner import PendingStep, Runner
 from inferneo_jax.sequence import Sequence
-from inferneo_jax.steps import Sampled
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +50,13 @@ class Engine:
             page_len=runner.page_len,
             shapes=runner.shapes,
         )
-        self._sequences: dict[str, Sequence] = {}
         self._in_flight: PendingStep | None = None
-        self._changed = threading.Condition()
-        self._submitted: deque[Sequence] = deque()
-        self._aborted: deque[str] = deque()
-        self._ids: set[str] = set()
-        self._stuck = False
-        self._arrivals = 0
-        self._failures: list[float] = []
-        self._end: EngineError | None = None
-        self._hung = False
-        self._heartbeat = Heartbeat("engine", runner.step_seconds, self._give_up_step)
+        self._idle = True  # the latest step found nothing to do
         self._totals = EngineTotals()
+        self._inbox = Inbox()
+        self._publish()
+        self._failures: list[float] = []
+        self._heartbeat = Heartbeat("engine", runner.step_seconds, self._give_up_step)
         self._compiles_before = compiles.num_unexpected()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -81,24 +72,11 @@ class Engine:
             EngineStoppedError: the engine was stopped; EngineFailedError: it failed for good.
         """
         self._limits.check(request)
-        with self._changed:
-            if self._end:
-                raise self._end
-            if request.id in self._ids:
-                raise RequestError(f"a request with id {request.id} is already under way", "id")
-            if self._hung:
-                raise OverloadedError("the engine does not answer; try again later")
-            self._ids.add(request.id)
-            self._submitted.append(Sequence(request, sink, self._arrivals))
-            self._arrivals += 1
-            self._changed.notify()
+        self._inbox.submit(request, sink)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step, if it still runs. Thread-safe."""
-        with self._changed:
-            if request_id in self._ids:
-                self._aborted.append(request_id)
-                self._changed.notify()
+        self._inbox.change(request_id, "abort")
 
     def pause(self, request_id: str) -> None:
         """Decode no further tokens of a request until ``resume``. Thread-safe, idempotent.
@@ -106,17 +84,15 @@ class Engine:
         It keeps its slot and pages, so whoever pauses must resume or abort; up to two tokens that
         are under way still arrive. When pages run out it is preempted like any other.
         """
-        self._set_paused(request_id, paused=True)
+        self._inbox.change(request_id, "pause")
 
     def resume(self, request_id: str) -> None:
         """Undo ``pause``. Thread-safe, idempotent."""
-        self._set_paused(request_id, paused=False)
+        self._inbox.change(request_id, "resume")
 
     def stop(self) -> None:
         """End every request, and the thread unless it hangs. Thread-safe."""
-        with self._changed:
-            self._end = self._end or EngineStoppedError("the engine was stopped")
-            self._changed.notify()
+        self._inbox.close(EngineStoppedError("the engine was stopped"))
         self._thread.join(self._heartbeat.limit)
         while self._thread.is_alive() and not self._heartbeat.condemn():
             self._thread.join(_STOP_SECONDS)
@@ -124,9 +100,7 @@ class Engine:
 
     def fail(self, reason: str) -> None:
         """End every request and the engine for good, without waiting for the step. Thread-safe."""
-        with self._changed:
-            self._end = self._end or EngineFailedError(reason)
-            self._changed.notify()
+        self._inbox.close(EngineFailedError(reason))
         self._heartbeat.condemn()
 
     def stuck(self) -> float:
@@ -135,34 +109,32 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The engine's numbers as of its latest step. Thread-safe."""
-        with self._changed:
-            return EngineStats(
-                ready=not (self._end or self._hung),
-                compiles_after_ready=compiles.num_unexpected() - self._compiles_before,
-                **self._groups.counts(len(self._submitted)),
-                **dataclasses.asdict(self._totals),
-            )
+        counts, totals = self._figures
+        return EngineStats(
+            ready=self._inbox.open,
+            compiles_after_ready=compiles.num_unexpected() - self._compiles_before,
+            **counts | {"waiting": max(0, len(self._inbox) - counts["running"])},
+            **dataclasses.asdict(totals),
+        )
 
     def _run(self) -> None:
         """The engine's thread."""
         while True:
             try:
-                while self._await_work():
+                while self._inbox.wait(idle=self._idle):
+                    self._idle = False
                     self.step()
                 break
             except Exception as error:
                 log.exception("a step of the engine failed")
                 failure = EngineFailedError("the engine failed while it ran this request")
                 failure.__cause__ = error
-                if self._end or not self._rebuild(failure):
+                if self._inbox.end or not self._rebuild(failure):
                     break
-        with self._changed:
-            end = self._end
-            left = [*self._sequences.values(), *self._submitted]
-            self._submitted.clear()
+        left = self._inbox.clear()
         self._clear()
         for sequence in left:
-            sequence.deliver(reason="error", error=end)
+            sequence.deliver(reason="error", error=self._inbox.end)
 
     def _rebuild(self, failure: EngineFailedError) -> bool:
         """End what the failed step may have spoiled, and begin anew; False to give up.
@@ -172,16 +144,15 @@ class Engine:
         """
         now = time.monotonic()
         self._failures = [t for t in self._failures if now - t < _FAILURE_SECONDS] + [now]
-        with self._changed:
-            known = [s for s in self._sequences.values() if not s.finished]
+        known = self._inbox.taken()
         untouched = [s for s in known if s.slot is None and s.num_sampled == len(s.output)]
         spoiled = [s for s in known if s not in untouched]
         self._clear()
         for sequence in spoiled:
+            self._inbox.discard(sequence)
             sequence.deliver(reason="error", error=failure)
-        with self._changed:
-            self._ids |= {s.request.id for s in untouched}
-            self._submitted.extendleft(reversed(untouched))
+        for sequence in untouched:
+            self._groups.add(sequence)
         try:
             if len(self._failures) >= _MAX_FAILURES:
                 raise failure
@@ -189,95 +160,78 @@ class Engine:
                 self._runner.reset()
         except Exception:
             log.exception("the engine cannot be rebuilt")
-            with self._changed:
-                self._end = failure
+            self._inbox.close(failure)
             return False
-        with self._changed:
-            self._hung = False
+        self._inbox.hang(hung=False)
         log.warning("the engine was rebuilt; %d requests were lost", len(spoiled))
         return True
 
     def _give_up_step(self) -> None:
         """End every request while a step hangs. The heartbeat holds the engine's thread there."""
-        with self._changed:
-            self._hung = True
-            known = [*self._sequences.values(), *self._submitted]
-            self._submitted.clear()
-            self._ids.clear()
-            error = self._end or EngineFailedError("a step of the engine does not return")
+        self._inbox.hang(hung=True)
+        known = self._inbox.clear()
+        error = self._inbox.end or EngineFailedError("a step of the engine does not return")
         log.error("a step hangs; %d requests were lost", len(known))
         for sequence in known:
             sequence.deliver(reason="error", error=error)
 
     def _clear(self) -> None:
-        """Forget every sequence, page and step under way."""
-        with self._changed:
-            self._ids -= self._sequences.keys()
-            self._sequences = {}
-            self._in_flight = None
-            self._groups.clear()
+        """Forget what is scheduled: every sequence, page and step under way."""
+        self._in_flight = None
+        self._groups.clear()
+        self._publish()
 
     def step(self) -> None:
-        """Dispatch the next step, then read the one before it, which ran meanwhile.
+        """Schedule the next step and run it, then commit the one before it, which ran meanwhile.
 
-        Drafts follow what is known: where there may be some, the step before is read first.
+        Drafts follow what is known: where there may be some, the step before is committed first.
         """
-        if self._in_flight and (self._in_flight.drafted or self._may_draft()):
-            with self._heartbeat:
-                known = self._in_flight.wait()
-            self._commit(self._in_flight.plans, *known)
-            self._in_flight = None
-        with self._changed:
-            plans = self._groups.schedule(None if self._in_flight else self._runner.drafts)
-        with self._heartbeat:
-            pending = self._runner.run(plans) if plans else None
-            results = self._in_flight.wait() if self._in_flight else None
-        if self._in_flight and results:
-            self._commit(self._in_flight.plans, *results)
-        elif not pending:
-            self._stuck = True  # all that is left is paused, or waits for what the paused hold
+        previous = self._in_flight
+        if previous and (previous.drafted or self._groups.may_draft(self._runner.drafts)):
+            self._commit(previous, self._dispatch(None, previous)[1])
+            previous = None
+        self._take_inbox()
+        plans = self._groups.schedule(None if previous else self._runner.drafts)
+        pending, results = self._dispatch(plans, previous)
+        if previous:
+            self._commit(previous, results)
         self._in_flight = pending
+        # All that is left then is paused, or waits for what the paused hold.
+        self._idle = not (pending or previous)
+        self._publish()
 
-    def _may_draft(self) -> bool:
-        return self._runner.drafts is not None and self._groups.may_draft(self._runner.drafts)
+    def _dispatch(
+        self, plans: Plans | None, previous: PendingStep | None
+    ) -> tuple[PendingStep | None, Results]:
+        """Dispatch what is planned, then wait for the results of the step before it."""
+        with self._heartbeat:
+            # Asked for in here: ``fail`` closes the inbox, then condemns the step under way.
+            if self._inbox.end:
+                return None, (None, None)
+            step = self._runner.run(plans) if plans else None
+            return step, previous.wait() if previous else (None, None)
 
-    def _set_paused(self, request_id: str, *, paused: bool) -> None:
-        with self._changed:
-            for sequence in (*self._submitted, *self._sequences.values()):
-                if sequence.request.id == request_id:
-                    sequence.paused = paused
-            self._stuck = False
-            self._changed.notify()
+    def _take_inbox(self) -> None:
+        """Do what other threads asked for since the last step."""
+        submitted, changes = self._inbox.take()
+        for sequence in submitted:
+            self._groups.add(sequence)
+        for sequence, change in changes:
+            if sequence.finished:
+                continue  # it ended before it could be changed
+            if change == "abort":
+                self._finish(sequence, "abort")
+            else:
+                sequence.paused = change == "pause"
 
-    def _await_work(self) -> bool:
-        """Take what the inbox holds; sleep while there is nothing to do. False to end."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._end
-                    or self._submitted
-                    or self._aborted
-                    or self._in_flight
-                    or (self._sequences and not self._stuck)
-                )
-            )
-            self._stuck = False
-            if self._end:
-                return False
-            while self._submitted:
-                sequence = self._submitted.popleft()
-                self._sequences[sequence.request.id] = sequence
-                self._groups.add(sequence)
-            aborted, self._aborted = self._aborted, deque()
-        for request_id in aborted:
-            if known := self._sequences.get(request_id):
-                self._finish(known, "abort")
-        return True
+    def _publish(self) -> None:
+        """Show ``stats`` what it is like now."""
+        self._figures = self._groups.counts(), dataclasses.replace(self._totals)
 
-    def _commit(self, plans: Plans, decode: Sampled | None, prefill: Sampled | None) -> None:
+    def _commit(self, step: PendingStep, results: Results) -> None:
         """Hand out the results of a step to the requests that still want them."""
         self._totals.steps += 1
-        for found in results_of(plans, decode, prefill):
+        for found in results_of(step.plans, *results):
             self._totals.prompt_tokens += found.prefilled
             if found.drafted:
                 self._totals.drafted_tokens += found.drafted
@@ -313,8 +267,7 @@ class Engine:
         logprobs: tuple[TokenLogprob, ...] | None = None,
     ) -> None:
         """Free what the sequence holds, then deliver its last output."""
-        with self._changed:
-            if self._sequences.pop(sequence.request.id, None):
-                self._groups.remove(sequence)
-            self._ids.discard(sequence.request.id)
+        self._groups.remove(sequence)
+        self._inbox.discard(sequence)
+        self._publish()
         sequence.deliver(token_ids, logprobs, reason)

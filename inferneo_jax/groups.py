@@ -35,7 +35,7 @@ class Groups:
 
     def clear(self) -> None:
         """Forget every sequence and page; what was counted stays."""
-        self._preemptions_before = self.counts(0)["preemptions"]
+        self._preemptions_before = self.counts()["preemptions"]
         self._schedulers = self._make()
 
     def add(self, sequence: Sequence) -> None:
@@ -48,9 +48,11 @@ class Groups:
         """Forget a sequence, running or waiting, and free its slot and pages."""
         self._schedulers[sequence.group].remove(sequence)
 
-    def may_draft(self, drafts: Drafts) -> bool:
+    def may_draft(self, drafts: Drafts | None) -> bool:
         """Whether the next step may have drafts, once what is under way is known."""
-        return self._few(drafts) and any(each.may_draft(drafts) for each in self._schedulers)
+        if drafts is None or not self._few(drafts):
+            return False
+        return any(each.may_draft(drafts) for each in self._schedulers)
 
     def _few(self, drafts: Drafts) -> bool:
         """Whether no group decodes more rows than may have drafts."""
@@ -75,12 +77,11 @@ class Groups:
             shape = shape or plans[group].shape
         return tuple(plans[group] for group in sorted(plans)) if any(plans.values()) else None
 
-    def counts(self, arriving: int) -> dict[str, int]:
-        """Numbers for ``EngineStats``; ``arriving`` sequences will be added soon."""
-        each = [scheduler.counts(0) for scheduler in self._schedulers]
+    def counts(self) -> dict[str, int]:
+        """Numbers for ``EngineStats``."""
+        each = [scheduler.counts() for scheduler in self._schedulers]
         total = {name: sum(counts[name] for counts in each) for name in each[0]}
         return total | {
             "page_len": each[0]["page_len"],
-            "waiting": total["waiting"] + arriving,
             "preemptions": total["preemptions"] + self._preemptions_before,
         }

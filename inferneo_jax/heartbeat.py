@@ -56,10 +56,13 @@ class Heartbeat:
     def condemn(self) -> bool:
         """Treat the current step as hanging; False if there is none."""
         with self._lock:
-            if self._running and not self._hung:
-                self._hung = True
-                self._on_hang()
-            return self._running
+            return self._condemn()
+
+    def _condemn(self) -> bool:
+        if self._running and not self._hung:
+            self._hung = True
+            self._on_hang()
+        return self._running
 
     def stop(self) -> None:
         """End the watching."""
@@ -73,7 +76,7 @@ class Heartbeat:
                 # A step that began since the last look is younger; it errs on the safe side only
                 # by one look.
                 self._age += min(now - last, 2 * self._look)
-                late = self._running and not self._hung and self._age > self.limit
+                # Under the same lock, or the step that is condemned could be the next one.
+                if self._age > self.limit:
+                    self._condemn()
             last = now
-            if late:
-                self.condemn()

@@ -11,6 +11,9 @@ from inferneo_jax.sequence import Sequence
 from inferneo_jax.speculation import accepted
 from inferneo_jax.steps import Sampled
 
+Results = tuple[Sampled | None, Sampled | None]
+"""What a step's decode and prefill sampled; None: it had none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:

@@ -42,8 +42,8 @@ class Scheduler:
         """Sequences that run or wait."""
         return len(self.running) + len(self._waiting)
 
-    def counts(self, arriving: int) -> dict[str, int]:
-        """Numbers for ``EngineStats``; ``arriving`` sequences will be added soon."""
+    def counts(self) -> dict[str, int]:
+        """Numbers for ``EngineStats``."""
         return {
             "slots": len(self.running) + len(self._free_slots),
             "slots_used": len(self.running),
@@ -52,7 +52,7 @@ class Scheduler:
             "pages_cached": self.pool.num_cached,
             "page_len": self.pool.page_len,
             "running": len(self.running),
-            "waiting": len(self._waiting) + arriving,
+            "waiting": len(self._waiting),
             "preemptions": self.num_preemptions,
         }
 

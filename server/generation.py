@@ -100,7 +100,6 @@ class _Mailbox:
         self._untaken: dict[str, int] = {}
         self._paused: set[str] = set()
         self._filled = asyncio.Event()
-        self._told = False
         self._silent = False
         self._silence = Alarm(SILENCE_SECONDS, self._break_silence)
 
@@ -109,6 +108,7 @@ class _Mailbox:
 
         def put(output: GenerationOutput) -> None:
             with self._lock:
+                first = not self._outputs
                 self._outputs.append((index, output, time.monotonic()))
                 self._untaken[request_id] = number = self._untaken.get(request_id, 0) + 1
                 if number >= MAX_UNTAKEN:
@@ -116,8 +116,7 @@ class _Mailbox:
                     # again for every output, should an earlier resumption have come late.
                     self._paused.add(request_id)
                     self._engine.pause(request_id)
-            if not self._told:  # one call wakes the reader for everything until it looks
-                self._told = True
+            if first:  # one call wakes the reader for everything until it looks
                 with suppress(RuntimeError):  # the loop has closed: nobody will read this
                     self._loop.call_soon_threadsafe(self._filled.set)
 
@@ -141,8 +140,6 @@ class _Mailbox:
         await self._filled.wait()
         self._silence.clear()
         self._filled.clear()
-        # Before emptying: what is put from here on wakes the reader again.
-        self._told = False
         with self._lock:
             outputs, self._outputs = list(self._outputs), deque()
             paused, self._paused = self._paused, set()

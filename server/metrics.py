@@ -157,7 +157,7 @@ class Times:
         self.started = started
         self.admitted: float | None = None
         self.first: float | None = None
-        self.last = 0.0
+        self.last = started
         self.tokens = 0
 
 
@@ -183,14 +183,14 @@ class Meter:
         if times is None or not count:
             return
         if times.first is None:
+            # Tokens that come with the first one have waited for none: as in vLLM, an interval is
+            # one between two outputs.
             times.first, times.admitted = when, output.admitted_at
             self._metrics._first.labels(self._model).observe(when - self._started)
             self._metrics._hits.labels(self._model).inc(output.cached_tokens)
-            rest = count - 1
         else:
-            rest = count
-        for _ in range(rest):  # what comes at once took so long together
-            self._between.observe((when - times.last) / count if times.last else 0.0)
+            for _ in range(count):  # tokens that come at once share the interval before them
+                self._between.observe((when - times.last) / count)
         times.last, times.tokens = when, times.tokens + count
 
     def ended(self, index: int, reason: str) -> None:

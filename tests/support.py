@@ -127,10 +127,10 @@ class Collected:
             enough = lambda: len(self._tokens()) >= count or self._ended()  # noqa: E731
             assert self._changed.wait_for(enough, timeout=120)
 
-    def wait(self) -> "Collected":
+    def wait(self, seconds: float = 300) -> "Collected":
         """Return itself once its last output is there."""
         with self._changed:
-            assert self._changed.wait_for(self._ended, timeout=300), "no last output came"
+            assert self._changed.wait_for(self._ended, seconds), "no last output came"
         return self
 
     def count(self) -> int:

@@ -22,7 +22,7 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _LONGEST_RETRY = 30
 _PACE_OF = 64
-"""Departures that tell how fast the server is."""
+"""Served requests that tell how fast places become free."""
 
 
 class Place:
@@ -30,6 +30,8 @@ class Place:
 
     Attributes:
         deadline: in the event loop's time.
+        served: whether work for the request has begun; what was refused before does not count when
+            it is estimated how fast places become free.
     """
 
     def __init__(self, admission: "Admission", owner: str | None, seconds: float) -> None:
@@ -37,13 +39,14 @@ class Place:
         self._owner = owner
         self._taken = 1
         self._seconds = seconds
+        self.served = False
         self.deadline = asyncio.get_running_loop().time() + seconds
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._admission._leave(self._owner, self._taken)
+        self._admission._leave(self._owner, self._taken, served=self.served)
 
     def widen(self, sequences: int) -> None:
         """Take as many places as the request will generate sequences.
@@ -81,7 +84,9 @@ class Admission:
         self._longest = longest
         self._taken: Counter[str | None] = Counter()
         self._total = 0
-        self._left: deque[float] = deque(maxlen=_PACE_OF)
+        self._left: deque[float] = deque(maxlen=_PACE_OF)  # in busy seconds
+        self._busy = 0.0
+        self._busy_since = 0.0
         self._empty = asyncio.Event()
         self._empty.set()
         self.closed = asyncio.Event()
@@ -139,18 +144,28 @@ class Admission:
         only = mine == held and self._total < 2 * self.places
         if not (fits or only):
             raise self._full()
+        if not self._total:
+            self._busy_since = time.monotonic()
         self._taken[owner] += more
         self._total += more
         self._empty.clear()
 
-    def _leave(self, owner: str | None, taken: int) -> None:
-        self._left.append(time.monotonic())
+    def _leave(self, owner: str | None, taken: int, *, served: bool) -> None:
+        if served:
+            self._left.append(self._busy_seconds())
+        if self._total == taken:
+            self._busy = self._busy_seconds()
         self._total -= taken
         self._taken[owner] -= taken
         if not self._taken[owner]:
             del self._taken[owner]
         if not self._total:
             self._empty.set()
+
+    def _busy_seconds(self) -> float:
+        """Seconds in which some place was taken; a time without requests says nothing of pace."""
+        now = time.monotonic() - self._busy_since if self._total else 0.0
+        return self._busy + now
 
     def _full(self) -> ApiError:
         return unavailable(
@@ -163,7 +178,7 @@ class Admission:
         """When a quarter of those here will have left, at the pace of late."""
         if len(self._left) < 2:
             return 1
-        each = (time.monotonic() - self._left[0]) / len(self._left)
+        each = (self._busy_seconds() - self._left[0]) / len(self._left)
         return max(1, min(_LONGEST_RETRY, math.ceil(each * self._total / 4)))
 
 
@@ -182,3 +197,4 @@ async def admit(services: "Services", place: Place, answer: "Answer", record: "R
     if trace is not None:
         trace.planned(generation.plan, model)
     generation.meter = services.metrics.meter(model, trace)
+    place.served = True

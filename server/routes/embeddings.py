@@ -50,6 +50,7 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         spent: Usage | None = Usage(prompt=num_tokens)
         place = current_request().place
         assert place is not None
+        place.served = True
         try:
             # Should the client leave, this is cancelled, and the future with it.
             async with asyncio.timeout_at(place.deadline):

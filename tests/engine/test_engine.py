@@ -1,6 +1,9 @@
 """The laws of the engine, on a tiny random model."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from inferneo_jax.errors import (
     EngineStoppedError,
     RequestError,
 )
+from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.request import SamplingParams
+from inferneo_jax.runner import PendingStep, Runner
 from inferneo_jax.scheduler import Scheduler
 from tests.support import MIXED, Collected, MakeEngine, close, prompt, submit
 
@@ -228,6 +233,83 @@ def test_a_paused_request_waits_and_harms_nobody(
     assert engine.stats().slots_used == 1
     engine.resume(paused.request.id)
     assert paused.tokens == undisturbed
+
+
+@pytest.mark.parametrize("change", ["resume", "abort", "submit"])
+def test_what_is_asked_while_a_step_is_planned_is_not_forgotten(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    engine = tiny_engine()
+    paused = submit(engine, prompt(6), 40)
+    paused.wait_for_tokens(1)
+    schedule, asked, late = Groups.schedule, threading.Event(), []
+
+    def ask_late(groups: Groups, *args: Any) -> Plans | None:
+        plans = schedule(groups, *args)
+        if plans is None and engine._in_flight is None and not asked.is_set():
+            if change == "submit":
+                late.append(submit(engine, prompt(5)))
+            else:
+                getattr(engine, change)(paused.request.id)
+            asked.set()
+        return plans
+
+    monkeypatch.setattr(Groups, "schedule", ask_late)
+    engine.pause(paused.request.id)
+    assert asked.wait(60)
+    reason = {"resume": "length", "abort": "abort"}
+    for collected in late or [paused]:
+        collected.wait(60)
+        assert collected.finish_reason == reason.get(change, "length")
+    engine.abort(paused.request.id)
+
+
+def test_nobody_waits_for_a_step_to_be_planned(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    long = submit(engine, prompt(6), 50)
+    schedule, planning, go_on = Groups.schedule, threading.Event(), threading.Event()
+
+    def plan_slowly(groups: Groups, *args: Any) -> Plans | None:
+        planning.set()
+        assert go_on.wait(120)
+        return schedule(groups, *args)
+
+    monkeypatch.setattr(Groups, "schedule", plan_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            other = submit(engine, prompt(5))
+            assert planning.wait(60)
+            third = pool.submit(submit, engine, prompt(5)).result(60)
+            for method in (engine.pause, engine.resume, engine.abort):
+                pool.submit(method, long.request.id).result(60)
+            assert pool.submit(engine.stats).result(60).waiting >= 1
+        finally:
+            go_on.set()
+    assert len(other.tokens) == len(third.tokens) == 12
+    assert long.finish_reason in ("abort", "length")
+
+
+def test_no_step_is_run_after_the_engine_has_failed(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    schedule, run, late = Groups.schedule, Runner.run, []
+
+    def fail_first(groups: Groups, *args: Any) -> Plans | None:
+        engine.fail("the device is gone")
+        return schedule(groups, *args)
+
+    def note(runner: Runner, plans: Plans) -> PendingStep:
+        late.append(plans)
+        return run(runner, plans)
+
+    monkeypatch.setattr(Groups, "schedule", fail_first)
+    monkeypatch.setattr(Runner, "run", note)
+    assert submit(engine, prompt(5)).finish_reason == "error"
+    engine.stop()
+    assert not late
 
 
 def test_a_paused_request_can_be_aborted(tiny_engine: MakeEngine) -> None:

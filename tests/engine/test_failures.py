@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,38 @@ def test_time_that_nobody_saw_pass_does_not_count(monkeypatch: pytest.MonkeyPatc
         assert not hung.wait(2.0)
         assert heartbeat.late() == 0.0
     heartbeat.stop()
+
+
+def test_only_the_step_that_was_late_is_condemned() -> None:
+    steps, condemned = [1], []
+
+    class Lock:
+        """Whenever the watcher lets go of it, a late step ends and the next one begins."""
+
+        def __init__(self) -> None:
+            self._lock = threading.RLock()
+
+        def __enter__(self) -> None:
+            self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+            watching = threading.current_thread() is heartbeat._watcher
+            if watching and heartbeat._age > heartbeat.limit and len(steps) == 1:
+                steps.append(2)
+                with suppress(EngineFailedError):
+                    heartbeat.__exit__(None, None, None)
+                heartbeat.__enter__()
+                done.set()
+
+    done = threading.Event()
+    heartbeat = Heartbeat("test", 0.2, lambda: condemned.append(steps[-1]))
+    heartbeat.__enter__()
+    heartbeat._lock = Lock()  # type: ignore[assignment]
+    assert done.wait(60)
+    heartbeat.stop()
+    heartbeat._watcher.join()
+    assert condemned[:1] == [1]
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_whatever_happens_all_is_served_and_comes_back(
     for sequence in house.sequences:
         sequence.paused = False
     house.run()
-    counts = house.scheduler.counts(0)
+    counts = house.scheduler.counts()
     assert (counts["slots_used"], counts["pages_used"], counts["waiting"]) == (0, 0, 0)
     assert counts["slots"] == slots
 

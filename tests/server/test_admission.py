@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
+from queue import Queue
 from typing import Any
 
 import httpx
@@ -100,12 +101,61 @@ async def test_everything_comes_back() -> None:
 async def test_who_is_refused_is_told_when_places_get_free() -> None:
     admission = Admission(40, 60.0)
     for _ in range(5):
-        with admission.enter(None, None):
+        with admission.enter(None, None) as place:
             await asyncio.sleep(0.15)
+            place.served = True
     fill(admission, None)
+    assert 2 <= retry_after(admission) <= 4  # a quarter of 40, at 0.15 s each
+
+
+def retry_after(admission: Admission) -> int:
     with pytest.raises(ApiError) as caught:
         admission.enter(None, None)
-    assert 2 <= int(caught.value.headers["Retry-After"]) <= 4  # a quarter of 40, at 0.15 s each
+    return int(caught.value.headers["Retry-After"])
+
+
+async def test_only_served_requests_and_busy_times_set_the_pace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.access.admission.time.monotonic", lambda: now)
+    admission, now = Admission(40, 60.0), 100.0
+    for _ in range(5):
+        with admission.enter(None, None) as place:
+            now += 1.0
+            place.served = True
+    now += 1000.0  # nobody is there
+    places = fill(admission, None)
+    for _ in range(64):  # these leave, and come, at once: they were refused
+        places.pop().__exit__()
+        places.append(admission.enter(None, None))
+    now += 1.0
+    assert retry_after(admission) == 10  # a quarter of 40, each after a second
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "served"),
+    [
+        (COMPLETIONS, BODY, True),
+        (COMPLETIONS, {**BODY, "temperature": -1}, False),
+        (COMPLETIONS, {**BODY, "n": 0}, False),
+        (COMPLETIONS, {**BODY, "prompt": "x" * 600}, False),
+        ("/v1/embeddings", {"model": EMBED, "input": "x"}, True),
+        ("/v1/embeddings", {"model": EMBED, "input": "x", "dimensions": 99}, False),
+    ],
+)
+def test_a_request_that_is_refused_was_not_served(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], served: bool
+) -> None:
+    left: Queue[bool] = Queue()
+    leave = Place.__exit__
+
+    def note(place: Place, *args: object) -> None:
+        left.put(place.served)
+        leave(place, *args)
+
+    monkeypatch.setattr(Place, "__exit__", note)
+    assert (rig.post(path, body).status_code == 200) is served
+    assert left.get(timeout=30) is served
 
 
 @pytest.mark.parametrize(

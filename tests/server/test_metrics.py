@@ -121,6 +121,20 @@ def test_times_are_those_of_the_engine() -> None:
     assert value("vllm:request_success_total", labels | {"finished_reason": "stop"}) == 1
 
 
+def test_tokens_that_come_with_the_first_have_no_latency_of_their_own() -> None:
+    metrics = Metrics(tuple, Admission(1, 1.0))
+    meter = metrics.meter("m")
+    started = time.monotonic()
+    meter.submitted(0, 7)
+    for when, count in ((1.0, 3), (1.5, 2)):
+        meter.output(0, GenerationOutput(token_ids=(0,) * count), started + when)
+    value, labels = metrics.registry.get_sample_value, {"model_name": "m"}
+    assert value("vllm:inter_token_latency_seconds_count", labels) == 2
+    assert value("vllm:inter_token_latency_seconds_sum", labels) == pytest.approx(0.5)
+    below = labels | {"le": "0.2"}
+    assert value("vllm:inter_token_latency_seconds_bucket", below) == 0
+
+
 def test_what_is_served_is_told(rig: Rig) -> None:
     found = _read(rig)
     assert found[f"inferneo_model_info cpu float32 xla decoder float32 data=1,model=1 {CHAT} none"]

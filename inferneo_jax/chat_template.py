@@ -1,36 +1,30 @@
 """Chat templates: Jinja programs, shipped with a model, that write a conversation as one text.
 
-They come from model repositories, so they run in a sandbox: no Python internals, no changes to the
-messages, and bounds on time and size. The environment is the one that model authors write
-for (Hugging Face's): the same filters, functions and block rules.
+They come from model repositories, so they run in processes of their own, which the kernel bounds
+in memory and time (``template_worker.py``). What a template sees is what transformers shows it.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-import jinja2.nodes
-import jinja2.parser
-
-from inferneo_jax import sandbox
+from inferneo_jax import template_protocol as protocol
 from inferneo_jax.errors import TemplateError, TokenizerError
-from inferneo_jax.template_size import MAX_CHARACTERS
+from inferneo_jax.template_pool import POOL, Answer, WorkerEndedError
 
 Message = Mapping[str, Any]
 """One message of a conversation: ``role``, ``content`` and what else the template reads."""
 
-MAX_INDENT = 16
-"""Widest indentation of ``tojson``."""
+MAX_SECONDS = 5.0
+"""Most CPU time that a rendering may take."""
 
 _TAIL = "\ue0c5continue\ue0c5 "  # private-use characters around a word; ends in a space on purpose
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_ADVICE = "; send shorter messages, or tools and variables that are less deeply nested"
 
 
 class ChatTemplate:
-    """A compiled chat template; may render in several threads at once.
+    """A chat template that compiles; may render in several threads at once.
 
     Attributes:
         variables: what the template reads beyond what every rendering gives it.
@@ -44,18 +38,20 @@ class ChatTemplate:
             named_tokens: variables such as ``bos_token``, which every rendering sees.
 
         Raises:
-            TokenizerError: the text is not a template.
+            TokenizerError: the text is not a template, or takes too much to compile.
+            EngineError: the process that compiles templates cannot be started.
         """
         self._named_tokens = dict(named_tokens)
+        self._source = source.encode("utf-8", "surrogatepass")
+        POOL.start()
         try:
-            self._template = _ENVIRONMENT.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise TokenizerError(
-                f"the chat template does not compile: line {error.lineno}: {error.message}"
-            ) from error
-        read = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
-        given = {"messages", "add_generation_prompt", *named_tokens, *_ENVIRONMENT.globals}
-        self.variables = frozenset(read - given)
+            answer = POOL.ask(self._source, b"", MAX_SECONDS)
+        except WorkerEndedError as error:
+            raise TokenizerError(f"the chat template does not compile: {error}") from error
+        if answer.kind != protocol.TEXT:
+            raise TokenizerError(f"the chat template does not compile: {_reason(answer)}")
+        given = {"messages", "add_generation_prompt", *named_tokens}
+        self.variables = frozenset(answer.text.split()) - given
 
     def render(
         self,
@@ -69,58 +65,87 @@ class ChatTemplate:
 
         Raises:
             TemplateError: the template refused the messages, failed, or ran beyond its bounds.
+            EngineError: the process that renders templates cannot be started.
         """
         if not messages:
             raise TemplateError("messages is empty; send at least one", "messages")
         if "messages" in variables:
             raise TemplateError("the template variable 'messages' is taken", "chat_template_kwargs")
+        shown = _with_tail(messages) if continue_final_message else messages
         context = {
             "tools": None,
             "documents": None,
             **self._named_tokens,
             **variables,
-            "messages": _with_tail(messages) if continue_final_message else list(messages),
+            "messages": [_as_transformers_shows(message) for message in shown],
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            "range": sandbox.ranges,
         }
-        with sandbox.metered():
-            text = self._run(context)
+        text = self._rendered(_as_json(context))
         if not continue_final_message:
             return text
         return _cut_at_tail(text, messages[-1]["content"])
 
-    def _run(self, context: Mapping[str, Any]) -> str:
-        parts: list[str] = []
-        size = 0
+    def _rendered(self, context: bytes) -> str:
         try:
-            for part in self._template.generate(context):
-                size += len(part)
-                if size > MAX_CHARACTERS:
-                    raise TemplateError(
-                        f"the chat template wrote more than {MAX_CHARACTERS} characters; "
-                        "send shorter messages",
-                        "messages",
-                    )
-                parts.append(part)
-        except jinja2.TemplateError as error:
+            answer = POOL.ask(self._source, context, MAX_SECONDS)
+        except WorkerEndedError as error:
             raise TemplateError(
-                f"the chat template refused: {error.message}", "messages"
+                f"the chat template cannot write these messages: {error}{_ADVICE}", "messages"
             ) from error
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            MemoryError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
-            # A template written for other messages than these, such as one that adds a text to a
-            # content that is null.
-            raise TemplateError(
-                f"the chat template cannot write these messages: {error}", "messages"
-            ) from error
-        return "".join(parts)
+        if answer.kind == protocol.TEXT and len(answer.text) <= protocol.MAX_CHARACTERS:
+            return answer.text
+        if answer.kind == protocol.REFUSED:
+            raise TemplateError(f"the chat template refused: {answer.text}", "messages")
+        advice = "" if answer.kind == protocol.FAILED else _ADVICE
+        raise TemplateError(
+            f"the chat template cannot write these messages: {_reason(answer)}{advice}", "messages"
+        )
+
+
+def _reason(answer: Answer) -> str:
+    """Why a template could not be compiled or rendered."""
+    match answer.kind:
+        case protocol.MEMORY:
+            return f"it needs more than {protocol.MEMORY_BYTES >> 20} MB of memory"
+        case protocol.TOO_DEEP:
+            return "it recurses too deeply"
+        case protocol.TOO_LONG:
+            return f"it writes more than {protocol.MAX_CHARACTERS} characters"
+    return answer.text[: protocol.MAX_ERROR_CHARACTERS]
+
+
+def _as_json(context: Mapping[str, Any]) -> bytes:
+    """The context as a worker reads it.
+
+    Raises:
+        TemplateError: it is not JSON, nested too deeply, or too long.
+    """
+    try:
+        written = json.dumps(context).encode()
+    except RecursionError:
+        raise TemplateError(
+            "messages or template variables are nested too deeply; nest them less", "messages"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise TemplateError(
+            f"messages and template variables must be JSON: {error}", "messages"
+        ) from error
+    if len(written) > protocol.MAX_REQUEST_BYTES:
+        raise TemplateError(
+            f"messages and template variables take {len(written)} bytes as JSON, more than "
+            f"{protocol.MAX_REQUEST_BYTES}; send shorter messages",
+            "messages",
+        )
+    return written
+
+
+def _as_transformers_shows(message: Message) -> dict[str, Any]:
+    """A message without what is null, and its reasoning under the names that templates read."""
+    shown = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((shown[key] for key in _REASONING if key in shown), None)
+    if reasoning is None:
+        return shown
+    return {"thinking": reasoning, **shown, "reasoning_content": reasoning}
 
 
 def _with_tail(messages: Sequence[Message]) -> list[Message]:
@@ -145,57 +170,3 @@ def _cut_at_tail(text: str, content: str) -> str:
             "continue_final_message",
         )
     return text[:cut] if text.startswith(_TAIL, cut) else text[:cut].rstrip()
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, which marks the assistant's words for training: written as they are."""
-
-    tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Keep the body, drop the mark."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """``tojson`` without Jinja's escapes for HTML."""
-    if indent is not None and indent > MAX_INDENT:
-        raise jinja2.TemplateError(f"it indents JSON by more than {MAX_INDENT}")
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _environment() -> sandbox.Sandbox:
-    environment = sandbox.Sandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-    )
-    sandbox.install(environment)
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-_ENVIRONMENT = _environment()

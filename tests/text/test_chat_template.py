@@ -1,5 +1,4 @@
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax.chat_template import ChatTemplate
-from inferneo_jax.errors import TemplateError, TokenizerError
+from inferneo_jax.errors import TemplateError
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.gguf_tokenizer import gguf_tokenizer
 
@@ -57,15 +56,59 @@ def test_the_year_can_be_written():
     assert render("{{ strftime_now('%Y') }}").isdecimal()
 
 
+def test_a_message_is_shown_as_transformers_shows_it():
+    source = "{{ messages | tojson }}"
+    assert json.loads(render(source, [{"role": "a", "content": None, "thinking": "Hm"}])) == [
+        {"role": "a", "thinking": "Hm", "reasoning_content": "Hm"}
+    ]
+
+
+@pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, 1 << 20_000], ids=type)
+def test_what_is_not_json_cannot_be_rendered(value):
+    with pytest.raises(TemplateError, match="must be JSON"):
+        render("{{ x }}", x=value)
+
+
+@pytest.mark.parametrize("depth", [980, 2000, 100_000])
+def test_values_nested_too_deeply_are_refused(depth):
+    deep: list = []
+    for _ in range(depth):
+        deep = [deep]
+    with pytest.raises(TemplateError, match=r"less deeply|nest them less"):
+        render("{{ tools | tojson(indent=4) }}{{ tools | pprint }}", tools=deep)
+
+
+def test_a_lone_surrogate_passes():
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": "\ud800"}]) == "\ud800"
+
+
 def test_what_the_template_raises_is_what_the_error_says():
     with pytest.raises(TemplateError, match="roles must alternate") as caught:
         render("{{ raise_exception('roles must alternate') }}")
     assert caught.value.param == "messages"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "''.format.__self__",
+        "messages.__class__",
+        "messages['__class__']",
+        "messages | attr('__class__')",
+        "messages | map(attribute='__class__') | first",
+        "lipsum.__globals__",
+        "namespace.mro",
+        "joiner.__init__",
+        "raise_exception.__code__",
+    ],
+)
+def test_what_belongs_to_python_is_not_there(path):
+    assert render("{{ (" + path + ") is undefined }}") == "True"
+
+
 @pytest.mark.parametrize("content", [None, 3, ["part"]])
 def test_content_that_a_template_cannot_write_is_the_requests_fault(content):
-    with pytest.raises(TemplateError, match="cannot write these messages"):
+    with pytest.raises(TemplateError, match=r"chat template (refused|cannot write)"):
         render("{{ 'x' + messages[0].content }}", [{"role": "user", "content": content}])
 
 
@@ -84,7 +127,11 @@ def test_content_that_a_template_cannot_write_is_the_requests_fault(content):
         "{% set _ = messages[0].update(role='system') %}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
-        "{{ lipsum() }}",
+        "{{ dict.mro() }}",
+        "{{ namespace(__class__=1) }}",
+        "{% set n = namespace() %}{% set n._x = 1 %}",
+        "{{ '%s' | format(messages.__init__.__globals__) }}",
+        "{{ '{0.__init__.__globals__}'.format_map({'0': cycler}) }}",
     ],
 )
 def test_a_template_reaches_no_internals_and_changes_nothing(source):
@@ -94,89 +141,7 @@ def test_a_template_reaches_no_internals_and_changes_nothing(source):
     assert messages == HELLO
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
-        "{% for a in range(1000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}",
-        "{% for a in range(10 * 1000 * 1000 * 1000 * 1000 * 1000 * 1000 * 1000) %}{% endfor %}",
-        "{% set text = 'x' * 1000000000 %}",
-        "{% set rows = 1000000000 * [1] %}",
-        "{% set number = 9 ** 9 ** 9 %}",
-        "{% set text = 'x' * 7000000 %}{{ text }}{{ text }}",
-        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-    ],
-)
-def test_a_template_that_runs_away_is_stopped(source):
-    with pytest.raises(TemplateError):
-        render(source)
-
-
-GROW = "{% set ns = namespace(v=V) %}{% for i in range(60) %}{% set ns.v = E %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ '%999999999d' % 1 }}",
-        "{{ '%*d' % (999999999, 1) }}",
-        "{{ '%.999999999f' | format(1.5) }}",
-        "{{ '%(a)s' * 900000 % {'a': 'x' * 1000000} }}",
-        "{{ '{:999999999}'.format(1) }}",
-        "{{ '{:{w}}'.format(1, w=999999999) }}",
-        "{{ 'x'.center(999999999) }}",
-        "{{ 'x' | center(999999999) }}",
-        "{{ 'x'.ljust(999999999) }}",
-        "{{ 'x'.zfill(999999999) }}",
-        "{{ '\t'.expandtabs(999999999) }}",
-        "{{ 'x' | indent(999999999, first=true) }}",
-        "{{ ('x' * 100000).replace('x', 'y' * 100000) }}",
-        "{{ ('x' * 100000) | replace('x', 'y' * 100000) }}",
-        "{{ ('x' * 100000).join('y' * 100000) }}",
-        "{{ ('y' * 100000) | join('x' * 100000) }}",
-        "{{ ('x' * 100000).translate({120: 'y' * 100000}) }}",
-        "{{ [1] | batch(999999999, 'x') | list }}",
-        "{{ messages | tojson(indent=999999999) }}",
-        "{{ [[1] * 100000] * 100000 | sum(start=[]) }}",
-        GROW.replace("V", "'x'").replace("E", "ns.v + ns.v"),
-        GROW.replace("V", "'x'").replace("E", "ns.v ~ ns.v"),
-        GROW.replace("V", "[1]").replace("E", "ns.v + ns.v"),
-        GROW.replace("V", "[1]").replace("E", "[ns.v, ns.v]"),
-        GROW.replace("V", "{}").replace("E", "{'a': ns.v, 'b': ns.v}"),
-        GROW.replace("V", "{}").replace("E", "dict(a=ns.v, b=ns.v)"),
-        GROW.replace("V", "99").replace("E", "ns.v * ns.v"),
-    ],
-)
-def test_nothing_large_is_made_out_of_little(source):
-    begun = time.monotonic()
-    with pytest.raises(TemplateError):
-        render(source)
-    assert time.monotonic() - begun < 4
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for a in messages %}" * 5 + "{% endfor %}" * 5,
-        "{% macro m() %}{% for a in messages %}{% for b in messages %}{% for c in messages %}"
-        "{% endfor %}{% endfor %}{% endfor %}{% endmacro %}{{ m() }}",
-    ],
-)
-def test_a_rendering_has_a_bound_in_time(source, monkeypatch):
-    monkeypatch.setattr("inferneo_jax.sandbox.MAX_SECONDS", 0.2)
-    begun = time.monotonic()
-    with pytest.raises(TemplateError, match=r"more than 0\.2 seconds"):
-        render(source, HELLO * 1000)
-    assert time.monotonic() - begun < 2
-
-
-@pytest.mark.parametrize("name", ["pprint", "slice(3)", "urlize", "wordwrap", "xmlattr"])
-def test_filters_that_nobody_needs_are_not_there(name):
-    with pytest.raises(TokenizerError, match="No filter named"):
-        render("{{ messages | " + name + " }}")
-
-
-def test_bounded_operators_do_what_they_did():
+def test_operators_and_filters_are_jinjas():
     source = (
         "{{ 'a' + 'b' ~ 1 ~ none }}|{{ '%03d' % 7 }}|{{ '{:>4}'.format('x') }}|{{ 'x'.center(5) }}|"
         "{{ ['a', 'b'] | join(', ') }}|{{ messages | map(attribute='role') | join }}|"
@@ -189,15 +154,6 @@ def test_bounded_operators_do_what_they_did():
         "ab1None|007|   x|  x  |a, b|user|user|a+a|a\n  b|[1, 2, 3]|[('a', 1)]|"
         "[[1, 2], [3]]|hi!|6|3.5"
     )
-
-
-def test_every_rendering_has_its_own_bounds():
-    template = ChatTemplate("{% for n in range(60000) %}{% endfor %}ok", {})
-    for _ in range(3):
-        text = template.render(
-            HELLO, add_generation_prompt=True, continue_final_message=False, variables={}
-        )
-        assert text == "ok"
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Co"])))

@@ -1,0 +1,284 @@
+"""Hostile templates by the thousand: whatever they are made of, they stay within their limits."""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from resource import getpagesize
+
+import jinja2.defaults
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from inferneo_jax.chat_template import ChatTemplate
+from inferneo_jax.errors import TemplateError, TokenizerError
+from inferneo_jax.template_pool import POOL, WAIT_FACTOR
+from inferneo_jax.template_protocol import MAX_CHARACTERS, MAX_ERROR_CHARACTERS, MEMORY_BYTES
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other kernels bound time only")
+
+TEMPLATES = 2000
+BATCH = 10
+SECONDS = 0.05
+"""CPU time of a request here; what is bounded ends the same way after 5 s, only later."""
+AT_START_BYTES = 40 << 20
+PARENT_GROWTH_BYTES = 200 << 20
+"""Two of the longest answers at once, as bytes and as texts of four bytes a character."""
+
+MESSAGES = [
+    {"role": "user", "content": "Hello <b>world</b> " * 50},
+    {"role": "assistant", "content": "x", "n": 3, "deep": [[[["y"]]]], "map": {"a": 1}},
+]
+INTERNALS = [
+    "__class__", "__mro__", "__base__", "__subclasses__", "__init__", "__globals__", "__builtins__",
+    "__dict__", "__call__", "__self__", "__func__", "__code__", "__closure__", "__getattribute__",
+    "__reduce_ex__", "__module__", "__import__", "__html__", "__format__", "__doc__", "mro",
+    "gi_frame", "gi_code", "f_back", "f_globals", "tb_frame", "cr_frame", "ag_frame",
+    "im_self", "environment", "_Namespace__attrs", "_TemplateReference__context", "_environment",
+    "format_map", "format",
+]  # fmt: skip
+FILTERS = sorted({*jinja2.defaults.DEFAULT_FILTERS, "tojson"})
+TESTS = sorted(filter(str.isidentifier, jinja2.defaults.DEFAULT_TESTS))
+OPERATORS = ["+", "-", "*", "/", "//", "%", "**", "~", "==", "<", ">=", "in", "not in", "and", "or"]
+KEYWORDS = [
+    "width", "indent", "separators", "attribute", "start", "d", "default", "count", "n", "length",
+    "fill_with", "precision", "method", "base", "sort_keys", "reverse", "case_sensitive", "by",
+    "ensure_ascii", "first", "blank", "wrapstring", "trim_url_limit", "html", "min", "max", "sep",
+    "maxsplit", "tabsize", "byteorder", "signed", "end", "leeway", "break_long_words",
+]  # fmt: skip
+
+
+INTEGERS = ["0", "1", "-1", "2", "7", "255", "9999", "99999", "1000000", "20000000", "2000000000"]
+INTEGERS += ["99999999999", "10**18", "10**400", "9**999999", "-2147483648", "true"]
+WORDS = [
+    "",
+    "a",
+    "\n",
+    "\t",
+    "{",
+    "{0}",
+    "%s",
+    "%999999999d",
+    "%*d",
+    "<",
+    "{:>999999999}",
+    "{0:{1}}",
+]
+WORDS += ["{0.__class__}", "{0[__init__]}", "é", "👩", "big", "ceil", "idna", "utf-16", "a@b.c"]
+WORDS += ["http://", "&lt;", "%255d", "role", "content", "__class__", "deep.0.0"]
+# What methods take: i an integer, t a text (of bytes for bytes), s something to iterate over, a
+# anything; all others are called with whatever comes.
+TAKEN = {
+    "i": "zfill expandtabs splitlines bit_length insert pop hex",
+    "it": "center ljust rjust to_bytes",
+    "t": "count find index rfind rindex startswith endswith strip lstrip rstrip partition encode "
+    "removeprefix removesuffix split rsplit fromhex",
+    "ti": "split rsplit",
+    "tt": "replace maketrans",
+    "tti": "replace",
+    "s": "join extend fromkeys format_map translate update from_bytes",
+    "aa": "format get setdefault",
+    "": "title upper lower swapcase capitalize casefold items keys values copy as_integer_ratio",
+}
+SIGNATURES: dict[str, list[str]] = {}
+for _kinds, _names in TAKEN.items():
+    for _name in _names.split():
+        SIGNATURES.setdefault(_name, []).append(_kinds)
+
+
+def written(form: str, *parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.builds(form.format, *parts)
+
+
+@st.composite
+def called(draw, kind: type, receivers: st.SearchStrategy[str]) -> str:
+    """A method of a value, called with what it takes or with whatever comes."""
+    name = draw(st.sampled_from([name for name in dir(kind) if not name.startswith("_")]))
+    if name in SIGNATURES and draw(st.integers(0, 9)):
+        own = octets if kind is bytes else texts
+        parts = {"i": integers, "t": own, "s": collections, "a": anything}
+        given = ", ".join(draw(parts[each]) for each in draw(st.sampled_from(SIGNATURES[name])))
+    else:
+        given = draw(arguments)
+    return f"({draw(receivers)}).{name}({given})"
+
+
+integers = st.sampled_from(INTEGERS)
+# What is made of variables is not folded while the template is compiled.
+words = st.sampled_from([repr(word) for word in WORDS]) | st.sampled_from(
+    [f"word[{n}]" for n in range(len(WORDS))] + ["messages[0].content", "lipsum(n=1)"]
+)
+grown = written("({} * {})", words, st.sampled_from(["999", "100000", "7000000", "10**10"]))
+simple = st.one_of(integers, words, grown, st.sampled_from(["messages", "range(9999)|list", "{}"]))
+internals = st.sampled_from(INTERNALS)
+filters = st.sampled_from(FILTERS)
+
+texts: st.SearchStrategy[str] = st.deferred(
+    lambda: words | grown | called(str, texts) | written("({} ~ {})", texts, simple)
+)
+octets: st.SearchStrategy[str] = st.deferred(
+    lambda: (
+        written("({}).encode()", grown)
+        | written("({} * {})", octets, integers)
+        | called(bytes, octets)
+    )
+)
+numbers: st.SearchStrategy[str] = st.deferred(
+    lambda: (
+        integers
+        | st.sampled_from(["1.5", "1e308", "-0.0"])
+        | called(int, written("({})", integers))
+        | called(float, st.sampled_from(["1.5", "1e308"]))
+        | written("({} {} {})", numbers, st.sampled_from(OPERATORS[:7]), numbers)
+    )
+)
+collections: st.SearchStrategy[str] = st.deferred(
+    lambda: (
+        st.sampled_from(["messages", "(range(99999) | list)", "[]", "{}", "messages[1].deep"])
+        | written("range({})", integers)
+        | written("[{}, {}]", anything, simple)
+        | written("({}, {})", anything, simple)
+        | written("{{'a': {}, {}: 1}}", anything, words)
+        | written("({} * {})", collections, integers)
+        | written("dict(a={}, b={})", anything, simple)
+        | st.one_of([called(kind, collections) for kind in (list, dict, tuple)])
+    )
+)
+provided: st.SearchStrategy[str] = st.deferred(
+    lambda: (
+        st.sampled_from(["self", "namespace", "cycler", "joiner", "lipsum", "dict", "loop"])
+        | written("strftime_now({})", texts)
+        | written("lipsum({})", integers | arguments)
+        | written("cycler({}).next()", arguments)
+        | written("joiner({})()", simple)
+        | written("namespace({})", arguments)
+        | written("raise_exception({})", texts)
+    )
+)
+anything: st.SearchStrategy[str] = st.deferred(
+    lambda: simple | texts | octets | numbers | collections | provided | composed
+)
+arguments = st.lists(
+    simple | st.deferred(lambda: anything) | written("{}={}", st.sampled_from(KEYWORDS), simple),
+    max_size=3,
+).map(lambda given: ", ".join(sorted(given, key=lambda each: bool(re.match(r"\w+=", each)))))
+composed = st.one_of(
+    written("({} | {}({}))", anything, filters, arguments),
+    written("({} | {})", anything, filters),
+    written("({} | {}({}))", grown | collections, filters, integers),
+    written("({} | map('{}', {}) | list)", collections, filters, simple),
+    written("({} {} {})", anything, st.sampled_from(OPERATORS), anything),
+    written("({} is {}({}))", anything, st.sampled_from(TESTS), simple),
+    written("({} if {} else {})", anything, simple, simple),
+    written("({})[{}]", anything, simple),
+    written("({})[{}:{}:{}]", anything, integers, integers, integers),
+    written("({}).{}", anything, internals),
+    written("({})['{}']", anything, internals),
+    written("({} | attr('{}'))", anything, internals),
+    written("({}).{}.{}({})", anything, internals, internals, arguments),
+    written("'{{0.{}.{}}}'.format({})", internals, internals, anything),
+    written("({} | map(attribute='{}') | list)", collections, internals),
+)
+
+SHAPES = [
+    "{{{{ {0} }}}}",
+    "{{% set x = {0} %}}{{{{ x }}}}{{{{ [x, x] | tojson(indent={1}) }}}}",
+    "{{% for a in {0} %}}{{% for b in {1} %}}{{{{ b ~ a }}}}{{% endfor %}}{{% endfor %}}",
+    "{{% set n = namespace(v={0}) %}}{{% for i in range(99999) %}}{{% set n.v = n.v + n.v %}}"
+    "{{% endfor %}}{{{{ n.v }}}}",
+    "{{% set n = namespace(v={0}) %}}{{% for i in range(99999) %}}{{% set n.v = [n.v, {1}] %}}"
+    "{{% endfor %}}{{{{ n.v | string | length }}}}",
+    "{{% macro m(a, b=1) %}}{{{{ a }}}}{{{{ m([a, a], {0}) }}}}{{% endmacro %}}{{{{ m({1}) }}}}",
+    "{{% for a in [{0}] recursive %}}{{{{ loop([a, {1}]) }}}}{{% endfor %}}",
+    "{{% filter replace('a', {0}) %}}{{{{ {1} }}}}{{% endfilter %}}",
+    "{{% macro m(a) %}}{{{{ caller({0}) }}}}{{% endmacro %}}"
+    "{{% call(b) m({1}) %}}{{{{ [b, b] }}}}{{% endcall %}}",
+    "{{% if {0} %}}{{% set messages = {1} %}}{{% include messages %}}{{% endif %}}",
+    "{{% generation %}}{{{{ {0} }}}}{{% endgeneration %}}{{% with x = {1} %}}{{{{ x }}}}"
+    "{{% endwith %}}",
+]
+templates = st.builds(
+    lambda shape, *parts: shape.format(*parts), st.sampled_from(SHAPES), anything, anything | simple
+)
+
+ALLOWED = re.compile(
+    r"<(function (safe_range|generate_lorem_ipsum|_raise_exception|_strftime_now|Macro)"
+    r"|class '(jinja2\.utils\.(Cycler|Joiner)|inferneo_jax\.template_worker\._Namespace)'"
+    r"|bound method (Cycler|Joiner|Undefined|LoopContext|_Dict|Namespace|_Namespace)\b"
+    r"|built-in method)"
+)
+INTERNAL = re.compile(
+    r"<(class|module|code|frame|slot|method|function|bound method|built-in)\b|__builtins__|"
+    r"site-packages|/lib/python|subprocess|Popen"
+)
+
+
+def outcome(source: str) -> str:
+    """What a template wrote, or the error."""
+    try:
+        return ChatTemplate(source, {"bos_token": "<s>"}).render(
+            MESSAGES,
+            add_generation_prompt=True,
+            continue_final_message=False,
+            variables={"word": WORDS},
+        )
+    except (TemplateError, TokenizerError) as error:
+        said = str(error)
+    assert len(said) < MAX_ERROR_CHARACTERS + 200
+    return said
+
+
+def workers() -> dict[int, tuple[int, float]]:
+    """The largest address space that each worker has had, and its CPU time."""
+    found = {}
+    for pid in POOL.pids():
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        [peak] = [int(line.split()[1]) << 10 for line in status if line.startswith("VmPeak")]
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        found[pid] = (peak, sum(map(int, times)) / 100)
+    return found
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """Renders templates, two at a time, and checks what it took."""
+    monkeypatch.setattr("inferneo_jax.chat_template.MAX_SECONDS", SECONDS)
+    outcome("")
+    at_first = resident()
+
+    def checked(sources: list[str], render: Callable[..., list[str]]) -> None:
+        before, begun = workers(), time.monotonic()
+        for text in render(outcome, sources):
+            assert len(text) <= MAX_CHARACTERS
+            assert not INTERNAL.search(ALLOWED.sub("", text))
+        # A template is compiled, then compiled and rendered: two requests.
+        longest = 2 * WAIT_FACTOR * SECONDS * len(sources)
+        assert time.monotonic() - begun < longest + 60, "60 s to start workers on a busy machine"
+        for pid, (peak, seconds) in workers().items():
+            assert peak <= AT_START_BYTES + MEMORY_BYTES
+            spent = seconds - before.get(pid, (0, 0))[1]
+            assert spent <= (2 * SECONDS + 0.1) * len(sources) + 0.5
+        assert resident() - at_first < PARENT_GROWTH_BYTES
+
+    with ThreadPoolExecutor(2) as threads:
+        yield lambda sources: checked(sources, lambda *given: list(threads.map(*given)))
+
+
+@settings(
+    max_examples=TEMPLATES // BATCH,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
+@given(sources=st.lists(templates, min_size=BATCH, max_size=BATCH))
+def test_no_hostile_template_leaves_its_limits(check, sources):
+    check(sources)

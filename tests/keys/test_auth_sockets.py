@@ -74,7 +74,7 @@ def test_a_silent_socket_is_closed(rig: KeyRig, monkeypatch: pytest.MonkeyPatch)
 def test_a_revoked_key_ends_an_open_socket_at_its_next_request(
     rig: KeyRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.access.auth.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("server.access.lookup.FRESH_SECONDS", 0.0)
     key, text = rig.key()
     with connect(rig.ws + CHATS, additional_headers=bearer(text)) as ws:
         ws.send(orjson.dumps({**BODY, "stream": True}).decode())

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextvars import Context
 
 
 class Alarm:
@@ -16,7 +17,8 @@ class Alarm:
     """
 
     def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
-        self._seconds, self._ring = seconds, ring
+        self._seconds = seconds
+        self._ring: Callable[[], None] | None = ring
         self._loop = asyncio.get_running_loop()
         self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -25,7 +27,7 @@ class Alarm:
         """From now on, anew if it was set already."""
         self._due = self._loop.time() + self._seconds
         if self._timer is None:
-            self._timer = self._loop.call_at(self._due, self._look)
+            self._timer = self._call_at(self._due)
 
     def clear(self) -> None:
         """It will not ring until it is set again."""
@@ -33,7 +35,7 @@ class Alarm:
 
     def close(self) -> None:
         """It will not ring any more, and the loop forgets it."""
-        self._due = None
+        self._due = self._ring = None  # what rings most often owns this
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -43,7 +45,13 @@ class Alarm:
         if self._due is None:
             return
         if self._loop.time() < self._due:
-            self._timer = self._loop.call_at(self._due, self._look)
+            self._timer = self._call_at(self._due)
             return
         self._due = None
-        self._ring()
+        if self._ring is not None:
+            self._ring()
+
+    def _call_at(self, when: float) -> asyncio.TimerHandle:
+        # The loop keeps cancelled timers until they are due. In the caller's context they would
+        # keep all that belongs to its request, and its connection, for as long.
+        return self._loop.call_at(when, self._look, context=Context())

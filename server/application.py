@@ -14,7 +14,6 @@ from quart import (
     has_request_context,
     has_websocket_context,
     request,
-    websocket,
 )
 
 from inferneo_jax import InferneoError
@@ -24,11 +23,13 @@ from server.access.auth import Guard
 from server.access.caller import owner
 from server.access.limits import Limiter
 from server.access.socket_auth import admit_socket
+from server.access.sockets import SocketPlaces
 from server.access.store import open_store
 from server.access.store_threads import StoreThreads
-from server.connection import current_request, request_id
+from server.connection import current_request
 from server.errors import as_api_error
 from server.exit import end_orderly, exit_failed
+from server.frames import mend_websockets
 from server.http import json_response
 from server.metrics import Metrics
 from server.models import Registry, still_loading
@@ -37,10 +38,12 @@ from server.routes import metrics as routes_metrics
 from server.services import Services, attach
 from server.settings import Settings, unknown_variables
 from server.shutdown import drain, end_if_lost, held_up
+from server.socket_connection import current_socket, install_sockets
 from server.sources import Loader, load_from_disk
 from server.text import TextWork
 from server.tracing import open_tracing
 from server.transport import mend_hypercorn
+from server.websocket import end_refused
 
 if TYPE_CHECKING:
     from inferneo_jax import Job
@@ -64,16 +67,28 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     job = _lead(settings)
     registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
     admission = Admission(settings.places(), settings.request_seconds)
-    metrics = Metrics(registry.models, admission)
+    sockets = SocketPlaces(settings.places())
+    metrics = Metrics(registry.models, admission, sockets)
     tracing = open_tracing()
     services = Services(
-        settings, registry, TextWork(), threads, guard, limiter, admission, metrics, tracing
+        settings=settings,
+        registry=registry,
+        text=TextWork(),
+        threads=threads,
+        guard=guard,
+        limiter=limiter,
+        admission=admission,
+        sockets=sockets,
+        metrics=metrics,
+        tracing=tracing,
     )
 
     app = Quart("server", static_folder=None)
     attach(app, services)
     connections = connection.install(app, tracing)
+    install_sockets(app, metrics, settings.max_body_bytes)
     mend_hypercorn()
+    mend_websockets()
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
     app.url_map.merge_slashes = False  # a redirect would be no answer of the API
@@ -187,11 +202,12 @@ def _handle_errors(app: Quart) -> None:
     @app.errorhandler(Exception)
     async def fail(error: Exception) -> Response:
         failure = as_api_error(error)
+        response = json_response(failure.envelope(), failure.status, failure.headers)
         if has_request_context():
             current_request().record.note_error(failure)
-        response = json_response(failure.envelope(), failure.status, failure.headers)
-        if has_websocket_context():  # the connection was not accepted
-            response.headers["X-Request-Id"] = request_id(websocket.headers)
+        if has_websocket_context():
+            await end_refused(failure)
+            response.headers["X-Request-Id"] = current_socket().id
         return response
 
 

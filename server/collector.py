@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from inferneo_jax import EngineStats, __version__
 from server.access.admission import Admission
+from server.access.sockets import SocketPlaces
 
 if TYPE_CHECKING:
     from server.sources import Model
@@ -74,9 +75,15 @@ _OF_MODELS: dict[str, tuple[str, Callable[["Model"], float]]] = {
 class StateCollector(Collector):
     """How the server, its models and their devices stand."""
 
-    def __init__(self, models: Callable[[], Sequence["Model"]], admission: Admission) -> None:
+    def __init__(
+        self,
+        models: Callable[[], Sequence["Model"]],
+        admission: Admission,
+        sockets: SocketPlaces,
+    ) -> None:
         self._models = models
         self._admission = admission
+        self._sockets = sockets
 
     def collect(self) -> Iterator[Metric]:
         """All families, each once; those of a kind that is not there have no series."""
@@ -89,6 +96,12 @@ class StateCollector(Collector):
             ("places_used", "Sequences that run or wait.", admission.taken),
         ):
             yield GaugeMetricFamily(f"inferneo_request_{name}", words, value=value)
+        sockets = GaugeMetricFamily(
+            "inferneo_websockets_open", "WebSockets that are open now.", labels=["state"]
+        )
+        sockets.add_metric(["identified"], self._sockets.identified)
+        sockets.add_metric(["unidentified"], self._sockets.unidentified)
+        yield sockets
         models = self._models()
         yield from _of_models(models)
         yield from _of_engines(models)

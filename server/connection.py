@@ -12,17 +12,16 @@ from hypercorn.typing import (
     ASGIReceiveCallable,
     ASGISendCallable,
     HTTPScope,
-    WebsocketScope,
 )
-from quart import Quart, Request, current_app, request
-from quart.asgi import ASGIHTTPConnection, ASGIWebsocketConnection
+from quart import Quart, Request, request
+from quart.asgi import ASGIHTTPConnection
 from quart.wrappers.request import Body
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from server.record import Record
 from server.tracing import Tracing
-from server.transport import Departure, Patience, bound_frames, pinged
+from server.transport import Departure, Patience
 
 if TYPE_CHECKING:
     from server.access.admission import Place
@@ -31,9 +30,8 @@ log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
-_CONNECTIONS = "connections"
+CONNECTIONS = "connections"
 _TRACING = "tracing"
-_INBOUND_FRAMES = 1
 _INSIST_SECONDS = 0.05
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -112,14 +110,9 @@ def current_request() -> ApiRequest:
 
 
 class Connections:
-    """The connections with a request under way, or a WebSocket.
-
-    Attributes:
-        num_sockets: how many of them are WebSockets, accepted or not.
-    """
+    """The connections with a request under way, or a WebSocket."""
 
     def __init__(self) -> None:
-        self.num_sockets = 0
         self._open: set[Patience] = set()
         self._none = asyncio.Event()
         self._none.set()
@@ -150,7 +143,7 @@ class Connections:
         return len(self._open)
 
 
-async def _while_connected(
+async def while_connected(
     handling: Coroutine[Any, Any, None], listening: Coroutine[Any, Any, None]
 ) -> None:
     """Handle until that is done, or until listening ends: the client has gone.
@@ -190,8 +183,8 @@ class HttpConnection(ASGIHTTPConnection):
             with departure.noticed():
                 patience = Patience(send)
                 request = self._create_request_from_scope(patience.send)
-                with self.app.extensions[_CONNECTIONS].opened(patience):
-                    await _while_connected(
+                with self.app.extensions[CONNECTIONS].opened(patience):
+                    await while_connected(
                         self.handle_request(request, patience.send),
                         self.handle_messages(request, receive),
                     )
@@ -204,6 +197,9 @@ class HttpConnection(ASGIHTTPConnection):
                 current.record.facts = facts | current.record.facts
                 if rule not in ("/health", "/ready"):  # probes would drown everything else
                     current.record.write("request")
+                # The loop keeps a cancelled timer until it would have been due (a deadline for an
+                # hour), and with it the context that it was set in, which leads here.
+                vars(current).clear()
 
     async def handle_request(self, request: Request, send: ASGISendCallable) -> None:
         """Run the handler and send its response."""
@@ -230,41 +226,10 @@ class HttpConnection(ASGIHTTPConnection):
         return request
 
 
-class WebsocketConnection(ASGIWebsocketConnection):
-    """Pings the client, and bounds what it may send ahead: further frames wait in its socket."""
-
-    def __init__(self, app: Quart, scope: WebsocketScope) -> None:
-        super().__init__(app, scope)
-        self.queue = asyncio.Queue(_INBOUND_FRAMES)
-
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        """Serve one connection."""
-        bound_frames(send, self.app.config["MAX_CONTENT_LENGTH"])
-        async with pinged(send):
-            patience = Patience(send)
-            websocket = self._create_websocket_from_scope(patience.send)
-            connections: Connections = self.app.extensions[_CONNECTIONS]
-            connections.num_sockets += 1
-            try:
-                with connections.opened(patience):
-                    await _while_connected(
-                        self.handle_websocket(websocket, patience.send),
-                        self.handle_messages(receive),
-                    )
-            finally:
-                connections.num_sockets -= 1
-
-
-def num_sockets() -> int:
-    """How many WebSockets the application has open, with that which is being opened."""
-    return cast(Connections, current_app.extensions[_CONNECTIONS]).num_sockets
-
-
 def install(app: Quart, tracing: Tracing | None) -> Connections:
     """Make ``app`` use these classes; its open connections."""
-    connections = app.extensions[_CONNECTIONS] = Connections()
+    connections = app.extensions[CONNECTIONS] = Connections()
     app.extensions[_TRACING] = tracing
     app.request_class = ApiRequest
     app.asgi_http_class = HttpConnection
-    app.asgi_websocket_class = WebsocketConnection
     return connections

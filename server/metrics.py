@@ -20,6 +20,7 @@ from prometheus_client import (
 
 from inferneo_jax import GenerationOutput
 from server.access.admission import Admission
+from server.access.sockets import SocketPlaces
 from server.collector import MODEL, StateCollector
 from server.tracing import METHODS, Trace
 
@@ -65,9 +66,14 @@ class Metrics:
         registry: of ``prometheus_client``, to be written out.
     """
 
-    def __init__(self, models: Callable[[], Sequence["Model"]], admission: Admission) -> None:
+    def __init__(
+        self,
+        models: Callable[[], Sequence["Model"]],
+        admission: Admission,
+        sockets: SocketPlaces,
+    ) -> None:
         self.registry = registry = CollectorRegistry()
-        registry.register(StateCollector(models, admission))
+        registry.register(StateCollector(models, admission, sockets))
         ProcessCollector(registry=registry)
 
         def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
@@ -123,6 +129,13 @@ class Metrics:
             "status",
         )
 
+        self._sockets = counter(
+            "inferneo_websockets",
+            "WebSockets that ended, by the status they were refused with, or else the close code.",
+            "handler",
+            "code",
+        )
+
     def meter(self, model: str, trace: Trace | None = None) -> "Meter":
         """For one request to a model that generates; ``trace`` is told the same times."""
         if model not in self._begun:
@@ -143,6 +156,10 @@ class Metrics:
         """
         known = method if method in METHODS else "other"
         self._requests.labels(known, rule, f"{status // 100}xx").inc()
+
+    def socket_ended(self, rule: str, code: str) -> None:
+        """A WebSocket ended: with this status or close code of the server, or by its ``client``."""
+        self._sockets.labels(rule, code).inc()
 
 
 class Times:

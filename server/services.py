@@ -8,6 +8,7 @@ from quart import Quart
 from server.access.admission import Admission
 from server.access.auth import Guard
 from server.access.limits import Limiter
+from server.access.sockets import SocketPlaces
 from server.access.store_threads import StoreThreads
 from server.metrics import Metrics
 from server.models import Registry
@@ -20,7 +21,7 @@ _NAME = "services"
 
 @dataclass(frozen=True)
 class Services:
-    """One application's settings, models, threads, keys, limits, places, figures and traces."""
+    """What one application has, made once by ``create_app``."""
 
     settings: Settings
     registry: Registry
@@ -29,6 +30,7 @@ class Services:
     guard: Guard
     limiter: Limiter
     admission: Admission
+    sockets: SocketPlaces
     metrics: Metrics
     tracing: Tracing | None
 

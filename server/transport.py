@@ -5,10 +5,9 @@ these are not the ones expected, nothing is changed.
 """
 
 import asyncio
-import dataclasses
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import h11
@@ -17,15 +16,13 @@ from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol, H11WSConnection
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-from hypercorn.protocol.ws_stream import ASGIWebsocketState, WebsocketBuffer, WSStream
+from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.typing import ASGISendCallable, ASGISendEvent
-from wsproto.events import Message, Ping
 
 from server.alarm import Alarm
 
 log = structlog.get_logger(__name__)
 
-PING_SECONDS = 20.0
 SEND_BUFFER_BYTES = 128 * 1024
 """What the kernel keeps for a client that does not read; left alone it would keep megabytes."""
 STALL_SECONDS = 120.0
@@ -42,9 +39,9 @@ class Patience:
     def __init__(self, send: ASGISendCallable) -> None:
         self._send = send
         self._alarm = Alarm(STALL_SECONDS, self._lose)
-        stream = _owner(send, (HTTPStream, WSStream))
-        protocol = _owner(getattr(stream, "send", None), (H11Protocol, H2Protocol))
-        self._server = _owner(getattr(protocol, "send", None), TCPServer)
+        stream = owner_of(send, (HTTPStream, WSStream))
+        protocol = owner_of(getattr(stream, "send", None), (H11Protocol, H2Protocol))
+        self._server = owner_of(getattr(protocol, "send", None), TCPServer)
         if self._server is not None:
             raw = self._server.writer.get_extra_info("socket")
             with suppress(OSError):  # it has been closed
@@ -91,9 +88,9 @@ class Departure:
         self._send = send
         self._gone = False
         self._telling: asyncio.Task[None] | None = None
-        self._stream = _owner(send, HTTPStream)
-        self._protocol = _owner(getattr(self._stream, "send", None), H11Protocol)
-        server = _owner(getattr(self._protocol, "send", None), TCPServer)
+        self._stream = owner_of(send, HTTPStream)
+        self._protocol = owner_of(getattr(self._stream, "send", None), H11Protocol)
+        server = owner_of(getattr(self._protocol, "send", None), TCPServer)
         self._reader: Any = getattr(server, "reader", None)
         self.watched = isinstance(self._reader, asyncio.StreamReader)
 
@@ -136,34 +133,13 @@ class Departure:
         return call
 
 
-class _CutBuffer(WebsocketBuffer):
-    """Collects a frame's text up to its bound, and drops the rest.
-
-    Hypercorn's own closes the connection at its bound but goes on collecting what still comes.
-    """
-
-    def extend(self, event: Message[Any]) -> None:
-        """Take a part of a message."""
-        room = self.max_length - self.length
-        super().extend(dataclasses.replace(event, data=event.data[:room]))
-
-
-def bound_frames(send: ASGISendCallable, limit: int) -> None:
-    """Let a client's frames take no more memory than ``limit``, cut behind it by one character.
-
-    Compression is refused: a few kilobytes can inflate to gigabytes, on the event loop.
-    """
-    if (stream := _owner(send, WSStream)) is not None:
-        stream.handshake.extensions = None
-        stream.buffer = _CutBuffer(limit + 1)
-
-
 _check_protocol = H11Protocol._check_protocol
 _read_data = TCPServer._read_data
+_run = TCPServer.run
 
 
 def mend_hypercorn() -> None:
-    """Change two of its methods, for every connection.
+    """Change three of its methods, for every connection.
 
     ``Upgrade: h2c`` is answered in HTTP/1.1, as RFC 9110 (7.8) allows. A proxy that passes the
     header on would find itself tunnelling, unseen, requests that its own rules were to judge. A
@@ -171,9 +147,13 @@ def mend_hypercorn() -> None:
 
     A connection that its client has closed is closed. Hypercorn holds it for the rest of
     ``keep_alive_timeout`` (5 s): two hundred short connections a second were a thousand open files.
+
+    The objects of a connection that is over are freed. They refer to one another, so Hypercorn
+    leaves them, and what they have read, to the garbage collector, which runs rarely here.
     """
     H11Protocol._check_protocol = _check_without_h2c  # type: ignore[method-assign]
     TCPServer._read_data = _read_until_closed  # type: ignore[method-assign]
+    TCPServer.run = _run_and_let_go  # type: ignore[method-assign]
 
 
 async def _check_without_h2c(self: H11Protocol, event: h11.Request) -> None:
@@ -188,35 +168,19 @@ async def _read_until_closed(self: TCPServer) -> None:
     self._idle_timeout = self._initiate_server_close  # type: ignore[method-assign]
 
 
-@asynccontextmanager
-async def pinged(send: ASGISendCallable) -> AsyncIterator[None]:
-    """While this is open, a WebSocket client gets a ping every 20 s.
-
-    Hypercorn's own pings sleep on for an interval after the connection has ended, and keep it from
-    being closed for so long; they are left to those who have configured them.
-    """
-    stream = _owner(send, WSStream)
-    if stream is None or stream.config.websocket_ping_interval is not None:
-        yield
-        return
-
-    async def ping() -> None:
-        while True:
-            await asyncio.sleep(PING_SECONDS)
-            if stream.state is ASGIWebsocketState.CONNECTED:
-                await stream._send_wsproto_event(Ping())
-
-    task = asyncio.create_task(ping())
+async def _run_and_let_go(self: TCPServer) -> None:
     try:
-        yield
+        await _run(self)
     finally:
-        task.cancel()
+        for name in ("protocol", "_idle_timeout", "_task_group"):
+            vars(self).pop(name, None)
 
 
 async def _call(function: Callable[[Any], Awaitable[None]], argument: Any) -> None:
     await function(argument)
 
 
-def _owner(method: Any, kind: type | tuple[type, ...]) -> Any:
+def owner_of(method: Any, kind: type | tuple[type, ...]) -> Any:
+    """The object whose method this is, if it is of that kind, else None."""
     owner = getattr(method, "__self__", None)
     return owner if isinstance(owner, kind) else None

@@ -5,6 +5,7 @@ as fast as they are dealt with and sent as fast as the client reads, so neither 
 """
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,19 +13,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
-import structlog
-from quart import g, websocket
+from quart import websocket
 
 from server.access.admission import TIMEOUT_HEADER, admit
 from server.access.caller import owner
-from server.connection import request_id
 from server.errors import ApiError, as_api_error, bad_request
+from server.frames import FrameError
 from server.generation import Generation
 from server.http import STRICT_HEADER, is_strict, parse_object
 from server.prepare import Prepare
 from server.protocol.validation import json_kind
 from server.record import Record
 from server.services import Services
+from server.socket_connection import current_socket
 from server.tracing import WEBSOCKET
 
 MAX_AT_ONCE = 16
@@ -50,25 +51,38 @@ async def open_socket(services: Services) -> None:
     Raises:
         ApiError: a page of a foreign origin opened it.
     """
-    if "socket_id" in g:
+    socket = current_socket()
+    if socket.accepted:
         return
-    headers = websocket.headers
+    headers = socket.headers
     _check_origin(headers.get("Origin"), headers.get("Host", ""), services.settings.allowed_origins)
-    g.socket_id = request_id(headers)
-    structlog.contextvars.bind_contextvars(id=g.socket_id)
     # A browser wants one of the protocols it offered: the key's own only if there is no other.
-    offered = sorted(websocket.requested_subprotocols, key=lambda name: "key." in name)
-    await websocket.accept(
-        headers={"X-Request-Id": g.socket_id} | await services.limiter.headers(),
+    offered = sorted(socket.requested_subprotocols, key=lambda name: "key." in name)
+    await socket.accept(
+        headers={"X-Request-Id": socket.id} | await services.limiter.headers(),
         subprotocol=offered[0] if offered else None,
     )
 
 
-async def close_failed(error: ApiError) -> None:
-    """Say what is wrong, then close the accepted connection with the code that stands for it."""
-    await websocket.send(orjson.dumps(error.envelope()).decode())
-    code = 4000 + error.status if error.status in (401, 403, 429) else 1011
-    await websocket.close(code, error.name)
+async def end_refused(error: ApiError) -> None:
+    """Note why the socket ends; if it was accepted, say so and close it with the code for that."""
+    socket = current_socket()
+    socket.record.note_error(error)
+    if not socket.accepted:
+        socket.record.note(status=error.status)
+        return
+    await socket.send(orjson.dumps(error.envelope()).decode())
+    await socket.close(close_code(error), error.name)
+
+
+def close_code(error: ApiError) -> int:
+    """What a socket is closed with because of an error (RFC 6455, 7.4)."""
+    if isinstance(error, FrameError):
+        return error.close_code
+    if error.status in (401, 403, 429):
+        return 4000 + error.status
+    known = {413: 1009, 503: 1013}  # message too big; try again later
+    return known.get(error.status, 1008 if error.status < 500 else 1011)
 
 
 def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> None:
@@ -122,42 +136,59 @@ class _Session:
         self._running: dict[object, _Running] = {}
 
     async def run(self) -> None:
-        """Deal with frames until the client goes away, which cancels this and all it started."""
+        """Deal with frames until the client goes away, which cancels this and all it started.
+
+        Raises:
+            FrameError: it sent what is no frame.
+        """
+        failed = None
+        try:
+            await self._run()
+        except* FrameError as group:
+            failed = group.exceptions[0]
+        if failed is not None:
+            raise failed
+
+    async def _run(self) -> None:
         answers: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._leave_in_time(answers))
             while True:
-                frame = await websocket.receive()
-                try:
-                    message = await self._parse(frame)
-                except ApiError as error:
-                    await self._send(error.envelope(), None)
-                    continue
-                name = message.get("id") if "type" in message else None
-                name = name if isinstance(name, str) else None
-                try:
-                    body = self._open(message, name)
-                except ApiError as error:
-                    await self._send(error.envelope(), name)
-                    continue
-                if body is not None:
-                    key = object() if name is None else name
-                    self._running[key] = _Running()
-                    task = tasks.create_task(self._answer(key, name, body))
+                if (answering := await self._next()) is not None:
+                    task = tasks.create_task(answering)
                     answers.add(task)
                     task.add_done_callback(answers.discard)
+
+    async def _next(self) -> Coroutine[Any, Any, None] | None:
+        """What answers the next frame; None: it asked for nothing, or was refused.
+
+        Nothing of a frame outlives this but the body of its request.
+        """
+        name = None
+        try:
+            message = await self._parse(await current_socket().receive())
+            name = message.get("id") if "type" in message else None
+            name = name if isinstance(name, str) else None
+            body = self._open(message, name)
+        except FrameError:
+            raise
+        except ApiError as error:
+            await self._send(error.envelope(), name)
+            return None
+        if body is None:
+            return None
+        key = object() if name is None else name
+        self._running[key] = _Running()
+        return self._answer(key, name, body)
 
     async def _leave_in_time(self, answers: set[asyncio.Task[None]]) -> None:
         """Once the server is going to end: close when nothing runs here any more."""
         await self._services.admission.closed.wait()
         while answers:
             await asyncio.wait(tuple(answers))
-        await websocket.close(1001, "the server is shutting down")
+        await current_socket().close(1001, "the server is shutting down")
 
-    async def _parse(self, frame: str | bytes | None) -> dict[str, Any]:
-        frame, limit = frame or b"", self._services.settings.max_body_bytes
-        if len(frame) > limit:
-            raise ApiError(413, f"The frame is longer than {limit} bytes; send less.")
+    async def _parse(self, frame: bytes) -> dict[str, Any]:
         return await self._services.text.run(len(frame), partial(parse_object, frame))
 
     def _open(self, message: dict[str, Any], name: str | None) -> dict[str, Any] | None:
@@ -201,8 +232,9 @@ class _Session:
     async def _answer(self, key: object, name: str | None, body: dict[str, Any]) -> None:
         """Run one request to its end; whatever happens to it stays with it."""
         record, running = Record(), self._running[key]
-        path = websocket.path
-        record.begin_trace(self._services.tracing, WEBSOCKET, path, websocket.headers, g.socket_id)
+        socket = current_socket()
+        path = socket.path
+        record.begin_trace(self._services.tracing, WEBSOCKET, path, socket.headers, socket.id)
         record.note(route=path, key=owner(), request_id=name)
         with ExitStack() as held:
             try:
@@ -215,7 +247,8 @@ class _Session:
                 record.note_error(failure)
                 await self._send(failure.envelope(), name)
                 if failure.status == 401:  # the key was revoked, or has expired
-                    await websocket.close(4401, failure.name)
+                    socket.record.note_error(failure)
+                    await socket.close(close_code(failure), failure.name)
             finally:
                 del self._running[key]
                 if running.generation is not None:

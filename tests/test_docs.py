@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.access.admission import Admission
+from server.access.sockets import SocketPlaces
 from server.metrics import Metrics
 from server.openapi import document
 from server.reference import pages
@@ -106,7 +107,7 @@ def test_every_endpoint_is_described() -> None:
 
 
 def test_every_metric_is_described() -> None:
-    for metric in Metrics(tuple, Admission(1, 1.0)).registry.collect():
+    for metric in Metrics(tuple, Admission(1, 1.0), SocketPlaces(1)).registry.collect():
         assert len(metric.documentation) > 8, metric.name
 
 

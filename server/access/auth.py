@@ -1,5 +1,6 @@
 """Who may do what. Every route needs a key unless this file says otherwise."""
 
+import math
 import time
 from contextlib import suppress
 from functools import partial
@@ -9,18 +10,15 @@ from quart import request
 from quart.wrappers.base import BaseRequestWebsocket
 
 from server.access.caller import caller, set_caller
-from server.access.keys import Key, digest, id_of
+from server.access.keys import TICKET_SECONDS, Key, digest, id_of, is_ticket, new_ticket
 from server.access.locality import is_local_name, is_loopback, name_of
+from server.access.lookup import KeyLookup
 from server.access.store_threads import StoreThreads
 from server.connection import current_request
 from server.errors import ApiError
 from server.settings import Settings
 
 log = structlog.get_logger(__name__)
-
-FRESH_SECONDS = 1.0
-"""For so long a key that was looked up is believed: what changes takes effect within that time."""
-_MOST_FRESH = 4096
 
 OPEN_ENDPOINTS = frozenset(
     {
@@ -55,6 +53,8 @@ SCOPE_OF = {
 }
 """The scope that a rule asks of a key; None: any will do. What is not listed needs ``admin``."""
 
+MAX_TICKETS = 64
+"""Unused tickets that a key may have at once."""
 _HOW = "Send it as the header Authorization: Bearer <key>."
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
 
@@ -83,8 +83,7 @@ class Guard:
         self._threads = threads
         self._store = threads.store
         self._keys_exist = settings.require_key == "true"
-        self._fresh: dict[str, tuple[Key, float]] = {}
-        self._pepper: bytes | None = None
+        self._lookup = KeyLookup(threads)
 
     async def announce(self) -> None:
         """Say at start whom the server will serve."""
@@ -142,11 +141,7 @@ class Guard:
             raise unauthenticated(f"This server needs an API key. {_HOW}")
         if (key_id := id_of(text)) is None:
             raise unauthenticated(f"What was sent is no API key of this server. {_HOW}")
-        pepper = await self._get_pepper()
-        key = self._known(key_id)
-        if key is None or not key.matches(pepper, text):  # another one since: it may be rotated
-            key = await self._find(key_id)
-        if key is None or not key.matches(pepper, text):
+        if (key := await self._lookup.matching(key_id, text)) is None:
             raise unauthenticated("There is no such API key. Check it, or ask for a new one.")
         return _counting(key)
 
@@ -159,7 +154,7 @@ class Guard:
         before = caller()
         if before is None:
             return None
-        key = self._known(before.id) or await self._find(before.id)
+        key = await self._lookup.by_id(before.id)
         if key is None or key.digest != before.digest:
             raise unauthenticated("This API key was replaced by another one.")
         set_caller(_counting(key))
@@ -171,25 +166,38 @@ class Guard:
         Raises:
             ApiError: it is none, or none any more.
         """
-        pepper = await self._get_pepper()
-        take = partial(self._store.take_ticket, digest(pepper, ticket), time.time())
-        key_id = await self._threads.call(take)
-        key = await self._find(key_id) if key_id is not None else None
+        key_id = None
+        if is_ticket(ticket):
+            kept = digest(await self._lookup.pepper(), ticket)
+            take = partial(self._store.take_ticket, kept, time.time())
+            key_id = await self._lookup.unproven(partial(self._threads.call, take))
+        key = await self._lookup.by_id(key_id, anew=True) if key_id is not None else None
         if key is None:
             raise unauthenticated(
                 "token must be a ticket of POST /v1/ws-tickets, used once and in time; never a key."
             )
         return _counting(key)
 
-    async def keep_ticket(self, ticket: str, key: Key, seconds: float) -> None:
-        """Let ``ticket`` stand for the key, once.
+    async def new_ticket(self, key: Key) -> str:
+        """A text that stands for the key once, for :data:`~server.access.keys.TICKET_SECONDS`.
 
         Raises:
-            ApiError: the store cannot be used.
+            ApiError: too many of the key's are unused, or the store cannot be used.
         """
-        kept = digest(await self._get_pepper(), ticket)
-        add = partial(self._store.add_ticket, kept, key.id, time.time() + seconds)
-        await self._threads.call(add)
+        ticket, now = new_ticket(), time.time()
+        kept = digest(await self._lookup.pepper(), ticket)
+        add = partial(self._store.add_ticket, kept, key.id, now, now + TICKET_SECONDS, MAX_TICKETS)
+        if (wait := await self._threads.call(add)) is not None:
+            seconds = max(1, math.ceil(wait))
+            raise ApiError(
+                429,
+                f"{MAX_TICKETS} tickets of this API key are unused, the most it may have. Use one, "
+                f"or try again in {seconds} s, when the first has expired.",
+                kind="rate_limit_exceeded",
+                code="too_many_tickets",
+                headers={"Retry-After": str(seconds)},
+            )
+        return ticket
 
     def permit(self, name: str) -> None:
         """Let the caller use the model of this id or alias.
@@ -211,7 +219,7 @@ class Guard:
 
     def forget(self, key_id: str) -> None:
         """Look a key up anew: it has been changed."""
-        self._fresh.pop(key_id, None)
+        self._lookup.forget(key_id)
 
     async def _closed(self) -> bool:
         """Whether keys are needed; once they were, they are for as long as the server runs."""
@@ -221,24 +229,6 @@ class Guard:
 
     async def _has_keys(self) -> bool:
         return self._store.exists() and await self._threads.call(self._store.has_keys)
-
-    async def _get_pepper(self) -> bytes:
-        if self._pepper is None:
-            self._pepper = await self._threads.call(self._store.pepper)
-        return self._pepper
-
-    def _known(self, key_id: str) -> Key | None:
-        key, until = self._fresh.get(key_id, (None, 0.0))
-        return key if time.monotonic() < until else None
-
-    async def _find(self, key_id: str) -> Key | None:
-        now = time.monotonic()
-        key = await self._threads.call(partial(self._store.find_key, key_id))
-        if key is not None:
-            if len(self._fresh) >= _MOST_FRESH:
-                self._fresh.clear()
-            self._fresh[key_id] = key, now + FRESH_SECONDS
-        return key
 
 
 def bearer(connection: BaseRequestWebsocket) -> str | None:

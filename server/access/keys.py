@@ -24,6 +24,11 @@ _ID_LENGTH, _SECRET_LENGTH = 10, 22  # log2(62) * 22 = 131 bits
 _KEY = re.compile(rf"inferneo-([A-Za-z0-9]{{{_ID_LENGTH}}})-[A-Za-z0-9]{{{_SECRET_LENGTH}}}")
 
 
+_TICKET = re.compile(r"ticket-[0-9a-f]{32}")
+TICKET_SECONDS = 30
+"""How long a ticket for a WebSocket can be used."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """What a key may take; None is without limit.
@@ -117,6 +122,16 @@ def id_of(text: str) -> str | None:
     """The id in a key's text; None if it is no such text."""
     match = _KEY.fullmatch(text)
     return match[1] if match else None
+
+
+def new_ticket() -> str:
+    """A new text that may stand for a key once."""
+    return f"ticket-{secrets.token_hex(16)}"
+
+
+def is_ticket(text: str) -> bool:
+    """Whether it has a ticket's form."""
+    return _TICKET.fullmatch(text) is not None
 
 
 def digest(pepper: bytes, text: str) -> str:

@@ -136,4 +136,21 @@ end
 """
 )
 
+ADD_TICKET = """
+local tickets, ticket = KEYS[1], KEYS[2]
+local now, expires, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+redis.call('ZREMRANGEBYSCORE', tickets, '-inf', ARGV[1])
+if redis.call('ZCARD', tickets) >= most then
+  local first = redis.call('ZRANGE', tickets, 0, 0, 'WITHSCORES')[2]
+  return string.format('%.17g', tonumber(first) - now)
+end
+-- Both are forgotten a while after the ticket ends, which is by the caller's clock.
+local seconds = math.ceil(expires - now) + 60
+redis.call('SET', ticket, ARGV[2] .. '|' .. ARGV[4], 'EX', seconds)
+redis.call('ZADD', tickets, ARGV[2], ARGV[5])
+redis.call('EXPIRE', tickets, seconds)
+return ''
+"""
+"""Of a key's unused tickets there is a sorted set, by when they expire; of each ticket a string."""
+
 STANDING = _COMMON + "\nreturn standing('', 0)\n"

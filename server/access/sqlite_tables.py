@@ -37,6 +37,8 @@ CREATE TABLE IF NOT EXISTS usage (
     cached INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (key, day, model)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS tickets (
     digest TEXT PRIMARY KEY, key TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS tickets_by_key ON tickets (key, expires);
+CREATE INDEX IF NOT EXISTS tickets_by_time ON tickets (expires);
 """
 _CHARGE = """
 INSERT INTO usage (key, day, model, requests, prompt, completion, cached)

@@ -141,8 +141,14 @@ class Store(Protocol):
     def usage(self, key_id: str) -> list[UsageRow]:
         """All that was charged to a key, by day and model."""
 
-    def add_ticket(self, ticket: str, key_id: str, expires: float) -> None:
-        """Keep the digest of a ticket."""
+    def add_ticket(
+        self, ticket: str, key_id: str, now: float, expires: float, most: int
+    ) -> float | None:
+        """Keep the digest of a ticket, in one step with counting those of its key.
+
+        Returns:
+            None; or, with nothing kept, seconds until the first of ``most`` unused ones expires.
+        """
 
     def take_ticket(self, ticket: str, now: float) -> str | None:
         """The id of the key whose ticket this is, once; None if it is none, or has expired."""

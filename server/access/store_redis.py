@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import redis
 
 from server.access.keys import Key, Limits
-from server.access.redis_scripts import RENEW, RESERVE, SETTLE, STANDING
+from server.access.redis_scripts import ADD_TICKET, RENEW, RESERVE, SETTLE, STANDING
 from server.access.store import LEASE_SECONDS, Call, Refusal, Spent, Standing, StoreError, UsageRow
 
 _TIMEOUT_SECONDS = 2.0
@@ -53,7 +53,8 @@ class RedisStore:
             socket_connect_timeout=_TIMEOUT_SECONDS,
         )
         self._scripts = {
-            text: self._redis.register_script(text) for text in (RESERVE, SETTLE, RENEW, STANDING)
+            text: self._redis.register_script(text)
+            for text in (RESERVE, SETTLE, RENEW, STANDING, ADD_TICKET)
         }
 
     def exists(self) -> bool:
@@ -141,10 +142,13 @@ class RedisStore:
         ]
 
     @_telling
-    def add_ticket(self, ticket: str, key_id: str, expires: float) -> None:
-        # It forgets them a while after nobody may use them: the expiry is the caller's clock's.
-        value = f"{expires!r}|{key_id}"
-        self._redis.set(f"{_ROOT}ticket:{ticket}", value, ex=3600)
+    def add_ticket(
+        self, ticket: str, key_id: str, now: float, expires: float, most: int
+    ) -> float | None:
+        names = [f"{_ROOT}tickets:{key_id}", f"{_ROOT}ticket:{ticket}"]
+        arguments: list[Any] = [repr(now), repr(expires), most, key_id, ticket]
+        wait = self._scripts[ADD_TICKET](keys=names, args=arguments)
+        return float(wait) if wait else None
 
     @_telling
     def take_ticket(self, ticket: str, now: float) -> str | None:
@@ -152,6 +156,7 @@ class RedisStore:
         if value is None:
             return None
         expires, key_id = value.split("|", 1)
+        self._redis.zrem(f"{_ROOT}tickets:{key_id}", ticket)
         return key_id if float(expires) > now else None
 
     def close(self) -> None:

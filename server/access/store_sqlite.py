@@ -177,9 +177,17 @@ class SqliteStore:
             return [UsageRow(*row) for row in database.execute(query, (key_id,))]
 
     @_telling
-    def add_ticket(self, ticket: str, key_id: str, expires: float) -> None:
+    def add_ticket(
+        self, ticket: str, key_id: str, now: float, expires: float, most: int
+    ) -> float | None:
+        query = "SELECT COUNT(*), MIN(expires) FROM tickets WHERE key = ?"
         with self._transaction() as database:
+            database.execute("DELETE FROM tickets WHERE expires <= ?", (now,))
+            count, first = database.execute(query, (key_id,)).fetchone()
+            if count >= most:
+                return float(first) - now
             database.execute("INSERT INTO tickets VALUES (?, ?, ?)", (ticket, key_id, expires))
+        return None
 
     @_telling
     def take_ticket(self, ticket: str, now: float) -> str | None:

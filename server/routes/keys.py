@@ -1,18 +1,15 @@
 """What a key's holder may know and have: ``GET /v1/usage`` and ``POST /v1/ws-tickets``."""
 
-import secrets
 from functools import partial
 
 from quart import Blueprint, Response
 
 from server.access.caller import caller
-from server.access.keys import Key
+from server.access.keys import TICKET_SECONDS, Key
 from server.access.usage import key_usage
 from server.errors import bad_request
 from server.http import json_response
 from server.services import Services
-
-TICKET_SECONDS = 30
 
 
 def blueprint(services: Services) -> Blueprint:
@@ -29,8 +26,7 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.post("/ws-tickets")
     async def create_ticket() -> Response:
-        ticket = f"ticket-{secrets.token_hex(16)}"
-        await services.guard.keep_ticket(ticket, _needed(), TICKET_SECONDS)
+        ticket = await services.guard.new_ticket(_needed())
         answer = {"object": "ws_ticket", "ticket": ticket, "expires_in": TICKET_SECONDS}
         return json_response(answer)
 

@@ -20,6 +20,7 @@ from harness import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
 
 from inferneo_jax import EngineStats, GenerationOutput
 from server.access.admission import Admission
+from server.access.sockets import SocketPlaces
 from server.metrics import Metrics
 from tests.clients.tools import program
 from tests.serving import free_address
@@ -70,7 +71,7 @@ def known() -> dict[str, set[str]]:
     engine = FakeEngine(lambda _: ())
     model = models_of(engine, FakeEmbedder(), make_tokenizer())[CHAT]()
     found: dict[str, set[str]] = {name: set() for name in OF_PROMETHEUS}
-    metrics = Metrics(lambda: [model], Admission(1, 1.0))
+    metrics = Metrics(lambda: [model], Admission(1, 1.0), SocketPlaces(1))
     for collector in set(metrics.registry._collector_to_names):
         labels = set(getattr(collector, "_labelnames", ()))
         for family in collector.collect():

@@ -1,6 +1,9 @@
 """How WebSockets bring their keys, and lose them."""
 
+import gc
+import socket
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from harness import CHAT, REPLY
 from rigs import KeyRig, bearer, closing_code
 from websockets.sync.client import connect
 
-from server.access.keys import new_text
+from server.access.auth import MAX_TICKETS
+from server.access.keys import TICKET_SECONDS, new_text
+from server.frames import FrameMemory, Inbox, take_over
 
 ROOT = Path(__file__).parents[2]
 CHATS = "/v1/chat/completions"
@@ -58,11 +63,56 @@ def test_a_first_frame_without_a_right_key_closes_the_socket(rig: KeyRig) -> Non
         with connect(rig.ws + CHATS) as ws:
             ws.send(orjson.dumps({"type": "auth", "api_key": key}).decode())
             assert closing_code(ws) == code
-    for frame in ("{}", "nonsense", orjson.dumps(BODY).decode(), b"\xff", "x" * 5000):
-        with connect(rig.ws + CHATS) as ws:
-            ws.send(frame)
-            assert closing_code(ws) in (4401, 1011)
     assert rig.engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "",
+        "{}",
+        "nonsense",
+        "[" * 4000,
+        '{"type": "auth", "api_key": NaN}',
+        '{"type": "auth", "api_key": 5}',
+        '{"type": "auth", "api_key": ["a"]}',
+        '{"type": ["auth"], "api_key": "a"}',
+        '{"type": "auth"}',
+        '{"api_key": "a"}',
+        '["auth"]',
+        '"auth"',
+        "null",
+        orjson.dumps(BODY).decode(),
+        b"",
+        b"\xff\xfe",
+        b"\x00" * 4096,
+        '{"type": "auth", "api_key": "\\ud800"}',
+        '{"type": "auth", "api_key": "inferneo-\u0661"}',
+    ],
+)
+def test_a_first_frame_that_is_no_key_gets_an_error_and_4401(rig: KeyRig, frame: str) -> None:
+    with connect(rig.ws + CHATS) as ws:
+        ws.send(frame)
+        assert orjson.loads(ws.recv(timeout=10))["error"]["code"] == "invalid_api_key"
+        assert closing_code(ws) == 4401
+
+
+def test_a_first_frame_that_is_too_long_closes_the_socket_at_once(rig: KeyRig) -> None:
+    for parts in (["x" * 5000], ["x" * 4000, "x" * 97, "x"]):  # in fragments, too, and unfinished
+        with connect(rig.ws + CHATS) as ws:
+            ws.send(iter(parts))
+            error = orjson.loads(ws.recv(timeout=10))["error"]
+            assert "longer than 4096 bytes" in error["message"]
+            assert closing_code(ws) == 1009
+
+
+def test_an_identified_client_may_send_long_frames_at_once(rig: KeyRig) -> None:
+    with connect(rig.ws + CHATS) as ws:
+        ws.send(orjson.dumps({"type": "auth", "api_key": rig.key()[1]}).decode())
+        ws.send(orjson.dumps({**BODY, "user": "x" * 200_000}).decode())
+        assert "user" in orjson.loads(ws.recv(timeout=10))["error"]["message"]
+        ws.send(orjson.dumps(BODY).decode())
+        assert orjson.loads(ws.recv(timeout=10))["object"] == "chat.completion"
 
 
 def test_a_silent_socket_is_closed(rig: KeyRig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +124,7 @@ def test_a_silent_socket_is_closed(rig: KeyRig, monkeypatch: pytest.MonkeyPatch)
 def test_a_revoked_key_ends_an_open_socket_at_its_next_request(
     rig: KeyRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.access.auth.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("server.access.lookup.FRESH_SECONDS", 0.0)
     key, text = rig.key()
     with connect(rig.ws + CHATS, additional_headers=bearer(text)) as ws:
         ws.send(orjson.dumps({**BODY, "stream": True}).decode())
@@ -106,3 +156,80 @@ def test_a_key_in_a_query_is_not_accepted(rig: KeyRig) -> None:
     for query in ("token", "api_key", "key"):
         response = httpx.get(f"{rig.url}/v1/models?{query}={text}")
         assert response.status_code == 401
+
+
+def test_what_a_closed_socket_held_is_freed_without_the_collector(
+    rig: KeyRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def watched(send: Any, memory: FrameMemory) -> Inbox:
+        inbox, stream = take_over(send, memory), send.__self__
+        alive.update([inbox, stream, stream.send.__self__, stream.send.__self__.send.__self__])
+        return inbox
+
+    monkeypatch.setattr("server.socket_connection.take_over", watched)
+    # The loop keeps a cancelled timer, and with it a context, until it would have been due.
+    monkeypatch.setattr("server.access.socket_auth.FIRST_FRAME_SECONDS", 1.0)
+    url, text = rig.ws + CHATS, rig.key()[1]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            for first in ("{}", "x" * 5000, b"\xff"):
+                with connect(url) as ws:
+                    ws.send(first)
+                    closing_code(ws)
+            with connect(url) as ws:
+                ws.socket.sendall(b"\x81\xfe\x01\xf4" + bytes(9))  # a frame that does not go on
+                ws.socket.shutdown(socket.SHUT_RDWR)
+            with connect(url, additional_headers=bearer(text)) as ws:
+                ws.send(orjson.dumps({**BODY, "stream": True}).decode())
+                receive(ws)
+                ws.send("nonsense")
+                ws.recv(timeout=10)
+            with pytest.raises(websockets.InvalidStatus):
+                connect(url, additional_headers=bearer(new_text("0000000000")))
+        assert alive
+        deadline = time.monotonic() + 20
+        while alive:
+            assert time.monotonic() < deadline, list(alive)
+            time.sleep(0.05)
+    finally:
+        gc.enable()
+
+
+def test_a_frame_that_stalls_closes_its_socket(
+    rig: KeyRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.frames.STALL_SECONDS", 0.1)
+    with connect(rig.ws + CHATS, additional_headers=rig.headers()) as ws:
+        ws.socket.sendall(b"\x81\xfe\x01\xf4" + bytes(4) + b"x" * 100)  # of 500
+        assert orjson.loads(ws.recv(timeout=10))["error"]["code"] == "frame_stalled"
+        assert closing_code(ws) == 1008
+
+
+def test_a_key_has_a_bounded_number_of_unused_tickets(rig: KeyRig) -> None:
+    def ask(headers: dict[str, str]) -> httpx.Response:
+        return rig.client.post("/v1/ws-tickets", headers=headers)
+
+    mine, others = rig.headers(), rig.headers()
+    tickets = [ask(mine) for _ in range(MAX_TICKETS)]
+    assert {answer.status_code for answer in tickets} == {200}
+    refused = ask(mine)
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "too_many_tickets"
+    assert 0 < int(refused.headers["Retry-After"]) <= TICKET_SECONDS
+    assert ask(others).status_code == 200
+    with connect(f"{rig.ws}{CHATS}?token={tickets[0].json()['ticket']}"):
+        assert ask(mine).status_code == 200
+
+
+def test_what_has_not_a_tickets_form_is_not_looked_up(
+    rig: KeyRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.access.store_sqlite.SqliteStore.take_ticket", None)
+    for token in ("", "x" * 4000, "ticket-", "ticket-%ff", "ticket-" + "A" * 32):
+        with pytest.raises(websockets.InvalidStatus) as caught:
+            connect(f"{rig.ws}{CHATS}?token={token}")
+        assert caught.value.response.status_code == 401

@@ -3,9 +3,11 @@
 import itertools
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -189,12 +191,39 @@ def test_keys_are_kept_and_changed(store: Store) -> None:
 
 
 def test_a_ticket_is_good_once_and_for_a_while(store: Store) -> None:
-    store.add_ticket("one", "k", NOON + 30)
-    store.add_ticket("two", "k", NOON + 30)
+    for ticket in ("one", "two"):
+        assert store.add_ticket(ticket, "k", NOON, NOON + 30, 2) is None
     assert store.take_ticket("one", NOON + 29) == "k"
     assert store.take_ticket("one", NOON + 29) is None
     assert store.take_ticket("two", NOON + 30) is None
     assert store.take_ticket("none", NOON) is None
+
+
+def test_a_key_has_so_many_unused_tickets_at_most(store: Store) -> None:
+    for i in range(3):
+        assert store.add_ticket(f"{i}", "k", NOON + i, NOON + i + 30, 3) is None
+    assert store.add_ticket("more", "k", NOON + 10, NOON + 40, 3) == 20
+    assert store.take_ticket("more", NOON + 10) is None
+    assert store.add_ticket("another's", "j", NOON + 10, NOON + 40, 3) is None
+    assert store.take_ticket("1", NOON + 10) == "k"  # a used one makes room,
+    assert store.add_ticket("more", "k", NOON + 10, NOON + 40, 3) is None
+    assert store.add_ticket("late", "k", NOON + 11, NOON + 41, 3) == 19
+    assert store.add_ticket("late", "k", NOON + 30, NOON + 60, 3) is None  # and so does time
+    assert store.take_ticket("late", NOON + 30) == "k"
+
+
+def test_expired_tickets_are_swept(location: str, store: Store) -> None:
+    for i in range(5):
+        store.add_ticket(f"{i}", "k", NOON, NOON + 30, 5)
+    store.add_ticket("later", "j", NOON + 30, NOON + 60, 5)
+    if not location.startswith("redis"):
+        with closing(sqlite3.connect(location)) as database:
+            assert database.execute("SELECT digest FROM tickets").fetchall() == [("later",)]
+        return
+    with redis.Redis.from_url(location, decode_responses=True) as client:
+        names = client.keys("*ticket*")
+        assert len(names) == 5 + 1 + 2
+        assert all(0 < client.ttl(name) <= 90 for name in names)
 
 
 def test_a_database_is_its_owners_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from playwright.sync_api import expect
 from rigs import FREE, KeyRig, key_rig
 
 from inferneo_jax import EngineFailedError, OverloadedError, Tokenizer
-from server.access import auth
+from server.access import lookup
 
 REQUEST = re.compile(r"Request req_\w+")
 
@@ -25,7 +25,7 @@ REQUEST = re.compile(r"Request req_\w+")
 def keys(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyRig]:
     location = str(tmp_path_factory.mktemp("keys") / "keys.db")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auth, "FRESH_SECONDS", 0.0)  # what is changed here counts at once
+        patch.setattr(lookup, "FRESH_SECONDS", 0.0)  # what is changed here counts at once
         with key_rig(tokenizer, location, require_key="true") as found:
             yield found
 

@@ -295,7 +295,7 @@ async def test_a_slow_reader_pauses_nobody_else(rig: Rig, tokenizer: Tokenizer) 
 
 
 async def test_a_silent_socket_is_pinged(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.transport.PING_SECONDS", 0.01)
+    monkeypatch.setattr("server.frames.PING_SECONDS", 0.01)
     pinged = asyncio.Event()
 
     class Client(websockets.ClientConnection):

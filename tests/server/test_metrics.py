@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inferneo_jax import GenerationOutput
 from server.access.admission import Admission
+from server.access.sockets import SocketPlaces
 from server.metrics import Metrics
 
 
@@ -89,7 +90,7 @@ def test_made_up_methods_and_paths_make_no_series(rig: Rig) -> None:
 
 
 def test_times_are_those_of_the_engine() -> None:
-    metrics = Metrics(tuple, Admission(1, 1.0))
+    metrics = Metrics(tuple, Admission(1, 1.0), SocketPlaces(1))
     meter = metrics.meter("m")
     started = time.monotonic()
     meter.submitted(0, 7)

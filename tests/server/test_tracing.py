@@ -19,6 +19,7 @@ from werkzeug.datastructures import Headers
 
 from inferneo_jax import EngineFailedError, GenerationOutput, Tokenizer
 from server.access.admission import Admission
+from server.access.sockets import SocketPlaces
 from server.metrics import Metrics
 from server.tracing import open_tracing
 
@@ -115,7 +116,7 @@ def test_a_request_is_one_span_with_its_facts(traced: Rig, kept: Kept, stream: b
 
 
 def test_parts_are_cut_where_the_figures_are() -> None:
-    kept, metrics = Kept(), Metrics(tuple, Admission(1, 1.0))
+    kept, metrics = Kept(), Metrics(tuple, Admission(1, 1.0), SocketPlaces(1))
     trace = kept.tracing().begin("POST", "/v1/completions", Headers(), "id")
     meter = metrics.meter("m", trace)
     for index in range(20):

@@ -140,7 +140,7 @@ def test_there_is_no_bound_on_how_long_a_client_may_not_read() -> None:
 
 
 def test_a_frame_that_is_too_long_is_kept_whole() -> None:
-    """Or ``_CutBuffer`` in transport.py can go."""
+    """Or ``Inbox`` in frames.py can go."""
     buffer = WebsocketBuffer(4)
     with pytest.raises(FrameTooLargeError):
         buffer.extend(TextMessage(data="x" * 100))
@@ -148,7 +148,7 @@ def test_a_frame_that_is_too_long_is_kept_whole() -> None:
 
 
 async def test_pings_keep_a_closed_connection() -> None:
-    """Or ``pinged`` in transport.py can go, and Hypercorn's ``websocket_ping_interval`` be set."""
+    """Or ``pinged`` in frames.py can go, and Hypercorn's ``websocket_ping_interval`` be set."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if not await lifespan(scope, receive, send):

@@ -1,0 +1,79 @@
+"""How many WebSockets there may be, whose, and from where."""
+
+from contextlib import suppress
+
+import pytest
+
+from server.access.sockets import (
+    MAX_UNIDENTIFIED,
+    MAX_UNIDENTIFIED_OF_ADDRESS,
+    SocketPlace,
+    SocketPlaces,
+    network_of,
+)
+from server.errors import ApiError
+
+
+def fill(places: SocketPlaces, owner: str | None) -> list[SocketPlace]:
+    """All the places that one owner can have."""
+    taken = []
+    with suppress(ApiError):
+        while True:
+            taken.append(places.enter(owner))
+    return taken
+
+
+def test_one_key_leaves_places_for_every_other() -> None:
+    places = SocketPlaces(60)
+    mine = fill(places, "flood")
+    assert (len(mine), len(fill(places, "second")), len(fill(places, "third"))) == (30, 15, 8)
+    assert [len(fill(places, f"late {i}")) for i in range(20)] == [4, 2, 1] + [1] * 17
+    with pytest.raises(ApiError, match="of 60 it can take, 30 of them opened with this key") as no:
+        places.enter("flood")
+    assert (no.value.status, no.value.headers["Retry-After"]) == (503, "1")
+    for place in mine:
+        place.leave()
+        place.leave()  # counts once
+    assert places.identified == 15 + 8 + 7 + 17
+    assert len(fill(places, "flood")) == 7
+
+
+def test_without_keys_all_places_can_be_had() -> None:
+    places = SocketPlaces(5)
+    assert len(fill(places, None)) == 5
+
+
+def test_unidentified_sockets_take_no_place_of_the_others() -> None:
+    places = SocketPlaces(5)
+    waiting = [places.wait(f"10.0.0.{i % 8}") for i in range(MAX_UNIDENTIFIED)]
+    with pytest.raises(ApiError) as no:
+        places.wait("10.0.0.9")
+    assert no.value.status == 503
+    assert len(fill(places, None)) == 5
+    assert (places.identified, places.unidentified) == (5, MAX_UNIDENTIFIED)
+    for place in waiting:
+        place.leave()
+    assert places.unidentified == 0
+    for _ in range(MAX_UNIDENTIFIED_OF_ADDRESS):
+        places.wait("2001:db8:0:1::7")
+    for address in ("2001:db8:0:1:ffff::", "2001:db8:0:1::7%eth0"):
+        with pytest.raises(ApiError, match=f"^{MAX_UNIDENTIFIED_OF_ADDRESS} WebSockets") as no:
+            places.wait(address)
+        assert (no.value.status, no.value.code) == (429, "too_many_unidentified")
+    places.wait("2001:db8:0:2::7")
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+        (None, ""),
+        ("/run/inferneo.sock", ""),
+    ],
+)
+def test_what_counts_as_one_address(address: str | None, network: str) -> None:
+    assert network_of(address) == network

@@ -232,7 +232,7 @@ def test_quart_ends_long_answers_and_lists_methods_of_sockets() -> None:
 
 
 async def test_quart_drops_a_body_that_is_too_large_unread() -> None:
-    """Or ``LimitedBody`` in connection.py can go."""
+    """Or ``LimitedBody`` in body.py can go."""
     body = Body(None, 10)
     body.append(b"x" * 11)
     with pytest.raises(RequestEntityTooLarge):

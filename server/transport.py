@@ -21,6 +21,7 @@ from hypercorn.protocol.ws_stream import ASGIWebsocketState, WebsocketBuffer, WS
 from hypercorn.typing import ASGISendCallable, ASGISendEvent
 from wsproto.events import Message, Ping
 
+from server import http1
 from server.alarm import Alarm
 
 log = structlog.get_logger(__name__)
@@ -163,7 +164,7 @@ _read_data = TCPServer._read_data
 
 
 def mend_hypercorn() -> None:
-    """Change two of its methods, for every connection.
+    """Change some of its methods, for every connection.
 
     ``Upgrade: h2c`` is answered in HTTP/1.1, as RFC 9110 (7.8) allows. A proxy that passes the
     header on would find itself tunnelling, unseen, requests that its own rules were to judge. A
@@ -174,6 +175,7 @@ def mend_hypercorn() -> None:
     """
     H11Protocol._check_protocol = _check_without_h2c  # type: ignore[method-assign]
     TCPServer._read_data = _read_until_closed  # type: ignore[method-assign]
+    http1.mend()
 
 
 async def _check_without_h2c(self: H11Protocol, event: h11.Request) -> None:

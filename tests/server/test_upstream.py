@@ -25,7 +25,7 @@ from websockets.asyncio.client import connect
 from werkzeug.exceptions import RequestEntityTooLarge
 from wsproto.events import TextMessage
 
-from server import transport
+from server import http1, transport
 
 Application = Callable[..., Any]
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -36,6 +36,8 @@ ALL = b"HTTP/1.1 200"
 def as_upstream_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo ``transport.mend_hypercorn``, which other tests in this process may have called."""
     monkeypatch.setattr(H11Protocol, "_check_protocol", transport._check_protocol)
+    monkeypatch.setattr(H11Protocol, "__init__", http1._init)
+    monkeypatch.setattr(H11Protocol, "_send_error_response", http1._send_error_response)
     monkeypatch.setattr(TCPServer, "_read_data", transport._read_data)
 
 

@@ -15,6 +15,7 @@ from h11._receivebuffer import ReceiveBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.typing import H11SendableEvent
 
+from server.access.locality import is_host
 from server.errors import bad_request
 
 log = structlog.get_logger(__name__)
@@ -24,7 +25,6 @@ MAX_CHUNK_LINE = 256
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _HEAD_END = b"\r\n\r\n"
-_HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]*)([^#]*)")
 _PREFACE = (b"PRI", b"*", b"2.0")
 """Of HTTP/2, which Hypercorn then takes over."""
@@ -109,7 +109,7 @@ def _checked(request: h11.Request) -> h11.Request:
             "HTTP/1.0"
         )
     host = headers.get(b"host", b"")
-    if not _HOST.fullmatch(host):
+    if not is_host(host.decode("latin-1")):
         raise h11.LocalProtocolError("Host is no name or address, with or without a port")
     if request.target.startswith(b"/") or (request.method, request.target) == (b"OPTIONS", b"*"):
         return request

@@ -77,6 +77,13 @@ MALFORMED = {
 }
 
 
+HOSTS = (
+    *(".localhost", "localhost..", "a..localhost", "%6cocalhost", "[1]", "[::1", "[::1]x", "::1"),
+    *("localhost:x", "localhost:80:80", "a,b", "a\\b", "a;b", "\xe9", "x" * 64, "x." * 127 + "y"),
+)
+MALFORMED |= {f"the host {host}": HIDDEN.replace(b"localhost", host.encode()) for host in HOSTS}
+
+
 def exchange(rig: Rig, sent: bytes) -> bytes:
     """All that is answered until the server closes the connection."""
     received = b""

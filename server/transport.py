@@ -21,7 +21,7 @@ from hypercorn.protocol.ws_stream import ASGIWebsocketState, WebsocketBuffer, WS
 from hypercorn.typing import ASGISendCallable, ASGISendEvent
 from wsproto.events import Message, Ping
 
-from server import http1
+from server import http1, http2
 from server.alarm import Alarm
 
 log = structlog.get_logger(__name__)
@@ -176,6 +176,7 @@ def mend_hypercorn() -> None:
     H11Protocol._check_protocol = _check_without_h2c  # type: ignore[method-assign]
     TCPServer._read_data = _read_until_closed  # type: ignore[method-assign]
     http1.mend()
+    http2.mend()
 
 
 async def _check_without_h2c(self: H11Protocol, event: h11.Request) -> None:

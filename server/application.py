@@ -91,6 +91,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     mend_websockets()
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
+    app.config["BODY_TIMEOUT"] = None  # LimitedBody has its own, by the body's progress
     app.url_map.merge_slashes = False  # a redirect would be no answer of the API
     _handle_errors(app)
     _name_responses(app, services)
@@ -159,9 +160,11 @@ def _with_models(
 
     async def take_place() -> None:
         if request.method == "POST":
+            # Both before the body is waited for, which may be as slow as its sender likes.
             current, timeout = current_request(), request.headers.get(TIMEOUT_HEADER)
-            current.place = services.admission.enter(owner(), timeout)
-            current.cleanup.enter_context(current.place)
+            if (arrival := await services.limiter.enter()) is not None:
+                current.cleanup.callback(lambda: arrival.end(whole=current.body.whole))
+            current.hold(services.admission.enter(owner(), timeout))
 
     routes.before_request(require_models)
     routes.before_request(take_place)
@@ -217,7 +220,8 @@ def _name_responses(app: Quart, services: Services) -> None:
         current = current_request()
         response.headers["X-Request-Id"] = current.id
         response.headers.update(await services.limiter.headers())
-        if services.admission.closed.is_set() and current.http_version.startswith("1"):
+        ends = services.admission.closed.is_set() or current.body.stalled
+        if ends and current.http_version.startswith("1"):
             response.headers["Connection"] = "close"
         current.record.note(status=response.status_code)
         rule = current.url_rule.rule if current.url_rule else "none"

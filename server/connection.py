@@ -17,8 +17,8 @@ from quart import Quart, Request, request
 from quart.asgi import ASGIHTTPConnection
 from quart.wrappers.request import Body
 from werkzeug.datastructures import Headers
-from werkzeug.exceptions import RequestEntityTooLarge
 
+from server.body import LimitedBody
 from server.record import Record
 from server.tracing import Tracing
 from server.transport import Departure, Patience
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-DRAIN_SECONDS = 5.0
-"""How long an error waits for a body to arrive that nobody wants."""
 CONNECTIONS = "connections"
 _TRACING = "tracing"
 _INSIST_SECONDS = 0.05
@@ -40,50 +38,6 @@ def request_id(headers: Headers) -> str:
     """The client's ``X-Request-Id`` if it is one that may be repeated, else a new one."""
     given = headers.get("X-Request-Id", "")
     return given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
-
-
-class LimitedBody(Body):
-    """A body that is refused when it grows too large, yet read to its end.
-
-    A connection that is closed while bytes lie unread is reset, and the client may lose the answer
-    that says why.
-    """
-
-    def __init__(self, expected: int | None, maximum: int | None) -> None:
-        super().__init__(expected, maximum)
-        self._left = maximum
-        self._too_large = RequestEntityTooLarge(
-            f"The request body has more than {maximum} bytes. Send less, or raise "
-            "INFERNEO_MAX_BODY_BYTES where the server is started."
-        )
-        if self._must_raise is not None:
-            self._must_raise = self._too_large
-        self._answered = False
-        self._ended = asyncio.Event()
-
-    def append(self, data: bytes) -> None:
-        """Keep the bytes, or drop them once there are too many."""
-        if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0 and self._must_raise is None:
-                self._must_raise = self._too_large
-                super().set_complete()
-        if self._must_raise is None and not self._answered:
-            self._data.extend(data)
-            self._has_data.set()
-
-    def set_complete(self) -> None:
-        """Called when the last byte has come."""
-        self._ended.set()
-        super().set_complete()
-
-    async def drain(self) -> None:
-        """Wait for the last byte, for a while; keep none, since the answer is known."""
-        self._answered = True
-        self._data.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_SECONDS):
-                await self._ended.wait()
 
 
 class ApiRequest(Request):
@@ -102,6 +56,10 @@ class ApiRequest(Request):
         self.record = Record()
         self.cleanup = AsyncExitStack()
         self.place: Place | None = None
+
+    def hold(self, place: "Place") -> None:
+        """Hold a place until the request is over."""
+        self.place = self.body.place = self.cleanup.enter_context(place)
 
 
 def current_request() -> ApiRequest:

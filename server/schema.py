@@ -195,7 +195,7 @@ class NetworkSettings(BaseModel):
         description="Names under which the server may be asked for, as in the header Host, "
         "without ports.",
         json_schema_extra=_shown(
-            "NAME,...", "any where keys are needed or require_key is false, else this machine's"
+            "NAME,...", "any where keys are needed or require_key is false, else localhost"
         ),
     )
 

@@ -19,6 +19,7 @@ from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.typing import ASGISendCallable, ASGISendEvent
 
+from server import http1, http2
 from server.alarm import Alarm
 
 log = structlog.get_logger(__name__)
@@ -139,7 +140,7 @@ _run = TCPServer.run
 
 
 def mend_hypercorn() -> None:
-    """Change three of its methods, for every connection.
+    """Change some of its methods, for every connection.
 
     ``Upgrade: h2c`` is answered in HTTP/1.1, as RFC 9110 (7.8) allows. A proxy that passes the
     header on would find itself tunnelling, unseen, requests that its own rules were to judge. A
@@ -154,6 +155,8 @@ def mend_hypercorn() -> None:
     H11Protocol._check_protocol = _check_without_h2c  # type: ignore[method-assign]
     TCPServer._read_data = _read_until_closed  # type: ignore[method-assign]
     TCPServer.run = _run_and_let_go  # type: ignore[method-assign]
+    http1.mend()
+    http2.mend()
 
 
 async def _check_without_h2c(self: H11Protocol, event: h11.Request) -> None:

@@ -1,7 +1,9 @@
 """Who is served now: a bounded number at once, shared between keys, each until its deadline.
 
-A place is taken before a request's body is read and given back when its answer has been sent, so
-that under any load a refusal costs nothing but the refusal, and what was admitted is finished.
+A place is taken before a request's body is read, once its key's limits allow a further request, and
+given back when its answer has been sent: under any load a refusal costs nothing but the refusal,
+and what was admitted is finished. A body that stalls gives its place back
+(:class:`~server.body.LimitedBody`).
 """
 
 import asyncio

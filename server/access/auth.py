@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 
@@ -11,7 +12,7 @@ from quart.wrappers.base import BaseRequestWebsocket
 
 from server.access.caller import caller, set_caller
 from server.access.keys import TICKET_SECONDS, Key, digest, id_of, is_ticket, new_ticket
-from server.access.locality import is_local_name, is_loopback, name_of
+from server.access.locality import is_local_name, is_near, name_of, proxy_header
 from server.access.lookup import KeyLookup
 from server.access.store_threads import StoreThreads
 from server.connection import current_request
@@ -56,7 +57,6 @@ SCOPE_OF = {
 MAX_TICKETS = 64
 """Unused tickets that a key may have at once."""
 _HOW = "Send it as the header Authorization: Bearer <key>."
-_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
 
 
 def unauthenticated(message: str) -> ApiError:
@@ -128,7 +128,7 @@ class Guard:
             return True
         if await self._closed():
             return False
-        check_local(connection)
+        check_local(connection, hosts)
         return True
 
     async def identify(self, text: str | None) -> Key:
@@ -259,23 +259,36 @@ def check_scope(key: Key, rule: str) -> None:
         )
 
 
-def check_local(connection: BaseRequestWebsocket) -> None:
+def check_local(connection: BaseRequestWebsocket, hosts: Collection[str] = ()) -> None:
     """Let in what comes from this machine.
 
     Neither another machine, nor a proxy on this one, nor a web page under a name that was made to
     point here (DNS rebinding) may use a server that asks for no key.
 
+    Args:
+        connection: to be checked.
+        hosts: further names of this machine. Those with a dot do not count: they may be the names
+            under which a proxy serves everybody.
+
     Raises:
         ApiError: it comes from elsewhere, or that cannot be told.
     """
-    server = connection.scope.get("server")
-    reached = server is None or is_loopback(server[0]) or server[1] is None  # a Unix socket
-    forwarded = any(name in connection.headers for name in _FORWARDED)
-    if reached and not forwarded and is_local_name(connection.headers.get("Host", "")):
+    host = connection.headers.get("Host", "")
+    if not (is_near(connection.scope.get("client")) and is_near(connection.scope.get("server"))):
+        reason = "this request came over a network"
+    elif (header := proxy_header(connection.headers.keys())) is not None:
+        reason = f"this request came through a proxy, which added the header {header[:40]}"
+    elif is_local_name(host) or (name_of(host) in hosts and "." not in name_of(host)):
         return
+    else:
+        reason = (
+            f"this request is for the host {host[:100]!r}, which is neither localhost nor a "
+            "loopback address nor a name without a dot in INFERNEO_ALLOWED_HOSTS"
+        )
     raise forbidden(
-        "This server has no API keys yet and serves its own machine only, at localhost. Create a "
-        "key there (inferneo keys create NAME) and send it, or set INFERNEO_REQUIRE_KEY=false.",
+        "This server has no API keys yet and serves its own machine only, at localhost; "
+        f"{reason}. Create a key there (inferneo keys create NAME) and send it, or set "
+        "INFERNEO_REQUIRE_KEY=false.",
         "local_only",
     )
 

@@ -8,10 +8,20 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from server.access.caller import caller, set_standing
+from server.access.arrivals import Arrival, Arrivals
+from server.access.caller import arrival as known_arrival
+from server.access.caller import caller, set_arrival, set_standing
 from server.access.caller import standing as known_standing
 from server.access.keys import Key
-from server.access.store import DAY_SECONDS, LEASE_SECONDS, Call, Spent, Standing
+from server.access.store import (
+    BUSY_SECONDS,
+    DAY_SECONDS,
+    LEASE_SECONDS,
+    Call,
+    Spent,
+    Standing,
+    refusal_of,
+)
 from server.access.store_threads import StoreThreads
 from server.errors import ApiError
 from server.protocol.shape import Usage
@@ -54,6 +64,28 @@ class Limiter:
         self._threads = threads
         self._store = threads.store
         self._held: dict[str, str] = {}  # key ids by the ids of calls
+        self._arrivals = Arrivals()
+
+    async def enter(self) -> Arrival | None:
+        """Let the caller's request in, whose body is still to come; None if no limits would count.
+
+        Raises:
+            ApiError: the key may make no further request now, or the store cannot be used.
+        """
+        key = caller()
+        if key is None:
+            return None
+        found = await self.standing(key)
+        set_standing(found)
+        if refusal_of(found, key.limits, 0):
+            # The store itself knows best when there may be another; it may even be now.
+            if (reservation := await self.admit("", 0, 0)) is not None:
+                reservation.settle(None)
+        elif refusal := refusal_of(self._arrivals.added_to(found, key.id), key.limits, 0):
+            raise refused(key, dataclasses.replace(found, refusal=refusal, retry=BUSY_SECONDS))
+        arrival = self._arrivals.add(key.id)
+        set_arrival(arrival)
+        return arrival
 
     async def admit(self, model: str, prompt: int, completion: int) -> Reservation | None:
         """Reserve a request of the caller's; None if there is no key whose limits would count.
@@ -69,6 +101,8 @@ class Limiter:
         key = caller()
         if key is None:
             return None
+        if (arrival := known_arrival()) is not None:
+            arrival.end()  # from here on the store counts it
         call = Call(id=secrets.token_hex(12), model=model, prompt=prompt, completion=completion)
         self._held[call.id] = key.id
         try:

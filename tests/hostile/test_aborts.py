@@ -79,7 +79,7 @@ def body(rng: random.Random, **changes: Any) -> dict[str, Any]:
 
 def raw_request(asked: dict[str, Any]) -> bytes:
     content = json.dumps(asked).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
     return head.encode() + b"Content-Type: application/json\r\n\r\n" + content
 
 

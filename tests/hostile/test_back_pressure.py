@@ -31,7 +31,7 @@ def endless(rig: Rig, tokenizer: Tokenizer) -> Rig:
 def slow_sse(rig: Rig) -> Iterator[socket.socket]:
     """A stream whose client has read nothing yet, and has little room for it."""
     content = orjson.dumps(BODY)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
         raw.connect(("127.0.0.1", rig.server.port))

@@ -128,9 +128,12 @@ def test_forty_megabytes_are_refused_and_not_kept(rig: Rig, path: str, chunked: 
 def test_absurd_heads_are_refused_at_once(
     rig: Rig, head: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.connection.DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr("server.body.DRAIN_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", rig.server.port), timeout=5) as raw:
-        start = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        start = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\n"
+        )
         raw.sendall(start + head + b"\r\n\r\n")
         received = b""
         while b"\r\n\r\n" not in received:
@@ -140,10 +143,11 @@ def test_absurd_heads_are_refused_at_once(
 
 
 def test_a_body_without_an_end_is_answered(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.connection.DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr("server.body.DRAIN_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", rig.server.port), timeout=10) as raw:
         raw.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
         chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
@@ -184,7 +188,7 @@ def test_a_request_id_cannot_carry_anything(rig: Rig, given: str) -> None:
 )
 def test_model_ids_in_paths_are_only_names(rig: Rig, name: str) -> None:
     with socket.create_connection(("127.0.0.1", rig.server.port), timeout=5) as raw:
-        raw.sendall(f"GET /v1/models/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        raw.sendall(f"GET /v1/models/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         received = raw.recv(65536)
     assert received.startswith((b"HTTP/1.1 404", b"HTTP/1.1 308")), received
     assert len(received) < 2000

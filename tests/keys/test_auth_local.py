@@ -19,6 +19,32 @@ CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}
 
+LOCAL_HOSTS = (
+    *("localhost", "localhost:1", "LOCALHOST", "localhost.", "a.localhost", "a.b.localhost:80"),
+    *("127.0.0.1", "127.0.0.1:8000", "127.1.2.3", "[::1]", "[::1]:1", "[::ffff:127.0.0.1]"),
+)
+FOREIGN_HOSTS = (
+    *("", ":80", "rebound.example", "localhost.evil.example:80", "localhost.evil", "notlocalhost"),
+    *("workshop", "inferneo:8000", "localhost-", "local_host", "-", "1", "x" * 63),
+    *("0.0.0.0", "192.0.2.1", "127.0.0.1.evil.example", "[2001:db8::1]", "[::ffff:192.0.2.1]"),
+    *("[::]", "2130706433", "0x7f000001", "0177.0.0.1", "127.1"),
+)
+PROXY_HEADERS = (
+    *("Forwarded", "Via", "CDN-Loop", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"),
+    *("X-Forwarded", "X-Forwarded-Client-Cert", "x_forwarded_for", "Forwarded-For", "X-Real-IP"),
+    *("X-Client-IP", "Client-IP", "True-Client-IP", "X-Cluster-Client-IP", "WL-Proxy-Client-IP"),
+    *("CF-Connecting-IP", "CF-Ray", "Fastly-Client-IP", "Fly-Client-IP", "X-Remote-IP"),
+    *("X-Remote-Addr", "X-Originating-IP", "X-ProxyUser-Ip", "X-Sucuri-ClientIP", "X-Host"),
+    *("X-Original-URL", "X-Original-Host", "X-Original-Forwarded-For", "X-Rewrite-URL"),
+    *("X-Envoy-External-Address", "X-AppEngine-User-IP", "X-Azure-ClientIP", "X-ARR-SSL"),
+    *("Tailscale-User-Login", "X-Amz-Cf-Id", "Akamai-Origin-Hop", "X-Scheme", "Front-End-Https"),
+)
+CLIENT_HEADERS = (
+    *("User-Agent", "Accept", "X-Stainless-Lang", "X-Stainless-Retry-Count", "OpenAI-Organization"),
+    *("X-Request-Id", "Traceparent", "Tracestate", "Baggage", "X-Amzn-Trace-Id", "X-Cloud-Trace"),
+    *("Sec-Fetch-Site", "Referer", "Origin", "Cookie", "X-OpenWebUI-User-Name", "DNT", "Priority"),
+)
+
 
 @pytest.fixture
 def keyless(tokenizer: Tokenizer, tmp_path: Path) -> Any:
@@ -30,17 +56,25 @@ def test_without_keys_only_this_machine_is_served(keyless: KeyRig) -> None:
     def status(**headers: str) -> int:
         return keyless.client.get("/v1/models", headers=headers).status_code
 
-    assert status() == status(Host="localhost:1") == status(Host="[::1]:1") == 200
-    assert status(Authorization="Bearer unused") == 200
-    for headers in (
-        {"Host": "rebound.example"},
-        {"Host": "localhost.evil.example:80"},
-        {"X-Forwarded-For": "192.0.2.1"},
-        {"Forwarded": "for=192.0.2.1"},
-    ):
-        response = keyless.client.get("/v1/models", headers=headers)
-        assert response.status_code == 403
-        assert "inferneo keys create" in response.json()["error"]["message"]
+    assert status() == status(Authorization="Bearer unused") == 200
+    for host in LOCAL_HOSTS:
+        assert status(Host=host) == 200, host
+    for host in FOREIGN_HOSTS:
+        response = keyless.client.get("/v1/models", headers={"Host": host})
+        assert response.status_code == 403, host
+        error = response.json()["error"]
+        assert error["code"] == "local_only"
+        assert repr(host) in error["message"]
+        assert "INFERNEO_ALLOWED_HOSTS" in error["message"]
+        assert "inferneo keys create" in error["message"]
+    for name in PROXY_HEADERS:
+        response = keyless.client.get("/v1/models", headers={name: "192.0.2.1"})
+        assert response.status_code == 403, name
+        assert f"the header {name}".lower() in response.json()["error"]["message"].lower()
+        with pytest.raises(websockets.InvalidStatus):
+            connect(keyless.ws + CHATS, additional_headers={name: "192.0.2.1"})
+    for name in CLIENT_HEADERS:
+        assert status(**{name: "1"}) == 200, name
     assert not Path(keyless.location).exists()
     assert keyless.client.get("/v1/usage").status_code == 400
 
@@ -54,20 +88,41 @@ def test_the_first_key_closes_the_server_at_once(keyless: KeyRig) -> None:
     assert keyless.client.get("/v1/models").status_code == 401
 
 
-async def test_an_address_of_another_network_is_not_served_without_keys(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["server", "client"])
+async def test_an_address_of_another_network_is_not_served_without_keys(
+    tmp_path: Path, end: str
+) -> None:
     app = create_app(Settings(keys_db=str(tmp_path / "keys.db")))
-    for server, status in (
+    for address, status in (
         (("192.0.2.1", 80), 403),
         (("::ffff:127.0.0.1", 80), 503),
+        (("::ffff:192.0.2.1", 80), 403),
         (("/run/socket", None), 503),
+        (None, 503),
         (("2001:db8::1", 80), 403),
         (("127.0.0.2", 80), 503),
     ):
         client = app.test_client()
         response = await client.get(
-            "/v1/models", headers={"Host": "localhost"}, scope_base={"server": server}
+            "/v1/models", headers={"Host": "localhost"}, scope_base={end: address}
         )
-        assert response.status_code == status, server
+        assert response.status_code == status, address
+
+
+def test_without_keys_a_name_without_a_dot_may_be_listed(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """One with a dot may be what a proxy serves everybody under."""
+    hosts = ("workshop", "api.example", "localhost")
+    with key_rig(tokenizer, str(tmp_path / "keys.db"), allowed_hosts=hosts) as rig:
+        for host, status in (
+            ("workshop:8000", 200),
+            ("localhost", 200),
+            ("127.0.0.1", 403),
+            ("api.example", 403),
+            ("other", 403),
+        ):
+            assert rig.client.get("/v1/models", headers={"Host": host}).status_code == status, host
 
 
 def test_a_server_that_requires_no_key_asks_for_none(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -103,9 +103,9 @@ def test_no_target_and_no_host_gets_round_it(rig: KeyRig, target: str) -> None:
         f"GET {target} HTTP/1.0\r\n\r\n",
         f"GET {target} HTTP/1.1\r\nHost: localhost\r\nHost: health\r\n\r\n",
         f"GET {target} HTTP/1.1\r\n\r\n",
-        f"HEAD {target} HTTP/1.1\r\nHost: x\r\n\r\n",
-        f"OPTIONS {target} HTTP/1.1\r\nHost: x\r\n\r\n",
-        f"TRACE {target} HTTP/1.1\r\nHost: x\r\n\r\n",
+        f"HEAD {target} HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        f"OPTIONS {target} HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        f"TRACE {target} HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ):
         assert refused(ask(rig, head)), head
 
@@ -133,8 +133,8 @@ def test_no_upgrade_gets_round_it(rig: KeyRig, path: str) -> None:
 
 def test_a_key_counts_for_its_own_request_only(rig: KeyRig) -> None:
     key = rig.headers()["Authorization"]
-    with_key = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n\r\n"
-    without = "GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    with_key = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: {key}\r\n\r\n"
+    without = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     last = without.replace("Host", "Connection: close\r\nHost")
     answer = ask(rig, with_key + without + with_key + last, leave=False)
     assert statuses(answer) == [200, 401, 200, 401]

@@ -25,7 +25,7 @@ def endless(rig: Rig, tokenizer: Tokenizer) -> Rig:
 
 def raw_request(rig: Rig, **changes: Any) -> bytes:
     content = orjson.dumps(BODY | changes)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
     return head.encode() + b"Content-Type: application/json\r\n\r\n" + content
 
 
@@ -52,7 +52,9 @@ def test_closing_a_plain_request_aborts_it(endless: Rig, best_of: int) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("behind", [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /hea"])
+@pytest.mark.parametrize(
+    "behind", [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"]
+)
 def test_bytes_sent_ahead_do_not_hide_that_a_client_left(
     endless: Rig, stream: bool, behind: bytes
 ) -> None:
@@ -67,7 +69,7 @@ def test_bytes_sent_ahead_do_not_hide_that_a_client_left(
 
 def test_pipelined_requests_are_answered_in_turn(rig: Rig) -> None:
     with socket.create_connection(("127.0.0.1", rig.server.port), timeout=10) as raw:
-        raw.sendall(raw_request(rig) * 3 + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.sendall(raw_request(rig) * 3 + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         received = b""
         while b'{"status":"ok"}' not in received:
             received += raw.recv(65536)

@@ -8,7 +8,7 @@ import orjson
 import pytest
 import websockets
 from fake_engine import writes
-from harness import CHAT, EMBED, REPLY, Rig
+from harness import CHAT, EMBED, REPLY, Rig, running
 from websockets.sync.client import ClientConnection, connect
 
 from inferneo_jax import EngineFailedError, Tokenizer
@@ -247,8 +247,10 @@ def test_only_pages_of_known_origins_may_connect(
     assert orjson.loads(response.body or b"")["error"]["type"] == "permission_error"
 
 
-def test_a_page_of_the_same_address_may_connect_but_not_of_the_same_name(rig: Rig) -> None:
-    def status(origin: str, host: str) -> int:
+def test_a_page_of_the_same_address_may_connect_but_not_of_the_same_name(
+    tokenizer: Tokenizer,
+) -> None:
+    def status(rig: Rig, origin: str, host: str) -> int:
         headers = {"Origin": origin, "Host": host, "Upgrade": "websocket"}
         headers |= {"Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
         headers |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
@@ -258,8 +260,9 @@ def test_a_page_of_the_same_address_may_connect_but_not_of_the_same_name(rig: Ri
         ):
             return response.status_code
 
-    assert status("http://192.0.2.1:8000", "192.0.2.1:8000") == 101
-    assert status("http://rebound.example:8000", "rebound.example:8000") == 403
+    with running(tokenizer, require_key="false") as rig:
+        assert status(rig, "http://192.0.2.1:8000", "192.0.2.1:8000") == 101
+        assert status(rig, "http://rebound.example:8000", "rebound.example:8000") == 403
 
 
 def test_unknown_paths_are_refused_before_the_upgrade(rig: Rig) -> None:

@@ -25,7 +25,7 @@ from websockets.asyncio.client import connect
 from werkzeug.exceptions import RequestEntityTooLarge
 from wsproto.events import TextMessage
 
-from server import transport
+from server import http1, transport
 
 Application = Callable[..., Any]
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -36,6 +36,8 @@ ALL = b"HTTP/1.1 200"
 def as_upstream_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo ``transport.mend_hypercorn``, which other tests in this process may have called."""
     monkeypatch.setattr(H11Protocol, "_check_protocol", transport._check_protocol)
+    monkeypatch.setattr(H11Protocol, "__init__", http1._init)
+    monkeypatch.setattr(H11Protocol, "_send_error_response", http1._send_error_response)
     monkeypatch.setattr(TCPServer, "_read_data", transport._read_data)
 
 
@@ -232,7 +234,7 @@ def test_quart_ends_long_answers_and_lists_methods_of_sockets() -> None:
 
 
 async def test_quart_drops_a_body_that_is_too_large_unread() -> None:
-    """Or ``LimitedBody`` in connection.py can go."""
+    """Or ``LimitedBody`` in body.py can go."""
     body = Body(None, 10)
     body.append(b"x" * 11)
     with pytest.raises(RequestEntityTooLarge):

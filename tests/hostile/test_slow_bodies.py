@@ -1,0 +1,215 @@
+"""Bodies that never come, or too slowly, hold no places for long; honest slow ones are served."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from harness import CHAT
+from rigs import KeyRig, bearer, key_rig
+
+from inferneo_jax import Tokenizer
+from server import application
+from server.access.admission import Admission
+from server.access.arrivals import Arrivals
+from server.access.keys import Limits
+from server.access.store import Standing
+
+PATH = "/v1/completions"
+BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 10}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Admission]:
+    """The admissions of the servers that are started."""
+    found: list[Admission] = []
+
+    def make(*args: Any) -> Admission:
+        found.append(Admission(*args))
+        return found[-1]
+
+    monkeypatch.setattr(application, "Admission", make)
+    return found
+
+
+@pytest.fixture
+def rig(tokenizer: Tokenizer, tmp_path: Path, made: list[Admission]) -> Iterator[KeyRig]:
+    with key_rig(tokenizer, str(tmp_path / "keys.db"), require_key="true") as found:
+        yield found
+
+
+def head(key: dict[str, str], length: int, *more: str) -> bytes:
+    lines = [
+        f"POST {PATH} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+        *(f"{name}: {value}" for name, value in key.items()),
+        *more,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def answer(raw: socket.socket) -> tuple[int, bytes]:
+    """Status and the rest, read until the server closes the connection."""
+    received = b""
+    while part := raw.recv(65536):
+        received += part
+    return int(received.split(b" ", 2)[1]), received
+
+
+def opened(rig: KeyRig, held: ExitStack, sent: bytes) -> socket.socket:
+    raw = held.enter_context(socket.create_connection(("127.0.0.1", rig.rig.server.port), 30))
+    raw.sendall(sent)
+    return raw
+
+
+def test_idle_bodies_hold_no_more_places_than_their_key_has_requests(
+    rig: KeyRig, made: list[Admission]
+) -> None:
+    flood, other = rig.headers(Limits(requests=20)), rig.headers()
+    admission, most = made[0], 0
+    with ExitStack() as held:
+        raws = [opened(rig, held, head(flood, 100) + b"{") for _ in range(200)]
+        refused = 0
+        for raw in raws:
+            raw.settimeout(0.0)
+        end = time.monotonic() + 20
+        while refused < 180:  # the others are let in, and wait for their bodies
+            assert time.monotonic() < end, (refused, most)
+            most = max(most, admission.taken)
+            assert rig.client.post(PATH, headers=other, json=BODY).status_code == 200
+            refused = sum(_has_answer(raw) for raw in raws)
+        statuses = []
+        for raw in raws:
+            raw.settimeout(30)
+            status, received = answer(raw)
+            statuses.append(status)
+            assert status in (408, 429), received
+            if status == 408:
+                error = orjson.loads(received.partition(b"\r\n\r\n")[2])["error"]
+                assert error["code"] == "body_stalled"
+                assert "1024 bytes a second" in error["message"]
+                assert b"connection: close" in received.lower()
+        assert statuses.count(408) == 20
+    assert most <= 21  # and that of the other key
+    _wait(admission, 0)
+    # They count as requests of the minute, though the store never heard of them.
+    again = rig.client.post(PATH, headers=flood, json=BODY)
+    assert again.status_code == 429
+    assert rig.client.post(PATH, headers=other, json=BODY).status_code == 200
+
+
+def _has_answer(raw: socket.socket) -> bool:
+    try:
+        return bool(raw.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+
+
+def test_bodies_under_way_count_as_requests_at_once(rig: KeyRig, made: list[Admission]) -> None:
+    key = rig.headers(Limits(requests=None, tokens=None, day_requests=None, concurrent=2))
+    content = orjson.dumps(BODY)
+    with ExitStack() as held:
+        waiting = [opened(rig, held, head(key, len(content), "Connection: close")) for _ in "ab"]
+        end = time.monotonic() + 10
+        while made[0].taken < 2:
+            assert time.monotonic() < end
+        refused = httpx.post(rig.url + PATH, headers=key, json=BODY)
+        assert refused.status_code == 429
+        assert "2 requests at once" in refused.json()["error"]["message"]
+        assert refused.headers["Retry-After"] == "1"
+        for raw in waiting:
+            raw.sendall(content)
+            assert answer(raw)[0] == 200
+    assert httpx.post(rig.url + PATH, headers=key, json=BODY).status_code == 200
+
+
+def test_a_trickle_is_ended_and_a_poor_line_is_served(
+    rig: KeyRig, made: list[Admission], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sends a byte now and then for as long as it may; one keeps just above the pace."""
+    monkeypatch.setattr("server.body.STALL_SECONDS", 1.0)
+    key = rig.headers()
+    ended = threading.Event()
+    with ExitStack() as held:
+        trickle = opened(rig, held, head(key, 10_000))
+
+        def drip() -> None:
+            with suppress(OSError):  # the server closes it
+                while not ended.wait(0.1):
+                    trickle.sendall(b"{")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            assert answer(trickle)[0] == 408
+        finally:
+            ended.set()
+            dripping.join()
+
+        content = orjson.dumps(BODY | {"prompt": "x" * 200}).ljust(8 * 1024)
+        honest = opened(rig, held, head(key, len(content), "Connection: close"))
+        for at in range(0, len(content), 512):  # 2.5 KiB a second, for 3.2 s
+            time.sleep(0.2)
+            honest.sendall(content[at : at + 512])
+        assert answer(honest)[0] == 200
+    _wait(made[0], 0)
+
+
+def test_a_body_is_waited_for_until_the_requests_deadline_only(rig: KeyRig) -> None:
+    with ExitStack() as held:
+        raw = opened(rig, held, head(rig.headers(), 100, "X-Request-Timeout: 0.2"))
+        status, received = answer(raw)
+    assert status == 504
+    assert b"deadline_exceeded" in received
+
+
+def test_a_client_that_leaves_its_body_unsent_has_made_a_request(
+    rig: KeyRig, made: list[Admission]
+) -> None:
+    key, text = rig.key(Limits(requests=2))
+    for _ in range(2):
+        with ExitStack() as held:
+            opened(rig, held, head(bearer(text), 100))
+            _wait(made[0], 1)
+        _wait(made[0], 0)
+    assert rig.client.post(PATH, headers=bearer(text), json=BODY).status_code == 429
+    assert rig.store.usage(key.id) == []
+
+
+def _wait(admission: Admission, taken: int) -> None:
+    end = time.monotonic() + 10
+    while admission.taken != taken:
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+async def test_a_broken_body_is_forgotten_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    due: list[Any] = []
+    loop = SimpleNamespace(call_later=lambda seconds, *call: due.append((seconds, call)))
+    monkeypatch.setattr("server.access.arrivals.asyncio.get_running_loop", lambda: loop)
+    arrivals = Arrivals()
+    nothing = Standing(now=0.0, requests=0, tokens=0, day_requests=0, running=0, reset=0.0)
+    first, second = arrivals.add("a"), arrivals.add("a")
+    found = arrivals.added_to(nothing, "a")
+    assert (found.requests, found.running) == (2, 2)
+    assert arrivals.added_to(nothing, "b") == nothing
+    first.end()
+    first.end(whole=False)
+    second.end(whole=False)
+    found = arrivals.added_to(nothing, "a")
+    assert (found.requests, found.running) == (1, 0)
+    ((seconds, (call, *arguments)),) = due
+    assert seconds == 60
+    call(*arguments)
+    assert arrivals.added_to(nothing, "a") == nothing
+    assert not arrivals._arriving
+    assert not arrivals._broken

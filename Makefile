@@ -25,7 +25,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test test-clients frameworks lint types docs screenshots install image hooks clean
+.PHONY: serve test test-clients frameworks lint conflicts types docs screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -50,9 +50,16 @@ $(FRAMEWORKS)/.venv/.installed: $(FRAMEWORKS)/requirements.txt | $(VENV)/.create
 	$(FRAMEWORKS)/.venv/bin/pip install --requirement $<
 	@touch $@
 
-lint: $(VENV)/.installed-test
+lint: conflicts $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# No tracked file may hold what a merge left behind. A release's sources are no repository, and are not searched.
+# git grep exits with 1 where it finds nothing; any other status is a finding, or a search that failed.
+conflicts:
+	@! git rev-parse --git-dir >/dev/null 2>&1 || { \
+		git grep -nIE '^(<{7}|\|{7}|>{7})( |$$)|^={7}$$'; test $$? -eq 1 || { \
+		echo "resolve these conflicts, and remove their markers" >&2; exit 1; }; }
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy

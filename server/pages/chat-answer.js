@@ -3,11 +3,15 @@
 import { explain } from "./api.js";
 import { counts } from "./chat-run.js";
 import { TokenView, legend } from "./chat-tokens.js";
-import { copyButton, h } from "./dom.js";
+import { copyButton, h, inOrder } from "./dom.js";
 import { Markdown } from "./markdown.js";
 import { openKeyDialog } from "./shell.js";
 
-const ENDINGS = { length: "ended by the limit of tokens", stopped: "stopped", abort: "ended by the server" };
+const ENDINGS = new Map([
+  ["length", "ended by the limit of tokens"],
+  ["stopped", "stopped"],
+  ["abort", "ended by the server"],
+]);
 
 export class AnswerView {
   #answer;
@@ -77,7 +81,7 @@ export class AnswerView {
 
   /** Say what is waited for. */
   wait(text) {
-    this.#note.textContent = text;
+    this.#note.textContent = inOrder(text);
     this.#note.hidden = !text;
   }
 
@@ -105,7 +109,7 @@ export class AnswerView {
   #update() {
     const { finish, warnings } = this.#answer;
     this.#draw();
-    const ending = this.#running ? null : (ENDINGS[finish] ?? (finish ? null : "interrupted"));
+    const ending = this.#running ? null : (ENDINGS.get(finish) ?? (finish ? null : "interrupted"));
     this.#counter.textContent = [...counts(this.#answer), ...(ending ? [ending] : [])].join(" \u00b7 ");
     this.#actions.hidden = this.#running || (finish === "failed" && !this.#answer.text);
     this.element.classList.toggle("running", this.#running);

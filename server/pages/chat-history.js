@@ -2,7 +2,7 @@
 
 import { download, fromFile, toJson, toMarkdown } from "./chat-file.js";
 import { listChats, titleOf } from "./chat-store.js";
-import { h } from "./dom.js";
+import { h, inOrder } from "./dom.js";
 
 /** Draw the panel; `actions`: {open(id), remove(id), clear, add(chat), close}. */
 export function showHistory(root, chat, actions) {
@@ -57,7 +57,7 @@ function choose(wrong, add) {
     try {
       add(await fromFile(field.files[0]));
     } catch (error) {
-      wrong.textContent = error.message;
+      wrong.textContent = inOrder(error.message);
     }
   });
   field.click();

@@ -1,6 +1,6 @@
 /** An answer as its tokens, tinted by how likely each was, and a card with the alternatives. */
 
-import { h } from "./dom.js";
+import { h, inOrder } from "./dom.js";
 
 const STEPS = [0.1, 0.3, 0.6, 0.9];
 const PART = /^bytes:(?:\\x[0-9a-f]{2})+$/; // of a character, as the API spells it
@@ -73,14 +73,14 @@ export class TokenView {
         return [hex(bytes)];
       }
       this.#part = [];
-      return [whole];
+      return [inOrder(whole)];
     }
     this.#part = [];
     if (CONTROL.test(name) || name === "") {
       span.classList.add("control");
-      return [name || "\u2205"];
+      return [inOrder(name) || "\u2205"];
     }
-    return name.split(/(\n)/).flatMap((part) => (part === "\n" ? [h("i", { class: "mark" }, MARKS[part]), part] : [part]));
+    return inOrder(name).split(/(\n)/).flatMap((part) => (part === "\n" ? [h("i", { class: "mark" }, MARKS[part]), part] : [part]));
   }
 
   #point(event) {
@@ -159,7 +159,7 @@ function describe([name, logprob, top]) {
 export function spell(name) {
   if (PART.test(name)) return `bytes ${hex(bytesOf(name))}`;
   if (name === "") return "\u2205 (a control token)";
-  return name.replace(/[ \n\t\r]/g, (character) => MARKS[character]);
+  return inOrder(name).replace(/[ \n\t\r]/g, (character) => MARKS[character]);
 }
 
 export function percent(share) {

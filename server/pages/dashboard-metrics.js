@@ -1,7 +1,8 @@
 /** Prometheus' text form, as `GET /metrics` has it, and the quantiles of its histograms. */
 
-const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/;
-const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
+// With the flag s a dot takes U+2028 too, which a name may hold.
+const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/s;
+const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/gs;
 const ESCAPED = { "\\\\": "\\", '\\"': '"', "\\n": "\n" };
 const NUMBERS = { "+Inf": Infinity, "-Inf": -Infinity };
 

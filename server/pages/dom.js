@@ -1,8 +1,9 @@
-/** Elements in one call: h("button", {type: "button", onclick}, "Send"). */
+/** Elements in one call: h("button", {type: "button", onclick}, "Send"). Texts go through `inOrder`. */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   set(element, attributes);
-  element.append(...children.filter((child) => child !== null && child !== undefined));
+  const given = children.filter((child) => child !== null && child !== undefined);
+  element.append(...given.map((child) => (typeof child === "string" ? inOrder(child) : child)));
   return element;
 }
 
@@ -54,4 +55,14 @@ export function copyButton(text, label = "Copy", attributes = {}) {
     setTimeout(() => (button.textContent = label), 1500);
   });
   return button;
+}
+
+/**
+ * A text whose characters stay in their order.
+ *
+ * The controls that reverse it (U+202A to U+202E, U+2066 to U+2069) would have the page show what the
+ * text does not say; they become U+FFFD, as on a terminal.
+ */
+export function inOrder(text) {
+  return text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
 }

@@ -5,7 +5,7 @@
  * drawn anew. So the work grows with the text's length, and what was drawn stays where it is.
  */
 
-import { copyButton, h } from "./dom.js";
+import { copyButton, h, inOrder } from "./dom.js";
 import { appendInline } from "./markdown-inline.js";
 
 const LONGEST = 1000; // characters of a line that are drawn anew
@@ -29,7 +29,7 @@ export class Markdown {
   /** Add text. */
   write(text) {
     this.#undo();
-    const lines = text.split("\n");
+    const lines = inOrder(text).split("\n");
     const last = lines.pop();
     for (const line of lines) {
       this.#take(line);

@@ -1,5 +1,6 @@
 """The chat page as a person uses it, and what the fake engine was asked meanwhile."""
 
+import json
 import re
 import socket
 import threading
@@ -9,7 +10,7 @@ from typing import Any, Self
 
 from browsing import Visit
 from fake_engine import FakeEngine
-from harness import make_tokenizer
+from harness import CHAT, make_tokenizer
 from playwright.sync_api import Locator, expect
 
 _MESSAGE = re.compile(r"<\|start\|>(\w+)\n(.*?)<\|end\|>\n", re.DOTALL)
@@ -57,6 +58,13 @@ class Chat:
         field.fill(value)
         field.blur()
 
+    def load(self, text: str, name: str = "file.json") -> None:
+        """Import a file of this text; the panel of chats is open."""
+        with self.page.expect_file_chooser() as chooser:
+            self.button("Import").click()
+        file = {"name": name, "mimeType": "application/json", "buffer": text.encode()}
+        chooser.value.set_files([file])  # type: ignore[list-item]
+
     def count(self, what: str) -> int:
         """The number before ``what`` in the last counter."""
         found = re.search(rf"(\d+) {what}", self.answers.last.locator(".counter").inner_text())
@@ -68,6 +76,22 @@ def asked(engine: FakeEngine, index: int = -1) -> list[tuple[str, str]]:
     """The conversation that the engine got, as (role, content)."""
     prompt = _TOKENIZER.decode(engine.submitted[index].prompt, skip_special_tokens=False)
     return _MESSAGE.findall(prompt)
+
+
+def column() -> dict[str, Any]:
+    """What a file says of a column."""
+    return {"model": CHAT, "system": "", "sampling": {}}
+
+
+def file(**changes: Any) -> str:
+    """A chat as "Export JSON" writes it, with these parts changed."""
+    chat = {"format": "inferneo-chat", "version": 1, "title": "T", "updated": 1, "compare": False}
+    return json.dumps(chat | {"columns": [column(), column()], "turns": []} | changes)
+
+
+def answer(**changes: Any) -> list[dict[str, Any]]:
+    """The turns of a chat: one, whose answer has these parts changed."""
+    return [{"user": "Hi", "answers": [column() | {"text": "Hello"} | changes]}]
 
 
 class Cable:

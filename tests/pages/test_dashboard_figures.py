@@ -64,7 +64,7 @@ def test_quantiles_are_those_of_prometheus(page: Page) -> None:
 def test_the_text_is_read_as_prometheus_own_parser_reads_it(rig: Rig, page: Page) -> None:
     hard = (
         "# HELP odd Of \\n everything.\n# TYPE odd gauge\n"
-        'odd{path="a\\\\b",said="\\"{,}\\"",line="\\n"} -1.5e-07\nodd +Inf\n'
+        'odd{path="a\\\\b",said="\\"{,}\\"",line="\\n",name="\u2028}\r"} -1.5e-07\nodd +Inf\n'
         "# TYPE plain_total counter\nplain_total 12\n"
     )
     text = metrics(rig) + hard

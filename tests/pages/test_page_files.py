@@ -1,13 +1,13 @@
 """Chats as files: what is exported is imported, and anything else is refused with a reason."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browsing import Visit
-from chatting import Chat
+from chatting import Chat, answer, column, file
 from harness import CHAT, REPLY, Rig
 from playwright.sync_api import expect
 
@@ -27,13 +27,6 @@ def export(chat: Chat, kind: str, folder: Path) -> str:
     return saved.read_text(encoding="utf-8")
 
 
-def load(chat: Chat, text: str, name: str = "file.json") -> None:
-    with chat.page.expect_file_chooser() as chooser:
-        chat.button("Import").click()
-    file = {"name": name, "mimeType": "application/json", "buffer": text.encode()}
-    chooser.value.set_files([file])  # type: ignore[list-item]
-
-
 def test_what_is_exported_can_be_imported_and_is_the_same(chat: Chat, tmp_path: Path) -> None:
     chat.button("Settings").click()
     chat.page.get_by_label("System prompt").fill("Be kind.")
@@ -51,7 +44,7 @@ def test_what_is_exported_can_be_imported_and_is_the_same(chat: Chat, tmp_path: 
     chat.button("Clear all").click()
     chat.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(chat.answers).to_have_count(0)
-    load(chat, first)
+    chat.load(first)
     expect(chat.answers).to_have_count(4)
     assert chat.page.locator("#thread").inner_text() == before
     assert export(chat, "JSON", tmp_path) == first
@@ -63,19 +56,6 @@ def test_markdown_is_for_reading(chat: Chat, tmp_path: Path) -> None:
     chat.ask("How?")
     text = export(chat, "Markdown", tmp_path)
     assert text == f"# How?\n\n## You\n\nHow?\n\n## {CHAT}\n\n{REPLY}\n"
-
-
-def column() -> dict[str, Any]:
-    return {"model": CHAT, "system": "", "sampling": {}}
-
-
-def file(**changes: Any) -> str:
-    chat = {"format": "inferneo-chat", "version": 1, "title": "T", "updated": 1, "compare": False}
-    return json.dumps(chat | {"columns": [column(), column()], "turns": []} | changes)
-
-
-def answer(**changes: Any) -> list[dict[str, Any]]:
-    return [{"user": "Hi", "answers": [column() | {"text": "Hello"} | changes]}]
 
 
 def test_another_file_is_refused_with_the_reason(chat: Chat) -> None:
@@ -92,14 +72,23 @@ def test_another_file_is_refused_with_the_reason(chat: Chat) -> None:
         file(turns=answer(usage={"prompt": 1})): "turns[0].answers[0].usage.cached is not",
         file(columns=[column()]): "damaged: columns is not",
         file(columns=[column(), hot]): "damaged: columns[1].sampling.temperature is not",
+        file(columns=[column() | {"sampling": {"stop": None}}, column()]): "sampling.stop is not",
+        file(turns=answer(times={"total": math.inf})).replace(
+            "Infinity", "1e999"
+        ): "times.total is",
+        file(turns=answer(warnings=["w"] * 101)): "warnings has 101 entries; at most 100 are read",
+        file(turns=answer(tokens=[["a", 0, [["b", 0]] * 21]])): "answers[0].tokens[0] is not",
+        file(turns=answer(model="m" * 10_001)): "answers[0].model is not",
+        file(turns=[{"user": "", "answers": []}] * 2001): "turns has 2,001 entries; at most 2,000",
+        file(turns=answer(text="- a\n" * 250_001)): "has 1,000,006 characters in messages and",
     }
     wrong = chat.page.locator("#history").get_by_role("alert")
     for text, reason in refused.items():
-        load(chat, text)
+        chat.load(text)
         expect(wrong).to_contain_text(reason)
     assert chat.said() == ["Stay", REPLY]
     unknown = {"__proto__": 1, "onclick": "alert(1)"}
-    load(chat, file(turns=answer(text="<b>**imported**</b>", **unknown)))
+    chat.load(file(turns=answer(text="<b>**imported**</b>", **unknown)))
     expect(chat.answers.locator(".prose strong")).to_have_text("imported")
     expect(chat.answers.locator(".prose b")).to_have_count(0)
     expect(wrong).to_have_count(0)

@@ -89,7 +89,7 @@ class WebsocketConnection(ASGIWebsocketConnection):
             async with pinged(send):
                 with connections.opened(patience):
                     await while_connected(
-                        self._handle(socket, patience), self.handle_messages(receive)
+                        self._handle(socket, patience), _listen(receive, socket.inbox)
                     )
         finally:
             socket.inbox.close()
@@ -118,6 +118,13 @@ class WebsocketConnection(ASGIWebsocketConnection):
         record.facts = {"route": rule} | record.facts
         metrics.socket_ended(rule, "client" if code is None else str(code))
         record.write("websocket")
+
+
+async def _listen(receive: ASGIReceiveCallable, inbox: Inbox) -> None:
+    """Return once the client has gone."""
+    while (event := await receive())["type"] != "websocket.disconnect":
+        if event["type"] == "websocket.receive":  # of a server that is not Hypercorn
+            await inbox.add(event.get("bytes") or event.get("text") or b"", last=True)
 
 
 def install_sockets(app: Quart, metrics: "Metrics", max_frame_bytes: int) -> None:

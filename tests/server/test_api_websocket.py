@@ -7,11 +7,13 @@ import httpx
 import orjson
 import pytest
 import websockets
-from fake_engine import writes
-from harness import CHAT, EMBED, REPLY, Rig, running
+from fake_engine import FakeEmbedder, FakeEngine, writes
+from harness import CHAT, EMBED, REPLY, Rig, models_of, running
 from websockets.sync.client import ClientConnection, connect
 
 from inferneo_jax import EngineFailedError, Tokenizer
+from server.app import create_app
+from server.settings import Settings
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -309,3 +311,19 @@ async def test_a_silent_socket_is_pinged(rig: Rig, monkeypatch: pytest.MonkeyPat
 
     async with websockets.connect(rig.ws + CHATS, create_connection=Client):
         await asyncio.wait_for(pinged.wait(), 10)
+
+
+async def test_another_server_than_hypercorn_may_bring_the_frames(tokenizer: Tokenizer) -> None:
+    """As Ray Serve does: messages of ASGI, and nothing of Hypercorn's to reach."""
+    models = models_of(FakeEngine(writes(tokenizer, REPLY)), FakeEmbedder(), tokenizer)
+    settings = Settings(models=(CHAT, EMBED), require_key="false")
+    app = create_app(settings, lambda source, *_: models[source.id]())
+    async with app.test_app() as started:
+        client = started.test_client()
+        while (await client.get("/ready")).status_code != 200:
+            pass
+        async with client.websocket(CHATS) as ws:
+            for frame in (orjson.dumps({**BODY, "stream": False}).decode(), b"{}", ""):
+                await ws.send(frame)
+            kinds = [set(orjson.loads(await ws.receive())) for _ in range(3)]
+        assert sorted("error" in kind for kind in kinds) == [False, True, True]

@@ -15,6 +15,7 @@ from inferneo_jax.errors import (
     EngineFailedError,
     EngineStoppedError,
 )
+from inferneo_jax.forecast import Forecast
 from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.heartbeat import Heartbeat
 from inferneo_jax.inbox import Inbox
@@ -49,6 +50,9 @@ class Engine:
             num_pages=runner.num_pages,
             page_len=runner.page_len,
             shapes=runner.shapes,
+        )
+        self._forecast = Forecast(
+            runner.groups * runner.slots, runner.groups * runner.shapes.budget
         )
         self._in_flight: PendingStep | None = None
         self._idle = True  # the latest step found nothing to do
@@ -116,6 +120,14 @@ class Engine:
             **counts | {"waiting": max(0, len(self._inbox) - counts["running"])},
             **dataclasses.asdict(totals),
         )
+
+    def forecast(self, requests: list[GenerationRequest]) -> float | None:
+        """Seconds until these would have finished, if they were submitted now. Thread-safe.
+
+        They are of one owner and priority. None: they need not wait for a slot, the engine has
+        nothing else to do, or it has measured too little.
+        """
+        return self._forecast.seconds(self._inbox.live(), requests, self._figures[1])
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -186,7 +198,8 @@ class Engine:
 
         Drafts follow what is known: where there may be some, the step before is committed first.
         """
-        previous = self._in_flight
+        started = time.monotonic()
+        before = previous = self._in_flight
         if previous and (previous.drafted or self._groups.may_draft(self._runner.drafts)):
             self._commit(previous, self._dispatch(None, previous)[1])
             previous = None
@@ -198,6 +211,8 @@ class Engine:
         self._in_flight = pending
         # All that is left then is paused, or waits for what the paused hold.
         self._idle = not (pending or previous)
+        if pending or before:
+            self._forecast.stepped(time.monotonic() - started, steps=1 if before else 0)
         self._publish()
 
     def _dispatch(
@@ -268,6 +283,8 @@ class Engine:
     ) -> None:
         """Free what the sequence holds, then deliver its last output."""
         self._groups.remove(sequence)
+        if sequence.output and reason != "abort":
+            self._forecast.finished(len(sequence.output))
         self._inbox.discard(sequence)
         self._publish()
         sequence.deliver(token_ids, logprobs, reason)

@@ -88,6 +88,11 @@ class Inbox:
             changes, self._changes = self._changes, []
         return submitted, changes
 
+    def live(self) -> list[Sequence]:
+        """The unfinished sequences, taken or not."""
+        with self._changed:
+            return list(self._live.values())
+
     def taken(self) -> list[Sequence]:
         """The unfinished sequences that were taken."""
         with self._changed:

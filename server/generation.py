@@ -176,6 +176,10 @@ class Generation:
             for i in range(len(plan.prompts) * plan.num_choices)
         ]
 
+    def forecast(self) -> float | None:
+        """Seconds that it would take from now, as :meth:`Engine.forecast` estimates them."""
+        return self._engine.forecast([self.plan.request(i) for i in range(len(self.choices))])
+
     def cancel(self) -> None:
         """Finish every choice with what it has; the events then end. For the event loop only."""
         self.cancelled = True

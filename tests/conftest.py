@@ -30,6 +30,7 @@ from inferneo_jax.models import REFERENCE
 from inferneo_jax.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
+from tests.calibration import Machine
 from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, real_server
 from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
 
@@ -46,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in _ALONE:
             item.add_marker(pytest.mark.alone)
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Says how long something may take on this machine, busy as it is during the test."""
+    with Machine() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

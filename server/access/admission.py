@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TIMEOUT_HEADER = "X-Request-Timeout"
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _LONGEST_RETRY = 30
+_MARGIN = 1.25
+"""What an estimate is multiplied by, which errs on the low side, before it is taken for true."""
 _PACE_OF = 64
 """Served requests that tell how fast places become free."""
 
@@ -59,6 +61,28 @@ class Place:
         if sequences > self._taken:
             self._admission._take(self._owner, sequences - self._taken, held=self._taken)
             self._taken = sequences
+
+    def expect(self, seconds: float | None) -> None:
+        """Refuse a request that cannot be finished in time.
+
+        Args:
+            seconds: how long it would take from now; None: that is not known.
+
+        Raises:
+            ApiError: it would take longer than it has.
+        """
+        if seconds is None:
+            return
+        needed = seconds * _MARGIN
+        if 0 < self.deadline - asyncio.get_running_loop().time() < needed:
+            raise unavailable(
+                f"The server is too busy to finish this request within {self._seconds:g} s: beside "
+                f"the work already accepted, at the speed measured now, it would take about "
+                f"{needed:.1f} s. Send it again later, ask for fewer tokens, or allow it more time "
+                f"with the header {TIMEOUT_HEADER}.",
+                "overloaded",
+                max(1, min(_LONGEST_RETRY, math.ceil(needed - self._seconds))),
+            )
 
     def too_late(self) -> ApiError:
         """What a request is told whose time is up."""
@@ -185,7 +209,7 @@ class Admission:
 
 
 async def admit(services: "Services", place: Place, answer: "Answer", record: "Record") -> None:
-    """Let an answer be generated: there is room for all its sequences, and for its key's limits.
+    """Let an answer be generated: there is room for all its sequences, time, and its key's limits.
 
     Raises:
         ApiError: there is not.
@@ -195,6 +219,7 @@ async def admit(services: "Services", place: Place, answer: "Answer", record: "R
     place.widen(len(generation.choices))
     generation.place = place
     model = services.registry.get(answer.shape.model).name
+    place.expect(generation.forecast())
     await services.limiter.admit_answer(answer, model)
     if trace is not None:
         trace.planned(generation.plan, model)

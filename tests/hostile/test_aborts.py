@@ -20,10 +20,11 @@ from websockets.asyncio.client import connect
 
 from inferneo_jax import EmbeddingModel, EngineConfig, LanguageModel, load_model
 from inferneo_jax.weights.convert import convert
+from tests.calibration import Machine
 
 SOURCE = Path(__file__).parents[1] / "golden" / "families" / "llama-tied"
 ROUNDS = 500
-PATIENCE = 5.0
+PATIENCE = 30.0
 PATH = "/v1/completions"
 
 
@@ -194,7 +195,9 @@ async def freed(target: Target) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_five_hundred_clients_that_leave_leave_nothing_behind(target: Target) -> None:
+def test_five_hundred_clients_that_leave_leave_nothing_behind(
+    target: Target, machine: Machine
+) -> None:
     rng = random.Random(7)
     waits: dict[str, list[float]] = {way.__name__: [] for way in WAYS}
 
@@ -216,7 +219,7 @@ def test_five_hundred_clients_that_leave_leave_nothing_behind(target: Target) ->
         print(f"{name:18} {len(times):4} p50 {p50 * 1e3:6.1f} p99 {p99 * 1e3:6.1f} ms")
     every = sorted(wait for times in waits.values() for wait in times)
     print(f"all p50 {every[250] * 1e3:.1f} p99 {every[494] * 1e3:.1f} max {every[-1] * 1e3:.1f} ms")
-    assert every[494] < 1.0
+    assert every[494] < machine.seconds(1.0)
     asyncio.run(still_serves(target))
 
 

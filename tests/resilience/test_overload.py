@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.calibration import Machine
 from tests.serving import Process, process
 from tests.tiny import CHAT
 
@@ -22,7 +23,7 @@ ROUNDS = 3
 def server(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     settings = tiny | {"INFERNEO_MAX_WAITING": "12"}
     with process(tmp_path_factory.mktemp("overload") / "log", settings) as made:
-        made.wait_ready(120)
+        made.wait_ready()
         yield made
 
 
@@ -37,11 +38,12 @@ async def ask(address: str, number: int) -> Answer:
     """One request over a connection of its own; by hand, which costs least."""
     host, port = address.split(":")
     asked = {"model": CHAT, "prompt": f"{number}", "max_tokens": TOKENS, "ignore_eos": True}
+    # Those whose number is negative only show what the server can do, and have time for it.
+    deadline = f"X-Request-Timeout: {DEADLINE}\r\n" if number >= 0 else ""
     content = json.dumps(asked).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nX-Request-Timeout: {DEADLINE}\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
+        f"Content-Type: application/json\r\n{deadline}Content-Length: {len(content)}\r\n\r\n"
     )
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -57,7 +59,7 @@ async def ask(address: str, number: int) -> Answer:
 
 async def capacity(address: str) -> float:
     """Requests a second that the server finishes when it always has enough to do."""
-    numbers = iter(range(24))
+    numbers = iter(range(1, 25))
 
     async def client() -> None:
         for number in numbers:
@@ -82,19 +84,25 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[int(share * (len(values) - 1))]
 
 
-def test_ten_times_too_much_is_refused_quickly_and_the_rest_is_served(server: Process) -> None:
+def test_ten_times_too_much_is_refused_quickly_and_the_rest_is_served(
+    server: Process, machine: Machine
+) -> None:
     rate = 10 * asyncio.run(capacity(server.address))
     memory: list[int] = []
     slowest: list[float] = []
+    late_in_all = accepted_in_all = 0
     for _ in range(ROUNDS):
         answers = asyncio.run(flood(server.address, rate))
         memory.append(server.memory())
         refused = [answer for answer in answers if answer.status == 503]
         served = [answer for answer in answers if answer.status == 200]
-        assert len(refused) + len(served) == len(answers)
+        late = [answer for answer in answers if answer.status == 504]
+        assert len(refused) + len(served) + len(late) == len(answers)
         assert len(refused) > 0.8 * len(answers)
         assert served
-        assert max(answer.seconds for answer in served) < DEADLINE
+        accepted = [*served, *late]
+        assert max(answer.seconds for answer in accepted) < DEADLINE + machine.seconds(0.5)
+        late_in_all, accepted_in_all = late_in_all + len(late), accepted_in_all + len(accepted)
         for answer in served:
             assert json.loads(answer.body)["usage"]["completion_tokens"] == TOKENS
         for answer in refused:
@@ -102,12 +110,15 @@ def test_ten_times_too_much_is_refused_quickly_and_the_rest_is_served(server: Pr
         waits = [answer.seconds for answer in refused]
         slowest.append(percentile(waits, 0.99))
         print(
-            f"{rate:.0f} requests/s, {len(served)} of {len(answers)} served, refusals p50 "
+            f"{rate:.0f} requests/s, {len(served)} of {len(answers)} served, {len(late)} late, "
+            f"refusals p50 "
             f"{percentile(waits, 0.5) * 1e3:.1f} p99 {slowest[-1] * 1e3:.1f} ms, served p99 "
             f"{percentile([a.seconds for a in served], 0.99):.2f} s, {memory[-1] / 1e6:.0f} MB"
         )
     # The machine may have other things to do in one round, hardly in all.
-    assert min(slowest) < 0.05
+    assert min(slowest) < machine.seconds(0.05)
+    # A machine may become slower after a request was accepted, seldom so much that it is late.
+    assert late_in_all <= accepted_in_all / 50
     assert memory[-1] - memory[0] < 16e6
     check_empty(server)
 

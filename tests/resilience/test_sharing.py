@@ -56,8 +56,8 @@ def test_two_servers_admit_exactly_the_limit_between_them(location: str, tmp_pat
         process(tmp_path / "one", settings, app, workers=0) as one,
         process(tmp_path / "two", settings, app, workers=0) as two,
     ):
-        one.wait_ready(60)
-        two.wait_ready(60)
+        one.wait_ready()
+        two.wait_ready()
         statuses = asyncio.run(everybody([one, two]))
     assert {status: statuses.count(status) for status in set(statuses)} == {
         200: LIMIT,
@@ -71,7 +71,7 @@ def server(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("sharing")
     settings = tiny | {"INFERNEO_KEYS_DB": str(folder / "keys.db"), "INFERNEO_REQUIRE_KEY": "true"}
     with process(folder / "log", settings) as made:
-        made.wait_ready(120)
+        made.wait_ready()
         yield made
 
 

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from clients import body, plain, socketed, stream, stuck, until
 
+from tests.calibration import Machine
 from tests.serving import Process, process, stats_of
 from tests.tiny import CHAT
 
@@ -25,9 +26,10 @@ async def status(server: Process, client: httpx.AsyncClient) -> str:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_under_load_ends_everything_with_a_word(
-    tiny: dict[str, str], tmp_path: Path, workers: int
+    tiny: dict[str, str], tmp_path: Path, workers: int, machine: Machine
 ) -> None:
-    settings = tiny | {"INFERNEO_DRAIN_SECONDS": "4"}
+    drain = min(20.0, machine.seconds(4))
+    settings = tiny | {"INFERNEO_DRAIN_SECONDS": f"{drain}"}
 
     async def load(server: Process) -> None:
         raw = stuck(server)
@@ -39,8 +41,8 @@ def test_sigterm_under_load_ends_everything_with_a_word(
             assert await status(server, client) == "ready"
             told = time.monotonic()
             server.popen.terminate()
-            await until(lambda: draining(server, client), 2)
-            assert time.monotonic() - told < 2
+            await until(lambda: draining(server, client))
+            assert time.monotonic() - told < machine.seconds(2)
             refused = await plain(server, body(5))
             assert (refused.status, refused.error) == (503, "overloaded")
         for ending in await asyncio.gather(*jobs[SHORT]):
@@ -50,21 +52,23 @@ def test_sigterm_under_load_ends_everything_with_a_word(
             assert (ending.complete, ending.error) == (True, "overloaded"), ending
         assert (await idle).status == 1001
         with raw:
-            assert await asyncio.to_thread(server.popen.wait, 15) == 0, server.tail()
-        assert 4 <= time.monotonic() - told < 12
+            assert await asyncio.to_thread(server.popen.wait, 60) == 0, server.tail()
+        assert drain <= time.monotonic() - told < drain + machine.seconds(8)
 
     async def draining(server: Process, client: httpx.AsyncClient) -> bool:
         return await status(server, client) == "draining"
 
     with process(tmp_path / "log", settings, workers=workers) as server:
-        server.wait_ready(120)
+        server.wait_ready()
         asyncio.run(load(server))
 
 
-def test_an_idle_server_ends_at_once(tiny: dict[str, str], tmp_path: Path) -> None:
+def test_an_idle_server_ends_at_once(
+    tiny: dict[str, str], tmp_path: Path, machine: Machine
+) -> None:
     with process(tmp_path / "log", tiny) as server:
-        server.wait_ready(120)
+        server.wait_ready()
         told = time.monotonic()
         server.popen.terminate()
-        assert server.popen.wait(10) == 0
-        assert time.monotonic() - told < 5
+        assert server.popen.wait(60) == 0
+        assert time.monotonic() - told < machine.seconds(5)

@@ -53,6 +53,7 @@ class FakeEngine:
         refusal: raised by ``submit``.
         failure: ends every request at its limit.
         stuck_seconds: for how long a step has not answered.
+        forecast_seconds: what it expects any request to take.
     """
 
     script: Script
@@ -62,6 +63,7 @@ class FakeEngine:
     refusal: Exception | None = None
     failure: EngineError | None = None
     stuck_seconds: float = 0.0
+    forecast_seconds: float | None = None
     submitted: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
@@ -117,6 +119,10 @@ class FakeEngine:
 
     def stuck(self) -> float:
         return self.stuck_seconds
+
+    def forecast(self, requests: list[GenerationRequest]) -> float | None:
+        assert requests
+        return self.forecast_seconds
 
     def release(self) -> None:
         """Let every request run on."""

@@ -230,6 +230,24 @@ def test_there_are_no_more_sockets_than_places(small: Rig) -> None:
         assert time.monotonic() < deadline
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_finished_in_time_is_refused_at_once(rig: Rig, stream: bool) -> None:
+    rig.engine.forecast_seconds = 20.0
+    body, before = {**BODY, "stream": stream}, len(rig.engine.submitted)
+    response = rig.post(COMPLETIONS, body, headers={TIMEOUT_HEADER: "21"})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
+    message = response.json()["error"]["message"]
+    assert "within 21 s" in message
+    assert "about 25.0 s" in message
+    assert TIMEOUT_HEADER in message
+    assert response.headers["Retry-After"] == "4"
+    assert len(rig.engine.submitted) == before
+    for headers in ({TIMEOUT_HEADER: "30"}, {}):
+        assert rig.post(COMPLETIONS, body, headers=headers).status_code == 200
+    rig.engine.forecast_seconds = None
+    assert rig.post(COMPLETIONS, body, headers={TIMEOUT_HEADER: "21"}).status_code == 200
+
+
 def test_who_leaves_makes_room(full: Rig) -> None:
     full.engine.release()
     full.engine.wait_until(lambda e: e.num_running == 0)

@@ -5,7 +5,9 @@ tokens), texts that double forty times (a sequence of replacements), or panic, w
 ``BaseException``. Patterns are run by Oniguruma, which panics at a match of 10 million steps.
 """
 
+import base64
 import contextlib
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import tokenizers
 
 from inferneo_jax.config_bounds import MAX_VOCAB_SIZE
 from inferneo_jax.errors import InferneoError, TokenizerError
-from inferneo_jax.files import TOKENIZER_JSON, one_line, read_object, shown
+from inferneo_jax.files import MAX_TEXT_BYTES, TOKENIZER_JSON, one_line, read_object, shown
 
 # The models in use with the most added tokens have 32,768 of them, in 800 KB. The automata that
 # find them take about 40 times these bytes.
@@ -100,6 +102,10 @@ def template_text(value: object, where: str) -> str | None:
         value = {entry["name"]: entry.get("template") for entry in named}.get("default")
     if not isinstance(value, str | None):
         raise TokenizerError(f"{where}: chat_template is {shown(value)}; it must be a text")
+    if value is not None and len(value) > MAX_TEXT_BYTES:
+        raise TokenizerError(
+            f"{where}: chat_template has {len(value)} characters; at most {MAX_TEXT_BYTES} are read"
+        )
     return value
 
 
@@ -173,6 +179,8 @@ def _check_stage(stage: object, where: str) -> None:
             growth *= max(1.0, _growth(step.get("pattern"), step.get("content")))
         elif step["type"] == "TemplateProcessing":
             _check_template(step, where)
+        elif step["type"] == "Precompiled":
+            _check_charsmap(step.get("precompiled_charsmap"), where)
     if growth > _MAX_GROWTH:
         raise TokenizerError(
             f"{where} has replacements that lengthen a text {growth:.3g} times; "
@@ -201,6 +209,21 @@ def _check_template(step: dict[str, Any], where: str) -> None:
                 raise TokenizerError(
                     f"{where} adds {shown(named)}, which its special_tokens do not define"
                 )
+
+
+def _check_charsmap(encoded: object, where: str) -> None:
+    """The library panics at a table that is not what sentencepiece writes.
+
+    That is the length of a trie, the trie, and a text in UTF-8, all in base64.
+    """
+    try:
+        data = base64.b64decode(encoded if isinstance(encoded, str) else "", validate=True)
+        (size,) = struct.unpack_from("<I", data)
+        data[4 + size :].decode()
+    except (ValueError, struct.error):
+        size = -1
+    if size < 0 or size % 4 or size > len(data) - 4:
+        raise TokenizerError(f"{where} has a precompiled_charsmap that is none of sentencepiece")
 
 
 def _objects(value: object) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,7 @@ from tokenizers import (
 from inferneo_jax.config_bounds import MAX_VOCAB_SIZE
 from inferneo_jax.errors import TokenizerError
 from inferneo_jax.files import shown
-from inferneo_jax.tokenizer_json import check_added_tokens, guarded
+from inferneo_jax.tokenizer_json import check_added_tokens, guarded, template_text
 from inferneo_jax.weights.gguf_metadata import Metadata
 
 
@@ -144,7 +144,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, An
         **named,
         "add_bos_token": keys.flag("tokenizer.ggml.add_bos_token", add_bos),
         "add_eos_token": keys.flag("tokenizer.ggml.add_eos_token", False),
-        "chat_template": keys.text("tokenizer.chat_template"),
+        "chat_template": template_text(
+            keys.text("tokenizer.chat_template"), "tokenizer.chat_template"
+        ),
         "clean_up_tokenization_spaces": False,
     }
     _add_post_processor(tokenizer, config, vocab)

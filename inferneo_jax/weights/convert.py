@@ -138,7 +138,9 @@ def _check_tokenizer(source: SourceModel, vocab_size: int) -> None:
     # Not at the top: the tokenizers library takes its time, and only conversion needs it.
     from inferneo_jax.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_text(source.tokenizer_json, source.tokenizer_config)
+    # Chat templates are compiled by a process of their own, when the model is loaded.
+    config = {**source.tokenizer_config, "chat_template": None}
+    tokenizer = Tokenizer.from_text(source.tokenizer_json, config)
     ids = {*source.eos_token_ids, source.bos_token_id, *tokenizer.eos_token_ids} - {None}
     if beyond := [index for index in ids if index is not None and index >= vocab_size]:
         raise TokenizerError(

@@ -4,7 +4,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from inferneo_jax.config_bounds import check_fields
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.files import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,9 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context_length: int = 8192
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,7 @@ class DecoderConfig:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -61,7 +67,7 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of ``to_dict``; raises ConfigError on unknown or missing keys."""
-        scaling = values.get("rope_scaling")
+        scaling = values.get("rope_scaling") if isinstance(values, dict) else None
         if scaling is not None:
             values = values | {"rope_scaling": _build(RopeScaling, scaling)}
         return _build(cls, values)
@@ -89,6 +95,7 @@ class EncoderConfig:
     normalize: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.head_dim:
             return
         if self.hidden_size % self.num_heads:
@@ -268,11 +275,13 @@ class JobConfig:
             )
 
 
-def _build(cls: type[Any], values: dict[str, Any]) -> Any:
+def _build(cls: type[Any], values: Any) -> Any:
     """``cls(**values)``, with a ConfigError that names the wrong keys."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} is {shown(values)}; it must be an object")
     known = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(values.keys() - known.keys()):
-        raise ConfigError(f"unknown keys in {cls.__name__}: {', '.join(unknown)}")
+        raise ConfigError(f"unknown keys in {cls.__name__}: {shown(', '.join(unknown))}")
     required = {n for n, f in known.items() if f.default is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
         raise ConfigError(f"missing keys in {cls.__name__}: {', '.join(missing)}")

@@ -5,6 +5,7 @@ streams and :class:`~inferneo_jax.stops.StopMatcher` for stop strings.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,12 +13,15 @@ from typing import Any, Literal, Self
 import tokenizers
 
 from inferneo_jax.chat_template import ChatTemplate, Message
-from inferneo_jax.errors import TemplateError, TokenizerError
+from inferneo_jax.errors import RequestError, TemplateError, TokenizerError
+from inferneo_jax.files import read_object
+from inferneo_jax.tokenizer_json import guarded, read_tokenizer, template_text, token_ids
 from inferneo_jax.truncation import cut, refuse_surrogates, tokens_behind
 
 PieceKind = Literal["bytes", "sentencepiece", "words"]
 """How tokens spell text: in a byte alphabet, with marks for spaces, or as words (WordPiece)."""
 
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _NAMED_TOKENS = (
     "bos_token",
     "eos_token",
@@ -53,7 +57,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._behind = tokens_behind(backend)
+        with guarded("the tokenizer cannot encode a text"):
+            self._behind = tokens_behind(backend)
         named = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name)))}
         self._template = _chat_template(config, named)
 
@@ -73,14 +78,24 @@ class Tokenizer:
             for step in steps
         )
         # Ids without a token (holes in the vocabulary) stay empty, as decoding leaves them out.
-        pieces = [b""] * self.vocab_size
+        pieces, spelled = [b""] * self.vocab_size, [""] * self.vocab_size
         for token, index in vocab.items():
-            pieces[index] = spell(token)
-        self._pieces = pieces
-        self._spelled = {index: token for token, index in vocab.items()}
+            pieces[index], spelled[index] = spell(token), token
+        self._pieces, self._spelled = pieces, spelled
         self._plain_pieces = pieces.copy()
         for index in self.special_ids:
             self._plain_pieces[index] = b""
+
+    @classmethod
+    def from_text(cls, tokenizer_json: str, config: dict[str, Any]) -> Self:
+        """A tokenizer from the content of its files, which was checked when they were read.
+
+        Raises:
+            TokenizerError: it is broken, or the chat template does not compile.
+        """
+        with guarded("the tokenizer cannot be read"):
+            backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+        return cls(backend, config)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Self:
@@ -90,21 +105,13 @@ class Tokenizer:
             TokenizerError: a file is missing or broken, or the chat template does not compile.
         """
         folder = Path(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError(
-                f"{folder} holds no tokenizer.json; pull or convert the model again"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more specific
-            raise TokenizerError(f"{file} cannot be read: {error}") from error
         checkpoint = _read_json(folder / "inferneo.json")
+        bos = token_ids(checkpoint.get("bos_token_id"), f"{folder}: bos_token_id")
         return cls(
-            backend,
+            read_tokenizer(folder / "tokenizer.json"),
             _read_json(folder / "tokenizer_config.json"),
-            eos_token_ids=checkpoint.get("eos_token_ids") or (),
-            bos_token_id=checkpoint.get("bos_token_id"),
+            eos_token_ids=token_ids(checkpoint.get("eos_token_ids"), f"{folder}: eos_token_ids"),
+            bos_token_id=min(bos, default=None),
         )
 
     @property
@@ -140,15 +147,17 @@ class Tokenizer:
         for text in texts:
             refuse_surrogates(text)
         # The fast variant does not track character offsets, which nothing here needs.
-        encodings = self._backend.encode_batch_fast(
-            list(texts), add_special_tokens=add_special_tokens
-        )
+        with guarded("a text cannot be encoded", RequestError):
+            encodings = self._backend.encode_batch_fast(
+                list(texts), add_special_tokens=add_special_tokens
+            )
         behind = self._behind if add_special_tokens else ()
         return [cut(encoding.ids, max_tokens, behind) for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with guarded("the tokens cannot be decoded", RequestError):
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render_chat(
         self,
@@ -214,7 +223,7 @@ class Tokenizer:
 
     def token_piece(self, token_id: int) -> str:
         """The token as the vocabulary spells it; empty for an id that has no token."""
-        return self._spelled.get(token_id, "")
+        return self._spelled[token_id] if 0 <= token_id < self.vocab_size else ""
 
     def pieces(self, *, skip_special_tokens: bool) -> Sequence[bytes]:
         """:meth:`token_bytes` of every id, empty for special tokens when these are skipped."""
@@ -224,14 +233,9 @@ class Tokenizer:
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in ``file``; empty when there is no such file."""
     try:
-        content = json.loads(file.read_bytes())
+        return read_object(file, error=TokenizerError)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file} holds no JSON object")
-    return content
 
 
 def _token_text(entry: object) -> str | None:
@@ -242,16 +246,8 @@ def _token_text(entry: object) -> str | None:
 
 
 def _chat_template(config: dict[str, Any], named: dict[str, str]) -> ChatTemplate | None:
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several by name; chat uses the default one
-        try:
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        except (KeyError, TypeError) as error:
-            raise TokenizerError(
-                "chat_template of tokenizer_config.json is neither a text nor a list of objects "
-                "with name and template"
-            ) from error
-    return None if source is None else ChatTemplate(str(source), named)
+    source = template_text(config.get("chat_template"), "tokenizer_config.json")
+    return None if source is None else ChatTemplate(source, named)
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
@@ -271,8 +267,8 @@ def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], by
 
         def from_alphabet(token: str) -> bytes:
             try:
-                return bytes([alphabet[character] for character in token])
-            except KeyError:  # an added token, spelled as it reads
+                return token.translate(alphabet).encode("latin-1")
+            except UnicodeEncodeError:  # an added token, spelled as it reads
                 return token.encode()
 
         return "bytes", from_alphabet
@@ -286,8 +282,8 @@ def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], by
         mark, has_bytes = marks[0], "ByteFallback" in kinds
 
         def from_marks(token: str) -> bytes:
-            if has_bytes and len(token) == 6 and token[:3] == "<0x" and token[5] == ">":
-                return bytes.fromhex(token[3:5])
+            if has_bytes and (byte := _BYTE_TOKEN.fullmatch(token)):
+                return bytes.fromhex(byte[1])
             return token.replace(mark, " ").encode()
 
         return "sentencepiece", from_marks
@@ -295,9 +291,17 @@ def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], by
     return "words", lambda token: token.removeprefix(prefix).encode()
 
 
-def _byte_alphabet() -> dict[str, int]:
+class _ByteAlphabet(dict[int, int]):
+    """A table for ``str.translate``; other characters become one that Latin-1 does not have."""
+
+    def __missing__(self, character: int) -> int:
+        return 0x100
+
+
+def _byte_alphabet() -> _ByteAlphabet:
     """GPT-2's spelling of bytes: printable Latin-1 as itself, the rest from U+0100 on."""
     shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in shown]
-    alphabet = {chr(byte): byte for byte in shown}
-    return alphabet | {chr(256 + order): byte for order, byte in enumerate(hidden)}
+    spelled = _ByteAlphabet((byte, byte) for byte in shown)
+    spelled.update((256 + order, byte) for order, byte in enumerate(hidden))
+    return spelled

@@ -1,5 +1,6 @@
 """Which models have short names, where checkpoints lie, and which are there."""
 
+import dataclasses
 import os
 import re
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from inferneo_jax.errors import CheckpointError
+from inferneo_jax.files import read_text, shown
 from inferneo_jax.weights.atomic import remove_folder
 from inferneo_jax.weights.checkpoint import INFO_FILE, CheckpointInfo, fingerprint, read_info
 
@@ -45,12 +47,18 @@ def load_catalog(file: Path | None = None) -> dict[str, CatalogEntry]:
         packaged = _PACKAGE / "catalog.toml"
         file = packaged if packaged.exists() else _CHECKOUT_CATALOG
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-        return {
+        tables = tomllib.loads(read_text(file))
+        entries = {
             name: CatalogEntry(name=name, source=table.pop("requirement"), **table)
             for name, table in tables.items()
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        for entry in entries.values():
+            for each in dataclasses.fields(entry):
+                wanted = int if each.type is int else str
+                if not isinstance(value := getattr(entry, each.name), wanted):
+                    raise TypeError(f"{each.name} of {entry.name} is {shown(value)}")
+        return entries
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the catalog {file} cannot be used: {error!r}") from error
 
 

@@ -11,6 +11,7 @@
 import hashlib
 import json
 import logging
+import operator
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,16 +19,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 
 from inferneo_jax.config import DecoderConfig, EncoderConfig, ModelConfig
-from inferneo_jax.errors import CheckpointError, ConfigError, WeightsError
+from inferneo_jax.config_bounds import MAX_VOCAB_SIZE
+from inferneo_jax.errors import CheckpointError, ConfigError
+from inferneo_jax.files import read_object, shown
 from inferneo_jax.weights.atomic import new_folder
+from inferneo_jax.weights.shapes import compare_shapes
 
 FORMAT = 1
 INFO_FILE = "inferneo.json"
 WEIGHTS_FOLDER = "weights"
 _DESCRIPTION = b"/zarr.json"
-_LISTED = 10
 _CHUNK_BYTES = 2**24
 _CONFIGS: dict[str, type[ModelConfig]] = {"decoder": DecoderConfig, "encoder": EncoderConfig}
 
@@ -60,33 +64,33 @@ def read_info(path: Path) -> CheckpointInfo:
     path = Path(path)
     file = path / INFO_FILE
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_object(file)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{path} holds no converted model (no {INFO_FILE}); "
             "make one with `inferneo pull` or `inferneo convert`"
         ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; convert the model again") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; convert the model again") from error
     try:
         if values["format"] != FORMAT:
             raise CheckpointError(
-                f"{file} has format {values['format']!r}; this version reads {FORMAT}: "
+                f"{file} has format {shown(values['format'])}; this version reads {FORMAT}: "
                 "convert the model again"
             )
         config_class = _CONFIGS[values["kind"]]
         info = CheckpointInfo(
             path=path,
             kind=values["kind"],
-            family=values["family"],
+            family=_text(values["family"]),
             config=config_class.from_dict(values["config"]),
-            created=int(values["created"]),
-            licence=values["licence"],
+            created=_seconds(values["created"]),
+            licence=None if values["licence"] is None else _text(values["licence"]),
             source=dict(values["source"]),
-            eos_token_ids=tuple(int(i) for i in values["eos_token_ids"]),
-            bos_token_id=values["bos_token_id"],
+            eos_token_ids=tuple(sorted(_token_ids(values["eos_token_ids"]))),
+            bos_token_id=min(_token_ids([values["bos_token_id"]]), default=None),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(
             f"{file} is not what this version writes ({type(error).__name__}: {error}); "
             "convert the model again"
@@ -94,6 +98,25 @@ def read_info(path: Path) -> CheckpointInfo:
     if not (path / WEIGHTS_FOLDER).is_dir():
         raise CheckpointError(f"{path} has no {WEIGHTS_FOLDER} folder; convert the model again")
     return info
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{shown(value)} is not a text")
+    return value
+
+
+def _seconds(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**40:
+        raise ValueError(f"{shown(value)} is not a time of conversion")
+    return value
+
+
+def _token_ids(values: list[Any]) -> set[int]:
+    ids = {value for value in values if value is not None}
+    if bad := [i for i in ids if type(i) is not int or not 0 <= i < MAX_VOCAB_SIZE]:
+        raise ValueError(f"{shown(bad[0])} is not a token id")
+    return ids
 
 
 def write_checkpoint(
@@ -212,10 +235,12 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         keys = [key for key in store.list().result() if key.endswith(_DESCRIPTION)]
         described = [store.read(key) for key in keys]
         shapes = {
-            key.removesuffix(_DESCRIPTION).decode(): tuple(json.loads(each.result().value)["shape"])
+            key.removesuffix(_DESCRIPTION).decode(): tuple(
+                map(operator.index, orjson.loads(each.result().value)["shape"])
+            )
             for key, each in zip(keys, described, strict=True)
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged(folder, error) from error
     if not shapes:
         raise _damaged(folder, "no description of them is left")
@@ -255,33 +280,6 @@ def _damaged(folder: Path, why: object) -> CheckpointError:
         f"the weights in {folder} cannot be read ({first_sentence}); "
         "remove the model with `inferneo rm` and convert or pull it again"
     )
-
-
-def compare_shapes(
-    stored: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
-    where: str,
-    unused: Iterable[str] | None = None,
-) -> None:
-    """Raises WeightsError when names or shapes differ, naming up to ten of each kind.
-
-    ``unused`` are the stored names that nobody wants; all that are not wanted unless given.
-    """
-    missing = sorted(wanted.keys() - stored.keys())
-    unused = sorted(stored.keys() - wanted.keys() if unused is None else unused)
-    misshapen = [
-        f"{name} is {list(stored[name])}, not {list(shape)}"
-        for name, shape in sorted(wanted.items())
-        if name in stored and tuple(stored[name]) != tuple(shape)
-    ]
-    kinds = {"missing": missing, "unused": unused, "misshapen": misshapen}
-    problems = [
-        f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)})"
-        for kind, names in kinds.items()
-        if names
-    ]
-    if problems:
-        raise WeightsError(f"the weights of {where} do not fit the model: {'; '.join(problems)}")
 
 
 def _checkpointer() -> Any:

@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inferneo_jax.errors import CheckpointError
+from inferneo_jax.config import ModelConfig
+from inferneo_jax.errors import CheckpointError, TokenizerError
 from inferneo_jax.models.families import Family, find_family
 from inferneo_jax.models.families.family import Recipe
 from inferneo_jax.weights.atomic import refuse_existing
-from inferneo_jax.weights.checkpoint import compare_shapes, write_checkpoint
-from inferneo_jax.weights.source import Array, SourceModel
+from inferneo_jax.weights.checkpoint import write_checkpoint
+from inferneo_jax.weights.shapes import compare_shapes
+from inferneo_jax.weights.source import Array, SourceModel, naming
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, what is done of it and its total; the total is 0 where it is unknown."""
@@ -45,6 +48,37 @@ def read_source(path: Path) -> SourceModel:
     )
 
 
+@dataclass(frozen=True)
+class ConvertibleModel:
+    """A model of another format of which everything but the values of its tensors was checked."""
+
+    source: SourceModel
+    family: Family
+    config: ModelConfig
+    recipes: Mapping[str, Recipe]
+    names: Mapping[str, str]
+
+    def weight(self, name: str) -> Array:
+        """One of our weights, made of the source's tensors."""
+        recipe = self.recipes[name]
+        tensors = [self.source.tensors[self.names[part.name]] for part in recipe.parts]
+        array: Array = recipe.join(*[tensor.read() for tensor in tensors])
+        return array
+
+
+def read_model(path: Path) -> ConvertibleModel:
+    """The model at ``path``, checked; raises as ``convert`` does, naming the path."""
+    with naming(path):
+        source = read_source(path)
+        family = find_family(source.config)
+        config = family.read_config(source.config)
+        _check_tokenizer(source, config.vocab_size)
+        recipes = family.recipes(config)
+        names = _resolve(source, family, recipes)
+        _check(source, family.ignored(config), recipes, names)
+    return ConvertibleModel(source, family, config, recipes, names)
+
+
 def convert(
     path: Path,
     destination: Path,
@@ -75,24 +109,19 @@ def convert(
     """
     path, destination = Path(path), Path(destination)
     refuse_existing(destination)
-    source = read_source(path)
-    family = find_family(source.config)
-    config = family.read_config(source.config)
-    recipes = family.recipes(config)
-    names = _resolve(source, family, recipes)
-    _check(source, family.ignored(config), recipes, names)
+    model = read_model(path)
     weights: dict[str, Array] = {}
-    progress("converting", 0, len(recipes))
-    for done, (name, recipe) in enumerate(recipes.items(), 1):
-        arrays = [source.tensors[names[part.name]].read() for part in recipe.parts]
-        weights[name] = recipe.join(*arrays)
-        progress("converting", done, len(recipes))
+    progress("converting", 0, len(model.recipes))
+    for done, name in enumerate(model.recipes, 1):
+        weights[name] = model.weight(name)
+        progress("converting", done, len(model.recipes))
+    source = model.source
     progress("writing", 0, 0)
     write_checkpoint(
         destination,
-        kind=family.kind,
-        family=family.name,
-        config=config,
+        kind=model.family.kind,
+        family=model.family.name,
+        config=model.config,
         weights=weights,
         tokenizer_json=source.tokenizer_json,
         tokenizer_config=source.tokenizer_config,
@@ -102,6 +131,21 @@ def convert(
         source={**source.origin, **(origin or {})},
     )
     return destination
+
+
+def _check_tokenizer(source: SourceModel, vocab_size: int) -> None:
+    """Raises TokenizerError unless the tokenizer can be loaded and its ids are the model's."""
+    # Not at the top: the tokenizers library takes its time, and only conversion needs it.
+    from inferneo_jax.tokenizer import Tokenizer
+
+    # Chat templates are compiled by a process of their own, when the model is loaded.
+    config = {**source.tokenizer_config, "chat_template": None}
+    tokenizer = Tokenizer.from_text(source.tokenizer_json, config)
+    ids = {*source.eos_token_ids, source.bos_token_id, *tokenizer.eos_token_ids} - {None}
+    if beyond := [index for index in ids if index is not None and index >= vocab_size]:
+        raise TokenizerError(
+            f"a text begins or ends with the token {max(beyond)}; the model has {vocab_size}"
+        )
 
 
 def _resolve(source: SourceModel, family: Family, recipes: Mapping[str, Recipe]) -> dict[str, str]:

@@ -16,7 +16,9 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from inferneo_jax.errors import CheckpointError
+from inferneo_jax.files import shown
 from inferneo_jax.weights.gguf_header import TensorInfo, read_header
+from inferneo_jax.weights.gguf_metadata import Metadata
 from inferneo_jax.weights.source import Array, SourceModel, SourceTensor
 
 _PLAIN = {
@@ -48,23 +50,23 @@ def read_gguf(path: Path) -> SourceModel:
 
     path = Path(path)
     header = read_header(path)
-    metadata = header.metadata
-    if metadata.get("split.count", 0) > 1 or _SPLIT_NAME.search(path.name):
+    metadata = Metadata(header.metadata, CheckpointError)
+    if (metadata.integer("split.count") or 0) > 1 or _SPLIT_NAME.search(path.name):
         raise CheckpointError(
             f"{path} is one part of a split GGUF; "
             "join the parts with `llama-gguf-split --merge` and give the result"
         )
-    arch = metadata.get("general.architecture")
+    arch = metadata.text("general.architecture")
     if arch not in _ARCHITECTURES:
         raise CheckpointError(
-            f"{path} is a GGUF of the architecture {arch!r}; "
+            f"{path} is a GGUF of the architecture {shown(arch)}; "
             f"those read are {', '.join(_ARCHITECTURES)}"
         )
     infos = dict(header.tensors)
     rope_freqs = infos.pop(_ROPE_FREQS, None)
-    config = _config(path, metadata, infos)
+    config = _config(path, arch, metadata, infos)
     if rope_freqs is not None:
-        config["rope_scaling"] = _llama3_scaling(path, _read(path, _ROPE_FREQS, rope_freqs), config)
+        config["rope_scaling"] = _llama3_scaling(path, rope_freqs, config)
     heads = {
         "attn_q": config["num_attention_heads"],
         "attn_k": config["num_key_value_heads"],
@@ -79,8 +81,7 @@ def read_gguf(path: Path) -> SourceModel:
     names = gguf.get_tensor_name_map(
         next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), config["num_hidden_layers"]
     )
-    tokenizer, tokenizer_config = gguf_tokenizer(metadata)
-    tokenizer_config.setdefault("chat_template", metadata.get("tokenizer.chat_template"))
+    tokenizer, tokenizer_config = gguf_tokenizer(header.metadata)
     return SourceModel(
         path=path,
         config=config,
@@ -89,33 +90,30 @@ def read_gguf(path: Path) -> SourceModel:
         tokenizer_json=tokenizer.to_str(),
         tokenizer_config=tokenizer_config,
         eos_token_ids=_eos_ids(metadata),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        licence=metadata.get("general.license"),
-        origin={"format": "gguf", "file": path.name, "name": metadata.get("general.name")},
+        bos_token_id=metadata.integer("tokenizer.ggml.bos_token_id"),
+        licence=metadata.text("general.license"),
+        origin={"format": "gguf", "file": path.name, "name": metadata.text("general.name")},
     )
 
 
 def _config(
-    path: Path, metadata: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+    path: Path, arch: str, metadata: Metadata, infos: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
     """The metadata in the words of a Hugging Face config."""
-    arch = metadata["general.architecture"]
 
     def integer(key: str, default: int | None = None) -> int:
-        value = metadata.get(f"{arch}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            found = "missing" if value is None else repr(value)
+        value = metadata.integer(f"{arch}.{key}", default, least=1)
+        if not value:  # a default may be 0, as of heads that are more than the width
             raise CheckpointError(
-                f"{path}: {arch}.{key} is {found}; it must be one integer above 0"
+                f"{path}: {arch}.{key} is missing; it must be one integer above 0"
             )
         return value
 
     def real(key: str, default: float) -> float:
-        value = metadata.get(f"{arch}.{key}", default)
         # Stored as float32: the shortest decimal that gives it is what the model's author wrote.
-        return float(str(np.float32(value)))
+        return float(str(np.float32(metadata.number(f"{arch}.{key}", default))))
 
-    if experts := metadata.get(f"{arch}.expert_count"):
+    if experts := metadata.integer(f"{arch}.expert_count"):
         raise CheckpointError(f"{path} is a mixture of {experts} experts, which is not supported")
     if "token_embd.weight" not in infos:
         raise CheckpointError(f"{path} has no token_embd.weight; it is not a whole model")
@@ -138,29 +136,32 @@ def _config(
         "rms_norm_eps": real("attention.layer_norm_rms_epsilon", 1e-5),
         "rope_theta": real("rope.freq_base", 10_000.0),
         "partial_rotary_factor": rotated / head_dim,
-        "sliding_window": metadata.get(f"{arch}.attention.sliding_window"),
+        "sliding_window": metadata.integer(f"{arch}.attention.sliding_window"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in infos,
     }
-    kind = metadata.get(f"{arch}.rope.scaling.type", "none")
+    kind = metadata.text(f"{arch}.rope.scaling.type", "none")
     if kind != "none":
         config["rope_scaling"] = {"rope_type": kind, "factor": real("rope.scaling.factor", 1.0)}
     return config
 
 
-def _llama3_scaling(path: Path, divisors: Array, config: Mapping[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(path: Path, info: TensorInfo, config: Mapping[str, Any]) -> dict[str, Any]:
     """The Llama 3 rope scaling behind a table of frequency divisors.
 
     The file holds only the table; every Llama 3 release made it from the same three constants and
     a factor, its largest entry. A table that they do not reproduce is refused.
     """
-    low, high, original, factor = 1.0, 4.0, 8192, float(divisors.max())
+    low, high, original = 1.0, 4.0, 8192
+    whole = info.shape == (config["head_dim"] // 2,)
+    divisors = _read(path, _ROPE_FREQS, info) if whole else np.zeros(1)
+    factor = float(divisors.max())
     inverse = config["rope_theta"] ** (-np.arange(divisors.size) / divisors.size)
     turns = original * inverse / (2 * np.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    whole = divisors.shape == (config["head_dim"] // 2,)
-    if not whole or not np.allclose(divisors, expected, rtol=1e-3):
+    # A factor that is 0, negative or NaN is no factor; np.allclose refuses NaN by itself.
+    expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else np.nan
+    if not np.allclose(divisors, expected, rtol=1e-3):
         raise CheckpointError(
             f"{path}: {_ROPE_FREQS} is not the table of Llama 3; "
             "take the model's safetensors release, which says how it was made"
@@ -174,10 +175,10 @@ def _llama3_scaling(path: Path, divisors: Array, config: Mapping[str, Any]) -> d
     }
 
 
-def _eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
     """Ends of text, of turn and of message: a chat model stops at whichever it has."""
     kinds = ("eos", "eot", "eom")
-    ids = {metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in kinds}
+    ids = {metadata.integer(f"tokenizer.ggml.{kind}_token_id") for kind in kinds}
     return tuple(sorted(i for i in ids if i is not None))
 
 

@@ -8,7 +8,7 @@ Sources: the GGUF specification (``tokenizer.ggml.*``), and for each pre-tokeniz
 expression in the ``tokenizer.json`` of the models that llama.cpp gives this name.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -24,7 +24,11 @@ from tokenizers import (
     processors,
 )
 
+from inferneo_jax.config_bounds import MAX_VOCAB_SIZE
 from inferneo_jax.errors import TokenizerError
+from inferneo_jax.files import shown
+from inferneo_jax.tokenizer_json import check_added_tokens, guarded, template_text
+from inferneo_jax.weights.gguf_metadata import Metadata
 
 
 class TokenType(IntEnum):
@@ -84,6 +88,11 @@ _NAMED = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+# Of sentencepiece vocabularies; the largest in use has 262,144 pieces of 1.9 million characters,
+# which make half a million merges.
+_MAX_PIECES_LENGTH = 2**22
+_MAX_MERGES = 2**20
+_MAX_TOKEN_LENGTH = 1024
 _MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # a space, in sentencepiece vocabularies
 
 
@@ -101,115 +110,115 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, An
         TokenizerError: a key is missing, values contradict each other, or the model or
             pre-tokenizer is of a kind that is not supported.
     """
-    tokens = [str(token) for token in _required(metadata, "tokens")]
-    types = _token_types(metadata, len(tokens))
+    keys = Metadata(metadata, TokenizerError)
+    tokens = keys.texts("tokenizer.ggml.tokens")
     vocab = _vocabulary(tokens)
-    named = _named_tokens(metadata, tokens)
-    model = str(_required(metadata, "model"))
+    types = _token_types(keys, len(tokens))
+    named = _named_tokens(keys, tokens)
+    keys.require("tokenizer.ggml.model")
+    model = keys.text("tokenizer.ggml.model")
     if model == "gpt2":
-        tokenizer, add_bos = _byte_level(metadata, vocab)
+        tokenizer, add_bos = _byte_level(keys, vocab)
     elif model == "llama":
-        tokenizer, add_bos = _sentencepiece(metadata, vocab, types, named["unk_token"]), True
+        tokenizer, add_bos = _sentencepiece(keys, vocab, types, named["unk_token"]), True
     else:
         raise TokenizerError(
-            f"tokenizer.ggml.model is {model!r}; supported are 'gpt2' and 'llama'. "
+            f"tokenizer.ggml.model is {shown(model)}; supported are 'gpt2' and 'llama'. "
             "Convert the model from its Hugging Face files instead"
         )
     # `normalized=False`: a special token is matched in the text as it was written.
-    shown = set(named.values())
+    in_config = set(named.values())
+    special, mine = [], []
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (TokenType.CONTROL, TokenType.UNKNOWN) or token in in_config:
+            special.append(token)
+        elif kind is TokenType.USER_DEFINED:
+            mine.append(token)
+    check_added_tokens([*special, *mine], "tokenizer.ggml.tokens")
     tokenizer.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, special=True)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (TokenType.CONTROL, TokenType.UNKNOWN) or token in shown
-        ]
+        [AddedToken(token, normalized=False, special=True) for token in special]
     )
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind is TokenType.USER_DEFINED and token not in shown
-        ]
-    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in mine])
     add_bos = add_bos and named["bos_token"] is not None
     config: dict[str, Any] = {
         **named,
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
-        "add_eos_token": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        "chat_template": metadata.get("tokenizer.chat_template"),
+        "add_bos_token": keys.flag("tokenizer.ggml.add_bos_token", add_bos),
+        "add_eos_token": keys.flag("tokenizer.ggml.add_eos_token", False),
+        "chat_template": template_text(
+            keys.text("tokenizer.chat_template"), "tokenizer.chat_template"
+        ),
         "clean_up_tokenization_spaces": False,
     }
     _add_post_processor(tokenizer, config, vocab)
     return tokenizer, config
 
 
-def _required(metadata: Mapping[str, Any], name: str) -> Any:
-    key = f"tokenizer.ggml.{name}"
-    value = metadata.get(key)
-    if value is None:
-        raise TokenizerError(f"the GGUF metadata has no {key}; the file holds no usable tokenizer")
-    return value
-
-
-def _token_types(metadata: Mapping[str, Any], count: int) -> list[TokenType]:
-    listed = metadata.get("tokenizer.ggml.token_type")
-    if listed is None:
+def _token_types(keys: Metadata, count: int) -> list[TokenType]:
+    key = "tokenizer.ggml.token_type"
+    if key not in keys:
         return [TokenType.NORMAL] * count
+    listed = keys.numbers(key)
     if len(listed) != count:
-        raise TokenizerError(
-            f"tokenizer.ggml.token_type lists {len(listed)} tokens, tokenizer.ggml.tokens {count}"
-        )
+        raise TokenizerError(f"{key} lists {len(listed)} tokens, tokenizer.ggml.tokens {count}")
+    known: dict[float, TokenType] = {kind.value: kind for kind in TokenType}
     try:
-        return [TokenType(int(kind)) for kind in listed]
-    except ValueError as error:
-        raise TokenizerError(f"tokenizer.ggml.token_type: {error}; known are 1 to 6") from error
+        return [known[kind] for kind in listed]
+    except KeyError as error:
+        raise TokenizerError(f"{key} has {error} for a token; known are 1 to 6") from None
 
 
 def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     vocab: dict[str, int] = {}
+    if len(tokens) > MAX_VOCAB_SIZE:
+        raise TokenizerError(
+            f"tokenizer.ggml.tokens has {len(tokens)} tokens; "
+            f"at most {MAX_VOCAB_SIZE} are supported"
+        )
     for index, token in enumerate(tokens):
+        if len(token) > _MAX_TOKEN_LENGTH:
+            raise TokenizerError(
+                f"tokenizer.ggml.tokens[{index}] has {len(token)} characters; "
+                f"at most {_MAX_TOKEN_LENGTH} are supported"
+            )
         if vocab.setdefault(token, index) != index:
             raise TokenizerError(
-                f"tokenizer.ggml.tokens holds {token!r} twice, as {vocab[token]} and as {index}"
+                f"tokenizer.ggml.tokens holds {shown(token)} twice, as {vocab[token]} "
+                f"and as {index}"
             )
     return vocab
 
 
-def _named_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str | None]:
+def _named_tokens(keys: Metadata, tokens: Sequence[str]) -> dict[str, str | None]:
     named: dict[str, str | None] = {}
-    for name, key in _NAMED.items():
-        index = metadata.get(f"tokenizer.ggml.{key}")
-        if index is not None and not 0 <= int(index) < len(tokens):
-            raise TokenizerError(
-                f"tokenizer.ggml.{key} is {index}; the vocabulary has {len(tokens)} tokens"
-            )
-        named[name] = None if index is None else tokens[int(index)]
+    for name, last in _NAMED.items():
+        index = keys.integer(key := f"tokenizer.ggml.{last}")
+        if index is not None and index >= len(tokens):
+            raise TokenizerError(f"{key} is {index}; the vocabulary has {len(tokens)} tokens")
+        named[name] = None if index is None else tokens[index]
     return named
 
 
-def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
+def _byte_level(keys: Metadata, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
     """Byte-pair encoding over bytes; also whether this kind adds BOS unless told otherwise."""
-    name = str(metadata.get("tokenizer.ggml.pre", "default"))
-    split = _SPLITS.get(name)
+    name = keys.text("tokenizer.ggml.pre", "default")
+    split = _SPLITS.get(name or "")
     if split is None:
         raise TokenizerError(
-            f"tokenizer.ggml.pre is {name!r}; supported are {', '.join(sorted(_SPLITS))}. "
+            f"tokenizer.ggml.pre is {shown(name)}; supported are {', '.join(sorted(_SPLITS))}. "
             "Convert the model from its Hugging Face files instead"
         )
     merges = []
-    for line in _required(metadata, "merges"):
-        left, space, right = str(line).partition(" ")
+    for line in keys.texts("tokenizer.ggml.merges"):
+        left, space, right = line.partition(" ")
         if not (left and space and right):
             raise TokenizerError(
-                f"tokenizer.ggml.merges holds {line!r}, which is no pair of tokens"
+                f"tokenizer.ggml.merges holds {shown(line)}, which is no pair of tokens"
             )
         merges.append((left, right))
-    try:
+    with guarded("tokenizer.ggml.merges does not fit the tokens"):
         tokenizer = Tokenizer(
             models.BPE(vocab=vocab, merges=merges, ignore_merges=split.whole_pieces)
         )
-    except Exception as error:
-        raise TokenizerError(f"tokenizer.ggml.merges does not fit the tokens: {error}") from error
     steps: list[pre_tokenizers.PreTokenizer] = []
     if split.single_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
@@ -225,27 +234,29 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]) -> tuple[Tok
 
 
 def _sentencepiece(
-    metadata: Mapping[str, Any],
+    keys: Metadata,
     vocab: dict[str, int],
     types: Sequence[TokenType],
     unknown: str | None,
 ) -> Tokenizer:
     """Byte-pair encoding by score, falling back to byte tokens for what the vocabulary lacks."""
-    scores = _required(metadata, "scores")
+    scores = keys.numbers("tokenizer.ggml.scores")
     if len(scores) != len(vocab):
         raise TokenizerError(
             f"tokenizer.ggml.scores lists {len(scores)} tokens, tokenizer.ggml.tokens {len(vocab)}"
         )
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_merges_by_score(vocab, types, scores),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=TokenType.BYTE in types,
+    merges = _merges_by_score(vocab, types, scores)
+    with guarded("tokenizer.ggml.tokens cannot be used"):
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab=vocab,
+                merges=merges,
+                unk_token=unknown,
+                fuse_unk=True,
+                byte_fallback=TokenType.BYTE in types,
+            )
         )
-    )
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = keys.flag("tokenizer.ggml.add_space_prefix", True)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement=_MARK, prepend_scheme="first" if prefix else "never", split=False
     )
@@ -268,16 +279,25 @@ def _merges_by_score(
     Sentencepiece joins the neighbours whose union scores highest; of several ways to make one
     token, the one with the longer left part comes first.
     """
-    plain = {token for token, index in vocab.items() if types[index] is TokenType.NORMAL}
-
-    def pairs() -> Iterator[tuple[float, int, int, str, str]]:
-        for token in plain:
-            for cut in range(1, len(token)):
-                left, right = token[:cut], token[cut:]
-                if left in plain and right in plain:
-                    yield -scores[vocab[token]], -cut, vocab[token], left, right
-
-    return [(left, right) for *_, left, right in sorted(pairs())]
+    plain = {token: token for token, index in vocab.items() if types[index] is TokenType.NORMAL}
+    if (length := sum(map(len, plain))) > _MAX_PIECES_LENGTH:
+        raise TokenizerError(
+            f"tokenizer.ggml.tokens has {length} characters; at most {_MAX_PIECES_LENGTH} can be "
+            "made into merges"
+        )
+    pairs: list[tuple[float, int, int, str, str]] = []
+    for token in plain:
+        for cut in range(1, len(token)):
+            # The vocabulary's own objects, so that pairs need no memory for their texts.
+            left = plain.get(token[:cut])
+            if left is not None and (right := plain.get(token[cut:])) is not None:
+                pairs.append((-scores[vocab[token]], -cut, vocab[token], left, right))
+        if len(pairs) > _MAX_MERGES:
+            raise TokenizerError(
+                f"tokenizer.ggml.tokens can be made of each other in more than {_MAX_MERGES} ways"
+            )
+    pairs.sort()
+    return [(left, right) for *_, left, right in pairs]
 
 
 def _add_post_processor(

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orjson
 from jax.sharding import Mesh
 
 from inferneo_jax.executables import WEIGHTS_SUFFIX, source_hash
@@ -92,7 +93,7 @@ class KeptWeights:
                 os.utime(self._file)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
             log.warning("kept weights cannot be used and are encoded again: %s", error)
             return None
         return found
@@ -118,7 +119,7 @@ class KeptWeights:
         """Views of a file's arrays; None where they were made of something else."""
         body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
         (length,) = _LENGTH.unpack(body[-_LENGTH.size :].tobytes())
-        index = json.loads(body[-_LENGTH.size - length : -_LENGTH.size].tobytes())
+        index = orjson.loads(body[: -_LENGTH.size][-length:].tobytes())
         if index["made_of"] != self._made_of:
             return None
         if hashlib.sha256(body.data).digest() != digest.tobytes():

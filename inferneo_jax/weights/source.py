@@ -1,11 +1,14 @@
 """The common form in which every reader hands over a model of someone else's format."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from inferneo_jax.errors import InferneoError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -13,6 +16,17 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def own_name(name: str) -> str:
     """The name mapping of sources that already use Hugging Face names."""
     return name
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the model's path before errors that do not name it."""
+    try:
+        yield
+    except InferneoError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

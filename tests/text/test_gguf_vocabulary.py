@@ -90,7 +90,7 @@ def test_a_text_gets_the_tokens_that_the_file_asks_for(changes, added):
         ({"merges": ["a x"]}, "tokenizer.ggml.merges does not fit"),
         ({"tokens": ["a", "b", "a"], "token_type": None}, "'a' twice, as 0 and as 2"),
         ({"token_type": [1]}, "token_type lists 1 tokens"),
-        ({"token_type": [9] * 19}, "9 is not a valid TokenType; known are 1 to 6"),
+        ({"token_type": [9] * 19}, "token_type has 9 for a token; known are 1 to 6"),
         ({"eos_token_id": 19}, "eos_token_id is 19; the vocabulary has 19 tokens"),
         ({"add_bos_token": True}, "by add_bos_token, but names no bos_token"),
         ({"model": "llama"}, "no tokenizer.ggml.scores"),

@@ -158,9 +158,10 @@ def test_the_checkpoints_own_eos_ids_count_too(tmp_path):
     ("file", "content", "says"),
     [
         ("tokenizer.json", None, "holds no tokenizer.json"),
-        ("tokenizer.json", "{}", "cannot be read"),
+        ("tokenizer.json", "{}", "model is None; it must be an object"),
+        ("tokenizer.json", '{"model": {"vocab": {}, "type": "?"}}', "cannot be read"),
         ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read"),
-        ("tokenizer_config.json", "[]", "holds no JSON object"),
+        ("tokenizer_config.json", "[]", "holds []; it must hold a JSON object"),
         ("tokenizer_config.json", '{"chat_template": [1]}', "neither a text nor a list"),
         ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "does not compile: line 1"),
     ],

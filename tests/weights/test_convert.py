@@ -215,7 +215,7 @@ def test_split_and_foreign_ggufs_are_refused(made, tmp_path):
 def test_integer_tensors_are_refused(made, tmp_path):
     tensors = made.tensors(made.LLAMA)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is of the type I8"):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' is of the type I8"):
         convert(made.folder(tmp_path / "hf", made.LLAMA, tensors), tmp_path / "out")
 
 

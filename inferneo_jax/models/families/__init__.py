@@ -1,8 +1,9 @@
 """The registry of model families: from a Hugging Face config to the family that serves it."""
 
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.files import shown
 from inferneo_jax.models.families.bert import BERT
-from inferneo_jax.models.families.family import Family, HFConfig
+from inferneo_jax.models.families.family import Family, HFConfig, names
 from inferneo_jax.models.families.llama import LLAMA
 from inferneo_jax.models.families.phi3 import PHI3
 from inferneo_jax.models.families.qwen2 import QWEN2
@@ -17,16 +18,19 @@ def find_family(config: HFConfig) -> Family:
     Raises:
         ConfigError: no family serves it; the text lists those that there are.
     """
-    architectures = config.get("architectures") or []
+    architectures = names(config, "architectures")
     model_type = config.get("model_type")
+    model_type = model_type if isinstance(model_type, str) else None
     for family in FAMILIES:
         if family.architectures & set(architectures):
             return family
         if not architectures and model_type in family.model_types:
             return family
     known = ", ".join(sorted(a for family in FAMILIES for a in family.architectures))
-    named = ", ".join(architectures) or f"model_type {model_type!r}"
-    raise ConfigError(f"the architecture {named} is not supported; supported are {known}")
+    named = f"architecture {shown(', '.join(architectures))}" if architectures else None
+    raise ConfigError(
+        f"the {named or f'model_type {shown(model_type)}'} is not supported; supported are {known}"
+    )
 
 
 __all__ = ["FAMILIES", "Family", "find_family"]

@@ -1,7 +1,5 @@
 """BERT encoders that make sentence embeddings, all-MiniLM among them."""
 
-from typing import Any
-
 import numpy as np
 
 from inferneo_jax.config import EncoderConfig
@@ -14,8 +12,10 @@ from inferneo_jax.models.families.family import (
     Recipe,
     copied,
     expect,
+    flag,
     integer,
     number,
+    table,
     transposed,
 )
 from inferneo_jax.models.families.llama import alike
@@ -31,7 +31,7 @@ def read_config(config: HFConfig) -> EncoderConfig:
     expect(config, "position_embedding_type", "absolute")
     expect(config, "is_decoder", False)
     num_positions = integer(config, "max_position_embeddings")
-    sentence: dict[str, Any] = config.get("sentence_transformers") or {}
+    sentence = table(config, "sentence_transformers")
     max_tokens = integer(sentence, "max_seq_length", num_positions)
     if max_tokens > num_positions:
         raise ConfigError(
@@ -49,7 +49,7 @@ def read_config(config: HFConfig) -> EncoderConfig:
         num_token_types=integer(config, "type_vocab_size", 2),
         norm_eps=number(config, "layer_norm_eps", 1e-12),
         pooling=sentence.get("pooling", "mean"),
-        normalize=sentence.get("normalize", True),
+        normalize=flag(sentence, "normalize", True),
     )
 
 

@@ -1,5 +1,6 @@
 """What a model family is: a config reader and a map of weight names. No forward passes."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import numpy as np
 
 from inferneo_jax.config import ModelConfig
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.files import shown
 
 Array = np.ndarray[Any, np.dtype[Any]]
 HFConfig = Mapping[str, Any]
@@ -75,7 +77,7 @@ def integer(config: HFConfig, key: str, default: int | None = None) -> int:
         raise ConfigError(f"the model's config has no {key}")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(
-            f"{key} is {value!r} in the model's config; it must be a positive integer"
+            f"{key} is {shown(value)} in the model's config; it must be a positive integer"
         )
     return value
 
@@ -86,9 +88,40 @@ def number(config: HFConfig, key: str, default: float | None = None) -> float:
     value = default if value is None else value
     if value is None:
         raise ConfigError(f"the model's config has no {key}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"{key} is {value!r} in the model's config; it must be a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(
+            f"{key} is {shown(value)} in the model's config; it must be a number above 0"
+        )
     return float(value)
+
+
+def flag(config: HFConfig, key: str, default: bool) -> bool:
+    """A truth value of the config; null counts as absent."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"{key} is {shown(value)} in the model's config; it must be true or false"
+        )
+    return value
+
+
+def table(config: HFConfig, key: str) -> HFConfig:
+    """An object of the config; empty where it is null or absent."""
+    value = config.get(key)
+    value = {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key} is {shown(value)} in the model's config; it must be an object")
+    return value
+
+
+def names(config: HFConfig, key: str) -> list[str]:
+    """A list of texts of the config; empty where it is null or absent."""
+    value = config.get(key)
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{key} is {shown(value)} in the model's config; it must list names")
+    return value
 
 
 def expect(config: HFConfig, key: str, *allowed: Any) -> None:
@@ -96,4 +129,6 @@ def expect(config: HFConfig, key: str, *allowed: Any) -> None:
     value = config.get(key)
     if value is not None and value not in allowed:
         only = " or ".join(repr(a) for a in allowed) or "its absence"
-        raise ConfigError(f"{key} is {value!r} in the model's config; only {only} is supported")
+        raise ConfigError(
+            f"{key} is {shown(value)} in the model's config; only {only} is supported"
+        )

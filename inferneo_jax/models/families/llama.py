@@ -1,13 +1,12 @@
 """Llama and everything laid out like it: Mistral, SmolLM2, and the base of Qwen2 and Qwen3."""
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from inferneo_jax.config import DecoderConfig, RopeScaling
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.files import shown
 from inferneo_jax.models.families.family import (
     Array,
     Family,
@@ -16,8 +15,11 @@ from inferneo_jax.models.families.family import (
     Recipe,
     copied,
     expect,
+    flag,
     integer,
+    names,
     number,
+    table,
     transposed,
 )
 
@@ -40,8 +42,8 @@ def read_decoder(
     expect(config, "hidden_act", "silu", "swish")
     expect(config, "mlp_bias", False)
     expect(config, "partial_rotary_factor", 1, 1.0)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantization := table(config, "quantization_config"):
+        method = shown(quantization.get("quant_method"))
         raise ConfigError(
             f"the tensors are quantized ({method}); take the model's unquantized or GGUF release"
         )
@@ -62,7 +64,7 @@ def read_decoder(
         norm_eps=number(config, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=flag(config, "tie_word_embeddings", False),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
     )
@@ -71,23 +73,23 @@ def read_decoder(
 def _refuse_sliding_window(config: HFConfig, context_length: int) -> None:
     if config.get("use_sliding_window") is False:
         return
-    window = config.get("sliding_window")
+    window = None
+    if config.get("sliding_window") is not None:
+        window = integer(config, "sliding_window")
     # A window as long as the context hides nothing.
     if window is not None and window < context_length:
         raise ConfigError(
             f"sliding_window is {window}, shorter than the context of {context_length}; "
             "sliding window attention is not supported"
         )
-    if "sliding_attention" in (config.get("layer_types") or ()) and window is None:
+    if "sliding_attention" in names(config, "layer_types") and window is None:
         raise ConfigError("layer_types has sliding_attention, which is not supported")
 
 
 def _read_rope(config: HFConfig, context_length: int) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from the older two keys or from ``rope_parameters``, which joins them."""
-    parameters = config.get("rope_parameters")
-    scaling: Any = parameters or config.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"rope_scaling is {scaling!r} in the model's config; it must be a table")
+    parameters = table(config, "rope_parameters")
+    scaling = parameters or table(config, "rope_scaling")
     if parameters:
         expect(parameters, "partial_rotary_factor", 1, 1.0)
         theta = number(parameters, "rope_theta", 10_000.0)
@@ -108,7 +110,9 @@ def _read_rope(config: HFConfig, context_length: int) -> tuple[float, RopeScalin
                 scaling, "original_max_position_embeddings", context_length
             ),
         )
-    raise ConfigError(f"rope scaling {kind!r} is not supported; default, linear and llama3 are")
+    raise ConfigError(
+        f"rope scaling {shown(kind)} is not supported; default, linear and llama3 are"
+    )
 
 
 def recipes(config: DecoderConfig) -> dict[str, Recipe]:

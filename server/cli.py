@@ -14,6 +14,7 @@ from inferneo_jax.errors import InferneoError
 from server.bench import cli as bench_cli
 from server.chat.cli import chat
 from server.commands import keys_cli, plan_cli
+from server.commands.clean import clean
 from server.commands.flags import with_flags
 from server.commands.follow import GROUPS, follow
 from server.commands.progress import ModelProgress
@@ -230,7 +231,7 @@ def main(command: Callable[[], object] = app) -> None:
         command()
     except InferneoError as error:
         err.print("[bold red]error:[/] ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        err.print(clean(str(error)), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

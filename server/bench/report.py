@@ -10,9 +10,11 @@ from typing import Any
 import orjson
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from inferneo_jax import __version__
 from server.bench.errors import BenchError
+from server.commands.clean import clean
 
 BUSY_SHARE = 0.1
 """A client that takes so much of the machine is told of: the server lacks it."""
@@ -62,7 +64,7 @@ def write_json(file: Path, content: Figures) -> None:
 
 def level_table(rows: Sequence[Figures], title: str) -> Table:
     """The levels of a load on a generating model. Latencies are p50/p90/p99 in ms."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = _titled(title)
     columns: list[tuple[str, Callable[[Figures], str]]] = [
         ("load", lambda row: row["level"]),
         ("req/s", lambda row: f"{row['requests_per_second']:.2f}"),
@@ -85,7 +87,7 @@ def level_table(rows: Sequence[Figures], title: str) -> Table:
 
 def embedding_table(rows: Sequence[Figures], title: str) -> Table:
     """The levels of a load on an embedding model."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = _titled(title)
     columns: list[tuple[str, Callable[[Figures], str]]] = [
         ("load", lambda row: row["level"]),
         ("req/s", lambda row: f"{row['requests_per_second']:.2f}"),
@@ -97,6 +99,12 @@ def embedding_table(rows: Sequence[Figures], title: str) -> Table:
         columns.append(("failed", lambda row: str(sum(row["errors"].values()))))
     _fill(table, columns, rows)
     return table
+
+
+def _titled(title: str) -> Table:
+    """An empty table; its title may name a model as another server does."""
+    shown = Text(clean(title), style="table.title")
+    return Table(title=shown, title_justify="left", box=None, pad_edge=False)
 
 
 def _fill(
@@ -154,7 +162,7 @@ def print_notes(console: Console, rows: Sequence[Figures], wanted: int) -> None:
     for name, text in details.items():
         count = sum(row["errors"].get(name, 0) for row in rows)
         console.print(f"[yellow]{count} failed:[/] ", end="")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _range(values: Sequence[float]) -> str:

@@ -102,7 +102,8 @@ class Server:
         """What ``/ready`` says of each model; nothing where there is no such path."""
         unusable = contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError)
         with unusable, self._client() as client:
-            return list(client.get("/ready").json()["models"])
+            models = orjson.loads(client.get("/ready").content)["models"]
+            return [state for state in models if _is_state(state)]
         return []
 
     def stream(self, body: Mapping[str, Any], answer: Answer) -> Iterator[str]:
@@ -139,7 +140,7 @@ class Server:
             response = client.get(path)
             if response.status_code != 200:
                 raise _refusal(response, self)
-            return response.json()
+            return orjson.loads(response.content)
 
     def _client(self) -> httpx.Client:
         return httpx.Client(
@@ -162,10 +163,19 @@ class Server:
             ) from None
         except httpx.HTTPError as error:
             raise ChatError(f"The connection to {self.url} was lost ({error}).") from None
-        except (RequestFailedError, ValueError, KeyError, TypeError):
+        except (RequestFailedError, ValueError, KeyError, TypeError, AttributeError):
             raise ChatError(
                 f"What {self.url} answers is not what OpenAI's API has; is it the right address?"
             ) from None
+
+
+def _is_state(state: Any) -> bool:
+    """Whether this is what ``/ready`` says of a model, with or without how far its loading is."""
+    if not isinstance(state, dict) or not isinstance(state.get("id"), str):
+        return False
+    counts = [state.get(name) for name in ("done", "total")]
+    counted = all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
+    return "stage" not in state or (isinstance(state["stage"], str) and counted)
 
 
 def _read(event: bytes, answer: Answer) -> str:
@@ -177,7 +187,8 @@ def _read(event: bytes, answer: Answer) -> str:
     if usage := chunk.get("usage"):
         answer.tokens = int(usage["completion_tokens"])
     for choice in chunk.get("choices") or []:
-        answer.reason = choice.get("finish_reason") or answer.reason
+        if reason := choice.get("finish_reason"):
+            answer.reason = str(reason)
         return str((choice.get("delta") or {}).get("content") or "")
     return ""
 
@@ -185,7 +196,7 @@ def _read(event: bytes, answer: Answer) -> str:
 def _refusal(response: httpx.Response, server: Server) -> ChatError:
     """An answer that is an error, in words."""
     try:
-        error = response.json()["error"]
+        error = orjson.loads(response.content)["error"]
         message, code = str(error["message"]), error.get("code")
     except (ValueError, KeyError, TypeError, AttributeError):
         message, code = f"{server.url} answers with the status {response.status_code}.", None

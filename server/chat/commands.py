@@ -110,8 +110,6 @@ def _clear(talk: Talk, _: str) -> None:
 
 def _save(talk: Talk, name: str) -> None:
     path = _path(name)
-    if path.exists():
-        raise ChatError(f"{path} is there already; name another file.")
     files.save(talk.dialogue, path)
     talk.screen.note(f"Saved: {path}")
 

@@ -1,13 +1,16 @@
 """Conversations in files: JSON, which is a request of the API, or Markdown, which is to be read."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import orjson
+
 from server.chat.dialogue import PARAMETERS, Dialogue, Turn, validated
 from server.chat.errors import ChatError
-from server.chat.text import clean
+from server.commands.clean import clean
 
 _TITLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 _ROLES = {title: role for role, title in _TITLES.items()}
@@ -18,10 +21,11 @@ _HIDDEN = re.compile(rf"^\\(\\*{_OURS})$", re.MULTILINE)
 
 
 def save(dialogue: Dialogue, path: Path) -> None:
-    """Write a conversation; what it is by the file's ending.
+    """Write a conversation into a new file, which nobody else can read; what it is by its ending.
 
     Raises:
-        ChatError: it cannot be written, or the ending is neither ``.json`` nor ``.md``.
+        ChatError: it is there already or cannot be written, or the ending is neither ``.json`` nor
+            ``.md``.
     """
     if _is_json(path):
         text = json.dumps(dialogue.body(), ensure_ascii=False, indent=2) + "\n"
@@ -32,7 +36,11 @@ def save(dialogue: Dialogue, path: Path) -> None:
         ]
         text = f"# Conversation with {clean(dialogue.model)}\n\n" + "".join(parts)
     try:
-        path.write_text(text, encoding="utf-8")
+        # What is there, be it a link to nothing, is left alone.
+        with open(path, "x", encoding="utf-8", opener=_private) as file:
+            file.write(text)
+    except FileExistsError:
+        raise ChatError(f"{path} is there already; name another file.") from None
     except OSError as error:
         raise ChatError(f"{path} cannot be written: {error.strerror}.") from None
 
@@ -46,7 +54,7 @@ def load(path: Path, dialogue: Dialogue) -> tuple[Dialogue, str | None]:
     as_json = _is_json(path)
     try:
         text = path.read_text(encoding="utf-8")
-        body = json.loads(text) if as_json else {"messages": _messages(text)}
+        body = orjson.loads(text) if as_json else {"messages": _messages(text)}
     except OSError as error:
         raise ChatError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
@@ -69,6 +77,10 @@ def load(path: Path, dialogue: Dialogue) -> tuple[Dialogue, str | None]:
         else dialogue.parameters,
     )
     return read, texts[-1] if len(texts) % 2 else None
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
 
 
 def _is_json(path: Path) -> bool:

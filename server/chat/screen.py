@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from server.chat.client import Answer
-from server.chat.text import Wrapper, clean
+from server.chat.text import Wrapper
+from server.commands.clean import clean
 
 _LOCAL_MODES = 3
 """Where termios(3)'s ``c_lflag`` is in what ``tcgetattr`` gives."""

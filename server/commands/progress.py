@@ -10,6 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from server.commands.clean import clean
+
 _BAR, _NAME, _REFRESHES_PER_SECOND = 16, 26, 8
 _WORDS = {
     "compile": "compiling programs",
@@ -65,10 +67,11 @@ class ModelProgress:
         for row in self._rows():
             stage, done, total = row["stage"], row["done"], row["total"]
             if stage == "ready":
-                table.add_row(Text(row["id"]), Text("ready", style="green"), "")
+                table.add_row(Text(clean(row["id"])), Text("ready", style="green"), "")
                 continue
             bar = ProgressBar(total or None, done, width=_BAR, pulse=not total)
             unit, word = (1_000_000, " MB") if stage == "downloading" else (1, "")
             amount = f"{done // unit:,} of {total // unit:,}{word}" if total else ""
-            table.add_row(Text(row["id"]), _WORDS.get(stage, stage), bar, amount)
+            words = Text(clean(_WORDS.get(stage, stage)))
+            table.add_row(Text(clean(row["id"])), words, bar, amount)
         return Group(table, Text(f"{time.monotonic() - self._begin:.0f} s", style="dim"))

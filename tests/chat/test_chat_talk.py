@@ -265,3 +265,93 @@ def test_figures_are_those_of_the_answer() -> None:
     answer = Answer("text", "stop", 11, first=0.5, last=1.5)
     assert answer.rate == 10
     assert Answer("text", "stop", 1, first=0.5, last=0.5).rate is None
+
+
+CONTROLS = "\x1b]52;c;cm0gLXJm\x07\x9b2J\x1bc\u202e\u2066\x00"
+
+
+def plain(text: str) -> bool:
+    """Whether a terminal would obey nothing of it."""
+    return not re.search(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text
+    )
+
+
+def test_no_control_of_a_model_or_a_server_is_shown(rig: Rig, tokenizer: Tokenizer) -> None:
+    rig.engine.script = writes(tokenizer, f"{CONTROLS}[0m the text")
+    talk = talk_to(rig.url)
+    talk.ask(f"{CONTROLS}?")
+    commands.run(f"/system {CONTROLS}", talk)
+    commands.run("/undo", talk)
+    assert "the text" in talk.screen.text
+    message = orjson.dumps({"error": {"message": CONTROLS}})
+    head = b"HTTP/1.1 500 No\r\nContent-Length: %d\r\n\r\n" % len(message)
+    warnings = b"data: " + orjson.dumps({"warnings": [CONTROLS], "choices": []}) + b"\n\n"
+    replies = [
+        head + message,
+        HEAD + warnings + chunk(CONTROLS, CONTROLS) + b"data: [DONE]\n\n",
+        HEAD + b"data: " + message + b"\n\n",
+    ]
+    with answering(*replies) as url:
+        other = talk_to(url, talk.screen)
+        for _ in replies:
+            other.ask("?")
+    assert plain(talk.screen.text)
+    assert plain(talk.screen.complaints)
+    assert talk.screen.complaints.count("\u241b]52;c;cm0gLXJm\u2407") == 2
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"[]",
+        b"1",
+        b"null",
+        b'"x"',
+        b"[" * 100_000,
+        b'{"choices": 3}',
+        b'{"choices": [3]}',
+        b'{"choices": {"a": 1}}',
+        b'{"choices": [{"delta": 3}]}',
+        b'{"choices": [{"delta": {"content": "\\ud800"}}]}',
+        b'{"error": 3}',
+        b'{"error": {"message": null}}',
+        b'{"usage": {"completion_tokens": "\xff"}}',
+        b'{"usage": 3}',
+        b'{"warnings": 3}',
+    ],
+)
+def test_an_answer_of_another_form_is_an_error_in_words(event: bytes) -> None:
+    with answering(HEAD + b"data: " + event + b"\n\n") as url:
+        talk = talk_to(url)
+        talk.ask("?")
+    assert talk.screen.complaints.startswith("error: ")
+    assert talk.pending == "?"
+
+
+def test_a_reason_of_another_form_is_shown() -> None:
+    event = b'data: {"choices": [{"delta": {"content": "x"}, "finish_reason": {"a": [1]}}]}\n\n'
+    with answering(HEAD + event + b"data: [DONE]\n\n") as url:
+        talk = talk_to(url)
+        talk.ask("?")
+    assert "{'a': [1]}" in talk.screen.text
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        b"[" * 100_000,
+        b"3",
+        b"[3]",
+        b'[{"id": 3}]',
+        b'[{"id": "x", "stage": 3}]',
+        b'[{"id": "x", "stage": "loading", "done": "1", "total": 2}]',
+        b'[{"id": "x", "stage": "loading", "done": 1, "total": 1e400}]',
+        b'[{"id": "x", "stage": "loading", "done": -1, "total": 18446744073709551615}]',
+    ],
+)
+def test_a_state_of_another_form_is_none(models: bytes) -> None:
+    body = b'{"models": %s}' % models
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    with answering(reply) as url:
+        assert Server(url).states() == []

@@ -1,5 +1,6 @@
 """What a model writes cannot reach the terminal's controls, and words stay whole."""
 
+import io
 import re
 import unicodedata
 
@@ -7,18 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_toolkit.utils import get_cwidth
+from rich.console import Console
 
-from server.chat.text import Wrapper, clean
+from server.bench.report import embedding_table, level_table
+from server.chat.text import Wrapper
+from server.commands.clean import clean
+from server.commands.progress import ModelProgress
 
 PIECES = st.lists(st.text(max_size=8), max_size=8)
 LETTERS = st.text("abcdefgh \n", max_size=200)
 
 
-@given(st.text())
+@given(st.text(st.characters(categories=["L", "C", "Z"])))
 def test_nothing_is_left_that_a_terminal_obeys(text: str) -> None:
     for character in clean(text):
         assert character in "\t\n" or unicodedata.category(character) != "Cc"
-        assert unicodedata.bidirectional(character) not in {"LRE", "RLE", "LRO", "RLO", "PDF"}
+        order = unicodedata.bidirectional(character)
+        assert order not in {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    clean(text).encode()
 
 
 @pytest.mark.parametrize(
@@ -26,6 +33,8 @@ def test_nothing_is_left_that_a_terminal_obeys(text: str) -> None:
     [
         ("\x1b[2J\x1b]0;title\x07", "\u241b[2J\u241b]0;title\u2407"),
         ("one\r\ntwo\rthree", "one\ntwothree"),
+        ("\x1b]52;c;cm0gLXJm\x1b\\", "\u241b]52;c;cm0gLXJm\u241b\\"),
+        ("\x9d8;;http://x\x9c\u2066\ud83d", "\ufffd8;;http://x\ufffd\ufffd\ufffd"),
         ("\x9b31m\x7f", "\ufffd31m\u2421"),
         ("na\u00efve \U0001f600", "na\u00efve \U0001f600"),
     ],
@@ -71,3 +80,42 @@ def test_lines_fit_and_words_are_whole_where_they_can_be(text: str, width: int) 
 def test_wide_characters_take_two_cells() -> None:
     lines = Wrapper(5).feed("\u4f60\u597d\u4e16\u754c").split("\n")
     assert [sum(map(get_cwidth, line)) for line in lines] == [4, 4]
+
+
+@pytest.mark.parametrize("unit", ["\u0301", "a", "\u200b", "\u4f60", "a ", "\u202f"])
+def test_the_work_of_wrapping_grows_with_the_text_and_no_faster(
+    monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    work = 0
+
+    def measured(text: str) -> int:
+        nonlocal work
+        work += len(text)
+        return get_cwidth(text)
+
+    monkeypatch.setattr("server.chat.text.get_cwidth", measured)
+    wrapper = Wrapper(80)
+    for _ in range(20_000):
+        wrapper.feed(unit)
+        assert len(wrapper._word) <= 1000
+    assert work <= 20_000 * len(unit)
+
+
+def test_progress_shows_no_control_of_a_server() -> None:
+    hostile = "\x1b]52;c;cm0gLXJm\x1b\\\x9b31m\u202e"
+    row = {"id": hostile, "stage": hostile, "done": 1, "total": 2}
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=200)
+    with ModelProgress(console, lambda: [row, row | {"stage": "ready"}]):
+        pass
+    assert shown.getvalue().count("\u241b]52;c;cm0gLXJm\u241b") >= 2
+    for character in ("\x1b]", "\x9b", "\u202e"):
+        assert character not in shown.getvalue()
+
+
+def test_tables_of_a_benchmark_show_no_control_of_a_server() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=200)
+    for table in (level_table, embedding_table):
+        console.print(table([], "\x1b]0;mine\x07 [bold]m[/x]"))
+    assert shown.getvalue().count("\u241b]0;mine\u2407 [bold]m[/x]") == 2

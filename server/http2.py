@@ -57,6 +57,7 @@ async def _handle_in_pieces(self: H2Protocol, event: WireEvent) -> None:
         return await _handle(self, event)
     for start in range(0, len(event.data), _PIECE_BYTES):
         await _handle(self, RawData(event.data[start : start + _PIECE_BYTES], event.address))
+        await asyncio.sleep(0)
     return None
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import structlog
 from structlog.typing import EventDict, Processor
 
+from server.visible import escaped
+
 
 def to_console(log_format: Literal["auto", "json", "console"]) -> bool:
     """Whether the log is for a person to read."""
@@ -27,10 +29,11 @@ def configure(
     """
     shape: list[Processor] = (
         [
+            _escape,
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(),
                 exception_formatter=structlog.dev.plain_traceback,
-            )
+            ),
         ]
         if to_console(log_format)
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
@@ -61,3 +64,10 @@ def configure(
         logger.handlers = [handler]
         logger.setLevel(level)
         logger.propagate = False
+
+
+def _escape(logger: Any, method: str, event: EventDict) -> EventDict:
+    """Let no client draw on the terminal, or write lines of its own; JSON escapes by itself."""
+    return {
+        name: escaped(value) if isinstance(value, str) else value for name, value in event.items()
+    }

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Collection
 from typing import Any, Literal
@@ -20,10 +19,10 @@ from server.access.keys import (
     new_text,
 )
 from server.access.store import Store
+from server.visible import hidden_in
 
 LONGEST_NAME = 100
 LONGEST_MODEL = 512
-_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 class KeyringError(InferneoError):
@@ -212,25 +211,36 @@ def describe(key: Key) -> dict[str, Any]:
 
 
 def _name(name: str) -> str:
-    if not (len(name) <= LONGEST_NAME and _NAME.fullmatch(name) and name.strip()):
+    if len(name) > LONGEST_NAME or not name.strip():
         raise KeyringError(
-            f"name must hold 1 to {LONGEST_NAME} characters, and no control characters",
+            f"name has {len(name)} characters; it must hold 1 to {LONGEST_NAME}, not only spaces",
             "wrong",
             "name",
         )
+    _check_visible(name, "name")
     return name
+
+
+def _check_visible(text: str, param: str) -> None:
+    if (hidden := hidden_in(text)) is not None:
+        raise KeyringError(
+            f"{param} holds {hidden}, which would not show as what it is; leave it out",
+            "wrong",
+            param,
+        )
 
 
 def _models(models: Collection[str]) -> tuple[str, ...]:
     """Models need not be served: they may be later, or by another server of the same store."""
     for model in models:
-        if not (len(model) <= LONGEST_MODEL and _NAME.fullmatch(model)):
+        if not 1 <= len(model) <= LONGEST_MODEL:
             raise KeyringError(
-                f"models must be ids or aliases of 1 to {LONGEST_MODEL} characters, and no control "
-                "characters",
+                f"models must be ids or aliases of 1 to {LONGEST_MODEL} characters; one has "
+                f"{len(model)}",
                 "wrong",
                 "models",
             )
+        _check_visible(model, "models")
     return tuple(models)
 
 

@@ -18,6 +18,7 @@ from server.access.keys import SCOPES, Limits
 from server.access.store import Store, open_store
 from server.access.usage import key_list, usage_of
 from server.settings import Settings
+from server.visible import escaped
 
 app = typer.Typer(help="Make, list and end API keys.", no_args_is_help=True)
 
@@ -86,8 +87,9 @@ def list_keys(db: Database = None, as_json: Json = False) -> None:
             return
     for key in keys:
         limits = [_shown(getattr(key.limits, field)) for field in _FIELDS.values()]
-        scopes, models = ", ".join(sorted(key.scopes)), ", ".join(key.models) or "all"
-        table.add_row(key.id, key.name, state_of(key), scopes, models, *limits, _date(key.expires))
+        scopes, models = ", ".join(sorted(key.scopes)), escaped(", ".join(key.models)) or "all"
+        name, state, expires = escaped(key.name), state_of(key), _date(key.expires)
+        table.add_row(key.id, name, state, scopes, models, *limits, expires)
     _print(table)
 
 
@@ -105,7 +107,7 @@ def rotate(which: Which, db: Database = None) -> None:
     with _keyring(db) as keyring:
         key = keyring.find(which)
         text = keyring.rotate(key)
-    _print(f"Key {key.id} ({key.name}). This is the only time it is shown:")
+    _print(f"Key {key.id} ({escaped(key.name)}). This is the only time it is shown:")
     print(text)
 
 
@@ -147,7 +149,7 @@ def usage(
         return
     table = _table("id", "name", *(name.replace("_", " ") for name in columns))
     for row in found["data"]:
-        table.add_row(row["key"], row["name"], *(str(row[name]) for name in columns))
+        table.add_row(row["key"], escaped(row["name"]), *(str(row[name]) for name in columns))
     _print(table)
 
 

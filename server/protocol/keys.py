@@ -8,7 +8,7 @@ from server.access.keys import Scope
 from server.protocol.common import Body
 
 _MOST = 10**12
-_NAME = "For people: 1 to 100 characters, and no control characters."
+_NAME = "For people: 1 to 100 characters, all of them visible."
 Limit = Annotated[int, Field(ge=1, le=_MOST)] | Literal["none"]
 Expiry = Annotated[int, Field(ge=1, le=10**10)] | Literal["never"]
 

@@ -1,17 +1,20 @@
 """HTTP/2 frame by frame: malformed requests are refused, and nothing is held by those who do it."""
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import orjson
 import pytest
 from frames import Frames, Header
 from harness import CHAT, Rig, running
-from hyperframe.frame import ContinuationFrame, HeadersFrame
+from hyperframe.frame import ContinuationFrame, HeadersFrame, RstStreamFrame
 
 from inferneo_jax import Tokenizer
+from server.http2 import MAX_RESETS
 
-PROTOCOL_ERROR = 1
+PROTOCOL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 1, 8, 11
 GET: dict[str, str | bytes] = {
     ":method": "GET",
     ":scheme": "http",
@@ -231,3 +234,47 @@ def test_headers_and_streams_are_bounded(rig: Rig) -> None:
         many.wait_closed()
         assert many.gone is not None
     assert rig.client.get("/health").status_code == 200
+
+
+@contextmanager
+def most_tasks(rig: Rig) -> Iterator[list[int]]:
+    """How many tasks the server's event loop has at most, above those it has now."""
+    most = [0]
+
+    async def look() -> None:
+        usual = len(asyncio.all_tasks())
+        while True:
+            most[0] = max(most[0], len(asyncio.all_tasks()) - usual)
+            await asyncio.sleep(0)
+
+    future = asyncio.run_coroutine_threadsafe(look(), rig.server.loop)
+    try:
+        yield most
+    finally:
+        future.cancel()
+
+
+@pytest.mark.parametrize("headers", [list(GET.items()), POST], ids=["GET", "POST"])
+def test_streams_that_are_reset_at_once_start_few_requests(rig: Rig, headers: list[Header]) -> None:
+    with Frames(rig.server.port) as client, most_tasks(rig) as most:
+        flood = b"".join(
+            client.headers(stream, headers, *["END_STREAM"][: headers != POST]).serialize()
+            + RstStreamFrame(stream, CANCEL).serialize()
+            for stream in range(1, 1999, 2)
+        )
+        with suppress(OSError):
+            client.raw.sendall(flood)
+        client.wait_closed()
+    assert most[0] < 100, most
+    assert client.gone in (ENHANCE_YOUR_CALM, None)  # None: the connection was reset behind it
+    assert rig.client.get("/health").status_code == 200
+
+
+def test_streams_may_be_given_up_now_and_then(rig: Rig) -> None:
+    with Frames(rig.server.port) as client:
+        for stream in range(1, 2 * MAX_RESETS - 1, 2):
+            client.send(client.headers(stream, POST), RstStreamFrame(stream, CANCEL))
+        stream = 2 * MAX_RESETS + 1
+        client.send(client.headers(stream, GET.items(), "END_STREAM"))
+        client.wait(stream)
+        assert client.status[stream] == 200

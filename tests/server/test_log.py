@@ -57,6 +57,17 @@ def test_json_lines_are_one_object_each(capsys: pytest.CaptureFixture[str]) -> N
     assert (second["level"], second["status"]) == ("info", 200)
 
 
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_no_client_writes_lines_of_its_own(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(form)
+    user = "x\r\n\x1b[2J\u202e\u2028{}\x85ready"
+    structlog.get_logger().info("request", user=user)
+    logging.getLogger("inferneo_jax.engine").warning("of %s", user)
+    written = capsys.readouterr().err
+    assert written.count("\n") == len(written.splitlines()) == 2
+    assert not {"\r", "\x1b", "\u202e", "\u2028", "\x85"} & set(written)
+
+
 def test_the_manual_names_every_event() -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs" / "logs.md").read_text(encoding="utf-8")

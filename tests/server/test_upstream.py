@@ -14,22 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hpack import Encoder
 from hypercorn.asyncio import serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.ws_stream import FrameTooLargeError, WebsocketBuffer
+from hyperframe.frame import HeadersFrame, SettingsFrame
 from quart import Quart
 from quart.wrappers.request import Body
 from websockets.asyncio.client import connect
 from werkzeug.exceptions import RequestEntityTooLarge
 from wsproto.events import TextMessage
 
-from server import http1, transport
+from server import http1, http2, transport
 
 Application = Callable[..., Any]
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 ALL = b"HTTP/1.1 200"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize()
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +43,9 @@ def as_upstream_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(H11Protocol, "__init__", http1._init)
     monkeypatch.setattr(H11Protocol, "_send_error_response", http1._send_error_response)
     monkeypatch.setattr(TCPServer, "_read_data", transport._read_data)
+    monkeypatch.setattr(H2Protocol, "handle", http2._handle)
+    monkeypatch.setattr(H2Protocol, "initiate", http2._initiate)
+    monkeypatch.setattr(H2Protocol, "_handle_events", http2._handle_events)
 
 
 @asynccontextmanager
@@ -98,6 +105,47 @@ async def test_upgrade_to_h2c_is_taken() -> None:
     async with running(short) as port, connected(port) as (reader, writer):
         writer.write(head)
         assert (await reader.readline()).startswith(b"HTTP/1.1 101")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"GET / HTTP/1.1\nHost: x\n\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-A: b\r\n c\r\n\r\n",
+        b"GET http://y/ HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+async def test_h11_takes_what_others_may_understand_differently(head: bytes) -> None:
+    """Or parts of http1.py can go."""
+    async with running(short) as port, connected(port) as (reader, writer):
+        writer.write(head)
+        assert (await reader.readline()).startswith(ALL)
+
+
+async def test_a_connection_that_sends_http2s_preface_alone_is_held() -> None:
+    """Or ``_initiate_idle`` in http2.py can go."""
+    async with (
+        running(short, keep_alive_timeout=0.2) as port,
+        connected(port) as (reader, writer),
+    ):
+        writer.write(PREFACE)
+        assert await reader.readexactly(9)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(), 1.0)
+
+
+async def test_bytes_beyond_ascii_in_a_path_of_http2_end_the_connection() -> None:
+    """Or parts of ``_fault`` in http2.py can go."""
+    failures: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, found: failures.append(found))
+    headers = [(":method", "GET"), (":scheme", "http"), (":authority", "x"), (":path", b"/\xc3")]
+    frame = HeadersFrame(1, flags=["END_HEADERS", "END_STREAM"])
+    frame.data = Encoder().encode(headers)
+    async with running(short) as port, connected(port) as (reader, writer):
+        writer.write(PREFACE + frame.serialize())
+        await reader.read()
+    assert "UnicodeDecodeError" in repr(failures)
 
 
 async def test_a_connection_that_its_client_has_closed_is_held() -> None:

@@ -1,31 +1,24 @@
 """A server beside a notebook: started from a cell, asked from the next ones, stopped at the end."""
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from server.child import free_port
-from server.commands.listening import url_of
+from server.child import END_SECONDS, OURS, Child
 from server.setting import variable_of
 from server.settings import Settings
 
-_STEP_SECONDS = 0.5
 _TAIL = 2000
 """Characters of the log that an error shows."""
+_SLACK_SECONDS = 5.0
+"""What ending takes beside the requests that are let finish."""
 
 
 class Server:
-    """`inferneo serve` in a process of its own, on a free port of this machine unless one is given.
+    """A server in a process of its own, on a free port of this machine unless one is given.
 
-    Starting returns once it is ready, after models are fetched and compiled.
+    Starting returns once it is ready, after models are fetched and compiled. On Linux it ends with
+    the notebook's kernel, even if that is killed.
 
     Args:
         timeout: seconds to wait for that.
@@ -36,6 +29,7 @@ class Server:
 
     Raises:
         ValueError: there is no such setting.
+        OSError: the address that was given is taken.
         RuntimeError: it ended, or was not ready in time; with the end of its log.
     """
 
@@ -43,33 +37,28 @@ class Server:
         if unknown := settings.keys() - Settings.model_fields.keys():
             known = ", ".join(Settings.model_fields)
             raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; there are {known}")
-        settings = {"host": "127.0.0.1", "port": free_port()} | settings
-        address = url_of(str(settings["host"]), int(str(settings["port"])))
-        self.url = f"{address}/v1"
-        self._log = Path(tempfile.mkdtemp(prefix="inferneo-")) / "server.log"
+        settings = {"host": "127.0.0.1", "port": 0} | settings
+        drain = settings.get("drain_seconds", Settings.model_fields["drain_seconds"].default)
+        self._end_seconds = max(END_SECONDS, float(str(drain)) + _SLACK_SECONDS)
         variables = {variable_of(name): str(value) for name, value in settings.items()}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "server.cli", "serve"],
-                env=os.environ | variables,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        host, port = str(settings["host"]), int(str(settings["port"]))
+        self._child = Child(OURS, os.environ | variables, host, port)
+        self.url = f"{self._child.url}/v1"
         try:
-            self._wait(f"{address}/ready", time.monotonic() + timeout)
+            if failure := self._child.wait("/ready", timeout):
+                raise RuntimeError(f"the server {failure}:\n{self.log[-_TAIL:]}")
         except BaseException:
             self.stop()
             raise
 
     @property
     def log(self) -> str:
-        """What it has said so far."""
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        """What it has said so far; it can be read after the end, too."""
+        return self._child.log
 
     def stop(self) -> None:
-        """Let requests finish, and end it."""
-        self._process.terminate()
-        self._process.wait()
+        """Let requests finish, and end it; it is killed if it takes longer than they may."""
+        self._child.end(self._end_seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -81,15 +70,3 @@ class Server:
         where: TracebackType | None,
     ) -> None:
         self.stop()
-
-    def _wait(self, ready: str, deadline: float) -> None:
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"the server ended:\n{self.log[-_TAIL:]}")
-            try:
-                with urllib.request.urlopen(ready, timeout=5) as answer:  # noqa: S310 - our own
-                    json.load(answer)
-                return
-            except (urllib.error.URLError, TimeoutError, OSError):
-                time.sleep(_STEP_SECONDS)
-        raise RuntimeError(f"the server is not ready yet:\n{self.log[-_TAIL:]}")

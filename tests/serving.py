@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import psutil
 
+from server.child import listener
+
 CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
 READY_SECONDS = 400.0
 ROOT = Path(__file__).parents[1]
@@ -69,9 +71,12 @@ def process(
 
     With ``tracebacks`` its log may hold some.
     """
-    address = free_address()
-    command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", address, app]
-    server = Process(command, address, log, env=environment(settings), **popen)
+    with listener() as opened:
+        number, address = opened.fileno(), f"127.0.0.1:{opened.getsockname()[1]}"
+        bind = f"fd://{number}"
+        command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", bind, app]
+        env = environment(settings)
+        server = Process(command, address, log, env=env, pass_fds=[number], **popen)
     try:
         yield server
         if server.popen.poll() is None:

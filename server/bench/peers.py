@@ -2,14 +2,12 @@
 
 import shlex
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.bench.errors import BenchError
+from server.child import OURS, PORT
 
-PORT = "{port}"
-"""Stands in a command for the port that was chosen."""
 _SLACK_TOKENS = 64
 
 
@@ -33,8 +31,7 @@ class Side:
 
 def ours(model: str | None) -> Side:
     """This project's server, with the settings of the environment and all its defaults."""
-    command = (sys.executable, "-m", "hypercorn", "-b", f"127.0.0.1:{PORT}", "server.app:app")
-    return Side(label="inferneo", command=command, model=model, ready="/ready")
+    return Side(label="inferneo", command=OURS, model=model, ready="/ready")
 
 
 def custom(command: str, model: str | None) -> Side:

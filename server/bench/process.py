@@ -1,22 +1,16 @@
 """A server in a process of its own, which never outlives the benchmark."""
 
-import asyncio
 import contextlib
-import os
 import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from server.bench.errors import BenchError, RequestFailedError
-from server.bench.http import Client
-from server.bench.peers import PORT, Side
-from server.child import end, free_port, led
+from server.bench.errors import BenchError
+from server.bench.peers import Side
+from server.child import Child
 
-_POLL_SECONDS, _ANSWER_SECONDS = 0.1, 5.0
 _TAIL = 3000
 
 
@@ -33,44 +27,18 @@ def running(side: Side, start_seconds: float) -> Iterator[tuple[str, float | Non
         assert side.url is not None
         yield side.url, None
         return
-    port = str(free_port())
-    command = [word.replace(PORT, port) for word in side.command]
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile() as log:
-        begin = time.monotonic()
-        process = subprocess.Popen(  # noqa: S603 - this project's or the user's own command
-            led(command),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            failure = asyncio.run(_wait_ready(process, url, side.ready, start_seconds))
-            if failure:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
-                text = log.read().decode("utf-8", "replace")
-                raise BenchError(f"{side.label} {failure}; the end of its log:\n{text}")
-            yield url, time.monotonic() - begin
-        finally:
-            end(process)
-
-
-async def _wait_ready(
-    process: "subprocess.Popen[bytes]", url: str, path: str, seconds: float
-) -> str | None:
-    """Wait until it can serve; why it cannot."""
-    deadline = time.monotonic() + seconds
-    async with Client(url) as client:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                return f"ended with {process.returncode} before it was ready"
-            with contextlib.suppress(RequestFailedError, TimeoutError):
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    if await client.request(path, None, lambda *_: None) < 500:
-                        return None
-            await asyncio.sleep(_POLL_SECONDS)
-    return f"was not ready within {seconds:g} s (--start-seconds)"
+    begin = time.monotonic()
+    child = Child(side.command)
+    try:
+        if failure := child.wait(side.ready, start_seconds):
+            log = child.log[-_TAIL:]
+            raise BenchError(
+                f"{side.label} {failure} (--start-seconds {start_seconds:g}); "
+                f"the end of its log:\n{log}"
+            )
+        yield child.url, time.monotonic() - begin
+    finally:
+        child.end()
 
 
 @contextlib.contextmanager

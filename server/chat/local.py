@@ -2,12 +2,9 @@
 
 import contextlib
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -15,7 +12,7 @@ from rich.console import Console
 
 from server.chat.client import Server
 from server.chat.errors import ChatError
-from server.child import end, free_port, led
+from server.child import OURS, Child
 from server.commands.progress import ModelProgress
 from server.setting import variable_of
 from server.settings import Settings
@@ -38,27 +35,17 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
     Raises:
         ChatError: it ends before it is ready; with the end of its log.
     """
-    address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory(prefix="inferneo-") as folder:
-        log = Path(folder) / "log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(  # noqa: S603 - this package's own server
-                led([sys.executable, "-m", "hypercorn", "-b", address, "server.app:app"]),
-                env=_environment(model, settings, folder),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,  # the terminal's Ctrl-C stops an answer, not the server
-            )
+        child = Child(OURS, _environment(model, settings, folder))
         try:
-            server = Server(address)
+            server = Server(child.url)
             server.started_here = True
             for _ in waiting(server, err, started=False):
-                if process.poll() is not None:
-                    raise ChatError(f"The server ended before it was ready: {_why(log)}")
+                if not child.is_running:
+                    raise ChatError(f"The server ended before it was ready: {_why(child.log)}")
             yield server
         finally:
-            end(process)
+            child.end()
 
 
 def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
@@ -80,9 +67,8 @@ def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
             time.sleep(_LOOK_SECONDS)
 
 
-def _why(log: Path) -> str:
-    """The reason of the last error that the log has; else its end."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+def _why(text: str) -> str:
+    """The reason of the last error that a log has; else its end."""
     for line in reversed(text.splitlines()):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             event = orjson.loads(line)

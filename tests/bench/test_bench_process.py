@@ -85,7 +85,7 @@ def test_no_server_outlives_the_benchmark(how: str) -> None:
 def test_a_server_that_does_not_listen_to_signals_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.bench.process._END_SECONDS", 0.3)
+    monkeypatch.setattr("server.child.END_SECONDS", 0.3)
     side = Side(label="x", command=(sys.executable, "-c", SERVER, "{port}", "deaf"))
     before = {*psutil.Process().children()}  # of other tests
     with running(side, 60.0) as (_, took):

@@ -175,12 +175,12 @@ def test_the_settings_say_where_the_server_is(rig: Rig, tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     folder = tmp_path / "model"
     folder.mkdir()
-    result = run(tmp_path, str(folder), "-m", "Hello?", env={"INFERNEO_PORT": port})
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # it does not listen, and nobody else can here
+        port = str(closed.getsockname()[1])
+        result = run(tmp_path, str(folder), "-m", "Hello?", env={"INFERNEO_PORT": port})
     assert (result.returncode, result.stdout) == (1, "")
     assert f"No server answers at http://127.0.0.1:{port}: one is started" in result.stderr
     assert "The server ended before it was ready" in result.stderr

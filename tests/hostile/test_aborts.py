@@ -154,7 +154,7 @@ async def reset_http2(target: Target, rng: random.Random) -> None:
         http2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
         http2.initiate_connection()
         content = json.dumps(body(rng, stream=True)).encode()
-        headers = {":method": "POST", ":path": PATH, ":scheme": "http", ":authority": "x"}
+        headers = {":method": "POST", ":path": PATH, ":scheme": "http", ":authority": "localhost"}
         fields = [*headers.items(), ("content-type", "application/json")]
         http2.send_headers(1, fields)
         http2.send_data(1, content, end_stream=True)

@@ -92,14 +92,15 @@ def test_idle_bodies_hold_no_more_places_than_their_key_has_requests(
             raw.settimeout(30)
             status, received = answer(raw)
             statuses.append(status)
-            assert status in (408, 429), received
+            # 503: keys are looked up for a bounded number of requests at once.
+            assert status in (408, 429, 503), received
             if status == 408:
                 error = orjson.loads(received.partition(b"\r\n\r\n")[2])["error"]
                 assert error["code"] == "body_stalled"
                 assert "1024 bytes a second" in error["message"]
                 assert b"connection: close" in received.lower()
         assert statuses.count(408) == 20
-    assert most <= 21  # and that of the other key
+    assert most <= 20 + 5  # and those of the other key, the last of which may still be ending
     _wait(admission, 0)
     # They count as requests of the minute, though the store never heard of them.
     again = rig.client.post(PATH, headers=flood, json=BODY)

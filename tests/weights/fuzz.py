@@ -20,8 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 from inferneo_jax.errors import InferneoError
 from inferneo_jax.tokenizer import Tokenizer
 from inferneo_jax.weights.convert import read_model
@@ -103,6 +101,7 @@ def child(path: Path, out: int) -> None:
 
 
 def run(kind: str, start: int, count: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the threads
     with tempfile.TemporaryDirectory() as folder:
         make = makers(Path(folder))[kind]
         for number in range(start, start + count):

@@ -5,10 +5,7 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.convert import convert, read_model
 from server.cli import main
 from tests.weights.conftest import LLAMA
-from tests.weights.fuzz import BYTES, SECONDS
+from tests.weights.fuzz import SECONDS
 from tests.weights.mutations import (
     TEMPLATE,
     Gguf,
@@ -44,45 +41,6 @@ from tests.weights.mutations import (
     text,
     texts,
 )
-
-ROOT = Path(__file__).parents[2]
-FILES = int(os.environ.get("INFERNEO_FUZZ_FILES", "1500"))
-"""How many broken files are loaded in all; the first so many of an endless, fixed sequence."""
-SHARES = {"gguf": 0.4, "safetensors": 0.2, "tokenizer": 0.2, "config": 0.2}
-
-
-def fuzzed(kind: str, count: int) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.weights.fuzz", kind, "0", str(count)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@pytest.mark.parametrize("kind", SHARES)
-def test_a_broken_file_is_one_clear_error_within_its_limits(kind: str) -> None:
-    count = round(FILES * SHARES[kind])
-    reports = fuzzed(kind, count)
-    assert len(reports) == count
-    outcomes = Counter(report["outcome"] for report in reports)
-    ours = {each.__name__ for each in InferneoError.__subclasses__()}
-    ours |= {each.__name__ for each in CheckpointError.__subclasses__()}
-    for report in reports:
-        assert report["outcome"] in ours | {"loaded"}, report
-        assert report["seconds"] < SECONDS, report
-        assert report["mb"] < BYTES / 2**20, report
-        message = report["message"]
-        if report["outcome"] not in ("loaded", "RequestError"):
-            assert "/" in message, report
-        assert message.isprintable(), report
-        assert len(message) < 1500, report
-    # Most are broken, and not all at the first look.
-    assert outcomes["loaded"] < count / 2
-    assert len(outcomes) > 1
-
 
 # GGUF
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from server.errors import ApiError, bad_request, shutting_down, unavailable
 
 if TYPE_CHECKING:
+    from server.access.limits import Charge
     from server.answer import Answer
     from server.record import Record
     from server.services import Services
@@ -184,7 +185,9 @@ class Admission:
         return max(1, min(_LONGEST_RETRY, math.ceil(each * self._total / 4)))
 
 
-async def admit(services: "Services", place: Place, answer: "Answer", record: "Record") -> None:
+async def admit(
+    services: "Services", place: Place, charge: "Charge", answer: "Answer", record: "Record"
+) -> None:
     """Let an answer be generated: there is room for all its sequences, and for its key's limits.
 
     Raises:
@@ -195,7 +198,7 @@ async def admit(services: "Services", place: Place, answer: "Answer", record: "R
     place.widen(len(generation.choices))
     generation.place = place
     model = services.registry.get(answer.shape.model).name
-    await services.limiter.admit_answer(answer, model)
+    await charge.reserve_answer(answer, model)
     if trace is not None:
         trace.planned(generation.plan, model)
     generation.meter = services.metrics.meter(model, trace)

@@ -157,7 +157,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         with guarded("the tokens cannot be decoded", RequestError):
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            # Only the variant for batches lets other threads run meanwhile.
+            (text,) = self._backend.decode_batch(
+                [list(ids)], skip_special_tokens=skip_special_tokens
+            )
+        return text
 
     def render_chat(
         self,

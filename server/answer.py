@@ -2,18 +2,28 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
-from server.choice import TokenInfo
+from server.choice import ChoiceEvent
 from server.generation import Generation
+from server.protocol.pieces import JsonList
 from server.protocol.shape import Shape
 
 
-@dataclass(slots=True)
 class _Collected:
-    text: list[str] = field(default_factory=list)
-    tokens: list[TokenInfo] = field(default_factory=list)
+    """What a choice of a whole answer holds so far."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.text = StringIO()
+        self.columns = {name: JsonList() for name in shape.columns(())}
+        self._shape = shape
+
+    def add(self, event: ChoiceEvent) -> None:
+        self.text.write(event.text)
+        for name, values in self._shape.columns(event.tokens).items():
+            self.columns[name].extend(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +75,21 @@ class Answer:
             yield shape.usage_chunk(usage)
 
     async def whole(self) -> dict[str, Any]:
-        """The whole answer at once.
+        """The whole answer, to be written by :class:`~server.protocol.pieces.Json`.
 
         Raises:
             InferneoError: as :meth:`Generation.events` does.
         """
         choices = self.generation.choices
-        collected = [_Collected() for _ in choices]
+        collected = [_Collected(self.shape) for _ in choices]
         async with aclosing(self.generation.events()) as events:
             async for event in events:
                 if event is not None:
-                    collected[event.index].text.append(event.text)
-                    collected[event.index].tokens += event.tokens
+                    collected[event.index].add(event)
         returned = [
             {
                 "index": index,
-                **self.shape.message("".join(collected[i].text), collected[i].tokens),
+                **self.shape.message(collected[i].text.getvalue(), collected[i].columns),
                 "finish_reason": choices[i].finish_reason,
             }
             for index, i in enumerate(self._best())

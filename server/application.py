@@ -33,6 +33,7 @@ from server.frames import mend_websockets
 from server.http import json_response
 from server.metrics import Metrics
 from server.models import Registry, still_loading
+from server.protocol.shape import Usage
 from server.routes import admin, docs, embeddings, generate, health, keys, models, pages, text
 from server.routes import metrics as routes_metrics
 from server.services import Services, attach
@@ -162,8 +163,8 @@ def _with_models(
         if request.method == "POST":
             # Both before the body is waited for, which may be as slow as its sender likes.
             current, timeout = current_request(), request.headers.get(TIMEOUT_HEADER)
-            if (arrival := await services.limiter.enter()) is not None:
-                current.cleanup.callback(lambda: arrival.end(whole=current.body.whole))
+            current.charge = await services.limiter.enter()
+            current.cleanup.callback(current.charge.settle, Usage())  # unless it has been
             current.hold(services.admission.enter(owner(), timeout))
 
     routes.before_request(require_models)
@@ -207,7 +208,10 @@ def _handle_errors(app: Quart) -> None:
         failure = as_api_error(error)
         response = json_response(failure.envelope(), failure.status, failure.headers)
         if has_request_context():
-            current_request().record.note_error(failure)
+            current = current_request()
+            current.record.note_error(failure)
+            if current.charge is not None:
+                current.charge.settle_failed(failure)
         if has_websocket_context():
             await end_refused(failure)
             response.headers["X-Request-Id"] = current_socket().id

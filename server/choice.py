@@ -98,7 +98,9 @@ class Choice:
             tokenizer, skip_special_tokens=options.skip_special_tokens
         )
         self._matcher = StopMatcher(options.stops, include=options.include_stop)
-        self._started = False
+        self._echoes = options.echo  # the prompt is yet to be shown, or the rest of it
+        self._echo_decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False)
+        self._echoed = 0  # tokens of the prompt whose log probabilities have come
         self._decoded = 0  # characters so far, those held back included
         self._shown = 0  # characters so far that are certain
         self._text: list[str] = []
@@ -109,10 +111,8 @@ class Choice:
         """Take what a step brought; once the choice has finished, nothing more counts."""
         if self.finish_reason is not None:
             return
-        if not self._started:
-            self._started = True
-            if self._options.echo:
-                self._echo(output.prompt_logprobs)
+        if self._echoes:
+            self._echo(output.prompt_logprobs)
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         logprobs: Sequence[TokenLogprob | None] = output.logprobs or [None] * len(output.token_ids)
         for token, logprob in zip(output.token_ids, logprobs, strict=True):
@@ -187,15 +187,22 @@ class Choice:
         self.finish_reason = reason
 
     def _echo(self, logprobs: Sequence[TokenLogprob | None] | None) -> None:
-        prompt = self._prompt
+        """Show the prompt, as far as these log probabilities go: they may come in parts."""
+        prompt, end = self._prompt, len(self._prompt.text)
         if self._options.logprobs and logprobs is not None:
-            decoder = IncrementalDecoder(self._tokenizer, skip_special_tokens=False)
-            for i, (token, logprob) in enumerate(zip(prompt.ids, logprobs, strict=True)):
-                size = 0 if i < prompt.added else len(decoder.push(token))
+            ids = prompt.ids[self._echoed : self._echoed + len(logprobs)]
+            for i, (token, logprob) in enumerate(zip(ids, logprobs, strict=True), self._echoed):
+                size = 0 if i < prompt.added else len(self._echo_decoder.push(token))
                 self._tokens.append(self._info(token, logprob, size))
                 self._decoded += size
-        self._text.append(prompt.text)
-        self._decoded = self._shown = len(prompt.text)
+            self._echoed += len(ids)
+            if self._echoed < len(prompt.ids):
+                end = min(end, self._decoded)
+        self._text.append(prompt.text[self._shown : end])
+        self._shown = end
+        if end == len(prompt.text) and self._echoed in (0, len(prompt.ids)):
+            self._echoes = False
+            self._decoded = end
 
     def _info(self, token: int, logprob: TokenLogprob | None, size: int) -> TokenInfo:
         top = logprob.top if logprob else ()

@@ -25,6 +25,7 @@ from server.transport import Departure, Patience
 
 if TYPE_CHECKING:
     from server.access.admission import Place
+    from server.access.limits import Charge
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +46,7 @@ class ApiRequest(Request):
 
     Attributes:
         place: held until then; None: a request that needs none.
+        charge: what it counts for; None if it does not count.
     """
 
     body_class: type[Body] = LimitedBody
@@ -56,6 +58,7 @@ class ApiRequest(Request):
         self.record = Record()
         self.cleanup = AsyncExitStack()
         self.place: Place | None = None
+        self.charge: Charge | None = None
 
     def hold(self, place: "Place") -> None:
         """Hold a place until the request is over."""

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 from server.errors import bad_request
 from server.protocol.chat import Conversation
-from server.text import TextWork
 
 if TYPE_CHECKING:
     from inferneo_jax import Tokenizer
@@ -13,16 +12,15 @@ _LONGEST_NAME = 100
 _MOST_NAMED = 20
 
 
-async def conversation_ids(
+def conversation_ids(
     tokenizer: "Tokenizer",
-    text: TextWork,
     body: Conversation,
     warnings: list[str],
     *,
     strict: bool,
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """The token ids of a conversation; adds to ``warnings``.
+    """The token ids of a conversation; adds to ``warnings``. Rendering the template may block.
 
     Raises:
         ApiError, TemplateError: it cannot be written out as it stands.
@@ -33,17 +31,14 @@ async def conversation_ids(
         )
     variables = _template_variables(tokenizer, body, warnings, strict=strict)
 
-    def read() -> list[int]:
-        written = tokenizer.render_chat(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            continue_final_message=body.continue_final_message,
-            **variables,
-        )
-        # A template writes the special tokens itself.
-        return tokenizer.encode(written, add_special_tokens=add_special_tokens)
-
-    return await text.run(body.num_characters, read)
+    written = tokenizer.render_chat(
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=body.continue_final_message,
+        **variables,
+    )
+    # A template writes the special tokens itself.
+    return tokenizer.encode(written, add_special_tokens=add_special_tokens)
 
 
 def _template_variables(

@@ -18,10 +18,12 @@ from inferneo_jax import (
     EngineStoppedError,
     GenerationOutput,
     GenerationRequest,
+    InferneoError,
     SamplingParams,
 )
 from server.alarm import Alarm
 from server.choice import Choice, ChoiceEvent, Prompt, TextOptions
+from server.portions import Arrived, portions
 from server.protocol.shape import Usage
 
 if TYPE_CHECKING:
@@ -81,10 +83,6 @@ class Plan:
         )
 
 
-_Arrived = tuple[int, GenerationOutput, float]
-"""What came for a choice, and when."""
-
-
 class _Mailbox:
     """Carries outputs from the engine's thread to the event loop.
 
@@ -96,7 +94,7 @@ class _Mailbox:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        self._outputs: deque[_Arrived] = deque()
+        self._outputs: deque[Arrived] = deque()
         self._untaken: dict[str, int] = {}
         self._paused: set[str] = set()
         self._filled = asyncio.Event()
@@ -134,7 +132,7 @@ class _Mailbox:
         self._silent = True
         self._filled.set()
 
-    async def take(self) -> list[_Arrived] | None:
+    async def take(self) -> list[Arrived] | None:
         """Everything that has come, waiting for something; None after a long silence."""
         self._silence.set()
         await self._filled.wait()
@@ -155,7 +153,7 @@ class Generation:
 
     Attributes:
         usage: what it has taken so far; complete when the events are.
-        on_end: told the usage once, when nothing more will be generated; None: nothing ever was.
+        on_end: told the usage once, when nothing more will be generated, if anything ever was.
         place: whose deadline ends it; None: nothing does.
         meter: is told what comes when; None: nobody is.
     """
@@ -164,7 +162,7 @@ class Generation:
         self.plan = plan
         self.usage = Usage(prompt=sum(len(prompt.ids) for prompt in plan.prompts))
         self.cancelled = False
-        self.on_end: Callable[[Usage | None], None] | None = None
+        self.on_end: Callable[[Usage], None] | None = None
         self.place: Place | None = None
         self.meter: Meter | None = None
         self._submitted = False
@@ -189,8 +187,8 @@ class Generation:
     def end(self) -> None:
         """Tell ``on_end``; comes by itself after events that have begun."""
         tell, self.on_end = self.on_end, None
-        if tell is not None:
-            tell(self.usage if self._submitted else None)
+        if tell is not None and self._submitted:
+            tell(self.usage)
 
     async def events(self) -> AsyncGenerator[ChoiceEvent | None, None]:
         """Submit, then what comes, until every choice has finished; None after a long silence.
@@ -204,22 +202,19 @@ class Generation:
         running: dict[int, str] = {}
         clock = self._expire_in_time(running)
         try:
-            for index in range(len(self.choices)):
-                request = self.plan.request(index)
-                self._engine.submit(request, mailbox.sink(index, request.id))
-                running[index] = request.id
-                if self.meter is not None:
-                    self.meter.submitted(index, len(request.prompt))
-            self._submitted = True
+            await self._submit(mailbox, running)
             while running:
                 outputs = [] if self.cancelled else await mailbox.take()
                 if outputs is None:
                     yield None
                     continue
-                for event in self._commit(outputs, running):
-                    yield event
-                if self._failure is not None:
-                    raise self._failure
+                for i, portion in enumerate(portions(outputs)):
+                    if i:
+                        await asyncio.sleep(0)  # others are served between two portions
+                    for event in self._commit(portion, running):
+                        yield event
+                    if self._failure is not None:
+                        raise self._failure
         finally:
             if clock is not None:
                 clock.cancel()
@@ -229,6 +224,21 @@ class Generation:
                 if self.meter is not None:
                     self.meter.ended(index, "error" if self._failure is not None else "abort")
             self.end()
+
+    async def _submit(self, mailbox: _Mailbox, running: dict[int, str]) -> None:
+        for index in range(len(self.choices)):
+            if index:
+                await asyncio.sleep(0)  # a long prompt takes milliseconds to check, each time
+            request = self.plan.request(index)
+            try:
+                self._engine.submit(request, mailbox.sink(index, request.id))
+            except InferneoError:
+                self._submitted = False  # what it has of the others is given up at once
+                raise
+            self._submitted = True
+            running[index] = request.id
+            if self.meter is not None:
+                self.meter.submitted(index, len(request.prompt))
 
     def _expire_in_time(self, running: dict[int, str]) -> asyncio.TimerHandle | None:
         """Fail when the deadline has come, even while the reader is stuck and takes nothing."""
@@ -244,7 +254,7 @@ class Generation:
 
         return asyncio.get_running_loop().call_at(place.deadline, expire)
 
-    def _commit(self, outputs: list[_Arrived], running: dict[int, str]) -> list[ChoiceEvent]:
+    def _commit(self, outputs: list[Arrived], running: dict[int, str]) -> list[ChoiceEvent]:
         """Feed the choices; those that finish leave ``running``. A failure comes last."""
         touched: dict[int, bool] = {}  # index: the engine is done with it
         for index, output, when in outputs:

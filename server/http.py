@@ -1,13 +1,18 @@
 """JSON in and out."""
 
 import re
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, TypeVar
 
 import orjson
 from quart import Response, request
 
+from server.connection import current_request
 from server.errors import ApiError, bad_request
+from server.protocol.pieces import PIECE, Json
 from server.text import TextWork
+
+Result = TypeVar("Result")
 
 _JSON_TYPE = re.compile(r"application/([\w.+-]+\+)?json", re.IGNORECASE)
 STRICT_HEADER = "X-Inferneo-Strict"
@@ -27,6 +32,19 @@ def json_response(
         headers,
         content_type="application/json",
     )
+
+
+def long_response(written: Json) -> Response:
+    """JSON that may be long: it is sent in pieces, and never copied as a whole."""
+    if written.size <= PIECE:
+        return Response(bytes(written), content_type="application/json")
+
+    async def send() -> AsyncGenerator[bytes, None]:
+        for piece in written.pieces():
+            yield piece
+
+    headers = {"Content-Length": str(written.size)}
+    return Response(send(), headers=headers, content_type="application/json")
 
 
 def is_strict(value: str | None) -> bool:
@@ -67,11 +85,16 @@ def _is_intricate(raw: bytes) -> bool:
     return False
 
 
-async def read_object(text: TextWork) -> dict[str, Any]:
-    """The request's body.
+async def read_body(
+    text: TextWork, work: Callable[[dict[str, Any]], Result], *, inline: bool = True
+) -> Result:
+    """What ``work`` makes of the request's body.
+
+    The size of the body decides whether that happens on the event loop, for all of it: parsing,
+    validation, and whatever ``work`` computes. ``inline`` is that of :meth:`TextWork.run`.
 
     Raises:
-        ApiError: it has another content type or encoding, or is no JSON object.
+        ApiError: the body has another content type or encoding, or is no JSON object.
     """
     # A missing content type is refused too: a browser may send such a request from any page.
     if not _JSON_TYPE.fullmatch(request.mimetype or ""):
@@ -87,7 +110,8 @@ async def read_object(text: TextWork) -> dict[str, Any]:
             code="unsupported_media_type",
         )
     raw = await request.get_data(cache=False, as_text=False)
-    return await text.run(len(raw), lambda: parse_object(raw))
+    place = current_request().place
+    return await text.run(len(raw), lambda: work(parse_object(raw)), place=place, inline=inline)
 
 
 def wants_strict() -> bool:

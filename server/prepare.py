@@ -1,23 +1,27 @@
-"""From a request body to an answer that only needs to be run: validate, tokenize, fit."""
+"""From a request body to an answer that only needs to be run: validate, tokenize, fit.
+
+All of this may run in a thread of :class:`~server.text.TextWork`.
+"""
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
 
 from inferneo_jax import SamplingParams
 from server.access.caller import cache_salt, owner
 from server.answer import Answer
 from server.choice import Prompt, TextOptions
 from server.conversation import conversation_ids
-from server.errors import bad_request
+from server.errors import as_api_error, bad_request
 from server.generation import Generation, Plan
-from server.prompts import completion_prompt, fit, infill_tokens
+from server.prompts import check_scores, completion_prompt, fit, infill_tokens
 from server.protocol.chat import ChatBody, ChatShape
 from server.protocol.common import Body, GenerationBody
 from server.protocol.completions import CompletionBody, CompletionShape
 from server.protocol.shape import Shape
-from server.text import TextWork
 
 if TYPE_CHECKING:
     from inferneo_jax import LanguageModel
@@ -27,8 +31,8 @@ _LONGEST_NAME = 100
 _MOST_NAMED = 20
 """Most unknown parameters that the warnings name."""
 
-Prepare = Callable[..., Awaitable[Answer]]
-"""One of the two functions below: ``(registry, text, fields, strict=...)``."""
+Prepare = Callable[..., Answer]
+"""One of the two functions below: ``(registry, fields, strict=...)``."""
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
@@ -37,10 +41,12 @@ def validate(kind: type[AnyBody], fields: Any, *, strict: bool) -> tuple[AnyBody
     """The validated body, and warnings about names in it that are not known.
 
     Raises:
-        ValidationError: a field is missing or wrong.
-        ApiError: a name is not known, and ``strict``.
+        ApiError: a field is missing or wrong, or a name is not known, and ``strict``.
     """
-    body = kind.model_validate(fields)
+    try:
+        body = kind.model_validate(fields)
+    except ValidationError as error:
+        raise as_api_error(error) from None
     unknown = body.unknown()
     if unknown and strict:
         raise bad_request(
@@ -56,13 +62,11 @@ def validate(kind: type[AnyBody], fields: Any, *, strict: bool) -> tuple[AnyBody
     return body, warnings
 
 
-async def prepare_completion(
-    registry: "Registry", text: TextWork, fields: Any, *, strict: bool
-) -> Answer:
+def prepare_completion(registry: "Registry", fields: Any, *, strict: bool) -> Answer:
     """The answer to a request of ``/v1/completions``.
 
     Raises:
-        ApiError, ValidationError, RequestError: it cannot be served as it stands.
+        ApiError, RequestError: it cannot be served as it stands.
     """
     body, warnings = validate(CompletionBody, fields, strict=strict)
     model = registry.language_model(body.model)
@@ -77,20 +81,13 @@ async def prepare_completion(
     if suffix:
         warnings.append("suffix was appended to the text: this model cannot fill in a middle.")
 
-    def read() -> list[Prompt]:
-        return [
-            completion_prompt(model, body, prompt, i, infill)
-            for i, prompt in enumerate(body.prompt)
-        ]
-
-    size = sum(map(len, body.prompt)) + len(body.suffix)
     return _answer(
         model,
         body,
         CompletionShape,
         "cmpl",
         warnings,
-        await text.run(size, read),
+        [completion_prompt(model, body, prompt, i, infill) for i, prompt in enumerate(body.prompt)],
         num_choices=body.num_sampled,
         logprobs=body.logprobs,
         echo=body.echo,
@@ -98,17 +95,15 @@ async def prepare_completion(
     )
 
 
-async def prepare_chat(
-    registry: "Registry", text: TextWork, fields: Any, *, strict: bool
-) -> Answer:
+def prepare_chat(registry: "Registry", fields: Any, *, strict: bool) -> Answer:
     """The answer to a request of ``/v1/chat/completions``.
 
     Raises:
-        ApiError, ValidationError, RequestError: it cannot be served as it stands.
+        ApiError, RequestError: it cannot be served as it stands.
     """
     body, warnings = validate(ChatBody, fields, strict=strict)
     model = registry.language_model(body.model)
-    ids = tuple(await conversation_ids(model.tokenizer, text, body, warnings, strict=strict))
+    ids = tuple(conversation_ids(model.tokenizer, body, warnings, strict=strict))
     if not ids:
         raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
     max_tokens = fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
@@ -137,6 +132,9 @@ def _answer(
     echo: bool = False,
     suffix: str = "",
 ) -> Answer:
+    if logprobs is not None:
+        name = "top_logprobs" if logprobs and isinstance(body, ChatBody) else "logprobs"
+        check_scores(prompts, num_choices, logprobs, name=name, echo=echo, stream=body.stream)
     answer_id = f"{prefix}-{secrets.token_hex(12)}"
     stop_token_ids = frozenset(body.stop_token_ids)
     if not body.ignore_eos:

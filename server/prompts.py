@@ -1,5 +1,6 @@
 """Prompts as token ids: beginnings, middles to fill in, and what fits the context."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from server.choice import Prompt
@@ -11,6 +12,15 @@ if TYPE_CHECKING:
 
 CONTEXT_IS = "This model's maximum context length is"
 """OpenAI's words, by which LiteLLM and others know that a shorter prompt would do."""
+
+SCORE_BYTES = 128
+"""Memory of a log probability until its answer has been sent.
+
+As JSON one takes 83 bytes on average in chat answers (SmolLM2's vocabulary), and 30 in completions;
+those of an echoed prompt, which come from the engine all at once, 100 at their peak.
+"""
+MAX_SCORES = 256 * 2**20 // SCORE_BYTES
+"""Most log probabilities that one answer may hold: they may take 256 MiB."""
 
 _FILL_IN_THE_MIDDLE = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -105,6 +115,38 @@ def fit(length: int, limit: int | None, default: int, context: int, name: str) -
         f"{CONTEXT_IS} {context} tokens. Shorten the prompt, or lower max_tokens to at most "
         f"{context - length}.",
         "max_tokens",
+    )
+
+
+def check_scores(
+    prompts: Sequence[Prompt], sampled: int, logprobs: int, *, name: str, echo: bool, stream: bool
+) -> None:
+    """Refuse a request whose log probabilities would take too much memory.
+
+    A stream keeps little of what it generates, but a prompt is scored at once.
+
+    Args:
+        prompts: of the request.
+        sampled: sequences for each prompt.
+        logprobs: alternatives for each token.
+        name: what the request calls those.
+        echo: whether the prompts are scored as well.
+        stream: whether the answer is streamed.
+
+    Raises:
+        ApiError: there would be more than :data:`MAX_SCORES`.
+    """
+    read = sum(len(prompt.ids) for prompt in prompts) if echo else 0
+    written = 0 if stream else sum(prompt.max_tokens for prompt in prompts)
+    number = sampled * (read + written) * (1 + logprobs)
+    if number <= MAX_SCORES:
+        return
+    tokens = "the prompt's tokens" if stream else "max_tokens, or set stream to true"
+    raise bad_request(
+        f"{name} asks for {1 + logprobs} log probabilities of each token. With {sampled} choices "
+        f"for each prompt and {read + written} tokens to score for each choice, the answer may "
+        f"hold {number}; at most {MAX_SCORES} are allowed. Lower {name}, n or {tokens}.",
+        name,
     )
 
 

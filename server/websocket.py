@@ -17,15 +17,19 @@ from quart import websocket
 
 from server.access.admission import TIMEOUT_HEADER, admit
 from server.access.caller import owner
+from server.access.limits import Charge
 from server.errors import ApiError, as_api_error, bad_request
 from server.frames import FrameError
 from server.generation import Generation
 from server.http import STRICT_HEADER, is_strict, parse_object
-from server.prepare import Prepare
+from server.prepare import Prepare, prepare_chat
+from server.protocol.pieces import Json
+from server.protocol.shape import Usage
 from server.protocol.validation import json_kind
 from server.record import Record
 from server.services import Services
 from server.socket_connection import current_socket
+from server.text import INLINE_BYTES
 from server.tracing import WEBSOCKET
 
 MAX_AT_ONCE = 16
@@ -110,8 +114,13 @@ def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> No
 
 @dataclass(slots=True)
 class _Running:
-    """A request of this socket; ``generation`` is None until its body has been read."""
+    """A request of this socket, in a frame of ``size`` bytes.
 
+    ``charge`` is None until it has been let in, ``generation`` until its body has been read.
+    """
+
+    size: int
+    charge: Charge | None
     generation: Generation | None = None
     cancelled: bool = False
     streamed: bool = False
@@ -159,26 +168,41 @@ class _Session:
                     answers.add(task)
                     task.add_done_callback(answers.discard)
 
+    async def _refuse(self, error: ApiError, name: str | None, charge: Charge | None) -> None:
+        """Answer a frame that starts nothing; it counts as a request all the same."""
+        try:
+            charge = charge or await self._services.limiter.enter()
+        except ApiError as limit:
+            error = limit
+        else:
+            charge.settle_failed(error)
+        await self._send(error.envelope(), name)
+
     async def _next(self) -> Coroutine[Any, Any, None] | None:
         """What answers the next frame; None: it asked for nothing, or was refused.
 
         Nothing of a frame outlives this but the body of its request.
         """
-        name = None
+        charge, name = None, None
         try:
-            message = await self._parse(await current_socket().receive())
+            frame = await current_socket().receive()
+            if (size := len(frame)) > INLINE_BYTES:
+                charge = await self._services.limiter.enter()
+            message = await self._services.text.run(size, partial(parse_object, frame))
             name = message.get("id") if "type" in message else None
             name = name if isinstance(name, str) else None
             body = self._open(message, name)
         except FrameError:
             raise
         except ApiError as error:
-            await self._send(error.envelope(), name)
+            await self._refuse(error, name, charge)
             return None
         if body is None:
+            if charge is not None:
+                charge.settle(Usage())
             return None
         key = object() if name is None else name
-        self._running[key] = _Running()
+        self._running[key] = _Running(size, charge)
         return self._answer(key, name, body)
 
     async def _leave_in_time(self, answers: set[asyncio.Task[None]]) -> None:
@@ -187,9 +211,6 @@ class _Session:
         while answers:
             await asyncio.wait(tuple(answers))
         await current_socket().close(1001, "the server is shutting down")
-
-    async def _parse(self, frame: bytes) -> dict[str, Any]:
-        return await self._services.text.run(len(frame), partial(parse_object, frame))
 
     def _open(self, message: dict[str, Any], name: str | None) -> dict[str, Any] | None:
         """The body of the request to start; None when the frame was a cancellation."""
@@ -245,6 +266,8 @@ class _Session:
             except Exception as error:  # noqa: BLE001
                 failure = as_api_error(error)
                 record.note_error(failure)
+                if running.charge is not None:
+                    running.charge.settle_failed(failure)
                 await self._send(failure.envelope(), name)
                 if failure.status == 401:  # the key was revoked, or has expired
                     socket.record.note_error(failure)
@@ -254,6 +277,8 @@ class _Session:
                 if running.generation is not None:
                     running.generation.end()  # should it never have begun
                     record.note_usage(running.generation.usage)
+                if running.charge is not None:
+                    running.charge.settle(Usage())  # unless it has been
                 record.write("websocket_request")
             if running.streamed:
                 assert running.generation is not None
@@ -272,11 +297,14 @@ class _Session:
         timeout = websocket.headers.get(TIMEOUT_HEADER)
         place = held.enter_context(services.admission.enter(owner(), timeout))
         await services.guard.recheck()
-        answer = await self._prepare(services.registry, services.text, body, strict=self._strict)
+        running.charge = charge = running.charge or await services.limiter.enter()
+        prepare = partial(self._prepare, services.registry, body, strict=self._strict)
+        inline = self._prepare is not prepare_chat
+        answer = await services.text.run(running.size, prepare, place=place, inline=inline)
         running.generation = answer.generation
         if running.cancelled:
             answer.generation.cancel()
-        await admit(services, place, answer, record)
+        await admit(services, place, charge, answer, record)
         if not answer.stream:
             await self._send(await answer.whole(), name)
             return
@@ -289,4 +317,4 @@ class _Session:
     async def _send(self, payload: dict[str, Any], name: str | None) -> None:
         if name is not None:
             payload = {**payload, "request_id": name}
-        await websocket.send(orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY).decode())
+        await websocket.send(bytes(Json(payload)).decode())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from server.errors import ApiError, bad_request, shutting_down, unavailable
 
 if TYPE_CHECKING:
+    from server.access.limits import Charge
     from server.answer import Answer
     from server.record import Record
     from server.services import Services
@@ -208,7 +209,9 @@ class Admission:
         return max(1, min(_LONGEST_RETRY, math.ceil(each * self._total / 4)))
 
 
-async def admit(services: "Services", place: Place, answer: "Answer", record: "Record") -> None:
+async def admit(
+    services: "Services", place: Place, charge: "Charge", answer: "Answer", record: "Record"
+) -> None:
     """Let an answer be generated: there is room for all its sequences, time, and its key's limits.
 
     Raises:
@@ -220,7 +223,7 @@ async def admit(services: "Services", place: Place, answer: "Answer", record: "R
     generation.place = place
     model = services.registry.get(answer.shape.model).name
     place.expect(generation.forecast())
-    await services.limiter.admit_answer(answer, model)
+    await charge.reserve_answer(answer, model)
     if trace is not None:
         trace.planned(generation.plan, model)
     generation.meter = services.metrics.meter(model, trace)

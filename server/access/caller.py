@@ -4,7 +4,6 @@ from typing import Any
 
 from quart import g, has_app_context
 
-from server.access.arrivals import Arrival
 from server.access.keys import Key
 from server.access.store import Standing
 
@@ -27,16 +26,6 @@ def standing() -> Standing | None:
 def set_standing(found: Standing) -> None:
     """Note it."""
     g.standing = found
-
-
-def arrival() -> Arrival | None:
-    """The current request's part of its key's limits before it is reserved."""
-    return _fact("arrival")
-
-
-def set_arrival(found: Arrival) -> None:
-    """Note it."""
-    g.arrival = found
 
 
 def owner() -> str | None:

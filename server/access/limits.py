@@ -8,20 +8,10 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from server.access.arrivals import Arrival, Arrivals
-from server.access.caller import arrival as known_arrival
-from server.access.caller import caller, set_arrival, set_standing
+from server.access.caller import caller, set_standing
 from server.access.caller import standing as known_standing
 from server.access.keys import Key
-from server.access.store import (
-    BUSY_SECONDS,
-    DAY_SECONDS,
-    LEASE_SECONDS,
-    Call,
-    Spent,
-    Standing,
-    refusal_of,
-)
+from server.access.store import DAY_SECONDS, LEASE_SECONDS, Call, Spent, Standing
 from server.access.store_threads import StoreThreads
 from server.errors import ApiError
 from server.protocol.shape import Usage
@@ -37,20 +27,62 @@ _WORDS = {
 }
 
 
-class Reservation:
-    """An admitted request's part of its key's limits."""
+class Charge:
+    """One request's part of its key's limits; without a key, nothing.
 
-    def __init__(self, limiter: "Limiter", key_id: str, call: Call) -> None:
+    It counts as a request from when it is let in, before any work is done for it. Only the first
+    settlement counts.
+    """
+
+    def __init__(self, limiter: "Limiter", key: Key | None, call: Call) -> None:
         self._limiter = limiter
-        self._key_id = key_id
+        self._key = key
         self._call = call
 
-    def settle(self, usage: Usage | None) -> None:
-        """Charge what it took; None: it never ran. Only the first call counts."""
-        spent = None
-        if usage is not None:
+    async def reserve(self, model: str, prompt: int, completion: int) -> None:
+        """Reserve the tokens of the request as well.
+
+        Args:
+            model: its id.
+            prompt: tokens of all its prompts.
+            completion: the most tokens that it may generate.
+
+        Raises:
+            ApiError: a limit refuses it, so that it does not count, or the store cannot be used.
+        """
+        if self._key is not None:
+            call = Call(id=_new_id(), model=model, prompt=prompt, completion=completion)
+            before, self._call = self._call, call
+            await self._limiter.reserve(self._key, call, before)
+
+    async def reserve_answer(self, answer: "Answer", model: str) -> None:
+        """Reserve what an answer may take, and have it settled when its generation has ended.
+
+        Raises:
+            ApiError: as :meth:`reserve` does.
+        """
+        plan = answer.generation.plan
+        completion = sum(prompt.max_tokens for prompt in plan.prompts) * plan.num_choices
+        await self.reserve(model, answer.generation.usage.prompt, completion)
+        answer.generation.on_end = self.settle
+
+    def settle(self, usage: Usage) -> None:
+        """Charge the request, and the tokens that it took."""
+        if self._key is not None:
             spent = Spent(**dataclasses.asdict(usage))
-        self._limiter.settle(self._key_id, self._call.id, spent)
+            self._limiter.settle(self._key.id, self._call.id, spent)
+
+    def forget(self) -> None:
+        """Charge nothing, not even the request."""
+        if self._key is not None:
+            self._limiter.settle(self._key.id, self._call.id, None)
+
+    def settle_failed(self, error: ApiError) -> None:
+        """Charge a request that failed: it counts, unless the server could not serve it."""
+        if error.status in (500, 503):
+            self.forget()
+        else:  # 504 as well: its work may have been done, or still go on
+            self.settle(Usage())
 
 
 class Limiter:
@@ -64,52 +96,38 @@ class Limiter:
         self._threads = threads
         self._store = threads.store
         self._held: dict[str, str] = {}  # key ids by the ids of calls
-        self._arrivals = Arrivals()
 
-    async def enter(self) -> Arrival | None:
-        """Let the caller's request in, whose body is still to come; None if no limits would count.
-
-        Raises:
-            ApiError: the key may make no further request now, or the store cannot be used.
-        """
-        key = caller()
-        if key is None:
-            return None
-        found = await self.standing(key)
-        set_standing(found)
-        if refusal_of(found, key.limits, 0):
-            # The store itself knows best when there may be another; it may even be now.
-            if (reservation := await self.admit("", 0, 0)) is not None:
-                reservation.settle(None)
-        elif refusal := refusal_of(self._arrivals.added_to(found, key.id), key.limits, 0):
-            raise refused(key, dataclasses.replace(found, refusal=refusal, retry=BUSY_SECONDS))
-        arrival = self._arrivals.add(key.id)
-        set_arrival(arrival)
-        return arrival
-
-    async def admit(self, model: str, prompt: int, completion: int) -> Reservation | None:
-        """Reserve a request of the caller's; None if there is no key whose limits would count.
-
-        Args:
-            model: its id.
-            prompt: tokens of all its prompts.
-            completion: the most tokens that it may generate.
+    async def enter(self) -> Charge:
+        """Count a request of the caller's, before any work is done for it.
 
         Raises:
             ApiError: a limit refuses it, or the store cannot be used.
         """
-        key = caller()
-        if key is None:
-            return None
-        if (arrival := known_arrival()) is not None:
-            arrival.end()  # from here on the store counts it
-        call = Call(id=secrets.token_hex(12), model=model, prompt=prompt, completion=completion)
+        key, call = caller(), Call(id=_new_id(), model="", prompt=0, completion=0)
+        if key is not None:
+            await self.reserve(key, call)
+        return Charge(self, key, call)
+
+    async def reserve(self, key: Key, call: Call, before: Call | None = None) -> None:
+        """Reserve a call of a key's, in place of the one ``before``, which is forgotten.
+
+        Raises:
+            ApiError: a limit refuses it, or the store cannot be used.
+        """
+        if before is not None:
+            self._held.pop(before.id, None)
         self._held[call.id] = key.id
+
+        def reserve() -> Standing:
+            if before is not None:
+                self._store.settle(key.id, before.id, None, None)
+            return self._store.reserve(key.id, key.limits, call, None)
+
         try:
-            found = await self._threads.call(
-                partial(self._store.reserve, key.id, key.limits, call, None),
-                partial(self._store.settle, key.id, call.id, None, None),
-            )
+            # Should the client leave now: without ``before`` nothing has been done for it yet.
+            spent = None if before is None else Spent()
+            undo = partial(self._store.settle, key.id, call.id, spent, None)
+            found = await self._threads.call(reserve, undo)
         except BaseException:
             del self._held[call.id]
             raise
@@ -117,19 +135,6 @@ class Limiter:
         if found.refusal is not None:
             del self._held[call.id]
             raise refused(key, found)
-        return Reservation(self, key.id, call)
-
-    async def admit_answer(self, answer: "Answer", model: str) -> None:
-        """Reserve what an answer may take, and have it settled when its generation has ended.
-
-        Raises:
-            ApiError: as :meth:`admit` does.
-        """
-        plan = answer.generation.plan
-        completion = sum(prompt.max_tokens for prompt in plan.prompts) * plan.num_choices
-        reservation = await self.admit(model, answer.generation.usage.prompt, completion)
-        if reservation is not None:
-            answer.generation.on_end = reservation.settle
 
     def settle(self, key_id: str, call_id: str, spent: Spent | None) -> None:
         """Hand what a call took to the store, once."""
@@ -166,6 +171,10 @@ class Limiter:
             with suppress(ApiError):  # logged
                 await self._threads.call(partial(self._store.renew, held, None))
                 await self._threads.call(partial(self._store.sweep, None))
+
+
+def _new_id() -> str:
+    return secrets.token_hex(12)
 
 
 def refused(key: Key, found: Standing) -> ApiError:

@@ -1,5 +1,6 @@
 """``/v1/chat/completions``: what a request may hold, and the shapes of its answers."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
@@ -141,11 +142,6 @@ class Conversation(Body):
             )
         return self
 
-    @property
-    def num_characters(self) -> int:
-        """Size of the conversation, in characters."""
-        return sum(len(message.get("content") or "") for message in self.messages)
-
 
 class ChatBody(Conversation, GenerationBody):
     """A conversation to go on with."""
@@ -173,31 +169,35 @@ class ChatShape(Shape):
     whole = "chat.completion"
     part = "chat.completion.chunk"
 
-    def message(self, text: str, tokens: list[TokenInfo]) -> dict[str, Any]:
-        """The text of a choice in a whole answer."""
+    def columns(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
+        """The lists that log probabilities consist of, for these tokens."""
+        return {
+            "content": [
+                _entry(token) | {"top_logprobs": [_entry(other) for other in token.top]}
+                for token in tokens
+            ]
+        }
+
+    def message(self, text: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice's text and log probabilities in a whole answer."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(tokens)}
+        return {"message": message, "logprobs": self._logprobs(columns)}
 
     def opening(self) -> dict[str, Any]:
         """What each choice begins with, before any text."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def delta(self, event: ChoiceEvent) -> dict[str, Any]:
-        """The text of a choice in a chunk."""
-        return {"delta": {"content": event.text}, "logprobs": self._logprobs(event.tokens)}
+        """A choice's text and log probabilities in a chunk."""
+        logprobs = self._logprobs(self.columns(event.tokens))
+        return {"delta": {"content": event.text}, "logprobs": logprobs}
 
     def ending(self) -> dict[str, Any]:
         """The chunk that carries nothing but a finish reason."""
         return {"delta": {}, "logprobs": None}
 
-    def _logprobs(self, tokens: list[TokenInfo]) -> dict[str, Any] | None:
-        if not self.with_logprobs:
-            return None
-        content = [
-            _entry(token) | {"top_logprobs": [_entry(other) for other in token.top]}
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
+    def _logprobs(self, columns: Mapping[str, Any]) -> dict[str, Any] | None:
+        return {**columns, "refusal": None} if self.with_logprobs else None
 
 
 def _entry(token: NamedToken) -> dict[str, Any]:

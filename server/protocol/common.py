@@ -17,6 +17,8 @@ from pydantic_core import CoreSchema
 from server.protocol.validation import FieldError, json_kind
 
 MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+"""Every token is compared with the beginnings of all stop strings, on the event loop."""
 MAX_SEQUENCES = 256
 """Most sequences of one request: prompts times ``n``, or times ``best_of``."""
 MAX_STOP_TOKENS = 1024
@@ -105,10 +107,15 @@ def _stops(value: Any) -> list[str]:
         raise FieldError("stop", f"holds {len(stops)} strings; it may hold at most {MAX_STOPS}.")
     if "" in stops:
         raise FieldError("stop", "holds an empty string; leave it out.")
+    if (longest := max(map(len, stops), default=0)) > MAX_STOP_CHARACTERS:
+        raise FieldError(
+            "stop",
+            f"holds a string of {longest} characters; each may have at most {MAX_STOP_CHARACTERS}.",
+        )
     return stops
 
 
-_STOP = {"type": "string", "minLength": 1}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
 _STOPS = {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]}
 
 
@@ -197,8 +204,8 @@ class GenerationBody(Body):
     )
     stop: Annotated[list[str], PlainValidator(_stops), WithJsonSchema(_STOPS)] = Field(
         default_factory=list,
-        description=f"A string, or up to {MAX_STOPS}: the first to be complete ends the choice and "
-        "is left out of its text.",
+        description=f"A string, or up to {MAX_STOPS}, of at most {MAX_STOP_CHARACTERS} characters "
+        "each: the first to be complete ends the choice and is left out of its text.",
     )
     stop_token_ids: list[int] = Field(
         default_factory=list,

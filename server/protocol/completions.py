@@ -1,5 +1,6 @@
 """``/v1/completions``: what a request may hold, and the shapes of its answers."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
@@ -137,27 +138,26 @@ class CompletionShape(Shape):
 
     whole = part = "text_completion"
 
-    def message(self, text: str, tokens: list[TokenInfo]) -> dict[str, Any]:
-        """The text of a choice in a whole answer."""
-        return {"text": text, "logprobs": self._logprobs(tokens)}
-
-    def delta(self, event: ChoiceEvent) -> dict[str, Any]:
-        """The text of a choice in a chunk."""
-        return {"text": event.text, "logprobs": self._logprobs(event.tokens)}
-
-    def ending(self) -> dict[str, Any]:
-        """The chunk that carries nothing but a finish reason."""
-        return {"text": "", "logprobs": None}
-
-    def _logprobs(self, tokens: list[TokenInfo]) -> dict[str, Any] | None:
-        if not self.with_logprobs:
-            return None
+    def columns(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
+        """The lists that log probabilities consist of, for these tokens."""
         return {
             "tokens": [token.name for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [_top(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
+
+    def message(self, text: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice's text and log probabilities in a whole answer."""
+        return {"text": text, "logprobs": columns if self.with_logprobs else None}
+
+    def delta(self, event: ChoiceEvent) -> dict[str, Any]:
+        """A choice's text and log probabilities in a chunk."""
+        return self.message(event.text, self.columns(event.tokens))
+
+    def ending(self) -> dict[str, Any]:
+        """The chunk that carries nothing but a finish reason."""
+        return {"text": "", "logprobs": None}
 
 
 def _top(token: TokenInfo) -> dict[str, float | None] | None:

@@ -7,6 +7,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from server.protocol.common import MAX_NAME, Body
 from server.protocol.completions import MAX_TOKEN_ID, PromptInput, prompts_of, prompts_schema
+from server.protocol.pieces import JsonList
 from server.protocol.validation import FieldError
 
 if TYPE_CHECKING:
@@ -75,18 +76,15 @@ def embedding_answer(
     warnings: list[str],
 ) -> dict[str, Any]:
     """The answer: ``vectors`` is ``[inputs, dimensions]``; base64 is of little-endian float32."""
+    data = JsonList()
+    for index, vector in enumerate(vectors):
+        embedding = vector
+        if encoding == "base64":
+            embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        data.extend([{"object": "embedding", "embedding": embedding, "index": index}])
     answer: dict[str, Any] = {
         "object": "list",
-        "data": [
-            {
-                "object": "embedding",
-                "embedding": vector
-                if encoding == "float"
-                else base64.b64encode(vector.astype("<f4").tobytes()).decode(),
-                "index": index,
-            }
-            for index, vector in enumerate(vectors)
-        ],
+        "data": data,
         "model": model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }

@@ -33,10 +33,13 @@ class ChangeKeyBody(AdminBody):
 
     name: str | None = Field(None, description=_NAME)
     scopes: list[Scope] | None = Field(
-        None, min_length=1, max_length=10, description="What it may be used for."
+        None, min_length=1, max_length=10, fail_fast=True, description="What it may be used for."
     )
     models: list[str] | None = Field(
-        None, max_length=1000, description="Ids or aliases that it may use; empty: all."
+        None,
+        max_length=1000,
+        fail_fast=True,
+        description="Ids or aliases that it may use; empty: all.",
     )
     limits: LimitsBody | None = Field(None, description="What it may take.")
     expires_in: Expiry | None = Field(

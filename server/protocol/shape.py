@@ -1,6 +1,7 @@
 """The parts of an answer that both generation endpoints share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,12 +51,16 @@ class Shape(ABC):
     warnings: tuple[str, ...]
 
     @abstractmethod
-    def message(self, text: str, tokens: list[TokenInfo]) -> dict[str, Any]:
-        """The text of a choice in a whole answer."""
+    def columns(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
+        """The lists that log probabilities consist of, for these tokens."""
+
+    @abstractmethod
+    def message(self, text: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice's text and log probabilities in a whole answer."""
 
     @abstractmethod
     def delta(self, event: ChoiceEvent) -> dict[str, Any]:
-        """The text of a choice in a chunk."""
+        """A choice's text and log probabilities in a chunk."""
 
     @abstractmethod
     def ending(self) -> dict[str, Any]:
@@ -65,7 +70,7 @@ class Shape(ABC):
         """What each choice begins with, before any text."""
         return None
 
-    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+    def answer(self, choices: Any, usage: Usage) -> dict[str, Any]:
         """The whole answer."""
         return self._head(self.whole, choices, self.warnings) | {"usage": usage.as_dict()}
 
@@ -89,9 +94,7 @@ class Shape(ABC):
         """The last chunk, when usage was asked for."""
         return self._head(self.part, [], ()) | {"usage": usage.as_dict()}
 
-    def _head(
-        self, kind: str, choices: list[dict[str, Any]], warnings: tuple[str, ...]
-    ) -> dict[str, Any]:
+    def _head(self, kind: str, choices: Any, warnings: tuple[str, ...]) -> dict[str, Any]:
         head = {
             "id": self.id,
             "object": kind,

@@ -20,7 +20,7 @@ from server.access.keys import Key, Limits
 from server.access.usage import Days, key_list, key_standing, key_usage, usage_of
 from server.connection import current_request
 from server.errors import ApiError, bad_request
-from server.http import json_response, read_object
+from server.http import json_response, read_body
 from server.prepare import validate
 from server.protocol.keys import ChangeKeyBody, LimitsBody, NewKeyBody
 from server.services import Services
@@ -97,7 +97,7 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.post("/keys")
     async def create_key() -> Response:
-        body, _ = validate(NewKeyBody, await read_object(services.text), strict=True)
+        body, _ = await read_body(services.text, partial(validate, NewKeyBody, strict=True))
 
         def create() -> Changed:
             key, text = keyring.create(
@@ -118,7 +118,7 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.patch("/keys/<key_id>")
     async def change_key(key_id: str) -> Response:
-        body, _ = validate(ChangeKeyBody, await read_object(services.text), strict=True)
+        body, _ = await read_body(services.text, partial(validate, ChangeKeyBody, strict=True))
         work = partial(_change, keyring, key_id, body)
         return json_response(await change("key_changed", work))
 

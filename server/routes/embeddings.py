@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
@@ -9,11 +10,12 @@ from quart import Blueprint, Response
 from server.access.caller import owner
 from server.connection import current_request
 from server.errors import bad_request
-from server.http import json_response, read_object, wants_strict
+from server.http import long_response, read_body, wants_strict
 from server.prepare import validate
 from server.prompts import CONTEXT_IS
 from server.protocol.completions import PromptInput
 from server.protocol.embeddings import EmbeddingBody, embedding_answer
+from server.protocol.pieces import Json
 from server.protocol.shape import Usage
 from server.services import Services
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from inferneo_jax import EmbeddingModel
+    from server.models import Registry
 
     Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -30,53 +33,52 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
 
     @blueprint.post("/embeddings")
     async def create_embeddings() -> Response:
-        fields = await read_object(services.text)
-        body, warnings = validate(EmbeddingBody, fields, strict=wants_strict())
-        model = services.registry.embedding_model(body.model)
-        record = current_request().record
-        record.note(model=body.model, user=body.user)
-        hidden_size = model.embedder.hidden_size
-        if body.dimensions is not None and body.dimensions > hidden_size:
-            raise bad_request(
-                f"dimensions is {body.dimensions}; it must be from 1 to {hidden_size}.",
-                "dimensions",
-            )
-        size = sum(map(len, body.input))
-        keep = _longest(model, body.truncate_prompt_tokens)
-        ids = await services.text.run(size, lambda: _tokenize(model, body.input, keep))
-        num_tokens = sum(map(len, ids))
-        record.note(prompt_tokens=num_tokens)
-        reserved = await services.limiter.admit(model.name, num_tokens, 0)
-        spent: Usage | None = Usage(prompt=num_tokens)
-        place = current_request().place
+        work = partial(_read, services.registry, strict=wants_strict())
+        body, model, ids, warnings = await read_body(services.text, work)
+        current = current_request()
+        place, charge = current.place, current.charge
         assert place is not None
+        assert charge is not None
+        num_tokens = sum(map(len, ids))
+        current.record.note(model=body.model, user=body.user, prompt_tokens=num_tokens)
+        await charge.reserve(model.name, num_tokens, 0)
         place.served = True
         try:
             # Should the client leave, this is cancelled, and the future with it.
             async with asyncio.timeout_at(place.deadline):
                 vectors = await asyncio.wrap_future(model.embedder.embed(ids, owner() or ""))
         except TimeoutError:
+            charge.settle(Usage(prompt=num_tokens))
             raise place.too_late() from None
-        except Exception:
-            spent = None
+        except asyncio.CancelledError:
+            charge.settle(Usage(prompt=num_tokens))
             raise
-        finally:
-            if reserved is not None:
-                reserved.settle(spent)
         services.metrics.embedded(model.name, num_tokens)
 
-        def write() -> Response:
-            return json_response(
-                embedding_answer(
-                    body.model,
-                    _shorten(vectors, body.dimensions),
-                    body.encoding_format,
-                    num_tokens,
-                    warnings,
-                )
+        def write() -> Json:
+            shortened = _shorten(vectors, body.dimensions)
+            return Json(
+                embedding_answer(body.model, shortened, body.encoding_format, num_tokens, warnings)
             )
 
-        return await services.text.run(vectors.size, write)
+        written = await services.text.run(vectors.nbytes, write, place=place)
+        charge.settle(Usage(prompt=num_tokens))
+        return long_response(written)
+
+
+def _read(
+    registry: "Registry", fields: dict[str, Any], *, strict: bool
+) -> tuple[EmbeddingBody, "EmbeddingModel", list[list[int]], list[str]]:
+    """The request, its model, the token ids of its inputs, and warnings."""
+    body, warnings = validate(EmbeddingBody, fields, strict=strict)
+    model = registry.embedding_model(body.model)
+    hidden_size = model.embedder.hidden_size
+    if body.dimensions is not None and body.dimensions > hidden_size:
+        raise bad_request(
+            f"dimensions is {body.dimensions}; it must be from 1 to {hidden_size}.", "dimensions"
+        )
+    keep = _longest(model, body.truncate_prompt_tokens)
+    return body, model, _tokenize(model, body.input, keep), warnings
 
 
 def _longest(model: "EmbeddingModel", truncate: int | None) -> int | None:

@@ -1,13 +1,16 @@
 """The two endpoints that generate: the same way from body to answer over HTTP and WebSocket."""
 
+from functools import partial
+
 from quart import Blueprint, Response
 
 from server import sse
 from server.access.admission import admit
 from server.answer import Answer
 from server.connection import current_request
-from server.http import json_response, read_object, wants_strict
+from server.http import long_response, read_body, wants_strict
 from server.prepare import Prepare, prepare_chat, prepare_completion
+from server.protocol.pieces import Json
 from server.services import Services
 from server.websocket import serve_socket
 
@@ -22,8 +25,8 @@ def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: 
     name = path.strip("/").replace("/", "_")
 
     async def create() -> Response:
-        fields = await read_object(services.text)
-        answer = await prepare(services.registry, services.text, fields, strict=wants_strict())
+        work = partial(prepare, services.registry, strict=wants_strict())
+        answer = await read_body(services.text, work, inline=prepare is not prepare_chat)
         return await _respond(services, answer)
 
     async def socket() -> None:
@@ -37,10 +40,11 @@ async def _respond(services: Services, answer: Answer) -> Response:
     current, generation = current_request(), answer.generation
     current.cleanup.callback(lambda: current.record.note_usage(generation.usage))
     assert current.place is not None
-    await admit(services, current.place, answer, current.record)
+    assert current.charge is not None
+    await admit(services, current.place, current.charge, answer, current.record)
     current.cleanup.callback(generation.end)  # should it never begin
     if not answer.stream:
-        return json_response(await answer.whole())
+        return long_response(Json(await answer.whole()))
     chunks = answer.chunks()
     current.cleanup.push_async_callback(chunks.aclose)
     # The engine is asked here, so that what fails at once has an HTTP status.

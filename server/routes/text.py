@@ -1,23 +1,33 @@
 """``POST /tokenize`` and ``POST /detokenize``, at vLLM's paths and in its words."""
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quart import Blueprint, Response
 
 from server.connection import current_request
 from server.conversation import conversation_ids
 from server.errors import bad_request
-from server.http import json_response, read_object, wants_strict
+from server.http import long_response, read_body, wants_strict
 from server.prepare import validate
+from server.protocol.pieces import Json, JsonList
+from server.protocol.shape import Usage
 from server.protocol.text import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
 from server.services import Services
 
 if TYPE_CHECKING:
     from inferneo_jax import Tokenizer
+    from server.models import Registry
     from server.sources import Model
 
-Tokenized = tuple["Model", list[int], bool, list[str]]
-"""The model, the token ids, whether to spell them, and warnings."""
+_SLICE = 10_000
+
+
+class _Written(NamedTuple):
+    """An answer, and the model that it is about."""
+
+    model: str
+    text: Json
 
 
 def add_routes(blueprint: Blueprint, services: Services) -> None:
@@ -25,67 +35,68 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
 
     @blueprint.post("/tokenize")
     async def tokenize() -> Response:
-        fields = await read_object(services.text)
-        read = _read_text if fields.get("messages") is None else _read_chat
-        model, tokens, strings, warnings = await read(services, fields)
-
-        def write() -> Response:
-            spell = model.tokenizer.token_piece
-            answer = {
-                "count": len(tokens),
-                "max_model_len": model.max_tokens if model.kind == "encoder" else model.max_len,
-                "tokens": tokens,
-                "token_strs": [spell(token) for token in tokens] if strings else None,
-            }
-            return _respond(answer, warnings)
-
-        return await services.text.run(len(tokens), write)
+        work = partial(_tokenize, services.registry, strict=wants_strict())
+        return _respond(await read_body(services.text, work, inline=False))
 
     @blueprint.post("/detokenize")
     async def detokenize() -> Response:
-        fields = await read_object(services.text)
-        body, warnings = validate(DetokenizeBody, fields, strict=wants_strict())
-        tokenizer = _model(services, body.model).tokenizer
-        _check(body.tokens, tokenizer)
-        text = await services.text.run(
-            len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False)
+        work = partial(_detokenize, services.registry, strict=wants_strict())
+        return _respond(await read_body(services.text, work))
+
+
+def _respond(written: _Written) -> Response:
+    current = current_request()
+    current.record.note(model=written.model)
+    assert current.charge is not None
+    current.charge.settle(Usage())  # before the client knows, who may send its next request
+    return long_response(written.text)
+
+
+def _tokenize(registry: "Registry", fields: dict[str, Any], *, strict: bool) -> _Written:
+    if fields.get("messages") is None:
+        text, warnings = validate(TokenizeTextBody, fields, strict=strict)
+        model, spelled = _model(registry, text.model), text.return_token_strs
+        tokens = model.tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
+    else:
+        if fields.get("prompt") is not None:
+            message = "prompt and messages exclude each other; send one of them."
+            raise bad_request(message, "prompt")
+        chat, warnings = validate(TokenizeChatBody, fields, strict=strict)
+        model, spelled = _model(registry, chat.model), chat.return_token_strs
+        tokens = conversation_ids(
+            model.tokenizer,
+            chat,
+            warnings,
+            strict=strict,
+            add_special_tokens=chat.add_special_tokens,
         )
-        return _respond({"prompt": text}, warnings)
+    ids, pieces = JsonList(), JsonList()
+    spell = model.tokenizer.token_piece
+    for start in range(0, len(tokens), _SLICE):
+        part = tokens[start : start + _SLICE]
+        ids.extend(part)
+        if spelled:
+            pieces.extend([spell(token) for token in part])
+    answer = {
+        "count": len(tokens),
+        "max_model_len": model.max_tokens if model.kind == "encoder" else model.max_len,
+        "tokens": ids,
+        "token_strs": pieces if spelled else None,
+    }
+    return _write(fields.get("model") or model.name, answer, warnings)
 
 
-async def _read_text(services: Services, fields: dict[str, Any]) -> Tokenized:
-    body, warnings = validate(TokenizeTextBody, fields, strict=wants_strict())
-    model = _model(services, body.model)
-
-    def encode() -> list[int]:
-        return model.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-
-    tokens = await services.text.run(len(body.prompt), encode)
-    return model, tokens, body.return_token_strs, warnings
+def _detokenize(registry: "Registry", fields: dict[str, Any], *, strict: bool) -> _Written:
+    body, warnings = validate(DetokenizeBody, fields, strict=strict)
+    model = _model(registry, body.model)
+    _check(body.tokens, model.tokenizer)
+    text = model.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return _write(body.model or model.name, {"prompt": text}, warnings)
 
 
-async def _read_chat(services: Services, fields: dict[str, Any]) -> Tokenized:
-    if fields.get("prompt") is not None:
-        raise bad_request("prompt and messages exclude each other; send one of them.", "prompt")
-    strict = wants_strict()
-    body, warnings = validate(TokenizeChatBody, fields, strict=strict)
-    model = _model(services, body.model)
-    tokens = await conversation_ids(
-        model.tokenizer,
-        services.text,
-        body,
-        warnings,
-        strict=strict,
-        add_special_tokens=body.add_special_tokens,
-    )
-    return model, tokens, body.return_token_strs, warnings
-
-
-def _model(services: Services, name: str | None) -> "Model":
+def _model(registry: "Registry", name: str | None) -> "Model":
     """The model of this name, or the first one."""
-    model = services.registry.get(services.registry.models()[0].name if name is None else name)
-    current_request().record.note(model=name or model.name)
-    return model
+    return registry.get(registry.models()[0].name if name is None else name)
 
 
 def _check(tokens: list[int], tokenizer: "Tokenizer") -> None:
@@ -97,5 +108,5 @@ def _check(tokens: list[int], tokenizer: "Tokenizer") -> None:
         )
 
 
-def _respond(answer: dict[str, Any], warnings: list[str]) -> Response:
-    return json_response(answer | {"warnings": warnings} if warnings else answer)
+def _write(model: str, answer: dict[str, Any], warnings: list[str]) -> _Written:
+    return _Written(model, Json(answer | {"warnings": warnings} if warnings else answer))

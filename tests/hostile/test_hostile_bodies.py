@@ -1,21 +1,19 @@
 """Whatever is sent, the answer is one short error, memory stays, and others are served."""
 
-import ctypes
-import gc
 import json
 import socket
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import orjson
-import psutil
 import pytest
 from corpus import GOOD, SQUEEZED, fields, raw_bodies
 from harness import CHAT, Rig
 from loop import LagMeter
+from resident import resident
 from websockets.sync.client import connect
 
 from tests.calibration import Machine
@@ -94,12 +92,12 @@ def test_the_bodies_of_many_who_are_refused_are_not_kept(
 ) -> None:
     """Each stays just below the bound for one body, and does not come to its end."""
     head = b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
-    before = _resident()
+    before = resident()
     with ExitStack() as held:
         for _ in range(60):
             raw = held.enter_context(socket.create_connection(("127.0.0.1", rig.server.port), 10))
             raw.sendall(head + b"x" * 3_900_000)
-        assert _resident() - before < 60 * MIB
+        assert resident() - before < 60 * MIB
         assert rig.client.get("/health").status_code == 200
 
 
@@ -108,11 +106,11 @@ def test_the_bodies_of_many_who_are_refused_are_not_kept(
 def test_forty_megabytes_are_refused_and_not_kept(rig: Rig, path: str, chunked: bool) -> None:
     piece = b"x" * 2**16
     headers = JSON if chunked else JSON | {"Content-Length": str(40 * MIB)}
-    before = _resident()
+    before = resident()
     with httpx.Client(base_url=rig.url, timeout=30) as client:
         body = (piece for _ in range(40 * MIB // len(piece)))
         check(client.post(path, content=body, headers=headers), path)
-    assert _resident() - before < 30 * MIB
+    assert resident() - before < 30 * MIB
 
 
 @pytest.mark.parametrize(
@@ -223,10 +221,10 @@ def test_a_frame_of_forty_megabytes_is_refused_and_not_kept(rig: Rig) -> None:
     with connect(rig.ws + "/v1/completions") as ws:
         assert ws.protocol.extensions == []  # no compression, so nothing inflates
         piece = "x" * MIB
-        before = _resident()
+        before = resident()
         ws.send(piece for _ in range(40))
         check_envelope(orjson.loads(ws.recv(30)), "40 MB")
-        assert _resident() - before < 40 * MIB
+        assert resident() - before < 40 * MIB
         ws.send(orjson.dumps(GOOD["/v1/completions"]).decode())
         assert "choices" in orjson.loads(ws.recv(10))
 
@@ -265,7 +263,7 @@ def _measure(rig: Rig, bodies: list[tuple[str, bytes]]) -> tuple[float, float, f
                 waits.append(time.perf_counter() - begun)
                 ended.wait(0.005)
 
-    before = _resident()
+    before = resident()
     knocker = threading.Thread(target=knock)
     with LagMeter(rig.server.loop) as meter:
         knocker.start()
@@ -273,12 +271,4 @@ def _measure(rig: Rig, bodies: list[tuple[str, bytes]]) -> tuple[float, float, f
             rig.client.post(path, content=body, headers=JSON)
         ended.set()
         knocker.join()
-    return _resident() - before, meter.at(0.99), sorted(waits)[int(0.99 * len(waits))]
-
-
-def _resident() -> int:
-    """Bytes in use, without what the allocator keeps of what was freed."""
-    gc.collect()
-    with suppress(AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    return psutil.Process().memory_info().rss
+    return resident() - before, meter.at(0.99), sorted(waits)[int(0.99 * len(waits))]

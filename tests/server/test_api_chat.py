@@ -58,7 +58,7 @@ def test_continue_final_message_leaves_the_last_message_open(
     assert prompt_text(rig, tokenizer).endswith("<|start|>assistant\nWell,")
 
 
-def test_long_text_is_read_on_a_thread_to_the_same_prompt(
+def test_a_conversation_is_always_read_on_a_thread(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = []
@@ -70,11 +70,9 @@ def test_long_text_is_read_on_a_thread_to_the_same_prompt(
 
     monkeypatch.setattr(Tokenizer, "encode", spy)
     answer(rig)
-    monkeypatch.setattr("server.text.INLINE_CHARACTERS", 0)
-    answer(rig)
-    assert [name.startswith("text") for name in threads] == [False, True]
-    first, second = rig.engine.submitted
-    assert first.prompt == second.prompt
+    rig.post("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]})
+    (rendering,) = {name.partition("_")[0] for name in threads}
+    assert (rendering, len(threads)) == ("text", 2)
 
 
 def test_without_max_tokens_the_rest_of_the_context_is_free(rig: Rig) -> None:

@@ -6,6 +6,10 @@ import pytest
 from envelope import CHATS, COMPLETIONS, HI, error_of
 from harness import CHAT, Rig
 
+from inferneo_jax import RequestError
+from server.prompts import MAX_SCORES
+from server.protocol.common import MAX_LOGPROBS
+
 
 @pytest.mark.parametrize(
     ("changes", "param", "words"),
@@ -25,6 +29,7 @@ from harness import CHAT, Rig
         ({"max_tokens": -1}, "max_tokens", ["at least 0"]),
         ({"max_tokens": 0}, "max_tokens", ["at least 1"]),
         ({"max_tokens": "5"}, "max_tokens", ["'5'", "an integer"]),
+        ({"stop": ["a", "b" * 1025]}, "stop", ["1025", "at most 1024"]),
         ({"n": 0}, "n", ["at least 1"]),
         ({"n": 1000}, "n", ["at most 256"]),
         ({"prompt": ["a"] * 200, "n": 2}, "prompt", ["200", "256"]),
@@ -119,3 +124,62 @@ def test_a_wrong_chat_parameter_is_named(
     assert (response.status_code, error["param"]) == (400, param)
     for word in words:
         assert word in error["message"]
+
+
+CONVERSATION = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/v1/completions", {"model": CHAT, "prompt": "Hi", "logprobs": 20}, "logprobs"),
+        (
+            "/v1/completions",
+            {"model": CHAT, "prompt": "x" * 400, "logprobs": 20, "echo": True, "stream": True},
+            "logprobs",
+        ),
+        (
+            "/v1/completions",
+            {"model": CHAT, "prompt": ["x" * 400] * 128, "logprobs": 20, "echo": True, "n": 2},
+            "logprobs",
+        ),
+        (
+            "/v1/completions",
+            {"model": CHAT, "prompt": "Hi", "logprobs": 20, "n": 1, "best_of": 256},
+            "logprobs",
+        ),
+        (
+            "/v1/chat/completions",
+            CONVERSATION | {"logprobs": True, "top_logprobs": 20},
+            "top_logprobs",
+        ),
+    ],
+)
+def test_more_log_probabilities_than_memory_is_for_are_refused(
+    rig: Rig, path: str, body: dict[str, Any], name: str
+) -> None:
+    changes = {"max_tokens": 1} if body.get("echo") else {"max_tokens": 400}
+    answer = rig.post(path, {"n": 256} | body | changes)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == name
+    for part in (f"{name} asks for 21", str(MAX_SCORES), f"Lower {name}, n or"):
+        assert part in error["message"]
+    assert not rig.engine.submitted
+
+
+@pytest.mark.parametrize(
+    "changes", [{"top_logprobs": 19}, {"stream": True}, {"n": 248}, {"logprobs": False}]
+)
+def test_as_many_as_memory_is_for_are_served(rig: Rig, changes: dict[str, Any]) -> None:
+    rig.engine.refusal = RequestError("that far", "n")
+    scored = {"n": 256, "max_tokens": 400, "logprobs": True, "top_logprobs": 20}
+    body = CONVERSATION | scored | changes
+    if not body["logprobs"]:
+        del body["top_logprobs"]
+    answer = rig.post("/v1/chat/completions", body)
+    assert answer.json()["error"]["message"] == "That far."
+
+
+def test_eight_choices_of_a_whole_context_may_be_scored() -> None:
+    assert 8 * 8192 * (1 + MAX_LOGPROBS) <= MAX_SCORES

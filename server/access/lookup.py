@@ -55,7 +55,11 @@ class KeyLookup:
             if time.monotonic() >= until:
                 key = await self._find(key_id)
         else:  # unknown, or another one since: it may be rotated
-            key = await self.unproven(partial(self._look_up, key_id))
+            finding = self._finding.get(key_id)
+            key = None if finding is None else await asyncio.shield(finding)
+            if key is None or not key.matches(pepper, text):
+                # A lookup that was under way may have begun before the key was made or rotated.
+                key = await self.unproven(partial(self._find, key_id))
         return key if key is not None and key.matches(pepper, text) else None
 
     async def by_id(self, key_id: str, *, anew: bool = False) -> Key | None:

@@ -123,7 +123,7 @@ def test_times_are_those_of_the_engine() -> None:
 
 
 def test_tokens_that_come_with_the_first_have_no_latency_of_their_own() -> None:
-    metrics = Metrics(tuple, Admission(1, 1.0))
+    metrics = Metrics(tuple, Admission(1, 1.0), SocketPlaces(1))
     meter = metrics.meter("m")
     started = time.monotonic()
     meter.submitted(0, 7)

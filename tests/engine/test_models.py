@@ -55,7 +55,9 @@ def test_decoder_families_equal_the_reference(converted: Path, name: str) -> Non
     )
     hidden, _ = model(tokens, attention, attention.init(config, 7), view)
     logits = np.asarray(model.logits(hidden[0]))
-    np.testing.assert_allclose(logits[case["positions"]], case["logits"], atol=2e-5)
+    # CPUs add up in different orders, which shows in proportion to a logit's size.
+    rounding = 16 * float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(logits[case["positions"]], case["logits"], atol=2e-5, rtol=rounding)
 
 
 @pytest.mark.parametrize("kernels", ["xla", "auto"])

@@ -8,6 +8,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from inferneo_jax import (
     ContextLengthError,
+    EngineError,
     EngineFailedError,
     EngineStoppedError,
     OverloadedError,
@@ -101,6 +102,10 @@ def as_api_error(error: BaseException) -> ApiError:
             log.error("request_failed", reason=str(error))
             message = "The engine failed while it had this request. Send it again."
             return ApiError(500, message, kind="server_error", code="engine_failed")
+        case EngineError():  # such as that the system starts no process
+            log.error("request_failed", reason=str(error))
+            message = "The server lacks what this request needs now. Send it again later."
+            return unavailable(message, "overloaded", RETRY_LOADING_SECONDS)
         case HTTPException():
             return _from_http(error)
     log.error("request_failed", exc_info=error)

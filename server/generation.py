@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -252,7 +253,8 @@ class Generation:
             assert self._mailbox is not None
             self._mailbox.wake()
 
-        return asyncio.get_running_loop().call_at(place.deadline, expire)
+        # Of an empty context: a timer that is cancelled keeps it until it would have been due.
+        return asyncio.get_running_loop().call_at(place.deadline, expire, context=Context())
 
     def _commit(self, outputs: list[Arrived], running: dict[int, str]) -> list[ChoiceEvent]:
         """Feed the choices; those that finish leave ``running``. A failure comes last."""

@@ -8,6 +8,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from typing import Any
 
 import h11
@@ -135,6 +136,8 @@ class Departure:
 
 
 _check_protocol = H11Protocol._check_protocol
+_close = TCPServer._close
+_initiate_server_close = TCPServer._initiate_server_close
 _read_data = TCPServer._read_data
 _run = TCPServer.run
 
@@ -149,10 +152,15 @@ def mend_hypercorn() -> None:
     A connection that its client has closed is closed. Hypercorn holds it for the rest of
     ``keep_alive_timeout`` (5 s): two hundred short connections a second were a thousand open files.
 
+    A connection that is being closed is cut once its client has read nothing for a while: what it
+    left unread fills its socket, and Hypercorn would wait for it without end.
+
     The objects of a connection that is over are freed. They refer to one another, so Hypercorn
     leaves them, and what they have read, to the garbage collector, which runs rarely here.
     """
     H11Protocol._check_protocol = _check_without_h2c  # type: ignore[method-assign]
+    TCPServer._close = _close_or_cut  # type: ignore[method-assign]
+    TCPServer._initiate_server_close = _initiate_close_or_cut  # type: ignore[method-assign]
     TCPServer._read_data = _read_until_closed  # type: ignore[method-assign]
     TCPServer.run = _run_and_let_go  # type: ignore[method-assign]
     http1.mend()
@@ -171,10 +179,44 @@ async def _read_until_closed(self: TCPServer) -> None:
     self._idle_timeout = self._initiate_server_close  # type: ignore[method-assign]
 
 
+async def _close_or_cut(self: TCPServer) -> None:
+    _cut_if_unread(self)
+    await _close(self)
+
+
+async def _initiate_close_or_cut(self: TCPServer) -> None:
+    _cut_if_unread(self)
+    await _initiate_server_close(self)
+
+
+def _cut_if_unread(server: TCPServer) -> None:
+    """Cut a connection that is being closed, unless its client goes on reading."""
+    transport: Any = server.writer.transport
+    if "_cutting" in vars(server):
+        return
+
+    def look(unread: int) -> None:
+        left = transport.get_write_buffer_size()
+        if left and left == unread:
+            log.info("reader_stalled", seconds=STALL_SECONDS)
+            transport.abort()
+        else:
+            wait(left)
+
+    def wait(unread: int) -> None:
+        # Of an empty context: a timer that is cancelled keeps it until it would have been due.
+        timer = server.loop.call_later(STALL_SECONDS, look, unread, context=Context())
+        vars(server)["_cutting"] = timer
+
+    wait(transport.get_write_buffer_size())
+
+
 async def _run_and_let_go(self: TCPServer) -> None:
     try:
         await _run(self)
     finally:
+        if (timer := vars(self).pop("_cutting", None)) is not None:
+            timer.cancel()
         for name in ("protocol", "_idle_timeout", "_task_group"):
             vars(self).pop(name, None)
 

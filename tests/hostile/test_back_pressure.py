@@ -3,7 +3,7 @@
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import orjson
@@ -108,3 +108,32 @@ def test_a_plain_answer_never_pauses_for_good(endless: Rig) -> None:
     asked = {"model": CHAT, "prompt": "Hi", "max_tokens": 5000, "n": 4}
     choices = endless.post("/v1/completions", asked).json()["choices"]
     assert [len(choice["text"]) for choice in choices] == [5000] * 4
+
+
+@pytest.mark.parametrize("ends", [b"Connection: close\r\n", b""])
+def test_an_answer_whose_end_is_never_read_keeps_no_connection(
+    rig: Rig, ends: bytes, monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    monkeypatch.setattr("server.transport.STALL_SECONDS", 0.3)
+    monkeypatch.setattr(rig.server.config, "keep_alive_timeout", 0.1)
+    with ExitStack() as readers:
+        for size in range(60_000, 250_000, 8_000):  # the application ends with some part unsent
+            content = orjson.dumps({"prompt": "the" * (size // 3)})
+            head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n" + ends
+            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content)
+            raw = readers.enter_context(socket.socket())
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+            raw.connect(("127.0.0.1", rig.server.port))
+            raw.sendall(head + content)
+        deadline = time.monotonic() + machine.seconds(10)
+        while served(rig) > 1:  # that of the fixture's own client
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def served(rig: Rig) -> int:
+    """Connections that the server has open."""
+    return sum(
+        each.status == psutil.CONN_ESTABLISHED and each.laddr.port == rig.server.port
+        for each in psutil.Process().net_connections()
+    )

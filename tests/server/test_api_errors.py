@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from inferneo_jax import (
     ContextLengthError,
+    EngineError,
     EngineFailedError,
     EngineStoppedError,
     OverloadedError,
@@ -80,6 +81,7 @@ def test_a_prompt_that_just_fits_is_served(rig: Rig) -> None:
         (OverloadedError("4 requests are waiting already"), 503, "overloaded"),
         (EngineStoppedError("stopped"), 503, "overloaded"),
         (EngineFailedError("a step failed"), 500, "engine_failed"),
+        (EngineError("no process can be started"), 503, "overloaded"),
         (RequestError("stop_token_ids holds 999", "stop_token_ids"), 400, None),
         (ContextLengthError("too long", "prompt"), 400, "context_length_exceeded"),
         (ZeroDivisionError("in /some/file.py"), 500, None),

@@ -1,8 +1,8 @@
 """How long new requests would take, estimated from what the engine measured of late.
 
-The estimate errs on the low side: it takes every slot to be busy all the time, prompts and outputs
-to be computed side by side, and a request to write as many tokens as those before it did, which is
-seldom all that it may. What it calls too long is too long, unless the machine recovers.
+The estimate takes every slot to be busy all the time, prompts and outputs to be computed side by
+side, and a request to write as many tokens as those before it did, which is seldom all that it may.
+All three make it low rather than high; under a steady load it is about right.
 """
 
 import math

@@ -25,7 +25,7 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _LONGEST_RETRY = 30
 _MARGIN = 1.25
-"""What an estimate is multiplied by: it errs on the low side, and the machine may become slower."""
+"""What an estimate is multiplied by: it is rather low, and the machine may become slower."""
 _PACE_OF = 64
 """Served requests that tell how fast places become free."""
 

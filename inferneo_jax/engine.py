@@ -160,14 +160,18 @@ class Engine:
         untouched = [s for s in known if s.slot is None and s.num_sampled == len(s.output)]
         spoiled = [s for s in known if s not in untouched]
         self._clear()
+        gives_up = len(self._failures) >= _MAX_FAILURES
+        if gives_up:  # before a request is told, whose owner may ask or stop the engine at once
+            log.error("%d steps failed in a short time; the engine ends", len(self._failures))
+            self._inbox.close(failure)
         for sequence in spoiled:
             self._inbox.discard(sequence)
             sequence.deliver(reason="error", error=failure)
+        if gives_up:
+            return False
         for sequence in untouched:
             self._groups.add(sequence)
         try:
-            if len(self._failures) >= _MAX_FAILURES:
-                raise failure
             with self._heartbeat:
                 self._runner.reset()
         except Exception:

@@ -20,7 +20,8 @@ from inferneo_jax.template_protocol import MAX_CHARACTERS, MAX_ERROR_CHARACTERS,
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other kernels bound time only")
 
-TEMPLATES = 2000
+TEMPLATES = int(os.environ.get("FUZZ_TEMPLATES", "600"))
+"""How many are rendered; the same ones each time."""
 BATCH = 10
 SECONDS = 0.05
 """CPU time of a request here; what is bounded ends the same way after 5 s, only later."""

@@ -191,32 +191,34 @@ async def _initiate_close_or_cut(self: TCPServer) -> None:
 
 def _cut_if_unread(server: TCPServer) -> None:
     """Cut a connection that is being closed, unless its client goes on reading."""
-    transport: Any = server.writer.transport
-    if "_cutting" in vars(server):
-        return
+    if "_cutting" not in vars(server):
+        _look_later(server, server.writer.transport.get_write_buffer_size())
 
-    def look(unread: int) -> None:
-        left = transport.get_write_buffer_size()
-        if left and left == unread:
-            log.info("reader_stalled", seconds=STALL_SECONDS)
-            transport.abort()
-        else:
-            wait(left)
 
-    def wait(unread: int) -> None:
-        # Of an empty context: a timer that is cancelled keeps it until it would have been due.
-        timer = server.loop.call_later(STALL_SECONDS, look, unread, context=Context())
-        vars(server)["_cutting"] = timer
+def _look_later(server: TCPServer, unread: int) -> None:
+    # Of an empty context: a timer that is cancelled keeps it until it would have been due.
+    vars(server)["_cutting"] = server.loop.call_later(
+        STALL_SECONDS, _look, server, unread, context=Context()
+    )
 
-    wait(transport.get_write_buffer_size())
+
+def _look(server: TCPServer, unread: int) -> None:
+    transport: asyncio.WriteTransport = server.writer.transport
+    left = transport.get_write_buffer_size()
+    if left and left == unread:
+        log.info("reader_stalled", seconds=STALL_SECONDS)
+        transport.abort()
+    else:
+        _look_later(server, left)
 
 
 async def _run_and_let_go(self: TCPServer) -> None:
     try:
         await _run(self)
     finally:
-        if (timer := vars(self).pop("_cutting", None)) is not None:
+        if (timer := vars(self).get("_cutting")) is not None:
             timer.cancel()
+        vars(self)["_cutting"] = None  # what still closes it from now on has nothing to wait for
         for name in ("protocol", "_idle_timeout", "_task_group"):
             vars(self).pop(name, None)
 

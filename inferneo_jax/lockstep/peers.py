@@ -15,6 +15,9 @@ from inferneo_jax.lockstep.channel import Channel, Kind
 Callback = Callable[[str], None]
 """Told why; called on a thread of the link."""
 
+DISSOLVE_SECONDS = 10.0
+"""How long the leader of a job that cannot be waits for the others to end before it does."""
+
 
 class Peers(Protocol):
     """What a model's runner needs of the processes that run it with this one."""
@@ -42,6 +45,12 @@ class Peers(Protocol):
             JobError: one of them is lost.
         """
 
+    def dissolve(self) -> None:
+        """End a job that cannot be: the leader waits for the others to end, for a while.
+
+        JAX ends every process at once whose leader is gone, so that it could not say why it ends.
+        """
+
 
 class Alone:
     """The only process there is."""
@@ -55,6 +64,9 @@ class Alone:
 
     def announce(self, kind: Kind, *parts: bytes | memoryview) -> None:
         """There is nobody to tell."""
+
+    def dissolve(self) -> None:
+        """There is nobody to wait for."""
 
 
 def agree(peers: Peers, what: str, fields: Mapping[str, Any]) -> None:
@@ -71,6 +83,7 @@ def agree(peers: Peers, what: str, fields: Mapping[str, Any]) -> None:
         if theirs.get(name) != leaders
     ]
     if problems:
+        peers.dissolve()
         raise JobError(
             f"the processes of the job do not agree: {'; '.join(problems)}. Give all of them the "
             "same version, models and settings"
@@ -144,6 +157,15 @@ class Link:
                 self._lose(peer, str(error))
         if self._lost:
             raise JobError(self._lost)
+
+    def dissolve(self) -> None:
+        """See :class:`Peers`."""
+        if self.leads:
+            with self._changed:
+                self._ending = True
+                self._changed.wait_for(
+                    lambda: self._gone.keys() >= self._channels.keys(), DISSOLVE_SECONDS
+                )
 
     def next(self, peer: int = 0, seconds: float | None = None) -> tuple[Kind, bytes]:
         """The next frame of a process, without its signs of life.

@@ -18,16 +18,21 @@ def test_all_learn_what_each_says(threads: Threads) -> None:
 
 
 def test_what_differs_is_named_on_every_side(threads: Threads) -> None:
+    told: set[int] = set()
     with links(2) as made:
 
         def compare(number: int) -> str:
             fields = {"slots": 8 if number == 2 else 4, "mesh": (1, 2)}
             with pytest.raises(JobError) as caught:
                 agree(made.all[number], "settings", fields)
+            if number == 0:  # it goes last: without it the others could not say why they end
+                assert told == {1, 2}
+            told.add(number)
+            made.all[number].close()
             return str(caught.value)
 
-        for told in threads.all(*(lambda n=n: compare(n) for n in range(3))):
-            assert "slots is 8 in process 2 and 4 in process 0. Give" in told
+        for problem in threads.all(*(lambda n=n: compare(n) for n in range(3))):
+            assert "slots is 8 in process 2 and 4 in process 0. Give" in problem
 
 
 def test_who_is_elsewhere_or_late_is_named(threads: Threads) -> None:

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 from tools import node_modules, program
 
-PATIENCE_MS = 10_000
+PATIENCE_MS = 60_000
 SHOTS = "INFERNEO_TEST_SCREENSHOTS"
 """Names a folder where screenshots are kept, to be looked at."""
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from inferneo_jax import (
@@ -177,7 +178,12 @@ class Generation:
 
     def forecast(self) -> float | None:
         """Seconds that it would take from now, as :meth:`Engine.forecast` estimates them."""
-        return self._engine.forecast([self.plan.request(i) for i in range(len(self.choices))])
+        return self._engine.forecast(self._requests)
+
+    @cached_property
+    def _requests(self) -> list[GenerationRequest]:
+        """The engine's requests, one for each choice."""
+        return [self.plan.request(index) for index in range(len(self.choices))]
 
     def cancel(self) -> None:
         """Finish every choice with what it has; the events then end. For the event loop only."""
@@ -227,10 +233,9 @@ class Generation:
             self.end()
 
     async def _submit(self, mailbox: _Mailbox, running: dict[int, str]) -> None:
-        for index in range(len(self.choices)):
+        for index, request in enumerate(self._requests):
             if index:
                 await asyncio.sleep(0)  # a long prompt takes milliseconds to check, each time
-            request = self.plan.request(index)
             try:
                 self._engine.submit(request, mailbox.sink(index, request.id))
             except InferneoError:

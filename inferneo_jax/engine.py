@@ -111,6 +111,13 @@ class Engine:
         """Seconds by which the current step has exceeded its limit. Thread-safe."""
         return self._heartbeat.late()
 
+    def ended(self) -> bool:
+        """Whether the engine was stopped or has failed for good. Thread-safe.
+
+        An engine that recovers from a failed step is not ready for a moment, but has not ended.
+        """
+        return self._inbox.end is not None
+
     def stats(self) -> EngineStats:
         """The engine's numbers as of its latest step. Thread-safe."""
         counts, totals = self._figures

@@ -247,6 +247,6 @@ def _lost(model: "Model") -> str | None:
     worker = model.embedder if model.kind == "encoder" else model.engine
     if (seconds := worker.stuck()) > LOST_SECONDS:
         return f"{model.name} has not answered for {seconds:.0f} s"
-    if model.kind == "decoder" and not seconds and not model.engine.stats().ready:
+    if model.kind == "decoder" and model.engine.ended():
         return f"{model.name} has failed for good"
     return None

@@ -74,6 +74,7 @@ def test_an_engine_that_keeps_failing_gives_up(
         collected = submit(engine, prompt(5)).wait()
         assert isinstance(collected.outputs[-1].error, EngineFailedError)
     engine.stop()
+    assert engine.ended()
     assert not engine.stats().ready
     with pytest.raises(EngineFailedError):
         submit(engine, prompt(5))
@@ -163,6 +164,26 @@ def test_a_step_that_hangs_ends_every_request_and_the_engine_comes_back(
     assert (stats.slots_used, stats.pages_used, stats.waiting) == (0, 0, 0)
     assert submit(engine, prompt(9), 20).tokens == expected
     assert all(len(collected.outputs) == 1 for collected in crowd)
+
+
+def test_an_engine_that_is_being_rebuilt_has_not_ended(
+    tiny_engine: MakeEngine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    reset = Gate(Runner.reset)
+    monkeypatch.setattr(Runner, "reset", lambda runner: reset(runner))
+    gate.shut()
+    reset.shut()
+    submit(engine, prompt(5), 50)
+    until(lambda: gate.reached)
+    assert engine._heartbeat.condemn()
+    gate.open()
+    until(lambda: reset.reached)
+    assert (engine.stuck(), engine.stats().ready, engine.ended()) == (0, False, False)
+    reset.open()
+    until(lambda: engine.stats().ready)
+    assert not engine.ended()
+    assert len(submit(engine, prompt(9), 20).tokens) == 20
 
 
 def test_an_engine_that_hangs_can_be_stopped(hanging: Engine, gate: Gate) -> None:

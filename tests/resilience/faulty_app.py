@@ -2,7 +2,9 @@
 
 A step looks for the file that the environment names. ``raise`` in it makes the step raise, a number
 makes it hang for so many seconds. An engine is given up for lost sooner than a user's is, but not
-before the longest hang that it is to survive: 9 seconds, of which 3 are not noticed.
+before the longest hang that it is to survive: 9 seconds, of which 3 are not noticed. Rebuilding the
+engine takes longer than the server's interval between two looks for a lost engine, so that one look
+always falls into it.
 """
 
 import os
@@ -10,12 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from inferneo_jax.runner import PendingStep
+from inferneo_jax.runner import PendingStep, Runner
 from server import models
 from server.app import create_app
 
 ORDERS = Path(os.environ["TEST_FAULTS"])
+RESET_SECONDS = 1.2
 _wait = PendingStep.wait
+_reset = Runner.reset
 
 
 def wait(step: PendingStep) -> Any:
@@ -29,6 +33,13 @@ def wait(step: PendingStep) -> Any:
     return _wait(step)
 
 
+def reset(runner: Runner) -> None:
+    """Rebuild the engine's state slowly."""
+    time.sleep(RESET_SECONDS)
+    _reset(runner)
+
+
+Runner.reset = reset  # type: ignore[method-assign]
 PendingStep.wait = wait  # type: ignore[method-assign]
 models.LOST_SECONDS = 8.0
 app = create_app()

@@ -117,6 +117,9 @@ class FakeEngine:
         counts |= {"pages_used": min(64, used), **self._totals}
         return EngineStats(**counts | {"ready": not self._stopped and not self.stuck_seconds})
 
+    def ended(self) -> bool:
+        return self._stopped
+
     def stuck(self) -> float:
         return self.stuck_seconds
 

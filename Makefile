@@ -53,6 +53,7 @@ $(FRAMEWORKS)/.venv/.installed: $(FRAMEWORKS)/requirements.txt | $(VENV)/.create
 lint: conflicts $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 # No tracked file may hold what a merge left behind. A release's sources are no repository, and are not searched.
 # git grep exits with 1 where it finds nothing; any other status is a finding, or a search that failed.
@@ -65,7 +66,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m server.reference docs/reference
+	$(BIN)/python -m server.cli.reference docs/reference
 
 screenshots: $(VENV)/.installed-test
 	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_chat_real.py tests/pages/test_dashboard_real.py

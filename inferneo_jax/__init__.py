@@ -16,9 +16,9 @@ if TYPE_CHECKING:
         JobConfig,
         MeshShape,
     )
-    from inferneo_jax.detokenize import IncrementalDecoder
-    from inferneo_jax.embedder import Embedder
-    from inferneo_jax.engine import Engine
+    from inferneo_jax.distributed.job import Job
+    from inferneo_jax.engine.embedder import Embedder
+    from inferneo_jax.engine.engine import Engine
     from inferneo_jax.errors import (
         CheckpointError,
         ConfigError,
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
         TokenizerError,
         WeightsError,
     )
-    from inferneo_jax.facts import DeviceMemory, ModelFacts, device_memory
-    from inferneo_jax.lockstep.job import Job
-    from inferneo_jax.memory import return_unused
     from inferneo_jax.model import EmbeddingModel, LanguageModel, follow_model, load_model
+    from inferneo_jax.platform.memory import return_unused
     from inferneo_jax.request import (
         EngineStats,
         GenerationOutput,
@@ -46,8 +44,10 @@ if TYPE_CHECKING:
         SamplingParams,
         TokenLogprob,
     )
-    from inferneo_jax.stops import StopMatcher
-    from inferneo_jax.tokenizer import Tokenizer
+    from inferneo_jax.runner.model_info import DeviceMemory, ModelFacts, device_memory
+    from inferneo_jax.text.detokenize import IncrementalDecoder
+    from inferneo_jax.text.stops import StopMatcher
+    from inferneo_jax.text.tokenizer import Tokenizer
 
 _HOMES = {
     "config": (
@@ -57,9 +57,9 @@ _HOMES = {
         "JobConfig",
         "MeshShape",
     ),
-    "detokenize": ("IncrementalDecoder",),
-    "embedder": ("Embedder",),
-    "engine": ("Engine",),
+    "text.detokenize": ("IncrementalDecoder",),
+    "engine.embedder": ("Embedder",),
+    "engine.engine": ("Engine",),
     "errors": (
         "CheckpointError",
         "ConfigError",
@@ -76,9 +76,9 @@ _HOMES = {
         "TokenizerError",
         "WeightsError",
     ),
-    "facts": ("DeviceMemory", "ModelFacts", "device_memory"),
-    "lockstep.job": ("Job",),
-    "memory": ("return_unused",),
+    "runner.model_info": ("DeviceMemory", "ModelFacts", "device_memory"),
+    "distributed.job": ("Job",),
+    "platform.memory": ("return_unused",),
     "model": (
         "EmbeddingModel",
         "LanguageModel",
@@ -92,8 +92,8 @@ _HOMES = {
         "SamplingParams",
         "TokenLogprob",
     ),
-    "stops": ("StopMatcher",),
-    "tokenizer": ("Tokenizer",),
+    "text.stops": ("StopMatcher",),
+    "text.tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -11,32 +11,33 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from inferneo_jax import compiles, models
+from inferneo_jax import models
 from inferneo_jax.config import (
     DecoderConfig,
     EncoderConfig,
     EngineConfig,
     MeshShape,
 )
-from inferneo_jax.embedder import Embedder
-from inferneo_jax.engine import Engine
+from inferneo_jax.distributed.job import Job
+from inferneo_jax.distributed.process_group import agree
+from inferneo_jax.engine.embedder import Embedder
+from inferneo_jax.engine.engine import Engine
+from inferneo_jax.engine.follower import follow
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.facts import ModelFacts, facts_of
 from inferneo_jax.kernels import text_attention_for
 from inferneo_jax.kernels.cpu.build import start_building
-from inferneo_jax.layers.matrix import EncodingError, Formats
-from inferneo_jax.layers.texts import TextAttention
-from inferneo_jax.lockstep.follow import follow
-from inferneo_jax.lockstep.job import Job
-from inferneo_jax.lockstep.peers import agree
-from inferneo_jax.memory import explained, require
-from inferneo_jax.mesh import make_mesh
-from inferneo_jax.numerics import encoder_formats_for, formats_for
-from inferneo_jax.runner import Runner, sharing
-from inferneo_jax.tokenizer import Tokenizer
+from inferneo_jax.layers.quantization import EncodingError, Formats
+from inferneo_jax.layers.segments import TextAttention
+from inferneo_jax.platform import compiles
+from inferneo_jax.platform.memory import explained, require
+from inferneo_jax.runner.backends import encoder_formats_for, formats_for
+from inferneo_jax.runner.model_info import ModelFacts, facts_of
+from inferneo_jax.runner.runner import Runner, sharing
+from inferneo_jax.sharding.mesh import make_mesh
+from inferneo_jax.text.tokenizer import Tokenizer
+from inferneo_jax.weights.cache import KeptWeights
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
 from inferneo_jax.weights.convert import Progress
-from inferneo_jax.weights.kept import KeptWeights
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
 
 log = logging.getLogger(__name__)

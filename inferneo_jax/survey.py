@@ -9,7 +9,7 @@ import json
 import jax
 
 from inferneo_jax.kernels.cpu import build
-from inferneo_jax.memory import free_memory, total_memory
+from inferneo_jax.platform.memory import free_memory, total_memory
 
 
 def kernels() -> dict[str, object]:

@@ -4,7 +4,7 @@ from quart import Quart
 
 from inferneo_jax import ConfigError
 from server.application import create_app
-from server.exit import exit_failed
+from server.process.exit import exit_failed
 
 __all__ = ["app", "create_app"]
 

@@ -17,34 +17,40 @@ from quart import (
 )
 
 from inferneo_jax import InferneoError
-from server import connection, log
-from server.access.admission import TIMEOUT_HEADER, Admission
-from server.access.auth import Guard
-from server.access.caller import owner
-from server.access.limits import Limiter
-from server.access.socket_auth import admit_socket
-from server.access.sockets import SocketPlaces
-from server.access.store import open_store
-from server.access.store_threads import StoreThreads
-from server.connection import current_request
-from server.errors import as_api_error
-from server.exit import end_orderly, exit_failed
-from server.frames import mend_websockets
-from server.http import json_response
-from server.metrics import Metrics
-from server.models import Registry, still_loading
-from server.protocol.shape import Usage
-from server.routes import admin, docs, embeddings, generate, health, keys, models, pages, text
-from server.routes import metrics as routes_metrics
+from server.api.admin import account
+from server.api.admin import routes as admin_routes
+from server.api.openai import embeddings_route, generate, models
+from server.api.system import docs, health
+from server.api.system import metrics as routes_metrics
+from server.api.vllm import routes as vllm_routes
+from server.config.settings import Settings, unknown_variables
+from server.http import connection
+from server.http.codec import json_response
+from server.http.connection import current_request
+from server.http.errors import as_api_error
+from server.http.frames import mend_websockets
+from server.http.socket_connection import current_socket, install_sockets
+from server.http.transport import mend_hypercorn
+from server.keys.caller import owner
+from server.keys.guard import Guard
+from server.keys.limits import Limiter
+from server.keys.socket_auth import admit_socket
+from server.keys.sockets import SocketPlaces
+from server.keys.store.store import open_store
+from server.keys.store.threads import StoreThreads
+from server.models.registry import Registry, still_loading
+from server.models.sources import Loader, load_from_disk
+from server.observe import log
+from server.observe.metrics import Metrics
+from server.observe.tracing import open_tracing
+from server.process.exit import end_orderly, exit_failed
+from server.process.shutdown import drain, end_if_lost, held_up
+from server.prompt.cpu_pool import TextWork
+from server.run.admission import TIMEOUT_HEADER, Admission
+from server.run.dialect import Usage
+from server.run.websocket import end_refused
 from server.services import Services, attach
-from server.settings import Settings, unknown_variables
-from server.shutdown import drain, end_if_lost, held_up
-from server.socket_connection import current_socket, install_sockets
-from server.sources import Loader, load_from_disk
-from server.text import TextWork
-from server.tracing import open_tracing
-from server.transport import mend_hypercorn
-from server.websocket import end_refused
+from server.web import pages
 
 if TYPE_CHECKING:
     from inferneo_jax import Job
@@ -102,11 +108,11 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     app.register_blueprint(docs.blueprint())
     app.register_blueprint(pages.blueprint())
     app.register_blueprint(routes_metrics.blueprint(services))
-    app.register_blueprint(keys.blueprint(services))
-    app.register_blueprint(admin.blueprint(services))
-    api = (models.add_routes, generate.add_routes, embeddings.add_routes)
+    app.register_blueprint(account.blueprint(services))
+    app.register_blueprint(admin_routes.blueprint(services))
+    api = (models.add_routes, generate.add_routes, embeddings_route.add_routes)
     app.register_blueprint(_with_models("v1", "/v1", services, *api))
-    app.register_blueprint(_with_models("text", None, services, text.add_routes))
+    app.register_blueprint(_with_models("text", None, services, vllm_routes.add_routes))
     for rule in app.url_map.iter_rules():
         if rule.websocket:
             rule.methods = None  # or Allow would name GET, which those paths do not take

@@ -4,9 +4,9 @@ import os
 from types import TracebackType
 from typing import Self
 
-from server.child import END_SECONDS, OURS, Child
-from server.setting import variable_of
-from server.settings import Settings
+from server.config.setting import variable_of
+from server.config.settings import Settings
+from server.process.child import END_SECONDS, OURS, Child
 
 _TAIL = 2000
 """Characters of the log that an error shows."""

@@ -5,16 +5,16 @@ from typing import cast
 
 from quart import Quart
 
-from server.access.admission import Admission
-from server.access.auth import Guard
-from server.access.limits import Limiter
-from server.access.sockets import SocketPlaces
-from server.access.store_threads import StoreThreads
-from server.metrics import Metrics
-from server.models import Registry
-from server.settings import Settings
-from server.text import TextWork
-from server.tracing import Tracing
+from server.config.settings import Settings
+from server.keys.guard import Guard
+from server.keys.limits import Limiter
+from server.keys.sockets import SocketPlaces
+from server.keys.store.threads import StoreThreads
+from server.models.registry import Registry
+from server.observe.metrics import Metrics
+from server.observe.tracing import Tracing
+from server.prompt.cpu_pool import TextWork
+from server.run.admission import Admission
 
 _NAME = "services"
 

@@ -23,11 +23,11 @@ for _package in ("layers", "models", "cache", "sampling", "steps", "embedder"):
     install_import_hook(f"inferneo_jax.{_package}", "beartype.beartype")
 
 from inferneo_jax.config import EngineConfig
-from inferneo_jax.embedder import Embedder
-from inferneo_jax.engine import Engine
+from inferneo_jax.engine.embedder import Embedder
+from inferneo_jax.engine.engine import Engine
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
 from inferneo_jax.models import REFERENCE
-from inferneo_jax.runner import Runner
+from inferneo_jax.runner.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
 from tests.calibration import Machine

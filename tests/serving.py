@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import psutil
 
-from server.child import listener
+from server.process.child import listener
 
 CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
 READY_SECONDS = 400.0

@@ -17,15 +17,15 @@ import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
-from inferneo_jax.engine import Engine
-from inferneo_jax.layers.matrix import Formats
-from inferneo_jax.mesh import make_mesh
+from inferneo_jax.engine.engine import Engine
+from inferneo_jax.layers.quantization import Formats
 from inferneo_jax.request import (
     GenerationOutput,
     GenerationRequest,
     SamplingParams,
     TokenLogprob,
 )
+from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.placement import place_weights
 
 GOLDEN = Path(__file__).parent / "golden"

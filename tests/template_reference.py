@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.utils import chat_template_utils
 
-from inferneo_jax.chat_template import ChatTemplate
 from inferneo_jax.errors import TemplateError, TokenizerError
+from inferneo_jax.text.chat_template import ChatTemplate
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from server import notebook
-from server.child import LISTENER, PORT, Child
+from server.process.child import LISTENER, PORT, Child
 
 ROOT = Path(__file__).parent.parent
 SERVER = """

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from server.access.admission import Admission
-from server.access.sockets import SocketPlaces
-from server.metrics import Metrics
-from server.openapi import document
-from server.reference import pages
-from server.reference.commands import Command, commands
-from server.reference.markdown import anchor
-from server.replica_settings import ReplicaSettings
-from server.setting import KEY_VARIABLE, Setting, describe
+from server.api.openapi import document
+from server.cli.reference import pages
+from server.cli.reference.commands import Command, commands
+from server.cli.reference.markdown import anchor
+from server.config.replica_settings import ReplicaSettings
+from server.config.setting import KEY_VARIABLE, Setting, describe
+from server.keys.sockets import SocketPlaces
+from server.observe.metrics import Metrics
+from server.run.admission import Admission
 
 ROOT = Path(__file__).parent.parent
 _NOT_OURS = {"node_modules", "checkpoints", "build", "dist"}

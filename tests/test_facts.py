@@ -3,8 +3,8 @@
 import jax
 
 from inferneo_jax import device_memory, models
-from inferneo_jax.mesh import make_mesh
-from inferneo_jax.runner import Runner
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.sharding.mesh import make_mesh
 from tests.support import ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
 
 

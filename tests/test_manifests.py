@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from server.app import app
-from server.replica_settings import ReplicaSettings
-from server.setting import PREFIX
-from server.settings import Settings
+from server.config.replica_settings import ReplicaSettings
+from server.config.setting import PREFIX
+from server.config.settings import Settings
 
 FOLDER = Path(__file__).parents[1] / "docs" / "deploy"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -197,7 +197,7 @@ def test_replicas_are_as_many_as_machines_for_them() -> None:
     service = of_kind("replicas.yaml", "RayService")["spec"]
     config = yaml.safe_load(service["serveConfigV2"])
     (application,) = config["applications"]
-    assert application["import_path"] == "server.replicas:app"
+    assert application["import_path"] == "server.process.replicas:app"
     (workers,) = service["rayClusterConfig"]["workerGroupSpecs"]
     (container,) = containers(workers)
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.mesh import make_mesh
-from inferneo_jax.plan.budget import Wish
-from inferneo_jax.plan.chips import CHIPS, Topology
-from inferneo_jax.plan.hlo import Program
-from inferneo_jax.plan.known import KNOWN
-from inferneo_jax.plan.planner import make_plan
-from server.cli import app
+from inferneo_jax.planner.budget import Wish
+from inferneo_jax.planner.chips import CHIPS, Topology
+from inferneo_jax.planner.hlo import Program
+from inferneo_jax.planner.known import KNOWN
+from inferneo_jax.planner.planner import make_plan
+from inferneo_jax.sharding.mesh import make_mesh
+from server.cli.main import app
 from tests.support import TINY
 
 ROOT = Path(__file__).parents[1]

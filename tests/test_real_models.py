@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from inferneo_jax.embedder import Embedder
+from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.model import LanguageModel
 from inferneo_jax.request import SamplingParams
 from tests.support import Collected, golden, submit

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from inferneo_jax import ConfigError
-from server.replica_settings import ReplicaSettings
+from server.config.replica_settings import ReplicaSettings
 
 
 @pytest.mark.parametrize("store", [None, "/data/keys.db", "unix:///run/redis.sock"])

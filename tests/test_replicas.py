@@ -14,16 +14,16 @@ import psutil
 import pytest
 import websockets
 
-from server.access.keys import Limits
 from server.app import create_app
-from server.settings import Settings
+from server.config.settings import Settings
+from server.keys.key import Limits
 from tests.accelerators.ray_cluster import Replicas, replicas
 from tests.accelerators.two_replicas import LIMIT, Load, share_limit
 from tests.tiny import CHAT, tiny_checkpoints
 
 pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
 
-from server import replicas as served
+from server.process import replicas as served
 
 FREE = Limits(requests=None, tokens=None, day_requests=None)
 PATH = "/v1/completions"

@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from inferneo_jax.cache import PagedAttention
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.layers.texts import TextAttention
-from inferneo_jax.numerics import compute_capability, has_products
+from inferneo_jax.layers.cache import PagedAttention
+from inferneo_jax.layers.segments import TextAttention
+from inferneo_jax.runner.backends import compute_capability, has_products
 
 Kernels = Literal["auto", "xla", "native"]
 
@@ -30,11 +30,11 @@ def attention_for(
     if kernels == "xla":
         return PagedAttention
     if device.platform == "tpu":
-        from inferneo_jax.kernels.tpu import TpuPagedAttention
+        from inferneo_jax.kernels.tpu.attention import TpuPagedAttention
 
         return TpuPagedAttention
     if device.platform in ("gpu", "cuda") and compute_capability(device) >= _TRITON_SINCE:
-        from inferneo_jax.kernels.gpu import GpuPagedAttention
+        from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
 
         return GpuPagedAttention
     missing = f"there are none for {device.device_kind}"

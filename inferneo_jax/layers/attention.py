@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from inferneo_jax.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig, EncoderConfig
+from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.layers.linear import Linear
-from inferneo_jax.layers.matrix import MatrixFormat
 from inferneo_jax.layers.norm import LayerNorm, RMSNorm
-from inferneo_jax.layers.texts import TextAttention, Texts
+from inferneo_jax.layers.quantization import MatrixFormat
+from inferneo_jax.layers.segments import TextAttention, Texts
 
 
 class CausalAttention(nnx.Module):

@@ -7,9 +7,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from inferneo_jax import mesh
-from inferneo_jax.layers.matrix import After, Epilogue, MatrixFormat, Prologue
+from inferneo_jax.layers.quantization import After, Epilogue, MatrixFormat, Prologue
 from inferneo_jax.layers.spec import WeightSpec, vector, weight
+from inferneo_jax.sharding import mesh
 
 
 class Linear(nnx.Module):

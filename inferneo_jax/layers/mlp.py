@@ -6,8 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from inferneo_jax.layers.linear import Linear
-from inferneo_jax.layers.matrix import MatrixFormat
 from inferneo_jax.layers.norm import RMSNorm
+from inferneo_jax.layers.quantization import MatrixFormat
 
 
 class SwiGLU(nnx.Module):

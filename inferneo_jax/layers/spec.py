@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from inferneo_jax import mesh
-from inferneo_jax.layers.matrix import HostArray, MatrixFormat, Piece, Plain
+from inferneo_jax.layers.quantization import HostArray, MatrixFormat, Piece, Plain
+from inferneo_jax.sharding import mesh
 
 _VECTOR = Plain(jnp.dtype("float32"))
 

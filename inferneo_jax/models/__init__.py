@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from inferneo_jax.config import DecoderConfig, ModelConfig
-from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.layers.quantization import Formats
 from inferneo_jax.layers.spec import WeightSpec
 from inferneo_jax.models.decoder import Decoder
 from inferneo_jax.models.encoder import Encoder

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from inferneo_jax import mesh
-from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.layers import rope
 from inferneo_jax.layers.attention import CausalAttention
+from inferneo_jax.layers.cache import KVCache, LayerCache, PagedAttention, PageView
 from inferneo_jax.layers.linear import Embedding, Linear
-from inferneo_jax.layers.matrix import Formats, Plain
 from inferneo_jax.layers.mlp import SwiGLU
 from inferneo_jax.layers.norm import RMSNorm
+from inferneo_jax.layers.quantization import Formats, Plain
+from inferneo_jax.sharding import mesh
 
 
 class DecoderLayer(nnx.Module):

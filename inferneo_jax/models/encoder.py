@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Int
 from inferneo_jax.config import EncoderConfig
 from inferneo_jax.layers.attention import BidirectionalAttention
 from inferneo_jax.layers.linear import Embedding, Linear
-from inferneo_jax.layers.matrix import Formats, MatrixFormat, Plain
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
-from inferneo_jax.layers.texts import TextAttention, Texts
+from inferneo_jax.layers.quantization import Formats, MatrixFormat, Plain
+from inferneo_jax.layers.segments import TextAttention, Texts
 
 
 class GeluMLP(nnx.Module):

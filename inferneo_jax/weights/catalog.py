@@ -10,7 +10,7 @@ from typing import Literal
 
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.files import read_text, shown
-from inferneo_jax.weights.atomic import remove_folder
+from inferneo_jax.platform.atomic import remove_folder
 from inferneo_jax.weights.checkpoint import INFO_FILE, CheckpointInfo, fingerprint, read_info
 
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ from inferneo_jax.config import DecoderConfig, EncoderConfig, ModelConfig
 from inferneo_jax.config_bounds import MAX_VOCAB_SIZE
 from inferneo_jax.errors import CheckpointError, ConfigError
 from inferneo_jax.files import read_object, shown
-from inferneo_jax.weights.atomic import new_folder
+from inferneo_jax.platform.atomic import new_folder
 from inferneo_jax.weights.shapes import compare_shapes
 
 FORMAT = 1

@@ -10,10 +10,10 @@ from inferneo_jax.config import ModelConfig
 from inferneo_jax.errors import CheckpointError, TokenizerError
 from inferneo_jax.models.families import Family, find_family
 from inferneo_jax.models.families.family import Recipe
-from inferneo_jax.weights.atomic import refuse_existing
+from inferneo_jax.platform.atomic import refuse_existing
 from inferneo_jax.weights.checkpoint import write_checkpoint
 from inferneo_jax.weights.shapes import compare_shapes
-from inferneo_jax.weights.source import Array, SourceModel, naming
+from inferneo_jax.weights.sources.source import Array, SourceModel, naming
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, what is done of it and its total; the total is 0 where it is unknown."""
@@ -34,13 +34,13 @@ def read_source(path: Path) -> SourceModel:
         if ggufs and not (path / "config.json").exists():
             names = ", ".join(file.name for file in ggufs)
             raise CheckpointError(f"{path} holds GGUF files; name one of them: {names}")
-        from inferneo_jax.weights.huggingface import read_huggingface
+        from inferneo_jax.weights.sources.huggingface import read_huggingface
 
         return read_huggingface(path)
     if not path.exists():
         raise CheckpointError(f"there is no file or folder {path}")
     if path.suffix.lower() == ".gguf":
-        from inferneo_jax.weights.gguf import read_gguf
+        from inferneo_jax.weights.sources.gguf import read_gguf
 
         return read_gguf(path)
     raise CheckpointError(
@@ -136,7 +136,7 @@ def convert(
 def _check_tokenizer(source: SourceModel, vocab_size: int) -> None:
     """Raises TokenizerError unless the tokenizer can be loaded and its ids are the model's."""
     # Not at the top: the tokenizers library takes its time, and only conversion needs it.
-    from inferneo_jax.tokenizer import Tokenizer
+    from inferneo_jax.text.tokenizer import Tokenizer
 
     # Chat templates are compiled by a process of their own, when the model is loaded.
     config = {**source.tokenizer_config, "chat_template": None}

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from inferneo_jax.errors import CheckpointError, FetchError
-from inferneo_jax.weights.atomic import scratch_folder, sweep
+from inferneo_jax.platform.atomic import scratch_folder, sweep
 from inferneo_jax.weights.catalog import CatalogEntry, checkpoint_path, load_catalog, prune_parents
 from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.convert import Progress, convert, silent

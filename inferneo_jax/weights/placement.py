@@ -9,13 +9,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from inferneo_jax import mesh as meshes
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, ModelConfig
-from inferneo_jax.fitting import FittedWeight, Index, Sliceable, fit
-from inferneo_jax.layers.matrix import Formats, HostArray
+from inferneo_jax.layers.quantization import Formats, HostArray
 from inferneo_jax.layers.spec import WeightSpec
-from inferneo_jax.weights.kept import EncodedParts, Keep
+from inferneo_jax.sharding import mesh as meshes
+from inferneo_jax.sharding.padding import FittedWeight, Index, Sliceable, fit
+from inferneo_jax.weights.cache import EncodedParts, Keep
 
 _READERS = 4
 """Weights that are read at once."""

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inferneo_jax.cache import PagedAttention, PageView
 from inferneo_jax.kernels.cpu.attention import CpuPagedAttention
 from inferneo_jax.layers import rope
+from inferneo_jax.layers.cache import PagedAttention, PageView
 
 KINDS = {
     "xla float32": (PagedAttention, "float32"),

@@ -23,12 +23,12 @@ import numpy as np
 
 from inferneo_jax import models
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.layers.matrix import EncodingError, Formats
-from inferneo_jax.mesh import make_mesh
-from inferneo_jax.numerics import formats_for
-from inferneo_jax.programs import Key, Programs
-from inferneo_jax.sizing import make_programs
-from inferneo_jax.steps import SlotState
+from inferneo_jax.layers.quantization import EncodingError, Formats
+from inferneo_jax.models.steps import SlotState
+from inferneo_jax.runner.backends import formats_for
+from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.runner.programs import Key, Programs
+from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
 from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.placement import place_weights

@@ -33,9 +33,9 @@ import nvidia.cuda_nvcc
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inferneo_jax.cache import LayerCache, PageView
-from inferneo_jax.kernels.gpu import GpuPagedAttention
-from inferneo_jax.plan.h100 import TARGET
+from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
+from inferneo_jax.layers.cache import LayerCache, PageView
+from inferneo_jax.planner.h100 import TARGET
 
 PAGES, PAGE_LEN, MAX_PAGES = 4097, 16, 256
 STEPS = {"decode": (32, 1), "prefill": (1, 256), "prefill x 4": (4, 256)}

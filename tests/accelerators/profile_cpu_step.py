@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from inferneo_jax.programs import Key
+from inferneo_jax.runner.programs import Key
 from tests.accelerators.bench_cpu_steps import Steps, load, median
 
 _STEPS = 20

@@ -31,8 +31,8 @@ TEXTS = (
     "docs/keys.md",
     "docs/operations.md",
     "docs/performance.md",
-    "inferneo_jax/scheduler.py",
-    "server/generation.py",
+    "inferneo_jax/scheduler/scheduler.py",
+    "server/run/generation.py",
 )
 TOKENS = 512
 MODEL = "smollm2-135m-instruct"

@@ -21,7 +21,7 @@ import httpx
 import psutil
 
 from inferneo_jax.weights.catalog import default_checkpoints_dir
-from server.access.keys import Limits
+from server.keys.key import Limits
 from tests.accelerators.ray_cluster import Replicas, replicas
 
 CLIENTS = 6

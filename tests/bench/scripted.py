@@ -7,10 +7,10 @@ from typing import Any
 
 import orjson
 
-from server.bench.api import Api
-from server.bench.http import Client
-from server.bench.load import Level, Requests, Work, run_level
-from server.bench.stats import Sample
+from server.cli.bench.api import Api
+from server.cli.bench.http import Client
+from server.cli.bench.load import Level, Requests, Work, run_level
+from server.cli.bench.stats import Sample
 
 Reply = bytes | list[bytes | float | None]
 """Bytes to send; within a list also seconds to wait, and None to reset the connection."""

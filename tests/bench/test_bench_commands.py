@@ -16,7 +16,7 @@ from scripted import scripted
 from typer.testing import CliRunner
 
 from inferneo_jax import InferneoError, Tokenizer
-from server.cli import app
+from server.cli.main import app
 from tests import tiny
 from tests.serving import process
 

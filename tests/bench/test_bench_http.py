@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bench.api import Answer
-from server.bench.errors import BenchError, RequestFailedError
-from server.bench.http import Client, ResponseReader
-from server.bench.sse import EventReader
-from server.bench.stats import Sample
+from server.cli.bench.api import Answer
+from server.cli.bench.errors import BenchError, RequestFailedError
+from server.cli.bench.http import Client, ResponseReader
+from server.cli.bench.sse import EventReader
+from server.cli.bench.stats import Sample
 
 TEXT = "Caf\u00e9 \U0001f600"
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}

@@ -5,10 +5,10 @@ import time
 import pytest
 from scripted import END, GOOD, HEAD, TOKEN, Reply, chunk, event, samples_of, scripted, status
 
-from server.bench.api import Api, connect
-from server.bench.errors import BenchError
-from server.bench.http import Client
-from server.bench.load import Level, Requests, Work, measure, run_level
+from server.cli.bench.api import Api, connect
+from server.cli.bench.errors import BenchError
+from server.cli.bench.http import Client
+from server.cli.bench.load import Level, Requests, Work, measure, run_level
 from tests.calibration import Machine
 
 

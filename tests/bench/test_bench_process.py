@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.bench.errors import BenchError
-from server.bench.peers import Side
-from server.bench.process import running
+from server.cli.bench.errors import BenchError
+from server.cli.bench.peers import Side
+from server.cli.bench.process import running
 
 ROOT = Path(__file__).parents[2]
 SERVER = """
@@ -33,8 +33,8 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 DRIVER = """
 import signal, sys, time, urllib.request
-from server.bench.peers import Side
-from server.bench.process import running, signals_end_it
+from server.cli.bench.peers import Side
+from server.cli.bench.process import running, signals_end_it
 # As in a terminal: what a shell starts in the background ignores it, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 side = Side(label="x", command=(sys.executable, "-c", sys.argv[1], "{port}"))
@@ -85,7 +85,7 @@ def test_no_server_outlives_the_benchmark(how: str) -> None:
 def test_a_server_that_does_not_listen_to_signals_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.child.END_SECONDS", 0.3)
+    monkeypatch.setattr("server.process.child.END_SECONDS", 0.3)
     side = Side(label="x", command=(sys.executable, "-c", SERVER, "{port}", "deaf"))
     before = {*psutil.Process().children()}  # of other tests
     with running(side, 60.0) as (_, took):

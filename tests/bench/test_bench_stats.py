@@ -2,9 +2,9 @@
 
 import pytest
 
-from server.bench.compare import pair_up
-from server.bench.errors import BenchError
-from server.bench.stats import (
+from server.cli.bench.compare import pair_up
+from server.cli.bench.errors import BenchError
+from server.cli.bench.stats import (
     Sample,
     meets,
     parse_goodput,

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from harness import CHAT
 from rich.console import Console
 
-from server.chat.client import Server
-from server.chat.dialogue import Dialogue
-from server.chat.screen import Screen
-from server.chat.talk import Talk
+from server.cli.chat.client import Server
+from server.cli.chat.dialogue import Dialogue
+from server.cli.chat.screen import Screen
+from server.cli.chat.talk import Talk
 
 
 class Paper(Screen):

@@ -14,9 +14,9 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from server.chat.dialogue import Turn
-from server.chat.editor import CommandCompleter, Editor, history_file
-from server.chat.run import converse
+from server.cli.chat.dialogue import Turn
+from server.cli.chat.editor import CommandCompleter, Editor, history_file
+from server.cli.chat.run import converse
 
 ALT_ENTER = "\x1b\r"
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"

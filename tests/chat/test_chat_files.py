@@ -10,11 +10,11 @@ from harness import CHAT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.chat import files
-from server.chat.dialogue import Dialogue, Turn
-from server.chat.errors import ChatError
-from server.commands.clean import clean
-from server.protocol.chat import ChatBody
+from server.api.openai.chat import ChatBody
+from server.cli.chat import files
+from server.cli.chat.dialogue import Dialogue, Turn
+from server.cli.chat.errors import ChatError
+from server.cli.clean import clean
 
 TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),

@@ -12,11 +12,11 @@ from harness import CHAT, EMBED, REPLY, Rig
 from rigs import key_rig
 
 from inferneo_jax import EngineFailedError, Tokenizer
-from server.access.keys import Limits
-from server.chat import commands
-from server.chat.client import Answer, Server
-from server.chat.dialogue import Turn
-from server.chat.errors import ChatError, NoServerError
+from server.cli.chat import commands
+from server.cli.chat.client import Answer, Server
+from server.cli.chat.dialogue import Turn
+from server.cli.chat.errors import ChatError, NoServerError
+from server.keys.key import Limits
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 

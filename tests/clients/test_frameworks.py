@@ -10,7 +10,7 @@ from rigs import KeyRig, key_rig
 from tools import FRAMEWORKS, framework_python, run
 
 from inferneo_jax import Tokenizer
-from server.access.keys import Limits
+from server.keys.key import Limits
 
 BEGINNING = REPLY[: REPLY.index("END")]
 VECTOR = 8

@@ -108,7 +108,7 @@ def test_silence_is_a_comment_and_no_event(
     rig: Rig, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert b": keep-alive" not in b"".join(pieces(rig, path))
-    monkeypatch.setattr("server.generation.SILENCE_SECONDS", 0.01)
+    monkeypatch.setattr("server.run.generation.SILENCE_SECONDS", 0.01)
     rig.engine.limit = 0
     body = BODIES[path] | {"stream": True}
     seen: list[str] = []

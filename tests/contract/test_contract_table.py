@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from server.protocol.chat import ChatBody
-from server.protocol.completions import CompletionBody
-from server.protocol.embeddings import EmbeddingBody
+from server.api.openai.chat import ChatBody
+from server.api.openai.completions import CompletionBody
+from server.api.openai.embeddings import EmbeddingBody
 
 TESTS = Path(__file__).parents[1]
 TABLE = tomllib.loads((Path(__file__).parent / "contract.toml").read_text(encoding="utf-8"))

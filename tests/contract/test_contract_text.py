@@ -11,7 +11,7 @@ from fake_engine import logprob_of
 from harness import Rig, running
 
 from inferneo_jax import GenerationOutput, GenerationRequest, Tokenizer
-from server.choice import Choice, ChoiceEvent, Prompt, TextOptions
+from server.run.choice import Choice, ChoiceEvent, Prompt, TextOptions
 from tests.serving import CHAT_MODEL
 
 pytestmark = pytest.mark.real

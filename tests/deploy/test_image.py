@@ -12,8 +12,8 @@ import pytest
 from files import DEPLOY, ROOT, SCRIPTS, check, read
 
 from inferneo_jax import __version__
-from server.access.store import open_store
-from server.settings import PREFIX, Settings
+from server.config.settings import PREFIX, Settings
+from server.keys.store.store import open_store
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
 COMPOSE = read(ROOT / "compose.yaml")

@@ -19,9 +19,9 @@ from fake_engine import FakeEmbedder, FakeEngine, writes
 from harness import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
 
 from inferneo_jax import EngineStats, GenerationOutput
-from server.access.admission import Admission
-from server.access.sockets import SocketPlaces
-from server.metrics import Metrics
+from server.keys.sockets import SocketPlaces
+from server.observe.metrics import Metrics
+from server.run.admission import Admission
 from tests.clients.tools import program
 from tests.serving import free_address
 

@@ -16,7 +16,7 @@ from files import DEPLOY, check
 from harness import CHAT, Rig, make_tokenizer, running
 from websockets.sync.client import connect
 
-from server.settings import Settings
+from server.config.settings import Settings
 from tests.clients.tools import program
 from tests.serving import free_address
 

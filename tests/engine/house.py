@@ -2,12 +2,12 @@
 
 from collections import Counter
 
-from inferneo_jax.pages import PagePool
-from inferneo_jax.plans import StepPlan
-from inferneo_jax.prefill import PrefillShapes
 from inferneo_jax.request import GenerationRequest
-from inferneo_jax.scheduler import Scheduler
-from inferneo_jax.sequence import Sequence
+from inferneo_jax.scheduler.block_pool import PagePool
+from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
+from inferneo_jax.scheduler.output import StepPlan
+from inferneo_jax.scheduler.scheduler import Scheduler
+from inferneo_jax.scheduler.sequence import Sequence
 
 PAGE = 4
 SHAPES = PrefillShapes.of((4, 8), slots=5, overhead=2)

@@ -13,10 +13,10 @@ from inferneo_jax.errors import (
     EngineStoppedError,
     RequestError,
 )
-from inferneo_jax.groups import Groups, Plans
 from inferneo_jax.request import SamplingParams
-from inferneo_jax.runner import PendingStep, Runner
-from inferneo_jax.scheduler import Scheduler
+from inferneo_jax.runner.runner import PendingStep, Runner
+from inferneo_jax.scheduler.data_parallel import Groups, Plans
+from inferneo_jax.scheduler.scheduler import Scheduler
 from tests.support import MIXED, Collected, MakeEngine, close, prompt, submit
 
 with_kernels = pytest.mark.parametrize("kernels", ["xla", "native"])

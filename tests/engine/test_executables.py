@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import pytest
 
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.engine import Engine
-from inferneo_jax.executables import ExecutableStore
-from inferneo_jax.mesh import make_mesh
+from inferneo_jax.engine.engine import Engine
 from inferneo_jax.models import REFERENCE
-from inferneo_jax.programs import Programs
-from inferneo_jax.runner import Runner
+from inferneo_jax.runner.compile_cache import ExecutableStore
+from inferneo_jax.runner.programs import Programs
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.sharding.mesh import make_mesh
 from tests.support import MIXED, ONE_DEVICE, TINY, TINY_ENGINE, Collected, prompt, submit
 from tests.support import tiny_weights as weights
 
@@ -89,14 +89,15 @@ def test_what_a_program_is_made_of_tells_it_apart(
     assert _made_again(ExecutableStore(tmp_path, make_mesh(MeshShape(1, 2)), small))
     monkeypatch.setenv("XLA_FLAGS", "--xla_other")
     assert _made_again(_store(tmp_path, small))
-    monkeypatch.setattr("inferneo_jax.executables.source_hash", lambda: "changed")
+    monkeypatch.setattr("inferneo_jax.runner.compile_cache.source_hash", lambda: "changed")
     assert _made_again(_store(tmp_path, small))
 
 
 def test_the_same_is_known_in_another_process(tmp_path: Path) -> None:
     code = (
-        "from inferneo_jax.config import *; from inferneo_jax.mesh import make_mesh; "
-        "from inferneo_jax.executables import ExecutableStore as S; from tests.support import TINY;"
+        "from inferneo_jax.config import *; from inferneo_jax.sharding.mesh import make_mesh; "
+        "from inferneo_jax.runner.compile_cache import ExecutableStore as S;"
+        "from tests.support import TINY;"
         "from inferneo_jax.models import REFERENCE as R;"
         "print(S('x', make_mesh(MeshShape(1, 1)), TINY, EngineConfig(), R)._file('key').name)"
     )

@@ -12,21 +12,22 @@ import jax
 import numpy as np
 import pytest
 
-from inferneo_jax import memory, models
+from inferneo_jax import models
 from inferneo_jax.config import EngineConfig
-from inferneo_jax.embedder import Embedder
-from inferneo_jax.engine import Engine
+from inferneo_jax.engine.embedder import Embedder
+from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import (
     ConfigError,
     EngineFailedError,
     EngineStoppedError,
     OverloadedError,
 )
-from inferneo_jax.groups import Plans
-from inferneo_jax.heartbeat import Heartbeat
 from inferneo_jax.model import EmbeddingModel, load_model
+from inferneo_jax.platform import memory
+from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import GenerationOutput, GenerationRequest
-from inferneo_jax.runner import PendingStep, Runner
+from inferneo_jax.runner.runner import PendingStep, Runner
+from inferneo_jax.scheduler.data_parallel import Plans
 from inferneo_jax.weights.convert import convert
 from tests.calibration import Machine
 from tests.support import GREEDY, ONE_DEVICE, TINY, MakeEngine, prompt, submit, tiny_weights
@@ -207,7 +208,7 @@ def test_an_idle_engine_does_not_hang(hanging: Engine) -> None:
 
 def test_time_that_nobody_saw_pass_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.1, 5000.0, 5000.1, *[5000.2] * 10_000])
-    monkeypatch.setattr("inferneo_jax.heartbeat.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("inferneo_jax.platform.watchdog.time.monotonic", lambda: next(clock))
     hung = threading.Event()
     heartbeat = Heartbeat("test", 2.0, hung.set)
     with heartbeat:
@@ -334,7 +335,7 @@ def test_memory_that_runs_out_is_explained(
     def allocate(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("inferneo_jax.programs.Programs.empty_cache", lambda _: allocate)
+    monkeypatch.setattr("inferneo_jax.runner.programs.Programs.empty_cache", lambda _: allocate)
     with pytest.raises(ConfigError, match=r"memory ran out while the KV cache of"):
         runner()
 

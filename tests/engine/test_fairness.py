@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferneo_jax.request import GenerationOutput, GenerationRequest
-from inferneo_jax.sequence import Sequence
+from inferneo_jax.scheduler.sequence import Sequence
 from tests.support import Collected, MakeEngine, prompt, submit
 
 

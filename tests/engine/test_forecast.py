@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from inferneo_jax.forecast import Forecast
+from inferneo_jax.engine.forecast import Forecast
 from inferneo_jax.request import EngineTotals, GenerationRequest
-from inferneo_jax.sequence import Sequence
+from inferneo_jax.scheduler.sequence import Sequence
 from tests.support import MakeEngine, prompt, submit
 
 SLOTS, BUDGET = 4, 16

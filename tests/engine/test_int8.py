@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from inferneo_jax import models
-from inferneo_jax.cache import PagedAttention
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.engine import Engine
+from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels import attention_for
-from inferneo_jax.layers.matrix import Formats, Int8
-from inferneo_jax.mesh import make_mesh
-from inferneo_jax.numerics import cache_dtype_for, formats_for
-from inferneo_jax.runner import Runner
+from inferneo_jax.layers.cache import PagedAttention
+from inferneo_jax.layers.quantization import Formats, Int8
+from inferneo_jax.runner.backends import cache_dtype_for, formats_for
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.placement import weight_shapes
 from tests.support import (
     MIXED,

@@ -14,11 +14,11 @@ import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
-from inferneo_jax.engine import Engine
+from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.fitting import fit
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
-from inferneo_jax.runner import Runner
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.sharding.padding import fit
 from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, process, stats_of
 from tests.support import (
     MIXED,

@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from inferneo_jax import models
-from inferneo_jax.cache import PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, RopeScaling
-from inferneo_jax.layers.matrix import Formats
+from inferneo_jax.layers.cache import PagedAttention, PageView
+from inferneo_jax.layers.quantization import Formats
 from inferneo_jax.layers.rope import frequencies
-from inferneo_jax.mesh import make_mesh
 from inferneo_jax.model import load_model
 from inferneo_jax.models import REFERENCE
+from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.convert import convert
 from inferneo_jax.weights.placement import place_weights

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from inferneo_jax.packing import Packer
+from inferneo_jax.scheduler.packing import Packer
 
 LENGTHS = [(1,), (16,), (100,) * 32, (1,) * 700, tuple(range(1, 257, 5)), (2000, 3, 900)]
 

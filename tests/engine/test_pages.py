@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.pages import NO_PAGE, PagePool, hash_page, salt_hash
+from inferneo_jax.scheduler.block_pool import NO_PAGE, PagePool, hash_page, salt_hash
 
 
 def _chain(tokens: list[int], page_len: int, salt: bytes = b"") -> list[bytes]:

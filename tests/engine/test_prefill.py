@@ -7,10 +7,10 @@ from house import SHAPES, House
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferneo_jax.mesh import make_mesh
 from inferneo_jax.models import REFERENCE
-from inferneo_jax.prefill import PrefillShapes
-from inferneo_jax.sizing import make_programs
+from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
+from inferneo_jax.sharding.mesh import make_mesh
 from tests.support import MIXED, TINY, TINY_ENGINE, MakeEngine, close, prompt, submit
 
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inferneo_jax.plans import PrefillChunk
+from inferneo_jax.layers.sampler import Sampler, SamplingRows, argmax
 from inferneo_jax.request import GenerationRequest, SamplingParams
-from inferneo_jax.rows import RowBuilder
-from inferneo_jax.sampling import Sampler, SamplingRows, argmax
-from inferneo_jax.sequence import Sequence
+from inferneo_jax.runner.inputs import RowBuilder
+from inferneo_jax.scheduler.output import PrefillChunk
+from inferneo_jax.scheduler.sequence import Sequence
 
 VOCAB, MAX_LEN = 300, 16
 BUILDER = RowBuilder(

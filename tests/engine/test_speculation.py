@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferneo_jax.engine import Engine
-from inferneo_jax.speculation import Luck, NGrams, accepted
+from inferneo_jax.engine.engine import Engine
+from inferneo_jax.scheduler.speculation import Luck, NGrams, accepted
 from tests.support import MIXED, Collected, close, prompt, submit
 
 Make = Callable[..., Engine]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from server.access.keys import SCOPES, Limits, new_key
-from server.access.store import open_store
+from server.keys.key import SCOPES, Limits, new_key
+from server.keys.store.store import open_store
 
 ROOT = Path(__file__).parents[2]
 PATH = "/v1/chat/completions"

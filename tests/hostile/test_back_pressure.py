@@ -97,7 +97,7 @@ def test_a_reader_that_reads_on_gets_every_token(endless: Rig) -> None:
 def test_a_reader_that_never_reads_on_is_dropped(
     endless: Rig, slow: Any, monkeypatch: pytest.MonkeyPatch, machine: Machine
 ) -> None:
-    monkeypatch.setattr("server.transport.STALL_SECONDS", 0.3)
+    monkeypatch.setattr("server.http.transport.STALL_SECONDS", 0.3)
     begun = time.monotonic()
     with slow(endless):
         endless.engine.wait_until(lambda e: len(e.aborted) == 1 and e.num_running == 0)
@@ -114,7 +114,7 @@ def test_a_plain_answer_never_pauses_for_good(endless: Rig) -> None:
 def test_an_answer_whose_end_is_never_read_keeps_no_connection(
     rig: Rig, ends: bytes, monkeypatch: pytest.MonkeyPatch, machine: Machine
 ) -> None:
-    monkeypatch.setattr("server.transport.STALL_SECONDS", 0.3)
+    monkeypatch.setattr("server.http.transport.STALL_SECONDS", 0.3)
     monkeypatch.setattr(rig.server.config, "keep_alive_timeout", 0.1)
     with ExitStack() as readers:
         for size in range(60_000, 250_000, 8_000):  # the application ends with some part unsent

@@ -128,7 +128,7 @@ def test_forty_megabytes_are_refused_and_not_kept(rig: Rig, path: str, chunked: 
 def test_absurd_heads_are_refused_at_once(
     rig: Rig, head: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.body.DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr("server.http.body.DRAIN_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", rig.server.port), timeout=5) as raw:
         start = (
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -143,7 +143,7 @@ def test_absurd_heads_are_refused_at_once(
 
 
 def test_a_body_without_an_end_is_answered(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.body.DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr("server.http.body.DRAIN_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", rig.server.port), timeout=10) as raw:
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"

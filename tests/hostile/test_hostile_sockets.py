@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 from served import PATH, Served, Socket, frame, serving, socket_to
 
-from server.access.keys import new_text
-from server.access.socket_auth import FIRST_FRAME_SECONDS, PROTOCOL
-from server.access.sockets import MAX_UNIDENTIFIED, MAX_UNIDENTIFIED_OF_ADDRESS
-from server.socket_connection import CLOSE_SECONDS
+from server.http.socket_connection import CLOSE_SECONDS
+from server.keys.key import new_text
+from server.keys.socket_auth import FIRST_FRAME_SECONDS, PROTOCOL
+from server.keys.sockets import MAX_UNIDENTIFIED, MAX_UNIDENTIFIED_OF_ADDRESS
 
 FRAME = 16 * 1024 * 1024
 CHUNK = "\U0001f600".encode() + b"x" * 65_532  # one emoji, and Python takes four bytes for each

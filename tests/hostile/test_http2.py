@@ -12,7 +12,7 @@ from harness import CHAT, Rig, running
 from hyperframe.frame import ContinuationFrame, HeadersFrame, RstStreamFrame
 
 from inferneo_jax import Tokenizer
-from server.http2 import MAX_RESETS
+from server.http.http2 import MAX_RESETS
 
 PROTOCOL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 1, 8, 11
 GET: dict[str, str | bytes] = {
@@ -160,7 +160,7 @@ def test_a_body_that_stalls_ends_its_stream_alone(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What still comes of it is dropped, and the window of the connection stays open."""
-    monkeypatch.setattr("server.body.STALL_SECONDS", 0.5)
+    monkeypatch.setattr("server.http.body.STALL_SECONDS", 0.5)
     with Frames(rig.server.port) as client:
         client.send(client.headers(1, POST), client.body(1, BODY[:5]))
         client.wait(1)

@@ -16,8 +16,8 @@ from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server import application
-from server.access.admission import Admission
-from server.access.keys import Limits
+from server.keys.key import Limits
+from server.run.admission import Admission
 
 PATH = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 10}
@@ -134,7 +134,7 @@ def test_a_trickle_is_ended_and_a_poor_line_is_served(
     rig: KeyRig, made: list[Admission], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One sends a byte now and then for as long as it may; one keeps just above the pace."""
-    monkeypatch.setattr("server.body.STALL_SECONDS", 1.0)
+    monkeypatch.setattr("server.http.body.STALL_SECONDS", 1.0)
     key = rig.headers()
     ended = threading.Event()
     with ExitStack() as held:

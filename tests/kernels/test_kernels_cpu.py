@@ -9,9 +9,9 @@ import pytest
 
 from inferneo_jax.kernels.cpu.build import Variant, library
 from inferneo_jax.kernels.cpu.linear import Blocks
-from inferneo_jax.layers.matrix import After, EncodingError
 from inferneo_jax.layers.mlp import gate
 from inferneo_jax.layers.norm import RMSNorm
+from inferneo_jax.layers.quantization import After, EncodingError
 
 F32 = jnp.dtype("float32")
 

@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from variants import VARIANTS
 
-from inferneo_jax.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels import attention_for
@@ -19,10 +18,11 @@ from inferneo_jax.kernels.cpu import build
 from inferneo_jax.kernels.cpu.attention import CpuPagedAttention
 from inferneo_jax.kernels.cpu.build import Variant
 from inferneo_jax.layers import rope
-from inferneo_jax.mesh import make_mesh
+from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.models import REFERENCE
-from inferneo_jax.numerics import cache_dtype_for
-from inferneo_jax.sizing import make_programs
+from inferneo_jax.runner.backends import cache_dtype_for
+from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.sharding.mesh import make_mesh
 from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY
 
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})

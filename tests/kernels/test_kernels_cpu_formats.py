@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.engine import Engine
+from inferneo_jax.engine.engine import Engine
 from inferneo_jax.kernels.cpu import build
 from inferneo_jax.kernels.cpu.build import library
 from inferneo_jax.kernels.cpu.linear import Blocks
-from inferneo_jax.layers.matrix import Int8, Plain
-from inferneo_jax.mesh import make_mesh
-from inferneo_jax.numerics import formats_for
-from inferneo_jax.runner import Runner
+from inferneo_jax.layers.quantization import Int8, Plain
+from inferneo_jax.runner.backends import formats_for
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.sharding.mesh import make_mesh
 from tests.support import MIXED, ONE_DEVICE, TINY, TINY_ENGINE, close, prompt, submit, tiny_weights
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")

@@ -12,12 +12,12 @@ from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.kernels import text_attention_for
 from inferneo_jax.kernels.cpu.build import Variant, library
 from inferneo_jax.kernels.cpu.dense import CpuTextAttention, Packed
-from inferneo_jax.layers.matrix import After, Plain
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
-from inferneo_jax.layers.texts import TextAttention, Texts
-from inferneo_jax.mesh import make_mesh
-from inferneo_jax.numerics import encoder_formats_for
+from inferneo_jax.layers.quantization import After, Plain
+from inferneo_jax.layers.segments import TextAttention, Texts
+from inferneo_jax.runner.backends import encoder_formats_for
+from inferneo_jax.sharding.mesh import make_mesh
 from tests.support import ONE_DEVICE
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from inferneo_jax.cache import LayerCache, PagedAttention, PageView
-from inferneo_jax.kernels import gpu
-from inferneo_jax.kernels.gpu import GpuPagedAttention
-from inferneo_jax.layers.matrix import quantize
+from inferneo_jax.kernels.gpu import attention
+from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
+from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.quantization import quantize
 
 F32, BF16, INT8 = map(jnp.dtype, ("float32", "bfloat16", "int8"))
 
@@ -124,7 +124,7 @@ def test_split_over_two_devices_by_head_equals_the_whole() -> None:
 
 @pytest.mark.parametrize(("rows", "tokens", "splits"), [(1, 1, 16), (32, 1, 2), (4, 256, 1)])
 def test_few_queries_split_long_sequences(rows: int, tokens: int, splits: int) -> None:
-    blocks = gpu._cut((rows, tokens, 8, 4, 128), BF16, 4096)
+    blocks = attention._cut((rows, tokens, 8, 4, 128), BF16, 4096)
     assert blocks.splits == splits
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from inferneo_jax.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig
-from inferneo_jax.kernels.tpu import TpuPagedAttention
-from inferneo_jax.layers.matrix import quantize
+from inferneo_jax.kernels.tpu.attention import TpuPagedAttention
+from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.quantization import quantize
 from tests.support import TINY
 
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})

@@ -1,7 +1,7 @@
 """The ways in which the CPU's kernels are compiled."""
 
-from inferneo_jax import cpu
 from inferneo_jax.kernels.cpu.build import Variant
+from inferneo_jax.platform import cpu
 
 VARIANTS: tuple[Variant, ...] = ("native", "avx2", "portable")
 

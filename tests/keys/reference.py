@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from server.access.keys import Limits
-from server.access.store import Call, Spent, Standing, UsageRow
+from server.keys.key import Limits
+from server.keys.store.store import Call, Spent, Standing, UsageRow
 
 
 @dataclass

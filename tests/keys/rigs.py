@@ -10,8 +10,8 @@ from harness import Rig, running
 from websockets.sync.client import ClientConnection
 
 from inferneo_jax import Tokenizer
-from server.access.keys import Key, Limits, encode_fields, new_key
-from server.access.store import Store, open_store
+from server.keys.key import Key, Limits, encode_fields, new_key
+from server.keys.store.store import Store, open_store
 
 FREE = Limits(requests=None, tokens=None, day_requests=None)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from server.access.store import Store, open_store
+from server.keys.store.store import Store, open_store
 
 
 @pytest.fixture(scope="session")

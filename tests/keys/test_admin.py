@@ -11,7 +11,7 @@ from harness import CHAT, EMBED
 from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
-from server import log
+from server.observe import log
 
 __all__ = ["ask", "rig"]
 

@@ -12,9 +12,9 @@ import pytest
 from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
-from server import log
-from server.access.store_redis import RedisStore
-from server.access.store_sqlite import SqliteStore
+from server.keys.store.redis import RedisStore
+from server.keys.store.sqlite import SqliteStore
+from server.observe import log
 
 KEYS = "/admin/keys"
 ADMIN = frozenset({"admin"})

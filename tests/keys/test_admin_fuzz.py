@@ -7,8 +7,8 @@ import pytest
 from fuzz import Report, run
 from rigs import KeyRig, bearer
 
-from server.access.keys import Key
-from server.openapi import document
+from server.api.openapi import document
+from server.keys.key import Key
 
 
 def of_admin(kept: list[Key], ended: list[Key]) -> dict[str, Any]:

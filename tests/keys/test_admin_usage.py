@@ -15,9 +15,9 @@ from harness import CHAT
 from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
-from server.access.keyring import Keyring, KeyringError
-from server.access.keys import Key, Limits
-from server.access.store import DAY_SECONDS, Call, Spent
+from server.keys.key import Key, Limits
+from server.keys.keyring import Keyring, KeyringError
+from server.keys.store.store import DAY_SECONDS, Call, Spent
 
 __all__ = ["ask", "rig"]
 

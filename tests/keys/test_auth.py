@@ -12,11 +12,11 @@ from harness import CHAT, EMBED
 from rigs import KeyRig, bearer, closing_code
 from websockets.sync.client import connect
 
-from server import log
-from server.access.auth import OPEN_ENDPOINTS, SCOPE_OF
-from server.access.keys import digest, new_text
 from server.app import create_app
-from server.settings import Settings
+from server.config.settings import Settings
+from server.keys.guard import OPEN_ENDPOINTS, SCOPE_OF
+from server.keys.key import digest, new_text
+from server.observe import log
 
 ROOT = Path(__file__).parents[2]
 CHATS = "/v1/chat/completions"

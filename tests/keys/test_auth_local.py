@@ -10,9 +10,9 @@ from rigs import KeyRig, bearer, key_rig
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
-from server.access.keys import new_text
 from server.app import create_app
-from server.settings import Settings
+from server.config.settings import Settings
+from server.keys.key import new_text
 
 ROOT = Path(__file__).parents[2]
 CHATS = "/v1/chat/completions"

@@ -16,9 +16,9 @@ from harness import CHAT, REPLY
 from rigs import KeyRig, bearer, closing_code
 from websockets.sync.client import connect
 
-from server.access.auth import MAX_TICKETS
-from server.access.keys import TICKET_SECONDS, new_text
-from server.frames import FrameMemory, Inbox, take_over
+from server.http.frames import FrameMemory, Inbox, take_over
+from server.keys.guard import MAX_TICKETS
+from server.keys.key import TICKET_SECONDS, new_text
 
 ROOT = Path(__file__).parents[2]
 CHATS = "/v1/chat/completions"
@@ -118,7 +118,7 @@ def test_an_identified_client_may_send_long_frames_at_once(rig: KeyRig) -> None:
 
 
 def test_a_silent_socket_is_closed(rig: KeyRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.access.socket_auth.FIRST_FRAME_SECONDS", 0.05)
+    monkeypatch.setattr("server.keys.socket_auth.FIRST_FRAME_SECONDS", 0.05)
     with connect(rig.ws + CHATS) as ws:
         assert closing_code(ws) == 4401
 
@@ -126,7 +126,7 @@ def test_a_silent_socket_is_closed(rig: KeyRig, monkeypatch: pytest.MonkeyPatch)
 def test_a_revoked_key_ends_an_open_socket_at_its_next_request(
     rig: KeyRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.access.lookup.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("server.keys.lookup.FRESH_SECONDS", 0.0)
     key, text = rig.key()
     with connect(rig.ws + CHATS, additional_headers=bearer(text)) as ws:
         ws.send(orjson.dumps({**BODY, "stream": True}).decode())
@@ -170,9 +170,9 @@ def test_what_a_closed_socket_held_is_freed_without_the_collector(
         alive.update([inbox, stream, stream.send.__self__, stream.send.__self__.send.__self__])
         return inbox
 
-    monkeypatch.setattr("server.socket_connection.take_over", watched)
+    monkeypatch.setattr("server.http.socket_connection.take_over", watched)
     # The loop keeps a cancelled timer, and with it a context, until it would have been due.
-    monkeypatch.setattr("server.access.socket_auth.FIRST_FRAME_SECONDS", 1.0)
+    monkeypatch.setattr("server.keys.socket_auth.FIRST_FRAME_SECONDS", 1.0)
     url, text = rig.ws + CHATS, rig.key()[1]
     gc.collect()
     gc.disable()
@@ -204,7 +204,7 @@ def test_what_a_closed_socket_held_is_freed_without_the_collector(
 def test_a_frame_that_stalls_closes_its_socket(
     rig: KeyRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.frames.STALL_SECONDS", 0.1)
+    monkeypatch.setattr("server.http.frames.STALL_SECONDS", 0.1)
     with connect(rig.ws + CHATS, additional_headers=rig.headers()) as ws:
         ws.socket.sendall(b"\x81\xfe\x01\xf4" + bytes(4) + b"x" * 100)  # of 500
         assert orjson.loads(ws.recv(timeout=10))["error"]["code"] == "frame_stalled"
@@ -230,7 +230,7 @@ def test_a_key_has_a_bounded_number_of_unused_tickets(rig: KeyRig) -> None:
 def test_what_has_not_a_tickets_form_is_not_looked_up(
     rig: KeyRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.access.store_sqlite.SqliteStore.take_ticket", None)
+    monkeypatch.setattr("server.keys.store.sqlite.SqliteStore.take_ticket", None)
     for token in ("", "x" * 4000, "ticket-", "ticket-%ff", "ticket-" + "A" * 32):
         with pytest.raises(websockets.InvalidStatus) as caught:
             connect(f"{rig.ws}{CHATS}?token={token}")

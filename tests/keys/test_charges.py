@@ -12,8 +12,8 @@ from rigs import KeyRig, bearer
 from websockets.sync.client import connect
 
 from inferneo_jax import RequestError, Tokenizer
-from server.access.keys import Limits
-from server.errors import unavailable
+from server.http.errors import unavailable
+from server.keys.key import Limits
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 3}
@@ -69,7 +69,7 @@ def test_no_text_is_read_for_a_key_that_is_over_its_limit(
 ) -> None:
     headers = rig.headers(Limits(requests=1))
     assert post(rig, headers, COMPLETIONS, BODY).status_code == 200
-    monkeypatch.delattr("server.http.parse_object")  # or the answer would be a 500
+    monkeypatch.delattr("server.http.codec.parse_object")  # or the answer would be a 500
     assert post(rig, headers, COMPLETIONS, BODY).status_code == 429
 
 
@@ -96,7 +96,7 @@ def test_a_server_that_cannot_read_the_text_charges_nothing(
         raise unavailable("full", "overloaded", 1)
 
     headers = rig.headers(Limits(requests=1, day_requests=1))
-    monkeypatch.setattr("server.text.TextWork.run", refuse)
+    monkeypatch.setattr("server.prompt.cpu_pool.TextWork.run", refuse)
     for _ in range(3):
         assert post(rig, headers, COMPLETIONS, BODY).status_code == 503
     assert total(rig, headers) == (0, 0)
@@ -128,7 +128,7 @@ def test_embeddings_that_cannot_be_written_cost_no_tokens(
     headers = rig.headers()
     body = {"model": EMBED, "input": "Hi"}
     with monkeypatch.context() as patched:
-        patched.setattr("server.routes.embeddings.embedding_answer", refuse)
+        patched.setattr("server.api.openai.embeddings_route.embedding_answer", refuse)
         assert post(rig, headers, "/v1/embeddings", body).status_code == 503
     assert total(rig, headers) == (0, 0)
     assert post(rig, headers, "/v1/embeddings", body).status_code == 200

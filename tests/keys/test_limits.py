@@ -15,8 +15,8 @@ from rigs import KeyRig, bearer, key_rig
 from websockets.sync.client import connect
 
 from inferneo_jax import EngineFailedError, OverloadedError, Tokenizer
-from server.access.keys import Limits
-from server.access.limits import duration
+from server.keys.key import Limits
+from server.keys.limits import duration
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 100}

@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
-from server.access.keys import Key, new_key, new_text
-from server.access.lookup import MAX_UNPROVEN, KeyLookup
-from server.access.store_sqlite import SqliteStore
-from server.access.store_threads import StoreThreads
-from server.errors import ApiError
+from server.http.errors import ApiError
+from server.keys.key import Key, new_key, new_text
+from server.keys.lookup import MAX_UNPROVEN, KeyLookup
+from server.keys.store.sqlite import SqliteStore
+from server.keys.store.threads import StoreThreads
 
 
 class SlowStore(SqliteStore):
@@ -66,7 +66,7 @@ async def test_a_flood_of_unknown_keys_is_refused_beyond_a_bound(store, threads)
 
 
 async def test_a_key_that_was_found_before_is_not_refused(store, threads, monkeypatch) -> None:
-    monkeypatch.setattr("server.access.lookup.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("server.keys.lookup.FRESH_SECONDS", 0.0)
     lookup, (key, text) = KeyLookup(threads), added(store)
     assert await lookup.matching(key.id, text) == key
     store.let.clear()
@@ -91,7 +91,7 @@ async def test_many_who_bring_a_new_key_at_once_are_all_served(store, threads) -
 
 
 async def test_clients_that_leave_take_no_lookup_with_them(store, threads, monkeypatch) -> None:
-    monkeypatch.setattr("server.access.lookup.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("server.keys.lookup.FRESH_SECONDS", 0.0)
     lookup, (key, text) = KeyLookup(threads), added(store)
     assert await lookup.matching(key.id, text) == key
     store.let.clear()

@@ -7,10 +7,10 @@ import pytest
 from admins import Ask, ask, rig
 from typer.testing import CliRunner
 
-from server.access.keys import new_key
-from server.access.store import open_store
-from server.cli import app
-from server.visible import escaped, hidden_in
+from server.cli.main import app
+from server.keys.key import new_key
+from server.keys.store.store import open_store
+from server.observe.visible import escaped, hidden_in
 
 __all__ = ["ask", "rig"]
 HIDDEN = {

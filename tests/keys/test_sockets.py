@@ -4,14 +4,14 @@ from contextlib import suppress
 
 import pytest
 
-from server.access.sockets import (
+from server.http.errors import ApiError
+from server.keys.sockets import (
     MAX_UNIDENTIFIED,
     MAX_UNIDENTIFIED_OF_ADDRESS,
     SocketPlace,
     SocketPlaces,
     network_of,
 )
-from server.errors import ApiError
 
 
 def fill(places: SocketPlaces, owner: str | None) -> list[SocketPlace]:

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import ReferenceStore
 
-from server.access.keys import Limits, encode_fields, new_key
-from server.access.store import LEASE_SECONDS, Call, Spent, Store, StoreError, open_store
+from server.keys.key import Limits, encode_fields, new_key
+from server.keys.store.store import LEASE_SECONDS, Call, Spent, Store, StoreError, open_store
 
 NOON = 1_700_000_000.0 // 86400 * 86400 + 43200
 ROOT = Path(__file__).parents[2]
@@ -107,8 +107,8 @@ def test_a_killed_process_frees_its_slot_and_its_usage_is_kept(
     store.add_key(key)
     code = (
         "import sys, time\n"
-        "from server.access.keys import Limits\n"
-        "from server.access.store import Call, open_store\n"
+        "from server.keys.key import Limits\n"
+        "from server.keys.store.store import Call, open_store\n"
         "store = open_store(sys.argv[1])\n"
         "for i in range(int(sys.argv[4])):\n"
         "    call = Call(id=str(i), model='m', prompt=7, completion=100)\n"
@@ -133,8 +133,8 @@ def test_a_killed_process_frees_its_slot_and_its_usage_is_kept(
 ADMIT = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from server.access.keys import Limits
-from server.access.store import Call, open_store
+from server.keys.key import Limits
+from server.keys.store.store import Call, open_store
 store = open_store(sys.argv[1])
 def admit(i):
     call = Call(id=f"{sys.argv[2]}-{i}", model="m", prompt=1, completion=1)

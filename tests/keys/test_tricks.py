@@ -11,9 +11,9 @@ import pytest
 from harness import CHAT, EMBED
 from rigs import KeyRig
 
-from server.access.auth import OPEN_ENDPOINTS
 from server.app import create_app
-from server.settings import Settings
+from server.config.settings import Settings
+from server.keys.guard import OPEN_ENDPOINTS
 
 PATHS = sorted(
     {

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from links import CONFIG, Threads, connected
 
-from inferneo_jax.lockstep.channel import Channel
+from inferneo_jax.distributed.transport import Channel
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from inferneo_jax.config import JobConfig
-from inferneo_jax.lockstep.channel import Channel
-from inferneo_jax.lockstep.peers import Link
+from inferneo_jax.distributed.process_group import Link
+from inferneo_jax.distributed.transport import Channel
 
 TOKEN = "a token of the tests"
 CONFIG = JobConfig(

@@ -5,8 +5,8 @@ import struct
 import pytest
 from links import SOON, TOKEN, Threads, connected
 
+from inferneo_jax.distributed.transport import Channel, Kind
 from inferneo_jax.errors import JobError
-from inferneo_jax.lockstep.channel import Channel, Kind
 
 
 def test_what_is_sent_arrives(pair: tuple[Channel, Channel], threads: Threads) -> None:

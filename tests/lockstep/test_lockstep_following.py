@@ -12,12 +12,12 @@ import pytest
 from links import SOON, Links, Threads, links
 
 from inferneo_jax import models
-from inferneo_jax.engine import Engine
+from inferneo_jax.distributed.transport import Kind
+from inferneo_jax.engine.engine import Engine
+from inferneo_jax.engine.follower import follow
 from inferneo_jax.errors import EngineFailedError, JobError
-from inferneo_jax.lockstep.channel import Kind
-from inferneo_jax.lockstep.follow import follow
-from inferneo_jax.lockstep.wire import Wire
-from inferneo_jax.runner import Runner
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.runner.wire import Wire
 from tests.calibration import Machine
 from tests.support import MIXED, TINY, TINY_ENGINE, prompt, submit, tiny_weights
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from links import CONFIG, SOON, TOKEN, Threads
 
+from inferneo_jax.distributed.job import Job, accept, connect
 from inferneo_jax.errors import ConfigError, JobError
-from inferneo_jax.lockstep.job import Job, accept, connect
 
 
 def test_followers_join_and_strangers_do_not(

@@ -6,9 +6,9 @@ import time
 import pytest
 from links import CONFIG, SOON, Threads, connected, links
 
+from inferneo_jax.distributed.process_group import Link, agree
+from inferneo_jax.distributed.transport import Channel, Kind
 from inferneo_jax.errors import JobError
-from inferneo_jax.lockstep.channel import Channel, Kind
-from inferneo_jax.lockstep.peers import Link, agree
 
 
 def test_all_learn_what_each_says(threads: Threads) -> None:

@@ -16,7 +16,7 @@ from playwright.sync_api import expect
 from rigs import FREE, KeyRig, key_rig
 
 from inferneo_jax import EngineFailedError, OverloadedError, Tokenizer
-from server.access import lookup
+from server.keys import lookup
 
 REQUEST = re.compile(r"Request req_\w+")
 

@@ -32,7 +32,15 @@ def test_picture_of_the_dashboard(
         page = visited.page
         page.get_by_label("Show", exact=True).select_option("1 min")
         for clients in LOADS:
-            command = [sys.executable, "-m", "server.cli", "bench", "serve", "--url", server.url]
+            command = [
+                sys.executable,
+                "-m",
+                "server.cli",
+                "bench",
+                "serve",
+                "--url",
+                server.url,
+            ]
             options = ["--concurrency", clients, "--requests", str(3 * int(clients) + 10)]
             bench = [*command, *options, "--seed", clients]
             with subprocess.Popen(bench, cwd=ROOT, stdout=subprocess.DEVNULL) as running:

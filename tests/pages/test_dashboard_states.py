@@ -15,8 +15,8 @@ from playwright.sync_api import Page, Request, expect
 from rigs import KeyRig, key_rig
 
 from inferneo_jax import Tokenizer
-from server.access.keys import Limits
-from server.sources import Progress
+from server.keys.key import Limits
+from server.models.sources import Progress
 
 REFUSED = ["status of 401", "status of 403", "status of 503"]
 BROKEN = ["ERR_FAILED"]

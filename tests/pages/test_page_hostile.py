@@ -21,7 +21,7 @@ from playwright.sync_api import Page, Route, expect
 from rigs import key_rig
 
 from inferneo_jax import Tokenizer
-from server.routes.pages import HEADERS
+from server.web.pages import HEADERS
 
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 KNOWN = re.compile(

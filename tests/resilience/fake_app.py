@@ -7,7 +7,7 @@ from fake_engine import FakeEmbedder, FakeEngine, writes
 from harness import make_tokenizer, models_of
 
 from server.app import create_app
-from server.settings import Settings
+from server.config.settings import Settings
 
 
 class PacedEngine(FakeEngine):

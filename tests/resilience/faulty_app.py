@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from inferneo_jax.runner import PendingStep, Runner
-from server import models
+from inferneo_jax.runner.runner import PendingStep, Runner
 from server.app import create_app
+from server.models import registry
 
 ORDERS = Path(os.environ["TEST_FAULTS"])
 RESET_SECONDS = 1.2
@@ -41,5 +41,5 @@ def reset(runner: Runner) -> None:
 
 Runner.reset = reset  # type: ignore[method-assign]
 PendingStep.wait = wait  # type: ignore[method-assign]
-models.LOST_SECONDS = 8.0
+registry.LOST_SECONDS = 8.0
 app = create_app()

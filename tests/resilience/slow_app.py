@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from inferneo_jax.runner import PendingStep
+from inferneo_jax.runner.runner import PendingStep
 from server.app import create_app
 
 _wait, _SECONDS = PendingStep.wait, float(os.environ["TEST_STEP_SECONDS"])

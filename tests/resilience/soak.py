@@ -24,8 +24,8 @@ import orjson
 import psutil
 import websockets
 
-from server.access.keys import Limits, new_key
-from server.access.store import open_store
+from server.keys.key import Limits, new_key
+from server.keys.store.store import open_store
 from tests.serving import Process, process, stats_of
 from tests.tiny import CHAT, EMBEDDING, tiny_checkpoints
 

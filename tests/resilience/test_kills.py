@@ -17,8 +17,8 @@ import websockets
 from harness import CHAT, EMBED
 from rigs import FREE, bearer
 
-from server.access.keys import Key, new_key
-from server.access.store import LEASE_SECONDS, Store, open_store
+from server.keys.key import Key, new_key
+from server.keys.store.store import LEASE_SECONDS, Store, open_store
 from tests.calibration import Machine
 from tests.serving import Process, process
 

@@ -13,8 +13,8 @@ import pytest
 from harness import CHAT as FAKE_CHAT
 from rigs import FREE, bearer
 
-from server.access.keys import Limits, new_key
-from server.access.store import Store, open_store
+from server.keys.key import Limits, new_key
+from server.keys.store.store import Store, open_store
 from tests.serving import Process, process, stats_of
 from tests.tiny import CHAT
 

@@ -17,7 +17,7 @@ from schemathesis import config
 from schemathesis.config._checks import NegativeDataRejectionConfig
 from schemathesis.engine import events
 
-from server.openapi import document
+from server.api.openapi import document
 
 SEED = 20_250_401
 """Makes the requests the same in every run."""

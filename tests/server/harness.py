@@ -17,8 +17,8 @@ from hypercorn.config import Config
 
 from inferneo_jax import EmbeddingModel, LanguageModel, ModelFacts, Tokenizer
 from server.app import create_app
-from server.settings import Settings
-from server.sources import Loader
+from server.config.settings import Settings
+from server.models.sources import Loader
 
 CHAT, EMBED = "org/tiny-chat", "tiny-embed"
 REPLY = "Caf\u00e9 au lait, na\u00efve \U0001f600 END of it."

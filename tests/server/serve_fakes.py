@@ -6,9 +6,9 @@ from fake_engine import FakeEmbedder, FakeEngine, writes
 from harness import make_tokenizer, models_of
 
 from inferneo_jax import CheckpointError
-from server.cli import main
-from server.commands.serve import run
-from server.settings import Settings
+from server.cli.main import main
+from server.cli.serve import run
+from server.config.settings import Settings
 
 tokenizer = make_tokenizer()
 engine = FakeEngine(writes(tokenizer, "x", end=False), limit=1)

@@ -18,8 +18,8 @@ from websockets import InvalidStatus
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
-from server.access.admission import TIMEOUT_HEADER, Admission, Place
-from server.errors import ApiError
+from server.http.errors import ApiError
+from server.run.admission import TIMEOUT_HEADER, Admission, Place
 
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}
 COMPLETIONS = "/v1/completions"
@@ -117,7 +117,7 @@ def retry_after(admission: Admission) -> int:
 async def test_only_served_requests_and_busy_times_set_the_pace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.access.admission.time.monotonic", lambda: now)
+    monkeypatch.setattr("server.run.admission.time.monotonic", lambda: now)
     admission, now = Admission(40, 60.0), 100.0
     for _ in range(5):
         with admission.enter(None, None) as place:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from server.alarm import Alarm
+from server.http.alarm import Alarm
 
 
 async def test_it_rings_once_after_it_was_last_set() -> None:

@@ -95,7 +95,7 @@ def test_a_connection_that_breaks_aborts_its_requests(endless: Rig) -> None:
 
 
 def test_a_silent_stream_keeps_alive(endless: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.generation.SILENCE_SECONDS", 0.02)
+    monkeypatch.setattr("server.run.generation.SILENCE_SECONDS", 0.02)
     seen: list[str] = []
     with endless.client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as r:
         for line in r.iter_lines():

@@ -10,8 +10,8 @@ from fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
 from harness import CHAT, EMBED, Rig, Server, models_of, wait_ready
 
 from inferneo_jax import Tokenizer
-from server.settings import Settings
-from server.sources import Source, load_from_disk
+from server.config.settings import Settings
+from server.models.sources import Source, load_from_disk
 
 
 def test_the_list_has_every_model(rig: Rig) -> None:

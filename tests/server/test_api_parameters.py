@@ -7,8 +7,8 @@ from envelope import CHATS, COMPLETIONS, HI, error_of
 from harness import CHAT, Rig
 
 from inferneo_jax import RequestError
-from server.prompts import MAX_SCORES
-from server.protocol.common import MAX_LOGPROBS
+from server.api.openai.common import MAX_LOGPROBS
+from server.prompt.prompts import MAX_SCORES
 
 
 @pytest.mark.parametrize(

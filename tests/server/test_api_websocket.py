@@ -13,7 +13,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from inferneo_jax import EngineFailedError, Tokenizer
 from server.app import create_app
-from server.settings import Settings
+from server.config.settings import Settings
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -300,7 +300,7 @@ async def test_a_slow_reader_pauses_nobody_else(rig: Rig, tokenizer: Tokenizer) 
 
 
 async def test_a_silent_socket_is_pinged(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.frames.PING_SECONDS", 0.01)
+    monkeypatch.setattr("server.http.frames.PING_SECONDS", 0.01)
     pinged = asyncio.Event()
 
     class Client(websockets.ClientConnection):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax import GenerationOutput
-from server.choice import Choice, ChoiceEvent, Prompt, TextOptions
+from server.run.choice import Choice, ChoiceEvent, Prompt, TextOptions
 
 TOKENIZER = make_tokenizer()
 PROMPT = Prompt(ids=(1,), max_tokens=100)

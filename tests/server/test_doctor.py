@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from server.access.keyring import Keyring
-from server.access.store import open_store
-from server.cli import app
-from server.commands.listening import Listener, listener_at
-from server.doctor import machine, setup
-from server.doctor.cli import examine
-from server.doctor.finding import Finding
-from server.doctor.machine import Survey
-from server.settings import Settings
+from server.cli.doctor import machine, setup
+from server.cli.doctor.cli import examine
+from server.cli.doctor.finding import Finding
+from server.cli.doctor.machine import Survey
+from server.cli.main import app
+from server.config.settings import Settings
+from server.keys.keyring import Keyring
+from server.keys.store.store import open_store
+from server.process.listening import Listener, listener_at
 from tests.tiny import CHAT, EMBEDDING, tiny_checkpoints
 
 CPU = {"platform": "cpu", "kinds": ["cpu"], "free_memory": 8e9, "machine_memory": 16e9}

@@ -15,7 +15,7 @@ from websockets import ConnectionClosed
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
-from server import log
+from server.observe import log
 
 OF_REQUESTS = ("request", "websocket_request", "websocket")
 
@@ -38,7 +38,7 @@ def _fail_with_a_prompt() -> None:
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_tracebacks_show_no_local_variables(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     log.configure(form)
-    for logger in (logging.getLogger("inferneo_jax.engine"), structlog.get_logger()):
+    for logger in (logging.getLogger("inferneo_jax.engine.engine"), structlog.get_logger()):
         try:
             _fail_with_a_prompt()
         except RuntimeError:
@@ -50,7 +50,7 @@ def test_tracebacks_show_no_local_variables(form: str, capsys: pytest.CaptureFix
 
 def test_json_lines_are_one_object_each(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("json")
-    logging.getLogger("inferneo_jax.engine").warning("the sink of request %s raised", "x")
+    logging.getLogger("inferneo_jax.engine.engine").warning("the sink of request %s raised", "x")
     structlog.get_logger().info("request", status=200)
     first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert (first["level"], first["event"]) == ("warning", "the sink of request x raised")
@@ -62,7 +62,7 @@ def test_no_client_writes_lines_of_its_own(form: str, capsys: pytest.CaptureFixt
     log.configure(form)
     user = "x\r\n\x1b[2J\u202e\u2028{}\x85ready"
     structlog.get_logger().info("request", user=user)
-    logging.getLogger("inferneo_jax.engine").warning("of %s", user)
+    logging.getLogger("inferneo_jax.engine.engine").warning("of %s", user)
     written = capsys.readouterr().err
     assert written.count("\n") == len(written.splitlines()) == 2
     assert not {"\r", "\x1b", "\u202e", "\u2028", "\x85"} & set(written)

@@ -9,9 +9,9 @@ from harness import CHAT, EMBED, Rig
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferneo_jax import GenerationOutput
-from server.access.admission import Admission
-from server.access.sockets import SocketPlaces
-from server.metrics import Metrics
+from server.keys.sockets import SocketPlaces
+from server.observe.metrics import Metrics
+from server.run.admission import Admission
 
 
 def _read(rig: Rig) -> dict[str, float]:

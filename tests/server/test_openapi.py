@@ -8,13 +8,13 @@ from harness import Rig
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 
+from server.api.admin.keys import AdminBody, LimitsBody
+from server.api.openai.common import StreamOptions
+from server.api.openapi import document
+from server.api.openapi.operations import OPERATIONS
 from server.app import create_app
-from server.openapi import document
-from server.openapi.operations import OPERATIONS
-from server.protocol.common import StreamOptions
-from server.protocol.keys import AdminBody, LimitsBody
-from server.settings import Settings
-from server.sources import Loader
+from server.config.settings import Settings
+from server.models.sources import Loader
 
 BODIES = sorted(
     {model for operation in OPERATIONS for model in operation.body} | {StreamOptions, LimitsBody},

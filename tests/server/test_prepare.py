@@ -7,8 +7,8 @@ import pytest
 from harness import make_tokenizer
 
 from inferneo_jax import Tokenizer
-from server.errors import ApiError
-from server.prepare import prepare_chat, prepare_completion
+from server.http.errors import ApiError
+from server.run.prepare import prepare_chat, prepare_completion
 
 
 def registry(tokenizer: Tokenizer) -> Any:

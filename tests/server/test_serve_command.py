@@ -19,9 +19,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from server.cli import app
-from server.commands.progress import ModelProgress
-from server.setting import describe
+from server.cli.main import app
+from server.cli.progress import ModelProgress
+from server.config.setting import describe
 from tests.calibration import Machine
 
 ROOT = Path(__file__).parents[2]
@@ -266,7 +266,7 @@ def test_what_cannot_be_served_is_a_sentence(
 
 def test_the_command_line_brings_in_no_server_before_it_serves() -> None:
     code = (
-        "import sys, server.cli; "
+        "import sys, server.cli.main; "
         "print([m for m in ('jax', 'quart', 'hypercorn', 'numpy') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

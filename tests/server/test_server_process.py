@@ -17,7 +17,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 from fake_engine import FakeEmbedder, FakeEngine, writes
 from harness import make_tokenizer, models_of
 from server.app import create_app
-from server.settings import Settings
+from server.config.settings import Settings
 
 tokenizer = make_tokenizer()
 engine = FakeEngine(writes(tokenizer, "x", end=False), limit=1)

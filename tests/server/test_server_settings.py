@@ -7,10 +7,10 @@ import pytest
 
 from inferneo_jax import ConfigError
 from inferneo_jax.config import MeshShape
-from server.replica_settings import ReplicaSettings
-from server.setting import describe
-from server.settings import Settings, unknown_variables
-from server.sources import sources_of
+from server.config.replica_settings import ReplicaSettings
+from server.config.setting import describe
+from server.config.settings import Settings, unknown_variables
+from server.models.sources import sources_of
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import pytest
 from fake_engine import TIMEOUT
 from quart import Quart
 
-from server.access.admission import Admission
-from server.access.caller import set_caller
-from server.access.keys import Key
-from server.errors import ApiError
-from server.text import INLINE_BYTES, LARGE_BYTES, TextWork
+from server.http.errors import ApiError
+from server.keys.caller import set_caller
+from server.keys.key import Key
+from server.prompt.cpu_pool import INLINE_BYTES, LARGE_BYTES, TextWork
+from server.run.admission import Admission
 
 LONG = INLINE_BYTES + 1
 
@@ -83,7 +83,7 @@ async def test_without_keys_all_threads_are_used() -> None:
 async def test_only_the_work_is_timed_and_not_the_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.text.BUDGET_SECONDS", 0.05)
+    monkeypatch.setattr("server.prompt.cpu_pool.BUDGET_SECONDS", 0.05)
     text, never = TextWork(), threading.Event()
     flood = [asyncio.create_task(read(text, f"{i}", blocked(never))) for i in range(2)]
     waiting = asyncio.create_task(read(text, "other", lambda: "read"))
@@ -111,7 +111,9 @@ async def test_a_turn_lasts_as_long_as_its_thread(
         never.wait(TIMEOUT)
 
     with monkeypatch.context() as patched:
-        patched.setattr("server.text.BUDGET_SECONDS", 0.05 if how == "too late" else TIMEOUT)
+        patched.setattr(
+            "server.prompt.cpu_pool.BUDGET_SECONDS", 0.05 if how == "too late" else TIMEOUT
+        )
         first = asyncio.create_task(read(text, "flood", work))
         await begun.wait()
         if how == "cancelled":
@@ -132,7 +134,7 @@ async def test_a_turn_lasts_as_long_as_its_thread(
 async def test_a_queue_that_is_too_long_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.text.MAX_QUEUED_BYTES", 3 * LONG)
+    monkeypatch.setattr("server.prompt.cpu_pool.MAX_QUEUED_BYTES", 3 * LONG)
     text, never = TextWork(), threading.Event()
     flood = [asyncio.create_task(read(text, "flood", blocked(never))) for _ in range(4)]
     await asyncio.sleep(0)
@@ -149,7 +151,7 @@ async def test_a_queue_that_is_too_long_is_refused_at_once(
 
 
 async def test_a_wait_that_is_too_long_is_an_overload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.text.WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("server.prompt.cpu_pool.WAIT_SECONDS", 0.05)
     text, never = TextWork(), threading.Event()
     first = asyncio.create_task(read(text, "a", blocked(never)))
     await asyncio.sleep(0)

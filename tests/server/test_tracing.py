@@ -18,10 +18,10 @@ from websockets.sync.client import connect
 from werkzeug.datastructures import Headers
 
 from inferneo_jax import EngineFailedError, GenerationOutput, Tokenizer
-from server.access.admission import Admission
-from server.access.sockets import SocketPlaces
-from server.metrics import Metrics
-from server.tracing import open_tracing
+from server.keys.sockets import SocketPlaces
+from server.observe.metrics import Metrics
+from server.observe.tracing import open_tracing
+from server.run.admission import Admission
 from tests.calibration import Machine
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -321,7 +321,7 @@ def test_a_collector_that_hangs_holds_up_nothing(
         over.wait(10)
         return 503
 
-    monkeypatch.setattr("server.tracing.CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr("server.observe.tracing.CLOSE_SECONDS", 0.2)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
     with collecting(hang) as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)

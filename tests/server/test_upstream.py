@@ -28,7 +28,7 @@ from websockets.asyncio.client import connect
 from werkzeug.exceptions import RequestEntityTooLarge
 from wsproto.events import TextMessage
 
-from server import http1, http2, transport
+from server.http import http1, http2, transport
 
 Application = Callable[..., Any]
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"

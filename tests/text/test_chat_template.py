@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferneo_jax.chat_template import ChatTemplate
 from inferneo_jax.errors import TemplateError
-from inferneo_jax.tokenizer import Tokenizer
-from inferneo_jax.weights.gguf_tokenizer import gguf_tokenizer
+from inferneo_jax.text.chat_template import ChatTemplate
+from inferneo_jax.text.tokenizer import Tokenizer
+from inferneo_jax.weights.sources.gguf_tokenizer import gguf_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHATS = json.loads((GOLDEN / "tokens.json").read_text())["chats"]

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferneo_jax.detokenize import IncrementalDecoder
 from inferneo_jax.errors import TokenizerError
-from inferneo_jax.tokenizer import Tokenizer
+from inferneo_jax.text.detokenize import IncrementalDecoder
+from inferneo_jax.text.tokenizer import Tokenizer
 
 FAMILIES = Path(__file__).parents[1] / "golden" / "families"
 tiny = Tokenizer.from_directory(FAMILIES / "llama-tied")

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inferneo_jax.detokenize import IncrementalDecoder
 from inferneo_jax.errors import TokenizerError
-from inferneo_jax.tokenizer import Tokenizer
-from inferneo_jax.weights.gguf_tokenizer import gguf_tokenizer
+from inferneo_jax.text.detokenize import IncrementalDecoder
+from inferneo_jax.text.tokenizer import Tokenizer
+from inferneo_jax.weights.sources.gguf_tokenizer import gguf_tokenizer
 
 MARK = "▁"
 SPACE = "Ġ"  # how byte-level vocabularies spell a space

@@ -3,7 +3,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inferneo_jax.errors import RequestError
-from inferneo_jax.stops import StopMatcher
+from inferneo_jax.text.stops import StopMatcher
 
 ALPHABET = "ab]^"  # few letters, so that stops occur; two that mean something in expressions
 texts = st.text(ALPHABET, max_size=30)

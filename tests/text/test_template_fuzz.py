@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from inferneo_jax import template_pool
-from inferneo_jax.chat_template import ChatTemplate
 from inferneo_jax.errors import TemplateError, TokenizerError
-from inferneo_jax.template_protocol import MAX_CHARACTERS, MAX_ERROR_CHARACTERS, MEMORY_BYTES
+from inferneo_jax.text import template_pool
+from inferneo_jax.text.chat_template import ChatTemplate
+from inferneo_jax.text.template_protocol import MAX_CHARACTERS, MAX_ERROR_CHARACTERS, MEMORY_BYTES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other kernels bound time only")
 
@@ -287,7 +287,7 @@ def check():
             return ask(worker, *request)
 
         patch.setattr(template_pool._Worker, "ask", watched)
-        patch.setattr("inferneo_jax.chat_template.MAX_SECONDS", SECONDS)
+        patch.setattr("inferneo_jax.text.chat_template.MAX_SECONDS", SECONDS)
         outcome("")
         at_first = resident()
 

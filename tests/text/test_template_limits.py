@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from inferneo_jax.chat_template import ChatTemplate
 from inferneo_jax.errors import InferneoError, TemplateError, TokenizerError
-from inferneo_jax.template_pool import POOL
-from inferneo_jax.template_protocol import MAX_CHARACTERS, MEMORY_BYTES
+from inferneo_jax.text.chat_template import ChatTemplate
+from inferneo_jax.text.template_pool import POOL
+from inferneo_jax.text.template_protocol import MAX_CHARACTERS, MEMORY_BYTES
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 SECONDS = 0.5
@@ -118,7 +118,7 @@ def peak_bytes(pid: int) -> int:
 @pytest.fixture
 def bounded(monkeypatch):
     """Whatever happens in the test, neither this process nor a worker takes much."""
-    monkeypatch.setattr("inferneo_jax.chat_template.MAX_SECONDS", SECONDS)
+    monkeypatch.setattr("inferneo_jax.text.chat_template.MAX_SECONDS", SECONDS)
     tracemalloc.start()
     begun = time.thread_time()
     try:
@@ -195,7 +195,7 @@ def test_an_error_names_no_path_of_this_machine(source):
 
 
 def test_every_rendering_has_its_own_time(monkeypatch):
-    monkeypatch.setattr("inferneo_jax.chat_template.MAX_SECONDS", 0.3)
+    monkeypatch.setattr("inferneo_jax.text.chat_template.MAX_SECONDS", 0.3)
     template = ChatTemplate("{% for n in range(99999) %}{% endfor %}ok", {})
     begun = time.monotonic()
     while time.monotonic() - begun < 1:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from inferneo_jax import template_pool, template_protocol
 from inferneo_jax.errors import EngineError
-from inferneo_jax.template_pool import TemplatePool, WorkerEndedError
+from inferneo_jax.text import template_pool, template_protocol
+from inferneo_jax.text.template_pool import TemplatePool, WorkerEndedError
 
 ROOT = Path(__file__).parents[2]
 ENDLESS = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -89,7 +89,7 @@ def test_a_worker_is_confined_before_it_reads_a_request(pool):
 def test_what_gets_out_of_the_sandbox_can_only_compute(attempt):
     code = (
         "import _socket, os, resource, signal, sys\n"
-        "from inferneo_jax.template_syscalls import leave_few_system_calls\n"
+        "from inferneo_jax.text.template_syscalls import leave_few_system_calls\n"
         "if not leave_few_system_calls(): sys.exit(77)\n"
         f"try: {attempt}\n"
         "except (PermissionError, ValueError): sys.exit(0)\n"  # setrlimit raises the latter
@@ -221,8 +221,8 @@ def script(code: str, end: str) -> list[int]:
     """Run a program that renders something and prints what ``code`` does; the numbers printed."""
     made = (
         "import os, sys\n"
-        "from inferneo_jax.chat_template import ChatTemplate\n"
-        "from inferneo_jax.template_pool import POOL\n"
+        "from inferneo_jax.text.chat_template import ChatTemplate\n"
+        "from inferneo_jax.text.template_pool import POOL\n"
         "def render():\n"
         "    return ChatTemplate('{{ 40 + 2 }}', {}).render([{}], add_generation_prompt=True, "
         "continue_final_message=False, variables={})\n"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax.errors import RequestError, TokenizerError
-from inferneo_jax.tokenizer import Tokenizer
+from inferneo_jax.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = GOLDEN / "families" / "llama-tied"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from inferneo_jax.errors import InferneoError
-from inferneo_jax.tokenizer import Tokenizer
+from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.convert import read_model
 from tests.weights import conftest as made
 from tests.weights.mutations import Folder, Gguf, broken_gguf, sentencepiece

@@ -11,7 +11,7 @@ import pytest
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.errors import CheckpointError, WeightsError
-from inferneo_jax.weights.atomic import new_folder, remove_folder, scratch_folder
+from inferneo_jax.platform.atomic import new_folder, remove_folder, scratch_folder
 from inferneo_jax.weights.checkpoint import open_weights, read_info, write_checkpoint
 
 CONFIG = DecoderConfig(
@@ -178,7 +178,7 @@ def test_a_killed_process_leaves_nothing_at_the_name_and_is_swept(tmp_path):
 def kill_while_writing(path):
     script = (
         "import sys, pathlib\n"
-        "from inferneo_jax.weights.atomic import new_folder\n"
+        "from inferneo_jax.platform.atomic import new_folder\n"
         "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
         "    (folder / 'file').write_text('half')\n"
         "    print('writing', flush=True)\n"

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from inferneo_jax import InferneoError, __version__
 from inferneo_jax.weights.checkpoint import read_info
-from server.cli import app, main
+from server.cli.main import app, main
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_known_failure_is_one_message_and_status_one(monkeypatch, capsys, tmp_
 
 def test_help_loads_no_jax():
     script = (
-        "import sys, server.cli\n"
+        "import sys, server.cli.main\n"
         "heavy = {'jax', 'numpy', 'transformers', 'tokenizers', 'orbax'} & sys.modules.keys()\n"
         "sys.exit(str(heavy) if heavy else 0)\n"
     )

@@ -21,11 +21,11 @@ from inferneo_jax.errors import (
     TokenizerError,
     WeightsError,
 )
-from inferneo_jax.tokenizer import Tokenizer
+from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.catalog import load_catalog
 from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.convert import convert, read_model
-from server.cli import main
+from server.cli.main import main
 from tests.weights.conftest import LLAMA
 from tests.weights.fuzz import SECONDS
 from tests.weights.mutations import (

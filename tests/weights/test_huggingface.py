@@ -5,7 +5,7 @@ import pytest
 from inferneo_jax.errors import CheckpointError, ConfigError, TokenizerError
 from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.convert import convert, read_source
-from inferneo_jax.weights.huggingface import read_huggingface
+from inferneo_jax.weights.sources.huggingface import read_huggingface
 
 
 def test_pickles_are_refused(made, tmp_path):

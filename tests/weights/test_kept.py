@@ -14,10 +14,10 @@ import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.layers.matrix import EncodingError, Formats, Int8, Plain
-from inferneo_jax.mesh import make_mesh
+from inferneo_jax.layers.quantization import EncodingError, Formats, Int8, Plain
 from inferneo_jax.model import load_weights
-from inferneo_jax.weights import kept
+from inferneo_jax.sharding.mesh import make_mesh
+from inferneo_jax.weights import cache
 from inferneo_jax.weights.checkpoint import read_info, write_checkpoint
 from tests.support import ONE_DEVICE, TINY
 
@@ -194,14 +194,14 @@ def test_files_of_somebody_else_are_read_and_memory_is_asked_for_once(
         raise PermissionError
 
     asked: list[int] = []
-    read = kept.KeptWeights.read
+    read = cache.KeptWeights.read
 
-    def noted(store: kept.KeptWeights) -> kept.EncodedParts | None:
+    def noted(store: cache.KeptWeights) -> cache.EncodedParts | None:
         assert len(asked) == 1
         return read(store)
 
     monkeypatch.setattr(os, "utime", refuse)
-    monkeypatch.setattr(kept.KeptWeights, "read", noted)
+    monkeypatch.setattr(cache.KeptWeights, "read", noted)
     monkeypatch.setattr("inferneo_jax.model.require", lambda size, _: asked.append(size))
     assert same(load(checkpoint, tmp_path), wanted)
     assert len(reads) == len(asked) == 1
@@ -224,7 +224,9 @@ def test_a_process_that_is_killed_leaves_no_weights_and_others_may_keep_at_once(
         "import sys; from pathlib import Path; from tests.weights.test_kept import load, same;"
         "p, f = map(Path, sys.argv[1:]); assert same(load(p, f), load(p, None))"
     )
-    killing = "import os, inferneo_jax.weights.kept as k; k._Writer.finish = lambda _: os._exit(9);"
+    killing = (
+        "import os, inferneo_jax.weights.cache as k; k._Writer.finish = lambda _: os._exit(9);"
+    )
 
     def start(code: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path)]

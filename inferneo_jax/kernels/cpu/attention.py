@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from inferneo_jax.cache import KVCache, LayerCache, PagedAttention, PageView
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.cpu.build import Variant, chosen
+from inferneo_jax.layers.cache import KVCache, LayerCache, PagedAttention, PageView
 
 BLOCK = 16
 """Positions, and numbers of a head, that the kernels take together."""

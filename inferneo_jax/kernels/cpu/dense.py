@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from inferneo_jax.kernels.cpu.build import Variant, chosen
-from inferneo_jax.layers.matrix import (
+from inferneo_jax.layers.mlp import gelu
+from inferneo_jax.layers.norm import LayerNorm
+from inferneo_jax.layers.quantization import (
     NOTHING_AFTER,
     After,
     EncodingError,
@@ -19,9 +21,7 @@ from inferneo_jax.layers.matrix import (
     Prologue,
     Stored,
 )
-from inferneo_jax.layers.mlp import gelu
-from inferneo_jax.layers.norm import LayerNorm
-from inferneo_jax.layers.texts import TextAttention, Texts
+from inferneo_jax.layers.segments import TextAttention, Texts
 
 _BLOCK = 32
 """Outputs that lie together."""

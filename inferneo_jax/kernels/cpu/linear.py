@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from inferneo_jax.kernels.cpu.build import Variant, chosen
-from inferneo_jax.layers.matrix import (
+from inferneo_jax.layers.mlp import gate
+from inferneo_jax.layers.norm import RMSNorm
+from inferneo_jax.layers.quantization import (
     NOTHING_AFTER,
     After,
     EncodingError,
@@ -19,8 +21,6 @@ from inferneo_jax.layers.matrix import (
     Prologue,
     Stored,
 )
-from inferneo_jax.layers.mlp import gate
-from inferneo_jax.layers.norm import RMSNorm
 
 _BLOCK = 32
 """Outputs that lie together, and inputs that share a scale."""

@@ -1,0 +1,1 @@
+"""The threads that batch: the generation loop, the embedder, the follower of a job."""

@@ -1,0 +1,272 @@
+"""Embeddings in batches: token ids in, one vector per text out."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, Int
+
+from inferneo_jax import models
+from inferneo_jax.config import EncoderConfig, EngineConfig
+from inferneo_jax.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineFailedError,
+    EngineStoppedError,
+    OverloadedError,
+    RequestError,
+)
+from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.layers.segments import TextAttention
+from inferneo_jax.platform.watchdog import PATIENCE, Heartbeat
+from inferneo_jax.runner.compile_cache import ExecutableStore
+from inferneo_jax.scheduler.packing import Packer
+from inferneo_jax.sharding import mesh as meshes
+from inferneo_jax.sharding.padding import fit
+from inferneo_jax.weights.convert import Progress
+from inferneo_jax.weights.placement import flat, weight_shapes
+
+log = logging.getLogger(__name__)
+
+Vectors = Float32[np.ndarray, "texts embed"]
+
+_ROUND_BATCHES = 4
+"""Full batches that one request gets before it is the next one's turn."""
+
+_STOP_SECONDS = 0.1
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """One request: its texts, longest last, and the vectors found so far; and whose it is."""
+
+    texts: Sequence[Sequence[int]]
+    order: list[int]
+    vectors: Vectors
+    owner: str
+    future: Future[Vectors] = field(default_factory=Future)
+
+
+class Embedder:
+    """Runs one encoder on a thread of its own, over a short list of batch sizes.
+
+    In a batch texts lie one behind the other, so their lengths are no shapes; each group of the
+    mesh's ``data`` axis has texts of its own. Owners take turns, and the requests of each, so that
+    neither many nor a large one hold up the others.
+    """
+
+    def __init__(
+        self,
+        model: EncoderConfig,
+        weights: list[Array],
+        formats: Formats,
+        attention: TextAttention,
+        mesh: Mesh,
+        max_len: int | None = None,
+        step_seconds: float = EngineConfig.step_seconds,
+        compilation_cache: str | None = None,
+    ) -> None:
+        self._step_seconds = step_seconds
+        self.vocab_size = model.vocab_size
+        self.hidden_size = model.hidden_size
+        self.max_tokens = min(max_len or model.max_tokens, model.max_tokens)
+        self._weights = weights
+        fitted = fit(model, meshes.parts(mesh, "heads"))
+        self._graphdef, self._treedef = models.skeleton(fitted, formats)
+        self._attention = attention
+        self._mesh = mesh
+        self._packer = Packer(
+            self.max_tokens, meshes.parts(mesh, "rows"), formats.linear.padding_cost
+        )
+        self._store = ExecutableStore(compilation_cache, mesh, fitted, formats, attention)
+        self._weight_specs = [
+            each.sharding.spec for each in flat(weight_shapes(model, mesh, formats))
+        ]
+        self._compiled: dict[int, Any] = {}
+        self._changed = threading.Condition()
+        self._jobs: dict[str, deque[_Job]] = {}  # by owner, whose turn it is first
+        self._current: _Job | None = None
+        self._stopped = self._hung = False
+        self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
+
+    def start(self, progress: Progress | None = None) -> None:
+        """Compile every batch size, then begin to serve."""
+        step = self._step()
+
+        def lower(size: int) -> jax.stages.Lowered:
+            batch = self._packer.empty(size)
+            return step.lower(self._weights, batch.tokens, batch.bounds)
+
+        self._compiled = self._store.compile_all(
+            {size: partial(lower, size) for size in self._packer.sizes}, progress
+        )
+        self._heartbeat = Heartbeat("embedder", self._warm_up(), self._give_up_round)
+        self._thread.start()
+
+    def _warm_up(self) -> float:
+        """Run every batch size once; the seconds after which a round of batches hangs."""
+        slowest = 0.0
+        for size, step in self._compiled.items():
+            started = time.perf_counter()
+            batch = self._packer.empty(size)
+            batch.bounds[:, 1:] = size  # one text
+            jax.block_until_ready(step(self._weights, batch.tokens, batch.bounds))
+            slowest = max(slowest, time.perf_counter() - started)
+        return max(self._step_seconds, PATIENCE * _ROUND_BATCHES * slowest)
+
+    def embed(self, texts: Sequence[Sequence[int]], owner: str = "") -> Future[Vectors]:
+        """Queue texts, as token ids; the future gives float32 ``[texts, embed]``. Thread-safe.
+
+        Cancelling the future drops what is not computed yet.
+
+        Raises:
+            RequestError: a text is empty or holds an unknown id; ContextLengthError: too long.
+            EngineStoppedError: ``stop`` was called; OverloadedError: a batch hangs.
+        """
+        for i, text in enumerate(texts):
+            if not text:
+                raise RequestError(f"input {i} is empty; it needs at least one token", "input")
+            if len(text) > self.max_tokens:
+                raise ContextLengthError(
+                    f"input {i} has {len(text)} tokens; this model reads at most "
+                    f"{self.max_tokens}. Shorten it or set truncate_prompt_tokens",
+                    "input",
+                )
+            for token in (min(text), max(text)):
+                if not 0 <= token < self.vocab_size:
+                    raise RequestError(
+                        f"input {i} holds token id {token}; ids go from 0 to {self.vocab_size - 1}",
+                        "input",
+                    )
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        vectors = np.empty((len(texts), self.hidden_size), np.float32)
+        job = _Job(texts, order, vectors, owner)
+        with self._changed:
+            if self._stopped:
+                raise EngineStoppedError("the embedding model was stopped")
+            if self._hung:
+                raise OverloadedError("the embedding model does not answer; try again later")
+            self._queue(job)
+            self._changed.notify()
+        return job.future
+
+    def stuck(self) -> float:
+        """Seconds by which the current round has exceeded its limit. Thread-safe."""
+        return self._heartbeat.late()
+
+    def stop(self) -> None:
+        """End the thread, unless it hangs; what is queued fails with EngineStoppedError.
+
+        Thread-safe.
+        """
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._thread.ident is None:
+            return
+        self._thread.join(self._heartbeat.limit)
+        while self._thread.is_alive() and not self._heartbeat.condemn():
+            self._thread.join(_STOP_SECONDS)
+        self._heartbeat.stop()
+
+    def _step(self) -> Any:
+        """The jitted step; groups are split over the mesh."""
+        split = meshes.spec("rows")
+        return jax.jit(
+            jax.shard_map(
+                self._forward,
+                mesh=self._mesh,
+                in_specs=(self._weight_specs, split, split),
+                out_specs=split,
+                check_vma=False,
+            )
+        )
+
+    def _forward(
+        self,
+        weights: list[Array],
+        tokens: Int[Array, "1 tokens"],
+        bounds: Int[Array, "1 texts_and_one"],
+    ) -> Float32[Array, "1 texts embed"]:
+        model: Any = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
+        return model(tokens[0], bounds[0], self._attention)[None]
+
+    def _run(self) -> None:
+        """The embedder's thread: a round of each owner in turn."""
+        while job := self._next_job():
+            try:
+                with self._heartbeat:
+                    self._round(job)
+            except Exception as error:  # noqa: BLE001 - one request's fault is not the others'
+                self._hung = False
+                if not job.future.done():  # it is, if it hung
+                    job.future.set_exception(error)
+                continue
+            if not job.order:
+                job.future.set_result(job.vectors)
+            else:
+                with self._changed:
+                    self._queue(job)
+        self._fail_all(EngineStoppedError("the embedding model was stopped"))
+
+    def _queue(self, job: _Job) -> None:
+        self._jobs.setdefault(job.owner, deque()).append(job)
+
+    def _next_job(self) -> _Job | None:
+        with self._changed:
+            while True:
+                self._current = None
+                self._changed.wait_for(lambda: self._stopped or self._jobs)
+                if self._stopped:
+                    return None
+                owner = next(iter(self._jobs))
+                jobs = self._jobs.pop(owner)
+                job = jobs.popleft()
+                if jobs:
+                    self._jobs[owner] = jobs  # behind the other owners
+                if job.future.running() or job.future.set_running_or_notify_cancel():
+                    self._current = job
+                    return job
+
+    def _give_up_round(self) -> None:
+        """Fail every request while a round hangs. The heartbeat holds the thread there."""
+        with self._changed:
+            self._hung, stopped = True, self._stopped
+        log.error("a round of embeddings hangs")
+        self._fail_all(
+            EngineStoppedError("the embedding model was stopped")
+            if stopped
+            else EngineFailedError("the embedding model does not answer")
+        )
+
+    def _fail_all(self, error: EngineError) -> None:
+        with self._changed:
+            left = [job for jobs in self._jobs.values() for job in jobs]
+            left += [self._current] if self._current else []
+            self._jobs = {}
+        for job in left:
+            if job.future.running() or job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
+
+    def _round(self, job: _Job) -> None:
+        """Compute the longest texts that are left: dispatch some batches, then read them."""
+        batches = []
+        for _ in range(_ROUND_BATCHES):
+            if not job.order:
+                break
+            batch = self._packer.take(job.texts, job.order)
+            step = self._compiled[batch.tokens.shape[1]]
+            batches.append((batch.places, step(self._weights, batch.tokens, batch.bounds)))
+        for places, found in batches:
+            indices, groups, texts = map(list, zip(*places, strict=True))
+            job.vectors[indices] = np.asarray(found)[groups, texts]

@@ -1,0 +1,301 @@
+"""The batching loop: schedule, run, commit. Token ids in, token ids out.
+
+One thread owns the scheduler and the runner. Other threads leave requests, and changes to them, in
+an inbox, and read figures that it publishes; outputs go to each request's sink, called on the
+engine's thread.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+
+from inferneo_jax.engine.forecast import Forecast
+from inferneo_jax.engine.inbox import Inbox
+from inferneo_jax.engine.outputs import Result, Results, results_of
+from inferneo_jax.errors import (
+    EngineFailedError,
+    EngineStoppedError,
+)
+from inferneo_jax.platform import compiles
+from inferneo_jax.platform.watchdog import Heartbeat
+from inferneo_jax.request import (
+    EngineStats,
+    EngineTotals,
+    FinishReason,
+    GenerationRequest,
+    OutputSink,
+    TokenLogprob,
+)
+from inferneo_jax.runner.runner import PendingStep, Runner
+from inferneo_jax.scheduler.data_parallel import Groups, Plans
+from inferneo_jax.scheduler.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+_MAX_FAILURES, _FAILURE_SECONDS = 3, 60.0
+"""An engine whose steps fail so often within so long a time is not rebuilt once more."""
+_STOP_SECONDS = 0.1
+
+
+class Engine:
+    """Runs the requests of one model, any number at a time."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.max_len, self._limits = runner.max_len, runner.limits
+        self._runner = runner
+        self._groups = Groups(
+            runner.groups,
+            slots=runner.slots,
+            num_pages=runner.num_pages,
+            page_len=runner.page_len,
+            shapes=runner.shapes,
+        )
+        self._forecast = Forecast(
+            runner.groups * runner.slots, runner.groups * runner.shapes.budget
+        )
+        self._in_flight: PendingStep | None = None
+        self._idle = True  # the latest step found nothing to do
+        self._totals = EngineTotals()
+        self._inbox = Inbox()
+        self._publish()
+        self._failures: list[float] = []
+        self._heartbeat = Heartbeat("engine", runner.step_seconds, self._give_up_step)
+        self._compiles_before = compiles.num_unexpected()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, sink: OutputSink) -> None:
+        """Queue a request; its outputs go to the sink, the last with a finish reason.
+
+        Thread-safe.
+
+        Raises:
+            RequestError: it can never be served; ContextLengthError when it is too long.
+            OverloadedError: a step hangs.
+            EngineStoppedError: the engine was stopped; EngineFailedError: it failed for good.
+        """
+        self._limits.check(request)
+        self._inbox.submit(request, sink)
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step, if it still runs. Thread-safe."""
+        self._inbox.change(request_id, "abort")
+
+    def pause(self, request_id: str) -> None:
+        """Decode no further tokens of a request until ``resume``. Thread-safe, idempotent.
+
+        It keeps its slot and pages, so whoever pauses must resume or abort; up to two tokens that
+        are under way still arrive. When pages run out it is preempted like any other.
+        """
+        self._inbox.change(request_id, "pause")
+
+    def resume(self, request_id: str) -> None:
+        """Undo ``pause``. Thread-safe, idempotent."""
+        self._inbox.change(request_id, "resume")
+
+    def stop(self) -> None:
+        """End every request, and the thread unless it hangs. Thread-safe."""
+        self._inbox.close(EngineStoppedError("the engine was stopped"))
+        self._thread.join(self._heartbeat.limit)
+        while self._thread.is_alive() and not self._heartbeat.condemn():
+            self._thread.join(_STOP_SECONDS)
+        self._heartbeat.stop()
+
+    def fail(self, reason: str) -> None:
+        """End every request and the engine for good, without waiting for the step. Thread-safe."""
+        self._inbox.close(EngineFailedError(reason))
+        self._heartbeat.condemn()
+
+    def stuck(self) -> float:
+        """Seconds by which the current step has exceeded its limit. Thread-safe."""
+        return self._heartbeat.late()
+
+    def ended(self) -> bool:
+        """Whether the engine was stopped or has failed for good. Thread-safe.
+
+        An engine that recovers from a failed step is not ready for a moment, but has not ended.
+        """
+        return self._inbox.end is not None
+
+    def stats(self) -> EngineStats:
+        """The engine's numbers as of its latest step. Thread-safe."""
+        counts, totals = self._figures
+        return EngineStats(
+            ready=self._inbox.open,
+            compiles_after_ready=compiles.num_unexpected() - self._compiles_before,
+            **counts | {"waiting": max(0, len(self._inbox) - counts["running"])},
+            **dataclasses.asdict(totals),
+        )
+
+    def forecast(self, requests: list[GenerationRequest]) -> float | None:
+        """Seconds until these would have finished, if they were submitted now. Thread-safe.
+
+        They are of one owner and priority. None: they need not wait for a slot, the engine has
+        nothing else to do, or it has measured too little.
+        """
+        return self._forecast.seconds(self._inbox.live(), requests, self._figures[1])
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        while True:
+            try:
+                while self._inbox.wait(idle=self._idle):
+                    self._idle = False
+                    self.step()
+                break
+            except Exception as error:
+                log.exception("a step of the engine failed")
+                failure = EngineFailedError("the engine failed while it ran this request")
+                failure.__cause__ = error
+                if self._inbox.end or not self._rebuild(failure):
+                    break
+        left = self._inbox.clear()
+        self._clear()
+        for sequence in left:
+            sequence.deliver(reason="error", error=self._inbox.end)
+
+    def _rebuild(self, failure: EngineFailedError) -> bool:
+        """End what the failed step may have spoiled, and begin anew; False to give up.
+
+        The step's inputs were donated, so cache and slots are lost; the weights are not. Requests
+        that wait for a slot are not touched.
+        """
+        now = time.monotonic()
+        self._failures = [t for t in self._failures if now - t < _FAILURE_SECONDS] + [now]
+        known = self._inbox.taken()
+        untouched = [s for s in known if s.slot is None and s.num_sampled == len(s.output)]
+        spoiled = [s for s in known if s not in untouched]
+        self._clear()
+        gives_up = len(self._failures) >= _MAX_FAILURES
+        if gives_up:  # before a request is told, whose owner may ask or stop the engine at once
+            log.error("%d steps failed in a short time; the engine ends", len(self._failures))
+            self._inbox.close(failure)
+        for sequence in spoiled:
+            self._inbox.discard(sequence)
+            sequence.deliver(reason="error", error=failure)
+        if gives_up:
+            return False
+        for sequence in untouched:
+            self._groups.add(sequence)
+        try:
+            with self._heartbeat:
+                self._runner.reset()
+        except Exception:
+            log.exception("the engine cannot be rebuilt")
+            self._inbox.close(failure)
+            return False
+        self._inbox.hang(hung=False)
+        log.warning("the engine was rebuilt; %d requests were lost", len(spoiled))
+        return True
+
+    def _give_up_step(self) -> None:
+        """End every request while a step hangs. The heartbeat holds the engine's thread there."""
+        self._inbox.hang(hung=True)
+        known = self._inbox.clear()
+        error = self._inbox.end or EngineFailedError("a step of the engine does not return")
+        log.error("a step hangs; %d requests were lost", len(known))
+        for sequence in known:
+            sequence.deliver(reason="error", error=error)
+
+    def _clear(self) -> None:
+        """Forget what is scheduled: every sequence, page and step under way."""
+        self._in_flight = None
+        self._groups.clear()
+        self._publish()
+
+    def step(self) -> None:
+        """Schedule the next step and run it, then commit the one before it, which ran meanwhile.
+
+        Drafts follow what is known: where there may be some, the step before is committed first.
+        """
+        started = time.monotonic()
+        before = previous = self._in_flight
+        if previous and (previous.drafted or self._groups.may_draft(self._runner.drafts)):
+            self._commit(previous, self._dispatch(None, previous)[1])
+            previous = None
+        self._take_inbox()
+        plans = self._groups.schedule(None if previous else self._runner.drafts)
+        pending, results = self._dispatch(plans, previous)
+        if previous:
+            self._commit(previous, results)
+        self._in_flight = pending
+        # All that is left then is paused, or waits for what the paused hold.
+        self._idle = not (pending or previous)
+        if pending or before:
+            self._forecast.stepped(time.monotonic() - started, steps=1 if before else 0)
+        self._publish()
+
+    def _dispatch(
+        self, plans: Plans | None, previous: PendingStep | None
+    ) -> tuple[PendingStep | None, Results]:
+        """Dispatch what is planned, then wait for the results of the step before it."""
+        with self._heartbeat:
+            # Asked for in here: ``fail`` closes the inbox, then condemns the step under way.
+            if self._inbox.end:
+                return None, (None, None)
+            step = self._runner.run(plans) if plans else None
+            return step, previous.wait() if previous else (None, None)
+
+    def _take_inbox(self) -> None:
+        """Do what other threads asked for since the last step."""
+        submitted, changes = self._inbox.take()
+        for sequence in submitted:
+            self._groups.add(sequence)
+        for sequence, change in changes:
+            if sequence.finished:
+                continue  # it ended before it could be changed
+            if change == "abort":
+                self._finish(sequence, "abort")
+            else:
+                sequence.paused = change == "pause"
+
+    def _publish(self) -> None:
+        """Show ``stats`` what it is like now."""
+        self._figures = self._groups.counts(), dataclasses.replace(self._totals)
+
+    def _commit(self, step: PendingStep, results: Results) -> None:
+        """Hand out the results of a step to the requests that still want them."""
+        self._totals.steps += 1
+        for found in results_of(step.plans, *results):
+            self._totals.prompt_tokens += found.prefilled
+            if found.drafted:
+                self._totals.drafted_tokens += found.drafted
+                self._totals.accepted_tokens += len(found.tokens) - 1
+                cost = self._runner.drafts.cost if self._runner.drafts else 0.0
+                self._groups.accept(found.sequence, found.drafted, len(found.tokens) - 1, cost)
+            if found.sequence.finished:
+                continue  # it ended while this step was under way
+            if found.tokens:
+                self._deliver(found)
+            elif found.ends:
+                self._finish(found.sequence, "length")
+
+    def _deliver(self, found: Result) -> None:
+        """Deliver sampled tokens, up to the one that ends the request."""
+        sequence, kept, reason = found.sequence, 0, None
+        self._totals.cached_tokens += 0 if sequence.started else sequence.cached_tokens or 0
+        while kept < len(found.tokens) and not reason:
+            reason = sequence.accept(found.tokens[kept])
+            kept += 1
+        self._totals.output_tokens += kept
+        output = tuple(found.tokens[:kept]), found.logprobs(kept)
+        if reason:
+            self._finish(sequence, reason, *output)
+        else:
+            sequence.deliver(*output)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+    ) -> None:
+        """Free what the sequence holds, then deliver its last output."""
+        self._groups.remove(sequence)
+        if sequence.output and reason != "abort":
+            self._forecast.finished(len(sequence.output))
+        self._inbox.discard(sequence)
+        self._publish()
+        sequence.deliver(token_ids, logprobs, reason)

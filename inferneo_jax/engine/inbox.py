@@ -1,0 +1,119 @@
+"""What other threads ask of an engine, kept until the engine's thread takes it.
+
+Its lock is held only to move references, never while a step is planned, run or committed, so that
+an event loop can call every method.
+"""
+
+import threading
+from typing import Literal
+
+from inferneo_jax.errors import EngineError, OverloadedError, RequestError
+from inferneo_jax.request import GenerationRequest, OutputSink
+from inferneo_jax.scheduler.sequence import Sequence
+
+Change = Literal["abort", "pause", "resume"]
+
+
+class Inbox:
+    """The unfinished requests of one engine, and the changes that were asked for. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._live: dict[str, Sequence] = {}  # accepted and unfinished, by id
+        self._submitted: list[Sequence] = []
+        self._changes: list[tuple[Sequence, Change]] = []
+        self._arrivals = 0
+        self._end: EngineError | None = None
+        self._hung = False
+
+    def __len__(self) -> int:
+        """Unfinished requests, taken or not."""
+        return len(self._live)
+
+    @property
+    def end(self) -> EngineError | None:
+        """Why the engine ends; None while it goes on."""
+        return self._end
+
+    @property
+    def open(self) -> bool:
+        """Whether requests are accepted."""
+        return not (self._end or self._hung)
+
+    def submit(self, request: GenerationRequest, sink: OutputSink) -> None:
+        """Accept a request.
+
+        Raises:
+            EngineError: the engine ends, or a step hangs.
+            RequestError: its id is that of an unfinished request.
+        """
+        with self._changed:
+            if self._end:
+                raise self._end
+            if request.id in self._live:
+                raise RequestError(f"a request with id {request.id} is already under way", "id")
+            if self._hung:
+                raise OverloadedError("the engine does not answer; try again later")
+            sequence = Sequence(request, sink, self._arrivals)
+            self._arrivals += 1
+            self._live[request.id] = sequence
+            self._submitted.append(sequence)
+            self._changed.notify()
+
+    def change(self, request_id: str, change: Change) -> None:
+        """Ask for a change of a request; nothing happens if that has finished."""
+        with self._changed:
+            if sequence := self._live.get(request_id):
+                self._changes.append((sequence, change))
+                self._changed.notify()
+
+    def close(self, reason: EngineError) -> None:
+        """Have the engine end; the first reason counts."""
+        with self._changed:
+            self._end = self._end or reason
+            self._changed.notify()
+
+    def wait(self, *, idle: bool) -> bool:
+        """Wait until something is asked for, if the engine is idle; False once it is to end."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._end or self._submitted or self._changes or not idle
+            )
+            return not self._end
+
+    def take(self) -> tuple[list[Sequence], list[tuple[Sequence, Change]]]:
+        """The new sequences and changes, in order; a change never precedes its sequence."""
+        with self._changed:
+            submitted, self._submitted = self._submitted, []
+            changes, self._changes = self._changes, []
+        return submitted, changes
+
+    def live(self) -> list[Sequence]:
+        """The unfinished sequences, taken or not."""
+        with self._changed:
+            return list(self._live.values())
+
+    def taken(self) -> list[Sequence]:
+        """The unfinished sequences that were taken."""
+        with self._changed:
+            arriving = set(self._submitted)
+            return [each for each in self._live.values() if each not in arriving]
+
+    def discard(self, sequence: Sequence) -> None:
+        """Forget a sequence that has finished."""
+        with self._changed:
+            self._live.pop(sequence.request.id, None)
+
+    def hang(self, *, hung: bool) -> None:
+        """Accept nothing while a step hangs."""
+        with self._changed:
+            self._hung = hung
+
+    def clear(self) -> list[Sequence]:
+        """Forget every unfinished sequence; returns them, for they must be told why they end."""
+        with self._changed:
+            left = list(self._live.values())
+            self._live.clear()
+            self._submitted.clear()
+            self._changes.clear()
+        return left

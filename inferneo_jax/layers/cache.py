@@ -1,0 +1,190 @@
+"""The KV cache: pages of keys and values, how a step writes them and attends to them.
+
+Every layer has one pair of arrays ``[pages, kv_heads, page_len, head_dim]``, allocated once,
+donated to each step and returned by it. A request's page table lists the pages that hold its
+positions in order; which page belongs to whom is decided on the host, in ``pages.py``. Page 0
+belongs to nobody: whatever padding writes goes there.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from inferneo_jax.config import DecoderConfig
+from inferneo_jax.layers.quantization import quantize
+from inferneo_jax.layers.rope import rotate
+
+_MASKED = -1e30
+"""Finite, so that a row whose keys are all masked gives numbers and not NaN."""
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer.
+
+    int8 caches carry float32 scales, one for each token and KV head: 4 bytes beside ``head_dim``.
+    They lie along the last axis because scores do too, and pages and KV heads come first so that
+    they are sharded as the keys are. A TPU pads that axis to 128: nothing is lost at ``page_len``
+    128, and at 16 a scale costs 32 bytes.
+    """
+
+    keys: Num[Array, "pages kv_heads page_len head_dim"]
+    values: Num[Array, "pages kv_heads page_len head_dim"]
+    key_scales: Float[Array, "pages kv_heads 1 page_len"] | None = None
+    value_scales: Float[Array, "pages kv_heads 1 page_len"] | None = None
+
+
+KVCache = list[LayerCache]
+
+
+class PageView(NamedTuple):
+    """Where the tokens of a step live.
+
+    ``tables`` gives the pages of each row, 0 where none is held; ``positions`` the position of each
+    token in its sequence. A token sees the keys at its own position and before. What lies behind
+    the first ``lengths`` tokens of a row is padding (None: there is none): whatever is made of it
+    is never read.
+    """
+
+    tables: Int[Array, "rows max_pages"]
+    positions: Int[Array, "rows tokens"]
+    lengths: Int[Array, " rows"] | None = None
+
+    def live(self) -> Bool[Array, "rows tokens"]:
+        """Which tokens are no padding."""
+        tokens = self.positions.shape[1]
+        if self.lengths is None:
+            return jnp.ones(self.positions.shape, bool)
+        return jnp.arange(tokens, dtype=jnp.int32)[None, :] < self.lengths[:, None]
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """Attention over paged keys and values in plain XLA operations: the reference on any platform.
+
+    Pages are gathered ``block_len`` positions at a time inside a loop that ends with the longest
+    live row, under an online softmax (arXiv:1805.02867, arXiv:2205.14135). So the work follows the
+    live lengths, one program serves all of them, and only a block's worth of pages is ever copied.
+    """
+
+    kv_heads: int
+    head_dim: int
+    page_len: int
+    dtype: jnp.dtype
+    block_len: int = 128
+
+    def init(self, config: DecoderConfig, num_pages: int) -> KVCache:
+        """Zeroed arrays for ``num_pages`` pages in every layer."""
+        shape = (num_pages, self.kv_heads, self.page_len, self.head_dim)
+        scales = (num_pages, self.kv_heads, 1, self.page_len)
+        return [self._init_layer(shape, shape, scales) for _ in range(config.num_layers)]
+
+    def _init_layer(
+        self, keys: tuple[int, ...], values: tuple[int, ...], scales: tuple[int, ...]
+    ) -> LayerCache:
+        layer = LayerCache(jnp.zeros(keys, self.dtype), jnp.zeros(values, self.dtype))
+        if self.dtype != jnp.int8:
+            return layer
+        return layer._replace(
+            key_scales=jnp.zeros(scales, jnp.float32), value_scales=jnp.zeros(scales, jnp.float32)
+        )
+
+    def step(
+        self,
+        fused: Float[Array, "rows tokens kv_heads entries head_dim"],
+        rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
+        cache: LayerCache,
+        view: PageView,
+    ) -> tuple[Float[Array, "rows tokens kv_heads group head_dim"], LayerCache]:
+        """Rotate queries and keys, write keys and values, and attend.
+
+        The entries of a KV head are its group's queries, its key and its value.
+        """
+        queries, keys = rotate(fused[..., :-2, :], *rope), rotate(fused[..., -2, :], *rope)
+        cache = self.write(cache, keys, fused[..., -1, :], view)
+        return self.attend(queries, cache, view), cache
+
+    def write(
+        self,
+        cache: LayerCache,
+        keys: Float[Array, "rows tokens kv_heads head_dim"],
+        values: Float[Array, "rows tokens kv_heads head_dim"],
+        view: PageView,
+    ) -> LayerCache:
+        """Put each token's key and value at its position; in place when the cache is donated."""
+        index = view.positions // self.page_len
+        pages = jnp.take_along_axis(view.tables, index, axis=1, mode="fill", fill_value=0)
+        offsets = view.positions % self.page_len
+        key_scales, value_scales = cache.key_scales, cache.value_scales
+        if key_scales is not None and value_scales is not None:
+            keys, new_key_scales = quantize(keys)
+            values, new_value_scales = quantize(values)
+            key_scales = key_scales.at[pages, :, 0, offsets].set(new_key_scales)
+            value_scales = value_scales.at[pages, :, 0, offsets].set(new_value_scales)
+        return LayerCache(
+            cache.keys.at[pages, :, offsets].set(keys.astype(self.dtype)),
+            cache.values.at[pages, :, offsets].set(values.astype(self.dtype)),
+            key_scales,
+            value_scales,
+        )
+
+    def attend(
+        self,
+        queries: Float[Array, "rows tokens kv_heads group head_dim"],
+        cache: LayerCache,
+        view: PageView,
+    ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
+        """Softmax of scaled products over all keys at or before each token's position."""
+        rows, tokens, kv_heads, group, head_dim = queries.shape
+        heads_first = queries.transpose(0, 2, 3, 1, 4) * head_dim**-0.5
+        queries = heads_first.reshape(rows, kv_heads, group * tokens, head_dim)
+        last_seen = jnp.tile(view.positions, (1, group))[:, None, :, None]
+
+        pages_per_block = min(max(self.block_len // self.page_len, 1), view.tables.shape[1])
+        block_len = pages_per_block * self.page_len
+        tables = _pad_to_multiple(view.tables, pages_per_block)
+        num_blocks = jnp.max(view.positions) // block_len + 1
+
+        def block(
+            i: Int[Array, ""], carry: tuple[Array, Array, Array]
+        ) -> tuple[Array, Array, Array]:
+            peak, total, mixed = carry
+            ids = lax.dynamic_slice_in_dim(tables, i * pages_per_block, pages_per_block, axis=1)
+            keys = _gather(cache.keys, cache.key_scales, ids)
+            values = _gather(cache.values, cache.value_scales, ids)
+            scores = jnp.einsum("rkqd,rkpd->rkqp", queries, keys)
+            seen = (i * block_len + jnp.arange(block_len))[None, None, None, :] <= last_seen
+            scores = jnp.where(seen, scores, _MASKED)
+            new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
+            weights = jnp.exp(scores - new_peak)
+            decay = jnp.exp(peak - new_peak)
+            total = total * decay + weights.sum(axis=-1, keepdims=True)
+            mixed = mixed * decay + jnp.einsum("rkqp,rkpd->rkqd", weights, values)
+            return new_peak, total, mixed
+
+        column = jnp.zeros((rows, kv_heads, group * tokens, 1), jnp.float32)
+        start = (column + _MASKED, column, jnp.zeros(queries.shape, jnp.float32))
+        _, total, mixed = lax.fori_loop(0, num_blocks, block, start)
+        mixed = (mixed / total).reshape(rows, kv_heads, group, tokens, head_dim)
+        return mixed.transpose(0, 3, 1, 2, 4)
+
+
+def _gather(
+    pages: Num[Array, "pages kv_heads page_len head_dim"],
+    scales: Float[Array, "pages kv_heads 1 page_len"] | None,
+    ids: Int[Array, "rows block_pages"],
+) -> Float[Array, "rows kv_heads positions head_dim"]:
+    rows, _ = ids.shape
+    _, kv_heads, _, head_dim = pages.shape
+    gathered = jnp.take(pages, ids, axis=0, mode="clip").swapaxes(1, 2)
+    gathered = gathered.reshape(rows, kv_heads, -1, head_dim).astype(jnp.float32)
+    if scales is None:
+        return gathered
+    of_tokens = jnp.take(scales, ids, axis=0, mode="clip").swapaxes(1, 2)
+    return gathered * of_tokens.reshape(rows, kv_heads, -1, 1)
+
+
+def _pad_to_multiple(tables: Int[Array, "rows pages"], of: int) -> Int[Array, "rows padded"]:
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % of)))

@@ -1,1 +1,0 @@
-"""One model over several processes, which run the same steps in the same order."""

@@ -1,0 +1,101 @@
+"""What a model cannot do without on a chip, from shapes alone: bytes, operations, seconds."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from inferneo_jax import models
+from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.planner.chips import Chip, Topology
+from inferneo_jax.runner.backends import formats_for
+from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.runner.programs import Programs
+from inferneo_jax.sharding import mesh as meshes
+from inferneo_jax.sharding.padding import fit
+from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
+
+_RESERVE = 0.03
+"""Of a chip's memory, kept for temporaries while their size is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is planned for."""
+
+    model: DecoderConfig
+    topology: Topology
+    engine: EngineConfig
+    context: int
+
+
+class Budget:
+    """A chip's memory, shared out before anything is compiled. All in bytes."""
+
+    def __init__(self, wish: Wish, mesh: Mesh) -> None:
+        self._wish, self._mesh = wish, mesh
+        self.formats = formats_for(wish.engine, mesh)
+        one = self.programs(kv_tokens=wish.engine.slots * 256, max_len=2)
+        self.token_bytes = one.cache_bytes // (one.num_pages * one.page_len)
+        self.weights = local_bytes(flat(weight_shapes(wish.model, mesh, self.formats)))
+        context_length = wish.model.context_length
+        max_len = min(wish.engine.max_len or context_length, context_length)
+        groups = meshes.parts(mesh, "slots")
+        # Of every slot its tokens, biases and the rest of its sampling parameters.
+        each = 4 * max_len + 8 * wish.engine.max_logit_bias + 256
+        self.state = wish.engine.slots // groups * each
+        reserve = int(_RESERVE * wish.topology.chip.memory_bytes)
+        self.kv = wish.topology.chip.memory_bytes - self.weights - self.state - reserve
+        least = self.token_bytes * wish.context
+        self.missing = max(0, least - self.kv)
+
+    def programs(self, **changes: Any) -> Programs:
+        """The programs, with a cache as large as the memory lets it be."""
+        config = dataclasses.replace(self._wish.engine, **changes)
+        return make_programs(self._wish.model, config, self._mesh, self.formats, lambda: self.kv)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step cannot do without, on one chip: bytes to read, operations to perform."""
+
+    weights: int
+    live_kv: int
+    operations: int
+
+
+def work_of(wish: Wish, mesh: Mesh, token_bytes: int, rows: int, tokens: int) -> Work:
+    """Of ``rows`` rows of a group with ``tokens`` new tokens each, behind ``context`` others."""
+    model = meshes.parts(mesh, "kv_heads")
+    fitted = fit(wish.model, model)
+    shapes = weight_shapes(wish.model, mesh, formats_for(wish.engine, mesh))
+    specs = models.declare(fitted)
+    if not wish.model.tie_embeddings:
+        del shapes["embed.table"], specs["embed.table"]  # a few rows of it are read
+    weights = local_bytes(flat(shapes))
+    elements = sum(
+        math.prod(spec.shape) // (model if any(spec.flat_axes) else 1)
+        for spec in specs.values()
+        if spec.inputs
+    )
+    live = wish.context * rows
+    heads = fitted.num_layers * fitted.num_heads // model
+    attention = 4 * heads * fitted.head_dim * live * tokens
+    return Work(weights, token_bytes * live, 2 * elements * rows * tokens + attention)
+
+
+def bound(chip: Chip, work: Work, sent: float, quantization: str) -> tuple[float, str]:
+    """Seconds that the step takes at least, and what takes longest of them.
+
+    Memory and compute overlap; the network is waited for.
+    """
+    rate = chip.int8_rate if quantization == "int8" else chip.float_rate
+    parts = {
+        "memory": (work.weights + work.live_kv) / chip.memory_rate,
+        "compute": work.operations / rate,
+        "network": sent / chip.link_rate,
+    }
+    seconds = max(parts["memory"], parts["compute"]) + parts["network"]
+    return seconds, max(parts, key=lambda name: parts[name])

@@ -1,0 +1,198 @@
+"""Chips and topologies that a model can be planned for, as their makers describe them."""
+
+import contextlib
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from inferneo_jax.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One chip. Rates are peaks.
+
+    Attributes:
+        name: as in a topology.
+        memory_bytes: that a program can have, after what the runtime keeps to itself.
+        memory_rate: bytes a second from and to that memory.
+        float_rate: bfloat16 operations a second; a multiplication with an addition is two.
+        int8_rate: the same in int8.
+        link_rate: bytes a second that a chip sends to the other chips of its mesh, all links
+            together.
+        host_chips: chips of one host at most.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_rate: float
+    float_rate: float
+    int8_rate: float
+    link_rate: float
+    host_chips: int
+
+
+_GIB = 2**30
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # cloud.google.com/tpu/docs/v5e, /v6e, /v5p; memory as the TPU compiler states it.
+        Chip(
+            name="v5e",
+            memory_bytes=int(15.75 * _GIB),
+            memory_rate=819e9,
+            float_rate=197e12,
+            int8_rate=394e12,
+            link_rate=200e9,
+            host_chips=8,
+        ),
+        Chip(
+            name="v6e",
+            memory_bytes=int(31.25 * _GIB),
+            memory_rate=1640e9,
+            float_rate=918e12,
+            int8_rate=1836e12,
+            link_rate=448e9,
+            host_chips=8,
+        ),
+        Chip(
+            name="v5p",
+            memory_bytes=int(95.74 * _GIB),
+            memory_rate=2765e9,
+            float_rate=459e12,
+            int8_rate=918e12,
+            link_rate=600e9,
+            host_chips=4,
+        ),
+        # NVIDIA H100 SXM datasheet, without sparsity; jax leaves a tenth of the memory to CUDA.
+        Chip(
+            name="h100",
+            memory_bytes=int(0.9 * 80e9),
+            memory_rate=3350e9,
+            float_rate=989e12,
+            int8_rate=1979e12,
+            link_rate=450e9,
+            host_chips=8,
+        ),
+        # A server core's share, roughly; what a plan for it shows is memory and collectives.
+        Chip(
+            name="cpu",
+            memory_bytes=16 * _GIB,
+            memory_rate=20e9,
+            float_rate=100e9,
+            int8_rate=400e9,
+            link_rate=10e9,
+            host_chips=64,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Some chips of one kind: ``shape`` along each axis of their network."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def num_chips(self) -> int:
+        """How many chips it has."""
+        return math.prod(self.shape)
+
+    @classmethod
+    def parse(cls, text: str) -> "Topology":
+        """Read ``v5e:2x4``, ``v5p:2x2x1``, ``h100:8`` or ``cpu:8``.
+
+        Raises:
+            ConfigError: it is not written like that, or names no chip that is known.
+        """
+        name, _, sizes = text.partition(":")
+        if name not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", sizes):
+            raise ConfigError(
+                f"topology is {text!r}; write chip:shape, as v5e:2x4, v6e:2x2, v5p:2x2x1, h100:8 "
+                f"or cpu:8; the chips are {', '.join(CHIPS)}"
+            )
+        return cls(CHIPS[name], tuple(int(size) for size in sizes.split("x")))
+
+    def devices(self) -> list[Any]:
+        """Descriptions of its devices, for which programs can be compiled.
+
+        Raises:
+            ConfigError: the compiler for these chips is not installed, or builds none like that.
+        """
+        if self.chip.name == "cpu":
+            return self._cpus()
+        if self.chip.name == "h100":
+            return self._gpus()
+        return self._tpus()
+
+    def larger(self) -> "Topology":
+        """The next larger one of the same chips: the shortest axis doubled."""
+        axes = self.shape[:2] if self.chip.name == "v5p" and len(self.shape) < 3 else self.shape
+        shortest = axes.index(min(axes))
+        return Topology(
+            self.chip, tuple(n * (2 if i == shortest else 1) for i, n in enumerate(self.shape))
+        )
+
+    def _tpus(self) -> list[Any]:
+        _describe_no_tpu()
+        from jax.experimental import topologies
+
+        shape = (*self.shape, 1, 1)[:3]
+        host = (2, 4, 1) if self.num_chips >= 8 and self.chip.host_chips == 8 else (2, 2, 1)
+        bounds = tuple(min(a, b) for a, b in zip(host, shape, strict=True))
+        name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        try:
+            found = topologies.get_topology_desc(name, platform="tpu", chips_per_host_bounds=bounds)
+        except Exception as error:
+            raise ConfigError(
+                f"the TPU compiler has no {self} ({str(error).splitlines()[0]}); it is part of "
+                "libtpu: pip install 'inferneo-jax[plan]', and the shapes are those of "
+                "Cloud TPU"
+            ) from error
+        return list(found.devices)
+
+    def _gpus(self) -> list[Any]:
+        from jax.experimental import topologies
+
+        from inferneo_jax.planner.h100 import TARGET
+
+        try:
+            found = topologies.get_topology_desc(
+                platform="cuda", target_config=TARGET, topology=f"1x1x{self.num_chips}"
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"the CUDA compiler cannot be used ({str(error).splitlines()[0]}); in an "
+                "environment of its own: pip install 'inferneo-jax[plan-cuda]', and set "
+                "JAX_PLATFORMS=cpu"
+            ) from error
+        return list(found.devices)
+
+    def _cpus(self) -> list[Any]:
+        import jax
+
+        with contextlib.suppress(RuntimeError):  # jax runs already, with as many as it has
+            jax.config.update("jax_num_cpu_devices", self.num_chips)
+        devices = jax.devices("cpu")
+        if len(devices) < self.num_chips:
+            raise ConfigError(f"{self} needs {self.num_chips} CPU devices; jax has {len(devices)}")
+        return devices[: self.num_chips]
+
+
+def _describe_no_tpu() -> None:
+    """Keep libtpu from looking for a TPU, and from minding other processes that do not use one."""
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)

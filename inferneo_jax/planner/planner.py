@@ -1,0 +1,196 @@
+"""What a model takes and gives on a topology: memory, collectives, roofline.
+
+The programs are those that the runner would run there (``programs.py``), compiled for chips that
+need not be there. Memory and collectives are read off the executables; operations, and so the
+bounds on speed, follow from shapes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from inferneo_jax.config import MeshShape
+from inferneo_jax.planner.advice import advise, remedies
+from inferneo_jax.planner.budget import Budget, Wish, bound, work_of
+from inferneo_jax.planner.hlo import Collective, Program
+from inferneo_jax.runner.backends import cache_dtype_for
+from inferneo_jax.runner.programs import Key, Programs
+from inferneo_jax.sharding import mesh as meshes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One program on one chip, over every row with ``context`` live positions.
+
+    Attributes:
+        kind: ``decode`` or ``prefill``.
+        tokens: that it computes on all chips together.
+        temporary_bytes: beside its arguments.
+        aliased_bytes: of the cache that are updated in place.
+        cache_bytes: of the whole cache.
+        needed_bytes: of memory traffic that no program could avoid: weights and live KV.
+        moved_bytes: of memory traffic, as compiled; None where the compiler does not say.
+        operations: multiplications and additions.
+        collectives: with what they send.
+        seconds: no faster than that.
+        wall: what sets that bound: memory, compute or network.
+    """
+
+    kind: str
+    tokens: int
+    temporary_bytes: int
+    aliased_bytes: int
+    cache_bytes: int
+    needed_bytes: int
+    moved_bytes: int | None
+    operations: int
+    collectives: tuple[Collective, ...]
+    seconds: float
+    wall: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A model on a topology; bytes are of one chip.
+
+    Attributes:
+        topology: its text.
+        mesh: devices on both axes.
+        dtype: of weights and products.
+        quantization: of the weights.
+        kv_dtype: of keys and values.
+        slots: requests that run at once, on all chips.
+        context: live positions that each of them is reckoned with.
+        memory_bytes: what the chip has for programs.
+        weight_bytes: of the weights.
+        state_bytes: of tokens and sampling parameters.
+        temporary_bytes: of the step that takes most.
+        code_bytes: of all programs, each with that of the largest of its kind.
+        kv_bytes: what is left, all of which can be KV.
+        kv_tokens: that the KV of all chips can hold.
+        steps: decode and prefill; none where the model does not fit.
+        tokens_per_second: output tokens of all chips, at most.
+        missing_bytes: by how much it does not fit; 0 when it does.
+        remedies: what would make it fit.
+        advised_mesh: the one with the highest bound on decode.
+    """
+
+    topology: str
+    mesh: MeshShape
+    dtype: str
+    quantization: str
+    kv_dtype: str
+    slots: int
+    context: int
+    memory_bytes: int
+    weight_bytes: int
+    state_bytes: int
+    temporary_bytes: int
+    code_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    steps: tuple[Step, ...]
+    tokens_per_second: float
+    missing_bytes: int
+    remedies: tuple[str, ...]
+    advised_mesh: MeshShape
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> Plan:
+    """Compile a model's steps for a topology, and see what they take.
+
+    Raises:
+        ConfigError: the mesh does not go with the topology, or its compiler cannot be used.
+    """
+    shape = wish.engine.mesh
+    data, model = shape.over(wish.topology.num_chips)
+    devices = wish.topology.devices()
+    mesh = meshes.make_mesh(shape, devices)
+    budget = Budget(wish, mesh)
+    plan = Plan(
+        topology=str(wish.topology),
+        mesh=MeshShape(data, model),
+        dtype=budget.formats.dtype.name,
+        quantization=wish.engine.quantization,
+        kv_dtype=cache_dtype_for(wish.engine, devices[0], native=True).name,
+        slots=wish.engine.slots,
+        context=wish.context,
+        memory_bytes=wish.topology.chip.memory_bytes,
+        weight_bytes=budget.weights,
+        state_bytes=budget.state,
+        temporary_bytes=0,
+        code_bytes=0,
+        kv_bytes=0,
+        kv_tokens=0,
+        steps=(),
+        tokens_per_second=0.0,
+        missing_bytes=budget.missing,
+        remedies=(),
+        advised_mesh=advise(wish, devices),
+    )
+    if budget.missing:
+        return dataclasses.replace(plan, remedies=tuple(remedies(wish)))
+    programs = budget.programs()
+    kept = [*programs.sample_keys(), *programs.keys()]
+    steps, code, temporary = [], 0, 0
+    decode = ("decode", programs.row_buckets[-1], 1)
+    for key in (decode, ("prefill", 1, wish.engine.prefill_chunks[-1])):
+        progress(f"compiling {key[0]} for {wish.topology}")
+        parts = key, programs.sampled_by(key)
+        with jax.set_mesh(mesh):
+            compiled = [programs.lower(part).compile() for part in parts]
+        steps.append(_read_step(wish, programs, key, compiled))
+        for part, program in zip(parts, compiled, strict=True):
+            memory = program.memory_analysis()
+            code += memory.generated_code_size_in_bytes * sum(each[0] == part[0] for each in kept)
+            # A compiler may state a peak above its temporaries.
+            beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+            temporary = max(temporary, beside, memory.temp_size_in_bytes)
+    taken = plan.weight_bytes + plan.state_bytes + temporary + code
+    kv = max(0, plan.memory_bytes - taken)
+    return dataclasses.replace(
+        plan,
+        temporary_bytes=temporary,
+        code_bytes=code,
+        kv_bytes=kv,
+        kv_tokens=kv // budget.token_bytes * data,
+        steps=tuple(steps),
+        tokens_per_second=steps[0].tokens / steps[0].seconds,
+    )
+
+
+def _read_step(wish: Wish, programs: Programs, key: Key, compiled: list[Any]) -> Step:
+    kind, rows, tokens = key
+    memory = compiled[0].memory_analysis()
+    read = [Program(each.as_text()) for each in compiled]
+    shards = {each.sharding.shard_shape(each.shape) for each in jax.tree.leaves(programs.cache())}
+    chip = wish.topology.chip
+    token_bytes = programs.cache_bytes // (programs.num_pages * programs.page_len)
+    work = work_of(wish, programs.mesh, token_bytes, rows, tokens)
+    collectives = tuple(each for program in read for each in program.collectives())
+    moved = None
+    if chip.name != "cpu":
+        moved = sum(program.traffic(shards) for program in read) + work.live_kv
+    seconds, wall = bound(
+        chip, work, sum(each.sent_bytes for each in collectives), programs.config.quantization
+    )
+    return Step(
+        kind=kind,
+        tokens=programs.groups * rows * tokens,
+        temporary_bytes=memory.temp_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        cache_bytes=programs.cache_bytes,
+        needed_bytes=work.weights + work.live_kv,
+        moved_bytes=moved,
+        operations=work.operations,
+        collectives=collectives,
+        seconds=seconds,
+        wall=wall,
+    )

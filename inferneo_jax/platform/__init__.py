@@ -1,0 +1,1 @@
+"""The machine: its memory, processors and disk, and a watchdog over threads."""

@@ -1,0 +1,1 @@
+"""What is compiled and dispatched: backends, programs, inputs and the runner."""

@@ -1,0 +1,88 @@
+"""How long a sequence may be and how many pages the cache has: programs that fit their devices."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.errors import ConfigError
+from inferneo_jax.kernels import attention_for
+from inferneo_jax.layers.cache import PagedAttention
+from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.runner.backends import cache_dtype_for
+from inferneo_jax.runner.programs import Programs
+from inferneo_jax.sharding import mesh as meshes
+from inferneo_jax.sharding.padding import fit
+
+log = logging.getLogger(__name__)
+
+
+def make_programs(
+    model: DecoderConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    formats: Formats,
+    cache_budget: Callable[[], int],
+) -> Programs:
+    """The programs of a model, with a cache that fits.
+
+    Args:
+        model: not fitted to the mesh.
+        config: of the engine.
+        mesh: of the devices they run on.
+        formats: of the weights.
+        cache_budget: bytes that one device can give the cache; asked where the configuration
+            leaves its size open.
+
+    Raises:
+        ConfigError: the longest sequence does not fit the cache, or the groups do not divide the
+            slots.
+    """
+    groups = meshes.parts(mesh, "slots")
+    if config.slots % groups:
+        raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={groups}")
+    fitted = fit(model, meshes.parts(mesh, "kv_heads"))
+    device = mesh.devices.flat[0]
+    page_len = config.page_len or (64 if device.platform == "tpu" else 16)
+    kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
+    attention = kind(
+        kv_heads=fitted.num_kv_heads,
+        head_dim=model.head_dim,
+        page_len=page_len,
+        dtype=cache_dtype_for(config, device, native=kind is not PagedAttention),
+    )
+    one_page = Programs(model, config, mesh, formats, attention, 1, 1)
+    max_len, pages = _cache_size(one_page, cache_budget)
+    return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
+
+
+def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int]:
+    """The longest sequence, in tokens, and the pages of one group's cache.
+
+    The programs given have a cache of one page.
+    """
+    config, groups, page_len = programs.config, programs.groups, programs.page_len
+    token_bytes = programs.cache_bytes // page_len
+    context_length = programs.model.context_length
+    if config.max_len is not None and config.max_len > context_length:
+        log.warning(
+            "max_len is %d, but the model's context is %d tokens, and no request gets more",
+            config.max_len,
+            context_length,
+        )
+    longest = min(config.max_len or context_length, context_length)
+    if config.kv_tokens:
+        tokens = config.kv_tokens // groups
+    else:
+        tokens = min(config.slots // groups * longest, budget() // token_bytes)
+    max_len = longest if config.max_len else min(longest, tokens)
+    pages = tokens // page_len
+    if max_len > pages * page_len or max_len < 2:
+        raise ConfigError(
+            f"max_len is {max_len} tokens but the KV cache of "
+            f"{'each group' if groups > 1 else 'the model'} holds {pages * page_len} "
+            f"({token_bytes} bytes each on a device); lower max_len or raise kv_tokens"
+        )
+    return max_len, pages

@@ -1,0 +1,157 @@
+"""Compiled programs, kept on disk between starts.
+
+JAX's own persistent cache knows a program by its lowered form, so each start would trace and lower
+every program again to find it. Here a program is known by what it is made of: the source of this
+package that runs on devices, the versions of JAX and of the device's compiler, the machine, the
+mesh, and the configuration. What was compiled from the same is loaded as it is.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.monitoring
+import jaxlib.version
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+from inferneo_jax.platform import compiles, cpu
+from inferneo_jax.platform.atomic import PARTIAL, write_whole
+from inferneo_jax.platform.source import DEVICE_ROOMS, source_hash
+from inferneo_jax.weights.cache import WEIGHTS_SUFFIX
+from inferneo_jax.weights.convert import Progress
+
+log = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
+
+_from_jax = threading.local()
+"""Whether JAX's own cache, where it is on, had this thread's latest program."""
+
+_SUFFIX = ".executable"
+_OURS = (_SUFFIX, WEIGHTS_SUFFIX, PARTIAL)
+_UNUSED_SECONDS = 30 * 86_400.0
+"""What no start has asked for in so long is removed."""
+_ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+"""Variables that change what is compiled."""
+
+
+class ExecutableStore:
+    """The executables of one model on one mesh.
+
+    Whoever may write to the folder may run code in this process, as with JAX's own cache.
+
+    Args:
+        folder: made if it is not there; None keeps nothing.
+        mesh: what the programs run on.
+        facts: all else that the programs are made of. Their ``repr`` must tell them apart, and be
+            the same in every process.
+    """
+
+    def __init__(self, folder: str | Path | None, mesh: Mesh, *facts: object) -> None:
+        self._folder = Path(folder) if folder else None
+        self._devices = [*mesh.devices.flat]
+        self._made_of = "\n".join(map(repr, (*_surroundings(mesh), *facts)))
+
+    def compile_all(
+        self, programs: Mapping[K, Callable[[], jax.stages.Lowered]], progress: Progress | None
+    ) -> dict[K, jax.stages.Compiled]:
+        """Every program, from disk or lowered and compiled, several at a time."""
+
+        def build(key: K) -> jax.stages.Compiled:
+            with compiles.expected():
+                return self._load(key) or self._compile(key, programs[key])
+
+        made = {}
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for key, program in zip(programs, pool.map(build, programs), strict=True):
+                made[key] = program
+                if progress:
+                    progress("compile", len(made), len(programs))
+        self._remove_unused()
+        return made
+
+    def _compile(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
+        _from_jax.hit = False
+        compiled = lower().compile()
+        # XLA:CPU writes out a program that was itself read from a file without its functions.
+        if self._folder and not _from_jax.hit:
+            try:
+                content = pickle.dumps(serialize_executable.serialize(compiled))
+                write_whole(self._file(key), [content])
+            except Exception as error:  # noqa: BLE001  (not every platform can; it is made again)
+                log.info("a compiled program is not kept: %s", error)
+        return compiled
+
+    def _load(self, key: Hashable) -> Any:
+        """The executable that was kept, or None; one that cannot be used is as if not there."""
+        try:
+            file = self._file(key)
+            content = file.read_bytes()
+            with contextlib.suppress(PermissionError):  # somebody else keeps them
+                os.utime(file)
+            program, inputs, outputs = pickle.loads(content)  # noqa: S301  (as safe as the folder)
+            return serialize_executable.deserialize_and_load(
+                program,
+                inputs,
+                outputs,
+                backend=self._devices[0].client,
+                execution_devices=self._devices,
+            )
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # noqa: BLE001  (a damaged file may raise anything)
+            log.warning("a kept program cannot be loaded and is compiled again: %s", error)
+            return None
+
+    def _file(self, key: Hashable) -> Path:
+        if self._folder is None:
+            raise FileNotFoundError
+        name = hashlib.sha256(f"{self._made_of}\n{key!r}".encode()).hexdigest()
+        return self._folder / f"{name[:40]}{_SUFFIX}"
+
+    def _remove_unused(self) -> None:
+        if not self._folder or not self._folder.is_dir():
+            return
+        for file in self._folder.glob("*"):
+            if file.suffix not in _OURS:
+                continue
+            try:
+                if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
+                    file.unlink()
+            except OSError:  # somebody else removed it
+                continue
+
+
+def _surroundings(mesh: Mesh) -> list[object]:
+    """What every program depends on beside the model."""
+    device = mesh.devices.flat[0]
+    return [
+        source_hash(*DEVICE_ROOMS),
+        (jax.__version__, jaxlib.version.__version__, sys.version),
+        (device.platform, device.device_kind, device.client.platform_version),
+        # Code for another CPU may not run on this one.
+        cpu.description() if device.platform == "cpu" else platform.machine(),
+        [os.environ.get(name) for name in _ENVIRONMENT],
+        (mesh.axis_names, mesh.devices.shape, [each.id for each in mesh.devices.flat]),
+        (jax.process_index(), jax.process_count(), jax.device_count()),
+    ]
+
+
+def _note_hit(event: str, **_: object) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _from_jax.hit = True
+
+
+jax.monitoring.register_event_listener(_note_hit)

@@ -1,0 +1,211 @@
+"""What the host hands to a step: plans and requests written out as numpy arrays.
+
+Each array holds as many rows of every group of devices, group after group; slots and pages are
+counted from 0 within a group.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from inferneo_jax.layers.sampler import SamplingRows
+from inferneo_jax.models.steps import DecodeRows, PrefillRows, SlotState, VerifyRows
+from inferneo_jax.request import GenerationRequest
+from inferneo_jax.scheduler.block_pool import NO_PAGE
+from inferneo_jax.scheduler.output import DecodeRow, PrefillChunk
+from inferneo_jax.scheduler.sequence import Sequence
+
+# The fields of rows are declared as the jax arrays that steps see; these builders fill them with
+# numpy arrays, which a compiled step takes as well. Hence the Any.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowBuilder:
+    """Sizes of everything that is handed over; they never change while a model is loaded.
+
+    Attributes:
+        groups: of devices, on the mesh's ``data`` axis.
+        slots: of one group.
+        max_len: tokens of the longest sequence.
+        max_pages: pages of the longest sequence.
+        vocab_size: of the model.
+        max_bias: biased tokens of one request.
+        max_stops: stop tokens of one request.
+    """
+
+    groups: int
+    slots: int
+    max_len: int
+    max_pages: int
+    vocab_size: int
+    max_bias: int
+    max_stops: int
+    _page_tables: "_PageTables" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        tables = _PageTables(self.groups, self.slots, self.max_pages)
+        object.__setattr__(self, "_page_tables", tables)
+
+    def empty_state(self) -> SlotState:
+        """All slots without tokens, greedy and with no sampling feature in use."""
+        return self._unused(self.groups * self.slots)
+
+    def _unused(self, rows: int) -> SlotState:
+
+        def full(value: Any, dtype: type[np.generic]) -> Any:
+            return np.full(rows, value, dtype)
+
+        unused: tuple[Any, Any, Any] = self._tables({}, frozenset())
+        tiled: Any = [np.tile(table, (rows, 1)) for table in unused]
+        bias_ids, bias, stop_ids = tiled
+        seed: Any = np.zeros((rows, 2), np.uint32)
+        tokens: Any = np.zeros((rows, self.max_len), np.int32)
+        sampling = SamplingRows(
+            temperature=full(0, np.float32),
+            top_k=full(0, np.int32),
+            top_p=full(1, np.float32),
+            min_p=full(0, np.float32),
+            frequency_penalty=full(0, np.float32),
+            presence_penalty=full(0, np.float32),
+            repetition_penalty=full(1, np.float32),
+            seed=seed,
+            prompt_len=full(0, np.int32),
+            min_len=full(0, np.int32),
+            want_logprobs=full(False, np.bool_),
+            bias_ids=bias_ids,
+            bias=bias,
+            stop_ids=stop_ids,
+        )
+        return SlotState(tokens, sampling)
+
+    def slot_row(self, sequence: Sequence) -> SlotState:
+        """One slot's content, without the leading axis: known tokens and parameters."""
+        tokens: Any = np.zeros(self.max_len, np.int32)
+        tokens[: sequence.num_known] = sequence.tokens
+        return SlotState(tokens, self._sampling_row(sequence.request))
+
+    def admit(self, groups: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:
+        """The sequences that each group admits: their slots, and what to put there."""
+        slots: Any = np.full(self.groups * bucket, self.slots, np.int32)
+        rows = self._unused(self.groups * bucket)
+        arrays = _arrays(rows)
+        for group, sequences in enumerate(groups):
+            for i, sequence in enumerate(sequences, start=group * bucket):
+                slots[i] = sequence.slot
+                for array, value in zip(arrays, _arrays(self.slot_row(sequence)), strict=True):
+                    array[i] = value
+        return slots, rows
+
+    def decode(self, groups: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeRows:
+        """Rows of a decode step; each group's are padded to the bucket with rows without a slot."""
+        total = self.groups * bucket
+        slots: Any = np.full(total, self.slots, np.int32)
+        positions: Any = np.zeros(total, np.int32)
+        tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
+        for group, rows in enumerate(groups):
+            for i, row in enumerate(rows, start=group * bucket):
+                slots[i] = row.sequence.slot
+                positions[i] = row.position
+                tables[i] = self._page_tables.of(row.sequence)
+        return DecodeRows(slots, positions, tables)
+
+    def verify(self, groups: Iterable[Iterable[DecodeRow]], bucket: int, most: int) -> VerifyRows:
+        """Rows of a decode step with drafts of up to ``most`` tokens."""
+        total = self.groups * bucket
+        drafts: Any = np.zeros((total, most), np.int32)
+        num_drafted: Any = np.zeros(total, np.int32)
+        of_groups = [tuple(rows) for rows in groups]
+        for group, rows in enumerate(of_groups):
+            for i, row in enumerate(rows, start=group * bucket):
+                num_drafted[i] = len(row.draft)
+                drafts[i, : len(row.draft)] = row.draft
+        return VerifyRows(*self.decode(of_groups, bucket), drafts, num_drafted)
+
+    def prefill(self, groups: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillRows:
+        """Rows of a prefill step, padded like those of a decode step."""
+        total = self.groups * bucket
+        slots: Any = np.full(total, self.slots, np.int32)
+        start: Any = np.zeros(total, np.int32)
+        length: Any = np.ones(total, np.int32)
+        sample: Any = np.zeros(total, np.bool_)
+        scored: Any = np.zeros(total, np.bool_)
+        tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
+        for group, chunks in enumerate(groups):
+            for i, chunk in enumerate(chunks, start=group * bucket):
+                slots[i] = chunk.sequence.slot
+                start[i], length[i], sample[i] = chunk.start, chunk.length, chunk.sample
+                scored[i] = chunk.sequence.request.prompt_logprobs is not None
+                tables[i] = self._page_tables.of(chunk.sequence)
+        return PrefillRows(slots, start, length, sample, scored, tables)
+
+    def _sampling_row(self, request: GenerationRequest) -> SamplingRows:
+        params = request.sampling
+        bias_ids, bias, stop_ids = self._tables(params.logit_bias, request.stop_token_ids)
+
+        def real(value: float) -> Any:
+            return np.float32(value)
+
+        def whole(value: int) -> Any:
+            return np.int32(value)
+
+        def flag(value: bool) -> Any:
+            return np.bool_(value)
+
+        seed: Any = np.array([params.seed >> 32, params.seed & 0xFFFFFFFF], np.uint32)
+        return SamplingRows(
+            temperature=real(params.temperature),
+            top_k=whole(min(params.top_k, self.vocab_size)),
+            top_p=real(params.top_p),
+            min_p=real(params.min_p),
+            frequency_penalty=real(params.frequency_penalty),
+            presence_penalty=real(params.presence_penalty),
+            repetition_penalty=real(params.repetition_penalty),
+            seed=seed,
+            prompt_len=whole(len(request.prompt)),
+            min_len=whole(len(request.prompt) + request.min_tokens),
+            want_logprobs=flag(request.logprobs is not None),
+            bias_ids=bias_ids,
+            bias=bias,
+            stop_ids=stop_ids,
+        )
+
+    def _tables(self, logit_bias: Any, stop_token_ids: frozenset[int]) -> tuple[Any, Any, Any]:
+        """Bias ids, biases and stop ids; unused entries name a token beyond the vocabulary."""
+        bias_ids = np.full(self.max_bias, self.vocab_size, np.int32)
+        bias = np.zeros(self.max_bias, np.float32)
+        bias_ids[: len(logit_bias)] = list(logit_bias.keys())
+        bias[: len(logit_bias)] = list(logit_bias.values())
+        stop_ids = np.full(self.max_stops, self.vocab_size, np.int32)
+        stop_ids[: len(stop_token_ids)] = sorted(stop_token_ids)
+        return bias_ids, bias, stop_ids
+
+
+def _arrays(state: SlotState) -> tuple[Any, ...]:
+    return (state.tokens, *state.sampling)
+
+
+class _PageTables:
+    """Page tables of all slots, kept from step to step: a long one takes its time to write out.
+
+    A sequence's list of pages only grows while it holds its slot; the next time it gets one, it
+    has another list.
+    """
+
+    def __init__(self, groups: int, slots: int, max_pages: int) -> None:
+        self._rows = np.full((groups, slots, max_pages), NO_PAGE, np.int32)
+        self._written: dict[tuple[int, int], tuple[list[int], int]] = {}
+
+    def of(self, sequence: Sequence) -> Any:
+        """A sequence's table, for now."""
+        assert sequence.slot is not None
+        place, pages = (sequence.group, sequence.slot), sequence.pages
+        row = self._rows[place]
+        source, done = self._written.get(place, (None, 0))
+        if source is not pages:
+            row[:], done = NO_PAGE, 0
+        if done < len(pages):
+            row[done : len(pages)] = pages[done:]
+            self._written[place] = pages, len(pages)
+        return row

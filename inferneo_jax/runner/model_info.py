@@ -1,0 +1,83 @@
+"""What a loaded model is made of, and what of its devices' memory is in use."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from inferneo_jax.layers.quantization import Formats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """A model as it is served.
+
+    Attributes:
+        dtype: of products.
+        quantization: of the layers' matrices: none, int8, or ggml's q8_0 or q4_1.
+        kv_dtype: of keys and values; empty if it keeps none.
+        kernels: of its layers: xla, the reference, or native, made for the device.
+        mesh: axes and their sizes, as ``data=1,model=8``.
+        device: the kind of its devices.
+        weight_bytes: that this process's devices hold of its weights.
+        cache_bytes: and of its KV cache.
+    """
+
+    dtype: str
+    quantization: str
+    kv_dtype: str
+    kernels: str
+    mesh: str
+    device: str
+    weight_bytes: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceMemory:
+    """Of one accelerator, in bytes: what is allocated, and what can be."""
+
+    device: str
+    used: int
+    limit: int
+
+
+def facts_of(
+    weights: Iterable[jax.Array],
+    formats: Formats,
+    mesh: Mesh,
+    *,
+    native: bool,
+    cache: Iterable[jax.Array] = (),
+    kv_dtype: str = "",
+) -> ModelFacts:
+    """The facts of a model whose weights and cache have been placed."""
+    return ModelFacts(
+        dtype=str(formats.dtype),
+        quantization=formats.linear.quantization,
+        kv_dtype=kv_dtype,
+        kernels="native" if native else "xla",
+        mesh=",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        device=mesh.devices.flat[0].device_kind,
+        weight_bytes=_held(weights),
+        cache_bytes=_held(cache),
+    )
+
+
+def device_memory(devices: Sequence[Any] | None = None) -> list[DeviceMemory]:
+    """Of this process's accelerators, or those given; of CPUs nothing is known."""
+    found = []
+    for device in jax.local_devices() if devices is None else devices:
+        # An array on a CPU is the process's own memory, of which its resident size tells.
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        if stats and "bytes_limit" in stats:
+            name = f"{device.platform}:{device.id}"
+            used, limit = int(stats["bytes_in_use"]), int(stats["bytes_limit"])
+            found.append(DeviceMemory(device=name, used=used, limit=limit))
+    return found
+
+
+def _held(arrays: Iterable[jax.Array]) -> int:
+    return sum(shard.data.nbytes for each in arrays for shard in each.addressable_shards)

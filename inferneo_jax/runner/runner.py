@@ -1,0 +1,298 @@
+"""Owns the weights, the cache and the compiled steps: the only one that touches the device."""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.distributed.process_group import Alone, Peers, agree
+from inferneo_jax.distributed.transport import Kind
+from inferneo_jax.layers.cache import KVCache, PagedAttention
+from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.models.steps import Sampled, SlotState
+from inferneo_jax.platform import compiles
+from inferneo_jax.platform.memory import explained, free_memory, require, total_memory
+from inferneo_jax.platform.watchdog import PATIENCE
+from inferneo_jax.request import RequestLimits
+from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.runner.compile_cache import ExecutableStore
+from inferneo_jax.runner.model_info import ModelFacts, facts_of
+from inferneo_jax.runner.programs import MAX_STOP_IDS, Key
+from inferneo_jax.runner.wire import Wire
+from inferneo_jax.scheduler.data_parallel import Plans
+from inferneo_jax.scheduler.speculation import Drafts
+from inferneo_jax.sharding import mesh as meshes
+from inferneo_jax.weights.convert import Progress
+
+_TIMES = 3
+"""Runs of a program whose time is compared with another's."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A dispatched step, whose results are on their way to the host.
+
+    Those of decode and prefill are each with the program that they come from.
+    """
+
+    plans: Plans
+    decode: tuple[Key, Sampled] | None
+    prefill: tuple[Key, Sampled] | None
+
+    @property
+    def drafted(self) -> bool:
+        """Whether it verifies drafts: then how far it comes is known when it is read."""
+        return any(plan.drafted for plan in self.plans)
+
+    def wait(self) -> tuple[Sampled | None, Sampled | None]:
+        """The results of decode and prefill as numpy arrays, once they are there."""
+        read = [each and _read(*each, len(self.plans)) for each in (self.decode, self.prefill)]
+        return read[0], read[1]
+
+
+def _read(key: Key, sampled: Sampled, groups: int) -> Sampled:
+    """The results of a program's own rows, as numpy arrays; of drafts ``[rows, tokens]``."""
+    kind, rows, tokens = key
+    shape = (groups * rows, tokens) if kind == "verify" else (groups * rows,)
+
+    def own(array: Any) -> Any:
+        padded = np.asarray(array)
+        of_groups = padded.reshape(groups, -1, *padded.shape[1:])
+        return of_groups[:, : math.prod(shape) // groups].reshape(*shape, *padded.shape[1:])
+
+    ids, scores = jax.tree.map(own, (sampled.ids, sampled.scores))
+    return Sampled(ids, scores, jax.tree.map(np.asarray, sampled.prompt_scores))
+
+
+class Runner:
+    """Runs planned steps of one decoder.
+
+    Every shape it may meet is compiled by ``compile``; after that it calls executables only, so a
+    shape that was not foreseen raises instead of compiling.
+
+    Args:
+        model: as its checkpoint describes it.
+        weights: as ``place_weights`` lays them out.
+        config: of the engine.
+        formats: of the weights.
+        mesh: of the devices; None: over all of them, as the configuration says.
+        peers: the processes that run the same model with this one; None: there are none.
+
+    Attributes:
+        step_seconds: a step that takes longer hangs; known after ``compile``.
+        drafts: how to make them, None where none are to be; known after ``compile``.
+        wire: how steps travel to the peers, where there are some.
+
+    Raises:
+        JobError: the peers have other programs.
+    """
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        weights: list[Array],
+        config: EngineConfig,
+        formats: Formats,
+        mesh: Mesh | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        self.model = model
+        self._mesh = mesh or meshes.make_mesh(config.mesh)
+        self._peers = peers or Alone()
+        self._programs = make_programs(model, config, self._mesh, formats, self._cache_budget)
+        agree(self._peers, "programs", self._programs.described())
+        self.wire = Wire(self._programs) if peers else None
+        self.config = config = self._programs.config
+        self.page_len = self._programs.page_len
+        self.max_len, self.num_pages = self._programs.max_len, self._programs.num_pages
+        self.groups = self._programs.groups
+        self.slots = config.slots // self.groups
+        self.shapes = self._programs.prefill_shapes
+        self._weights = weights
+        self._rows = self._programs.rows
+        self._make_cache = self._programs.empty_cache()
+        self._compiled: dict[Key, Any] = {}
+        self.step_seconds = config.step_seconds
+        self.drafts: Drafts | None = None
+        self._cache: KVCache
+        self._state: SlotState
+        self._allocate()
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What a request may ask for."""
+        return RequestLimits(
+            vocab_size=self.model.vocab_size,
+            max_len=self.max_len,
+            max_logprobs=self.config.max_logprobs,
+            max_logit_bias=self.config.max_logit_bias,
+            max_stop_ids=MAX_STOP_IDS,
+        )
+
+    def facts(self) -> ModelFacts:
+        """What it runs; to be asked while no step is under way, as steps take the cache along."""
+        attention = self._programs.attention
+        return facts_of(
+            self._weights,
+            self._programs.formats,
+            self._mesh,
+            native=type(attention) is not PagedAttention,
+            cache=jax.tree.leaves(self._cache),
+            kv_dtype=str(attention.dtype),
+        )
+
+    def reset(self) -> None:
+        """Allocate cache and slots anew, after a step failed with the old ones in its hands.
+
+        Peers do the same once they have run all that they were told to: where one of them waits
+        for a part of the failed step, there is no way on.
+
+        Raises:
+            JobError: a peer did not get there in time.
+        """
+        if self._peers.leads:
+            self._peers.announce(Kind.RESET)
+        else:
+            jax.block_until_ready((self._cache, self._state))
+        self._peers.exchange("reset", None, self.step_seconds)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        vars(self).pop("_cache", None)  # freed first: there may be no room for two
+        what = f"the KV cache of {self.groups * self.num_pages * self.page_len} tokens"
+        require(self._programs.cache_bytes * sharing(self._mesh), what)
+        with compiles.expected(), explained(f"{what} was allocated"):
+            self._cache = self._make_cache()
+            sharding = NamedSharding(self._mesh, meshes.spec("slots"))
+            empty = self._programs.place(self._rows.empty_state(), "slots")
+            self._state = jax.device_put(empty, sharding)
+            jax.block_until_ready(self._cache)
+
+    def compile(self, progress: Progress | None = None) -> None:
+        """Compile every step for every shape."""
+        store = ExecutableStore(self.config.compilation_cache, self._mesh, self._programs)
+        # First those that take longest.
+        keys = [*self._programs.sample_keys(), *self._programs.keys()]
+        lower = {key: partial(self._programs.lower, key) for key in keys}
+        self._compiled = store.compile_all(lower, progress)
+        # Where one process still compiles, the others' collectives would give up waiting for it.
+        self._peers.exchange("compiled", None)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run the steps once, in slots that nobody has yet, and see how long the slowest takes."""
+        keys = self._programs.keys()  # in the same order in all processes
+        if self._mesh.devices.flat[0].platform == "cpu":
+            # A first run is like any other: what it is to tell is how long the largest take.
+            most = {
+                kind: max(rows * tokens for k, rows, tokens in keys if k == kind)
+                for kind, *_ in keys
+            }
+            keys = [key for key in keys if key[1] * key[2] == most[key[0]]]
+        slowest = max(self._seconds(key) for key in keys)
+        self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
+        if buckets := self._programs.draft_buckets:
+            self.drafts = Drafts(self.config.draft_tokens, buckets[-1])
+            if self.config.speculation == "auto":
+                cost = max(self._draft_cost(bucket) for bucket in buckets)
+                self.drafts = dataclasses.replace(self.drafts, cost=cost)
+
+    def _seconds(self, key: Key) -> float:
+        """How long a program takes with all its rows at work."""
+        arguments = self._programs.busy_arguments(key)
+        started = time.perf_counter()
+        self.execute(key, arguments)
+        jax.block_until_ready((self._cache, self._state))
+        return time.perf_counter() - started
+
+    def _draft_cost(self, bucket: int) -> float:
+        """What a step that verifies drafts takes, in plain ones; each at its best of a few.
+
+        A tenth more: nothing is dispatched ahead of it.
+        """
+        length = self.config.draft_tokens + 1
+        verify, plain = (
+            min(self._seconds(key) for _ in range(_TIMES))
+            for key in (("verify", bucket, length), ("decode", bucket, 1))
+        )
+        return 1.1 * verify / plain
+
+    def run(self, plans: Plans) -> PendingStep:
+        """Dispatch a planned step and return at once."""
+        if most := max(len(plan.admitted) for plan in plans):
+            rows = 1 if most == 1 else self.shapes.max_rows
+            admitted = self._rows.admit((plan.admitted for plan in plans), rows)
+            self._step(("admit", rows, 0), admitted)
+        decode = prefill = None
+        if most := max(len(plan.decode) for plan in plans):
+            decode = self._decode(plans, most)
+        if shape := next((plan.shape for plan in plans if plan.shape), None):
+            chunks = self._rows.prefill((plan.prefill for plan in plans), shape[0])
+            prefill = self._step(("prefill", *shape), (chunks,))
+        return PendingStep(plans, decode, prefill)
+
+    def _decode(self, plans: Plans, most: int) -> tuple[Key, Sampled] | None:
+        """A decode step of up to so many rows in a group, which verifies their drafts."""
+        groups = [plan.decode for plan in plans]
+        if not any(plan.drafted for plan in plans):
+            bucket = next(b for b in self._programs.row_buckets if b >= most)
+            return self._step(("decode", bucket, 1), (self._rows.decode(groups, bucket),))
+        bucket = next(b for b in self._programs.draft_buckets if b >= most)
+        length = self.config.draft_tokens
+        drafted = self._rows.verify(groups, bucket, length)
+        return self._step(("verify", bucket, length + 1), (drafted,))
+
+    def _step(self, key: Key, arguments: tuple[Any, ...]) -> tuple[Key, Sampled] | None:
+        """Dispatch one program, on the peers first: they have a longer way to it."""
+        if self.wire:
+            self._peers.announce(Kind.STEP, *self.wire.write(key, arguments))
+        sampled = self.execute(key, arguments)
+        return (key, sampled) if sampled else None
+
+    def execute(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:
+        """Dispatch one program in this process, and the one that samples what it computes.
+
+        Returns:
+            What is sampled, on its way to the host.
+        """
+        program, placed = self._compiled[key], self._programs.place(arguments)
+        if key[0] == "admit":
+            self._state = program(self._state, *placed)
+            return None
+        tokens, sampling = self._state
+        self._cache, tokens, rows, *scores = program(self._weights, self._cache, tokens, *placed)
+        sample = self._compiled[self._programs.sampled_by(key)]
+        self._state, sampled = sample(SlotState(tokens, sampling), rows)
+        sampled = Sampled(sampled.ids, sampled.scores, *scores)
+        for array in jax.tree.leaves(sampled):
+            array.copy_to_host_async()
+        return sampled
+
+    def _cache_budget(self) -> int:
+        """Bytes of one device for the KV cache: what the process with the least can give."""
+        return min(self._peers.exchange("cache budget", _cache_budget(self._mesh)))
+
+
+def sharing(mesh: Mesh) -> int:
+    """How many devices of the mesh have their memory from the same place, here."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return 1
+    return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+
+
+def _cache_budget(mesh: Mesh) -> int:
+    """Bytes of one device for the KV cache.
+
+    Most of what an accelerator has left; a sixteenth of a host's memory for all its devices.
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return int(0.9 * free_memory())
+    return total_memory() // 16 // sharing(mesh)

@@ -1,0 +1,1 @@
+"""Who runs next, in plain Python: slots, blocks, prefill chunks and drafts."""

@@ -1,0 +1,152 @@
+"""One request's state on the host."""
+
+import logging
+from dataclasses import dataclass, field
+
+from inferneo_jax.errors import EngineError
+from inferneo_jax.request import (
+    FinishReason,
+    GenerationOutput,
+    GenerationRequest,
+    OutputSink,
+    TokenLogprob,
+)
+from inferneo_jax.scheduler.block_pool import hash_page, salt_hash
+from inferneo_jax.scheduler.speculation import Drafting
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request on its way: its tokens, where it runs, and how far.
+
+    A step is dispatched before the one before it is read, so the counts run ahead of ``output``.
+
+    Attributes:
+        request: as it was submitted.
+        sink: receives its outputs.
+        order: arrival number, unique.
+        output: generated tokens that the host knows.
+        group: of devices that serves it.
+        slot: row of its group's state; None while waiting.
+        pages: of the KV cache, in order of position.
+        prefill_len: tokens that prefill computes: all that were known when it got its slot.
+        num_computed: leading tokens whose keys and values are written, or will be by a step
+            already dispatched. While it decodes, the position of its newest token.
+        num_sampled: output tokens sampled, or dispatched to be.
+        num_published: leading pages that others may share.
+        cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
+        admitted_at: when that was, in seconds of ``time.monotonic``.
+        prompt_scores: of the prompt's tokens, as far as they are known; the first has none.
+        drafting: of what may come next.
+        paused: whether its reader asked for nothing more for now; it keeps slot and pages.
+        started: whether an output was delivered.
+        finished: whether the last output was delivered.
+    """
+
+    request: GenerationRequest
+    sink: OutputSink
+    order: int
+    output: list[int] = field(default_factory=list)
+    group: int = 0
+    slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+    prefill_len: int = 0
+    num_computed: int = 0
+    num_sampled: int = 0
+    num_published: int = 0
+    cached_tokens: int | None = None
+    admitted_at: float | None = None
+    prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    drafting: Drafting = field(default_factory=Drafting)
+    paused: bool = False
+    started: bool = False
+    finished: bool = False
+    _hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and known output."""
+        return [*self.request.prompt, *self.output]
+
+    @property
+    def num_known(self) -> int:
+        """Length of prompt and known output."""
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """The smaller runs first, and is preempted last."""
+        return self.request.priority, self.order
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether it holds a slot and has tokens that prefill must still compute."""
+        return self.slot is not None and self.num_computed < self.prefill_len
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that prefill must still compute, while it holds a slot."""
+        return max(0, self.prefill_len - self.num_computed)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether a decode step can sample its next token."""
+        return (
+            self.slot is not None
+            and not self.paused
+            and self.num_computed >= self.prefill_len
+            and self.num_sampled < self.request.max_tokens
+        )
+
+    def draft(self, most: int) -> list[int]:
+        """Up to so many tokens that may follow the known ones."""
+        most = min(most, self.request.max_tokens - len(self.output) - 1)
+        if most < 1 or self.drafting.luck.rest:
+            return []
+        return self.drafting.ngrams.draft(self.tokens, most)
+
+    def page_hashes(self, page_len: int, num_tokens: int) -> list[bytes]:
+        """Hashes of the pages that the first ``num_tokens`` known tokens fill."""
+        full = num_tokens // page_len
+        if len(self._hashes) < full:
+            tokens = self.tokens
+            for page in range(len(self._hashes), full):
+                previous = self._hashes[-1] if page else salt_hash(self.request.cache_salt)
+                part = tokens[page * page_len : (page + 1) * page_len]
+                self._hashes.append(hash_page(previous, part))
+        return self._hashes[:full]
+
+    def accept(self, token: int) -> FinishReason | None:
+        """Add a sampled token to the output; whether, and why, it is the last."""
+        self.output.append(token)
+        if token in self.request.stop_token_ids:
+            return "stop"
+        return "length" if len(self.output) >= self.request.max_tokens else None
+
+    def deliver(
+        self,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        reason: FinishReason | None = None,
+        error: EngineError | None = None,
+    ) -> None:
+        """Hand an output to the sink; with a reason it is the last, and later ones are dropped."""
+        if self.finished:
+            return
+        scored = not self.started and self.request.prompt_logprobs is not None
+        self.started, self.finished = True, reason is not None
+        output = GenerationOutput(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(self.prompt_scores) if scored else None,
+            cached_tokens=self.cached_tokens or 0,
+            admitted_at=self.admitted_at,
+            finish_reason=reason,
+            error=error,
+        )
+        try:
+            self.sink(output)
+        except Exception:
+            log.exception("the sink of request %s raised", self.request.id)

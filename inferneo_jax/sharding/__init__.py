@@ -1,0 +1,1 @@
+"""The device mesh, and sizes made to divide by it."""

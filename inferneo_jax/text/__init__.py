@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizer, incremental decoding, stop strings, chat templates."""

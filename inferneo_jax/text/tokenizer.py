@@ -1,0 +1,312 @@
+"""Text to token ids and back, from a checkpoint's ``tokenizer.json``.
+
+What is stateful lives beside this module:
+:class:`~inferneo_jax.text.detokenize.IncrementalDecoder` for streams and
+:class:`~inferneo_jax.text.stops.StopMatcher` for stop strings.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tokenizers
+
+from inferneo_jax.errors import RequestError, TemplateError, TokenizerError
+from inferneo_jax.files import read_object
+from inferneo_jax.text.chat_template import ChatTemplate, Message
+from inferneo_jax.text.tokenizer_json import guarded, read_tokenizer, template_text, token_ids
+from inferneo_jax.text.truncation import cut, refuse_surrogates, tokens_behind
+
+PieceKind = Literal["bytes", "sentencepiece", "words"]
+"""How tokens spell text: in a byte alphabet, with marks for spaces, or as words (WordPiece)."""
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """A model's tokenizer; every method may be called from any thread.
+
+    Attributes:
+        vocab_size: one more than the highest token id; a model's logits may have more columns.
+        bos_token_id: the beginning-of-sequence token, or None.
+        eos_token_ids: the tokens that end a sequence.
+        special_ids: control tokens, which ``skip_special_tokens`` leaves out of decoded text.
+        kind: how the tokens spell text.
+        strips_leading_space: decoding drops one space at the start of the text.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: dict[str, Any],
+        *,
+        eos_token_ids: Iterable[int] = (),
+        bos_token_id: int | None = None,
+    ) -> None:
+        # A tokenizer.json may cut or pad every text; lengths are for the server to judge.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        with guarded("the tokenizer cannot encode a text"):
+            self._behind = tokens_behind(backend)
+        named = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name)))}
+        self._template = _chat_template(config, named)
+
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        eos = vocab.get(named.get("eos_token", ""))
+        self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
+        bos = vocab.get(named.get("bos_token", ""))
+        self.bos_token_id = bos if bos is not None else bos_token_id
+
+        steps = _decoder_steps(backend)
+        self.kind, spell = _speller(steps)
+        self.strips_leading_space = self.kind == "sentencepiece" and any(
+            step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never"
+            for step in steps
+        )
+        # Ids without a token (holes in the vocabulary) stay empty, as decoding leaves them out.
+        pieces, spelled = [b""] * self.vocab_size, [""] * self.vocab_size
+        for token, index in vocab.items():
+            pieces[index], spelled[index] = spell(token), token
+        self._pieces, self._spelled = pieces, spelled
+        self._plain_pieces = pieces.copy()
+        for index in self.special_ids:
+            self._plain_pieces[index] = b""
+
+    @classmethod
+    def from_text(cls, tokenizer_json: str, config: dict[str, Any]) -> Self:
+        """A tokenizer from the content of its files, which was checked when they were read.
+
+        Raises:
+            TokenizerError: it is broken, or the chat template does not compile.
+        """
+        with guarded("the tokenizer cannot be read"):
+            backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+        return cls(backend, config)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Self:
+        """Read ``tokenizer.json``, ``tokenizer_config.json`` and, if there, ``inferneo.json``.
+
+        Raises:
+            TokenizerError: a file is missing or broken, or the chat template does not compile.
+        """
+        folder = Path(path)
+        checkpoint = _read_json(folder / "inferneo.json")
+        bos = token_ids(checkpoint.get("bos_token_id"), f"{folder}: bos_token_id")
+        return cls(
+            read_tokenizer(folder / "tokenizer.json"),
+            _read_json(folder / "tokenizer_config.json"),
+            eos_token_ids=token_ids(checkpoint.get("eos_token_ids"), f"{folder}: eos_token_ids"),
+            bos_token_id=min(bos, default=None),
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`render_chat` can work at all."""
+        return self._template is not None
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template reads beyond the messages: the names of its further variables."""
+        return self._template.variables if self._template else frozenset()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of ``text``; special tokens written out in it count as such.
+
+        Args:
+            text: valid Unicode.
+            add_special_tokens: add what the model expects around a text, such as BOS.
+
+        Raises:
+            RequestError: the text holds a lone surrogate.
+        """
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[list[int]]:
+        """:meth:`encode` for many texts at once, each cut to ``max_tokens``, the added included."""
+        for text in texts:
+            refuse_surrogates(text)
+        # The fast variant does not track character offsets, which nothing here needs.
+        with guarded("a text cannot be encoded", RequestError):
+            encodings = self._backend.encode_batch_fast(
+                list(texts), add_special_tokens=add_special_tokens
+            )
+        behind = self._behind if add_special_tokens else ()
+        return [cut(encoding.ids, max_tokens, behind) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        with guarded("the tokens cannot be decoded", RequestError):
+            # Only the variant for batches lets other threads run meanwhile.
+            (text,) = self._backend.decode_batch(
+                [list(ids)], skip_special_tokens=skip_special_tokens
+            )
+        return text
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """The prompt text of a conversation.
+
+        Args:
+            messages: role and content of each, content being a string.
+            add_generation_prompt: end with what opens the assistant's answer.
+            continue_final_message: end with the last message's own text, for the model to go on
+                with; then no generation prompt is added.
+            **template_kwargs: further variables of the template.
+
+        Raises:
+            TemplateError: there is no template, or it refused the messages.
+        """
+        if self._template is None:
+            raise TemplateError("this model has no chat template; use text completion", "messages")
+        return self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=template_kwargs,
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """:meth:`render_chat` as token ids.
+
+        A template writes the special tokens itself, so encoding adds none to them.
+        """
+        text = self.render_chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to the text, in UTF-8; perhaps a part of a character only.
+
+        Empty for an id that has no token.
+        """
+        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def token_text(self, token_id: int) -> str:
+        """:meth:`token_bytes` as text, with U+FFFD for what is no whole character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_piece(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for an id that has no token."""
+        return self._spelled[token_id] if 0 <= token_id < self.vocab_size else ""
+
+    def pieces(self, *, skip_special_tokens: bool) -> Sequence[bytes]:
+        """:meth:`token_bytes` of every id, empty for special tokens when these are skipped."""
+        return self._plain_pieces if skip_special_tokens else self._pieces
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in ``file``; empty when there is no such file."""
+    try:
+        return read_object(file, error=TokenizerError)
+    except FileNotFoundError:
+        return {}
+
+
+def _token_text(entry: object) -> str | None:
+    """A named token of tokenizer_config.json: its text, or an object that holds it."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None
+
+
+def _chat_template(config: dict[str, Any], named: dict[str, str]) -> ChatTemplate | None:
+    source = template_text(config.get("chat_template"), "tokenizer_config.json")
+    return None if source is None else ChatTemplate(source, named)
+
+
+def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    decoder = backend.decoder
+    if decoder is None:
+        return []
+    state = json.loads(decoder.__getstate__())
+    steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
+    return steps
+
+
+def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], bytes]]:
+    """How tokens spell text, and the function from a token to its bytes."""
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        alphabet = _byte_alphabet()
+
+        def from_alphabet(token: str) -> bytes:
+            try:
+                return token.translate(alphabet).encode("latin-1")
+            except UnicodeEncodeError:  # an added token, spelled as it reads
+                return token.encode()
+
+        return "bytes", from_alphabet
+    marks = [
+        step["replacement"] if step["type"] == "Metaspace" else step["pattern"]["String"]
+        for step in steps
+        if step["type"] == "Metaspace"
+        or (step["type"] == "Replace" and step["content"] == " " and "String" in step["pattern"])
+    ]
+    if marks:
+        mark, has_bytes = marks[0], "ByteFallback" in kinds
+
+        def from_marks(token: str) -> bytes:
+            if has_bytes and (byte := _BYTE_TOKEN.fullmatch(token)):
+                return bytes.fromhex(byte[1])
+            return token.replace(mark, " ").encode()
+
+        return "sentencepiece", from_marks
+    prefix = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), "")
+    return "words", lambda token: token.removeprefix(prefix).encode()
+
+
+class _ByteAlphabet(dict[int, int]):
+    """A table for ``str.translate``; other characters become one that Latin-1 does not have."""
+
+    def __missing__(self, character: int) -> int:
+        return 0x100
+
+
+def _byte_alphabet() -> _ByteAlphabet:
+    """GPT-2's spelling of bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    spelled = _ByteAlphabet((byte, byte) for byte in shown)
+    spelled.update((256 + order, byte) for order, byte in enumerate(hidden))
+    return spelled

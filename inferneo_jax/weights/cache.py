@@ -1,0 +1,230 @@
+"""Encoded weights, kept on disk between starts.
+
+Encoding a model takes longer than all else of a start. What came of it is one file for each
+checkpoint, format and mesh, which the next start reads straight into memory::
+
+    arrays      each at a multiple of 64 bytes, where jax takes them without a copy
+    index       JSON: what they were made of, and where each lies
+    8 bytes     the length of the index
+    32 bytes    SHA-256 of all before them
+
+The file appears whole or not at all, and replaces the one before. One that is damaged, or was made
+of something else, is as if not there.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orjson
+from jax.sharding import Mesh
+
+from inferneo_jax.layers.quantization import Formats, HostArray, Plain
+from inferneo_jax.platform.atomic import PARTIAL
+from inferneo_jax.platform.source import DEVICE_ROOMS, source_hash
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_SUFFIX = ".weights"
+"""Of the files of encoded weights, in the folder of compiled programs."""
+
+EncodedParts = dict[tuple[str, int], tuple[HostArray, ...]]
+"""The arrays of each weight's parts, by its name and the part's number."""
+Keep = Callable[[str, int, tuple[HostArray, ...]], None]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+_ALIGNMENT = 64
+_LENGTH = struct.Struct("!Q")
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_SMALL_BYTES = 2**16
+_SPARE_BYTES = 2**30
+"""What is left of the disk for others."""
+
+
+class KeptWeights:
+    """The encoded weights of one checkpoint on one mesh, as this process holds them.
+
+    Args:
+        folder: made if it is not there; None keeps nothing.
+        checkpoint: the folder of the model.
+        mesh: where the weights go.
+        formats: of the matrices. Where none of these encodes anything, nothing is kept.
+    """
+
+    def __init__(
+        self, folder: str | Path | None, checkpoint: Path, mesh: Mesh, formats: Formats
+    ) -> None:
+        encodes = not isinstance(formats.linear, Plain) or not isinstance(formats.head, Plain)
+        self._file: Path | None = None
+        if folder is None or not encodes:
+            return
+        where = (
+            str(checkpoint.absolute()),
+            formats,
+            (mesh.axis_names, mesh.devices.shape, [device.id for device in mesh.devices.flat]),
+            (jax.process_index(), jax.process_count()),
+        )
+        self._file = Path(folder) / f"{_digest(where)}{WEIGHTS_SUFFIX}"
+        self._made_of = _digest(source_hash(*DEVICE_ROOMS), sys.byteorder, *_content(checkpoint))
+
+    @property
+    def there(self) -> bool:
+        """Whether there is something to read."""
+        return self._file is not None and self._file.exists()
+
+    def read(self) -> EncodedParts | None:
+        """What was kept; None where there is nothing that can be used."""
+        if self._file is None:
+            return None
+        try:
+            found = self._parts(_read_aligned(self._file))
+            with contextlib.suppress(PermissionError):
+                os.utime(self._file)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
+            log.warning("kept weights cannot be used and are encoded again: %s", error)
+            return None
+        return found
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Keep]:
+        """A function that keeps what it is given, from any thread.
+
+        The file appears when the block ends, and not at all if it raises, or if the disk is full or
+        cannot be written to.
+        """
+        if self._file is None:
+            yield _keep_nothing
+            return
+        writer = _Writer(self._file, self._made_of)
+        try:
+            yield writer.add
+            writer.finish()
+        finally:
+            writer.close()
+
+    def _parts(self, content: Bytes) -> EncodedParts | None:
+        """Views of a file's arrays; None where they were made of something else."""
+        body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+        (length,) = _LENGTH.unpack(body[-_LENGTH.size :].tobytes())
+        index = orjson.loads(body[: -_LENGTH.size][-length:].tobytes())
+        if index["made_of"] != self._made_of:
+            return None
+        if hashlib.sha256(body.data).digest() != digest.tobytes():
+            raise ValueError("the file is damaged")
+        parts: EncodedParts = {}
+        for name, number, start, dtype, shape in index["arrays"]:
+            end = start + math.prod(shape) * jnp.dtype(dtype).itemsize
+            array = body[start:end].view(jnp.dtype(dtype)).reshape(shape)
+            parts[name, number] = (*parts.get((name, number), ()), array)
+        return parts
+
+
+class _Writer:
+    """Writes a file under another name, until it is whole; gives up at the first error."""
+
+    def __init__(self, file: Path, made_of: str) -> None:
+        self._file = file
+        self._index: dict[str, Any] = {"made_of": made_of, "arrays": []}
+        self._lock = threading.Lock()
+        self._digest = hashlib.sha256()
+        self._end = 0
+        self._out: Any = None
+        with self._giving_up():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = tempfile.NamedTemporaryFile(  # noqa: SIM115  (close() is called)
+                dir=file.parent, suffix=PARTIAL, delete=False
+            )
+
+    def add(self, name: str, number: int, arrays: tuple[HostArray, ...]) -> None:
+        """Append the arrays of one part."""
+        with self._lock:
+            for array in map(np.ascontiguousarray, arrays):
+                self._write(bytes(-self._end % _ALIGNMENT))
+                place = name, number, self._end, array.dtype.name, array.shape
+                self._index["arrays"].append(place)
+                self._write(array.reshape(-1).view(np.uint8).data)
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        index = json.dumps(self._index).encode()
+        self._write(index + _LENGTH.pack(len(index)))
+        self._write(self._digest.digest())
+        if self._out is None:
+            return
+        with self._giving_up():
+            self._out.close()
+            Path(self._out.name).replace(self._file)
+            self._out = None
+
+    def close(self) -> None:
+        """Remove what was not finished."""
+        if self._out is not None:
+            self._out.close()
+            Path(self._out.name).unlink(missing_ok=True)
+            self._out = None
+
+    def _write(self, content: bytes | memoryview) -> None:
+        with self._giving_up():
+            if self._out is None:
+                return
+            free = shutil.disk_usage(self._file.parent).free
+            if free - len(content) < _SPARE_BYTES:
+                raise OSError(f"only {free // 2**20} MB are free")
+            self._out.write(content)
+            self._digest.update(content)
+            self._end += len(content)
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.info("encoded weights are not kept: %s", error)
+            with contextlib.suppress(OSError):
+                self.close()
+
+
+def _keep_nothing(name: str, number: int, arrays: tuple[HostArray, ...]) -> None:
+    """Where nothing is to be kept."""
+
+
+def _read_aligned(file: Path) -> Bytes:
+    """A file's bytes, at an address that is a multiple of the alignment."""
+    with file.open("rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        room = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -room.ctypes.data % _ALIGNMENT
+        content = room[start : start + size]
+        done = 0
+        while done < size and (count := opened.readinto(content[done:].data)):
+            done += count
+    return content[:done]
+
+
+def _content(checkpoint: Path) -> Iterator[object]:
+    """What tells a checkpoint from others: small files whole, large ones by size and time."""
+    for file in sorted(checkpoint.rglob("*")):
+        if file.is_file():
+            status, name = file.stat(), file.relative_to(checkpoint).as_posix()
+            small = status.st_size <= _SMALL_BYTES
+            yield name, file.read_bytes() if small else (status.st_size, status.st_mtime_ns)
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256("\n".join(map(repr, facts)).encode()).hexdigest()[:40]

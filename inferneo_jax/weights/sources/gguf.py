@@ -1,0 +1,213 @@
+"""Reader of GGUF files, the format of llama.cpp.
+
+Sources: the GGUF specification for keys and tensor names; llama.cpp's converter for what it does
+to the tensors on the way in, which this reader undoes.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from inferneo_jax.errors import CheckpointError
+from inferneo_jax.files import shown
+from inferneo_jax.weights.sources.gguf_header import TensorInfo, read_header
+from inferneo_jax.weights.sources.gguf_metadata import Metadata
+from inferneo_jax.weights.sources.source import Array, SourceModel, SourceTensor
+
+_PLAIN = {
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+    GGMLQuantizationType.F16: np.dtype("<f2"),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# For these the converter reorders the rows of each query and key head from the two-halves form of
+# rotary embeddings to the interleaved one.
+_PERMUTED = frozenset({"llama"})
+_SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_ROPE_FREQS = "rope_freqs.weight"
+
+
+def read_gguf(path: Path) -> SourceModel:
+    """The model in a GGUF file; tensors are read and dequantized when asked for.
+
+    Raises:
+        CheckpointError: the file is damaged, split, of an architecture that is not read, or holds
+            a block type that cannot be dequantized.
+    """
+    # Not at the top: the tokenizers library takes its time, and only conversion needs it.
+    from inferneo_jax.weights.sources.gguf_tokenizer import gguf_tokenizer
+
+    path = Path(path)
+    header = read_header(path)
+    metadata = Metadata(header.metadata, CheckpointError)
+    if (metadata.integer("split.count") or 0) > 1 or _SPLIT_NAME.search(path.name):
+        raise CheckpointError(
+            f"{path} is one part of a split GGUF; "
+            "join the parts with `llama-gguf-split --merge` and give the result"
+        )
+    arch = metadata.text("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} is a GGUF of the architecture {shown(arch)}; "
+            f"those read are {', '.join(_ARCHITECTURES)}"
+        )
+    infos = dict(header.tensors)
+    rope_freqs = infos.pop(_ROPE_FREQS, None)
+    config = _config(path, arch, metadata, infos)
+    if rope_freqs is not None:
+        config["rope_scaling"] = _llama3_scaling(path, rope_freqs, config)
+    heads = {
+        "attn_q": config["num_attention_heads"],
+        "attn_k": config["num_key_value_heads"],
+    }
+    tensors = {}
+    for name, info in infos.items():
+        role = name.split(".")[-2] if name.count(".") > 1 else ""
+        interleaved = heads.get(role) if arch in _PERMUTED else None
+        tensors[name] = SourceTensor(
+            shape=info.shape, read=partial(_read, path, name, info, interleaved)
+        )
+    names = gguf.get_tensor_name_map(
+        next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), config["num_hidden_layers"]
+    )
+    tokenizer, tokenizer_config = gguf_tokenizer(header.metadata)
+    return SourceModel(
+        path=path,
+        config=config,
+        tensors=tensors,
+        tensor_name=lambda name: names.get_name(name, (".weight", ".bias")) or name,
+        tokenizer_json=tokenizer.to_str(),
+        tokenizer_config=tokenizer_config,
+        eos_token_ids=_eos_ids(metadata),
+        bos_token_id=metadata.integer("tokenizer.ggml.bos_token_id"),
+        licence=metadata.text("general.license"),
+        origin={"format": "gguf", "file": path.name, "name": metadata.text("general.name")},
+    )
+
+
+def _config(
+    path: Path, arch: str, metadata: Metadata, infos: Mapping[str, TensorInfo]
+) -> dict[str, Any]:
+    """The metadata in the words of a Hugging Face config."""
+
+    def integer(key: str, default: int | None = None) -> int:
+        value = metadata.integer(f"{arch}.{key}", default, least=1)
+        if not value:  # a default may be 0, as of heads that are more than the width
+            raise CheckpointError(
+                f"{path}: {arch}.{key} is missing; it must be one integer above 0"
+            )
+        return value
+
+    def real(key: str, default: float) -> float:
+        # Stored as float32: the shortest decimal that gives it is what the model's author wrote.
+        return float(str(np.float32(metadata.number(f"{arch}.{key}", default))))
+
+    if experts := metadata.integer(f"{arch}.expert_count"):
+        raise CheckpointError(f"{path} is a mixture of {experts} experts, which is not supported")
+    if "token_embd.weight" not in infos:
+        raise CheckpointError(f"{path} has no token_embd.weight; it is not a whole model")
+    if (layers := integer("block_count")) > len(infos):
+        raise CheckpointError(f"{path} announces {layers} layers and holds {len(infos)} tensors")
+    hidden_size, num_heads = integer("embedding_length"), integer("attention.head_count")
+    head_dim = integer("attention.key_length", hidden_size // num_heads)
+    rotated = integer("rope.dimension_count", head_dim)
+    config = {
+        "architectures": [_ARCHITECTURES[arch]],
+        "model_type": arch,
+        "vocab_size": infos["token_embd.weight"].shape[0],
+        "hidden_size": hidden_size,
+        "intermediate_size": integer("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": integer("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": integer("context_length"),
+        "rms_norm_eps": real("attention.layer_norm_rms_epsilon", 1e-5),
+        "rope_theta": real("rope.freq_base", 10_000.0),
+        "partial_rotary_factor": rotated / head_dim,
+        "sliding_window": metadata.integer(f"{arch}.attention.sliding_window"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in infos,
+    }
+    kind = metadata.text(f"{arch}.rope.scaling.type", "none")
+    if kind != "none":
+        config["rope_scaling"] = {"rope_type": kind, "factor": real("rope.scaling.factor", 1.0)}
+    return config
+
+
+def _llama3_scaling(path: Path, info: TensorInfo, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The Llama 3 rope scaling behind a table of frequency divisors.
+
+    The file holds only the table; every Llama 3 release made it from the same three constants and
+    a factor, its largest entry. A table that they do not reproduce is refused.
+    """
+    low, high, original = 1.0, 4.0, 8192
+    whole = info.shape == (config["head_dim"] // 2,)
+    divisors = _read(path, _ROPE_FREQS, info) if whole else np.zeros(1)
+    factor = float(divisors.max())
+    inverse = config["rope_theta"] ** (-np.arange(divisors.size) / divisors.size)
+    turns = original * inverse / (2 * np.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    # A factor that is 0, negative or NaN is no factor; np.allclose refuses NaN by itself.
+    expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else np.nan
+    if not np.allclose(divisors, expected, rtol=1e-3):
+        raise CheckpointError(
+            f"{path}: {_ROPE_FREQS} is not the table of Llama 3; "
+            "take the model's safetensors release, which says how it was made"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
+    """Ends of text, of turn and of message: a chat model stops at whichever it has."""
+    kinds = ("eos", "eot", "eom")
+    ids = {metadata.integer(f"tokenizer.ggml.{kind}_token_id") for kind in kinds}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def _read(path: Path, name: str, info: TensorInfo, interleaved_heads: int | None = None) -> Array:
+    """One tensor's values; block-quantized ones as float32."""
+    try:
+        raw = np.memmap(path, np.uint8, "r", info.offset, (info.size,))
+        if info.type in _PLAIN:
+            values: Array = np.asarray(raw).view(_PLAIN[info.type]).reshape(info.shape)
+        else:
+            rows = raw.reshape(-1, info.size * info.shape[-1] // _elements(info))
+            values = gguf.quants.dequantize(rows, info.type).reshape(info.shape)
+    except NotImplementedError:
+        raise CheckpointError(
+            f"{path}: {name} is of the block type {info.type.name}, which cannot be dequantized; "
+            "take another quantization of the model"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+    if interleaved_heads is not None:
+        values = _halves_from_interleaved(values, interleaved_heads)
+    return values
+
+
+def _elements(info: TensorInfo) -> int:
+    return int(np.prod(info.shape))
+
+
+def _halves_from_interleaved(rows: Array, heads: int) -> Array:
+    """Undoes the converter's reordering: within each head, even rows first, then odd ones."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,124 @@
+"""The tensors of a folder in safetensors files: where each lies, and its values when asked for.
+
+The library checks that the tensors fill the file without gaps or overlaps; what is checked here is
+that the header is of a size for which it may be asked to.
+"""
+
+import re
+import struct
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from inferneo_jax.errors import CheckpointError
+from inferneo_jax.files import check_regular, one_line, read_object, shown
+from inferneo_jax.weights.sources.source import Array, SourceTensor
+
+_FLOATS = frozenset({"F32", "F16", "BF16"})
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[\w.+-]{1,200}\.safetensors", re.ASCII)
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER_BYTES = 2**23
+"""A header takes about 130 bytes for each tensor; a model of 1,000 layers has 12,000 tensors."""
+_MAX_TENSORS = 2**15
+_MAX_DIMENSIONS = 8
+_MAX_NAME = 512
+
+
+def read_tensors(folder: Path) -> dict[str, SourceTensor]:
+    """Every tensor of the folder's weight files, in one file or in shards.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not safetensors.
+    """
+    if (folder / _SINGLE).exists():
+        return _file_tensors(folder / _SINGLE)
+    if not (folder / _INDEX).exists():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+            raise CheckpointError(
+                f"{folder} has only PyTorch pickles, which can run code when they are read; "
+                "take a release of the model with safetensors, or save it as such"
+            )
+        raise CheckpointError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
+    places = read_object(folder / _INDEX).get("weight_map")
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{folder / _INDEX} has no weight_map; download it again")
+    shards = {shard if isinstance(shard, str) else shown(shard) for shard in places.values()}
+    found: dict[str, SourceTensor] = {}
+    for shard in sorted(shards):
+        if not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{folder / _INDEX} names a file outside the folder, or none of safetensors: "
+                f"{shown(shard)}"
+            )
+        tensors = _file_tensors(folder / shard)
+        if twice := found.keys() & tensors.keys():
+            raise CheckpointError(f"{folder}: {shown(min(twice))} is in two shards")
+        found |= tensors
+    if absent := sorted(places.keys() - found.keys()):
+        raise CheckpointError(
+            f"{folder}: {len(absent)} tensors of the index are in no shard, the first "
+            f"{shown(absent[0])}; download the shards again"
+        )
+    return found
+
+
+def _file_tensors(file: Path) -> dict[str, SourceTensor]:
+    try:
+        _check_header(file)
+        with safe_open(file, "numpy") as opened:
+            names = list(opened.keys())
+            if len(names) > _MAX_TENSORS:
+                raise CheckpointError(
+                    f"{file} has {len(names)} tensors; at most {_MAX_TENSORS} are read"
+                )
+            found = {}
+            for name in names:
+                part = opened.get_slice(name)
+                shape = tuple(part.get_shape())
+                if len(shape) > _MAX_DIMENSIONS or len(name) > _MAX_NAME:
+                    raise CheckpointError(
+                        f"{file}: {shown(name)} has {len(shape)} dimensions and a name of "
+                        f"{len(name)} characters; at most {_MAX_DIMENSIONS} and {_MAX_NAME} "
+                        "are read"
+                    )
+                found[name] = SourceTensor(
+                    shape=shape, read=partial(_read, file, name, part.get_dtype())
+                )
+            return found
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; download the model again") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({one_line(error)}); download it again"
+        ) from error
+
+
+def _check_header(file: Path) -> None:
+    """Raises ValueError unless the header lies within the file and its bounds."""
+    size = check_regular(file)
+    with file.open("rb") as opened:
+        start = opened.read(_LENGTH.size)
+    if len(start) < _LENGTH.size:
+        raise ValueError(f"it has {size} bytes")
+    (length,) = _LENGTH.unpack(start)
+    if length > min(size - _LENGTH.size, _MAX_HEADER_BYTES):
+        raise ValueError(
+            f"its header has {length} bytes, the file {size}; at most {_MAX_HEADER_BYTES} are read"
+        )
+
+
+def _read(file: Path, name: str, dtype: str) -> Array:
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{file}: {shown(name)} is of the type {dtype}; F32, F16 and BF16 are read: "
+            "take an unquantized release of the model"
+        )
+    try:
+        with safe_open(file, "numpy") as opened:
+            array: Array = opened.get_tensor(name)
+            return array
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: {shown(name)} cannot be read: {one_line(error)}") from error

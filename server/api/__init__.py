@@ -1,0 +1,1 @@
+"""Endpoints: what a request may hold, what an answer holds, and what is served where."""

@@ -1,0 +1,1 @@
+"""Keys and usage, for their holders and for administrators."""

@@ -1,0 +1,52 @@
+"""The two endpoints that generate: the same way from body to answer over HTTP and WebSocket."""
+
+from functools import partial
+
+from quart import Blueprint, Response
+
+from server.http import sse
+from server.http.codec import long_response, read_body, wants_strict
+from server.http.connection import current_request
+from server.http.pieces import Json
+from server.run.admission import admit
+from server.run.answer import Answer
+from server.run.prepare import Prepare, prepare_chat, prepare_completion
+from server.run.websocket import serve_socket
+from server.services import Services
+
+
+def add_routes(blueprint: Blueprint, services: Services) -> None:
+    """``POST`` and WebSocket of ``/completions`` and ``/chat/completions``."""
+    _add_endpoint(blueprint, services, "/completions", prepare_completion)
+    _add_endpoint(blueprint, services, "/chat/completions", prepare_chat)
+
+
+def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: Prepare) -> None:
+    name = path.strip("/").replace("/", "_")
+
+    async def create() -> Response:
+        work = partial(prepare, services.registry, strict=wants_strict())
+        answer = await read_body(services.text, work, inline=prepare is not prepare_chat)
+        return await _respond(services, answer)
+
+    async def socket() -> None:
+        await serve_socket(services, prepare)
+
+    blueprint.add_url_rule(path, name, create, methods=["POST"])
+    blueprint.add_websocket(path, name + "_socket", socket)
+
+
+async def _respond(services: Services, answer: Answer) -> Response:
+    current, generation = current_request(), answer.generation
+    current.cleanup.callback(lambda: current.record.note_usage(generation.usage))
+    assert current.place is not None
+    assert current.charge is not None
+    await admit(services, current.place, current.charge, answer, current.record)
+    current.cleanup.callback(generation.end)  # should it never begin
+    if not answer.stream:
+        return long_response(Json(await answer.whole()))
+    chunks = answer.chunks()
+    current.cleanup.push_async_callback(chunks.aclose)
+    # The engine is asked here, so that what fails at once has an HTTP status.
+    first = await anext(chunks)
+    return Response(sse.stream(first, chunks, current.record), headers=sse.HEADERS)

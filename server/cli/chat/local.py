@@ -1,0 +1,90 @@
+"""A server for the time of a chat, in a process of its own."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+from rich.console import Console
+
+from server.cli.chat.client import Server
+from server.cli.chat.errors import ChatError
+from server.cli.progress import ModelProgress
+from server.config.setting import variable_of
+from server.config.settings import Settings
+from server.process.child import OURS, Child
+
+_LOOK_SECONDS = 0.2
+_TAIL = 2000
+"""Characters of its log that an error shows."""
+_OF_A_JOB = ("coordinator", "num_processes", "process_id", "job_token")
+
+
+@contextlib.contextmanager
+def local_server(model: str | None, settings: Settings, err: Console) -> Iterator[Server]:
+    """A server that is ready. At the end, or whatever happens to this process, it ends.
+
+    Args:
+        model: that it serves; None: those of the settings, or the catalog's first that chats.
+        settings: which it reads itself, from the environment and the file.
+        err: where to show how far it is.
+
+    Raises:
+        ChatError: it ends before it is ready; with the end of its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="inferneo-") as folder:
+        child = Child(OURS, _environment(model, settings, folder))
+        try:
+            server = Server(child.url)
+            server.started_here = True
+            for _ in waiting(server, err, started=False):
+                if not child.is_running:
+                    raise ChatError(f"The server ended before it was ready: {_why(child.log)}")
+            yield server
+        finally:
+            child.end()
+
+
+def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
+    """Show how far a server's models are until they are loaded; yields while they are not.
+
+    Args:
+        server: to wait for.
+        err: where to show it.
+        started: it answers already.
+    """
+    rows: list[dict[str, Any]] = []
+    with ModelProgress(err, lambda: rows):
+        while True:
+            states = server.states()
+            rows = [state for state in states if "stage" in state]
+            if not rows and (states or started):
+                return
+            yield
+            time.sleep(_LOOK_SECONDS)
+
+
+def _why(text: str) -> str:
+    """The reason of the last error that a log has; else its end."""
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            event = orjson.loads(line)
+            if event["level"] == "error":
+                return str(event["reason"])
+    return f"\n{text[-_TAIL:]}"
+
+
+def _environment(model: str | None, settings: Settings, folder: str) -> dict[str, str]:
+    """Its variables. It has no keys: only this machine is served; and it joins no job."""
+    if model is None and not settings.models:
+        from inferneo_jax.weights.catalog import load_catalog
+
+        model = next(each.name for each in load_catalog().values() if each.kind == "chat")
+    chosen = {"models": model, "aliases": ""} if model else {}
+    chosen |= {"keys_db": f"{folder}/keys.db", "require_key": "auto", "log_format": "json"}
+    job = {variable_of(name) for name in _OF_A_JOB}
+    kept = {name: value for name, value in os.environ.items() if name not in job}
+    return kept | {variable_of(name): value for name, value in chosen.items()}

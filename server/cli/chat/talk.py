@@ -1,0 +1,92 @@
+"""A conversation that goes on: questions, answers, and what is kept of both."""
+
+from collections.abc import Callable
+
+from server.cli.chat.client import Answer, Server
+from server.cli.chat.dialogue import Dialogue
+from server.cli.chat.errors import ChatError, KeyNeededError
+from server.cli.chat.screen import Screen
+
+
+class Talk:
+    """Asks a server, and keeps what was said.
+
+    Args:
+        server: to ask.
+        dialogue: so far.
+        screen: to write on.
+        ask_key: asks the user for an API key; None: there is nobody to ask.
+
+    Attributes:
+        dialogue: as it is now.
+        pending: a question that got no answer.
+        forget: empties the line editor's history.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        dialogue: Dialogue,
+        screen: Screen,
+        ask_key: Callable[[], str] | None = None,
+    ) -> None:
+        self.server, self.dialogue, self.screen = server, dialogue, screen
+        self.pending: str | None = None
+        self.forget: Callable[[], None] = lambda: None
+        self._ask_key = ask_key
+
+    def ask(self, question: str) -> None:
+        """Ask, and write the answer while it comes; what came of one that is cut is kept."""
+        self._ask(question, self.dialogue)
+
+    def retry(self) -> None:
+        """Ask the last question again. The old answer is kept until there is a new one.
+
+        Raises:
+            ChatError: there is none.
+        """
+        if self.pending is not None:
+            self._ask(self.pending, self.dialogue)
+        elif self.dialogue.turns:
+            self._ask(self.dialogue.turns[-1].question, self.dialogue.undone())
+        else:
+            raise ChatError("Nothing was asked yet.")
+
+    def with_key(self, action: Callable[[], None]) -> None:
+        """Do something that may need an API key; if it does, ask for one and do it again.
+
+        Raises:
+            ChatError: it fails, or no key was given.
+        """
+        while True:
+            try:
+                return action()
+            except KeyNeededError as error:
+                if self._ask_key is None:
+                    raise
+                self.screen.error(str(error))
+                if not (key := self._ask_key()):
+                    raise ChatError("Without an API key this server does not answer.") from None
+                self.server.key = key
+
+    def _ask(self, question: str, before: Dialogue) -> None:
+        answer, replaces = Answer(), before is not self.dialogue
+        if not replaces:
+            self.pending = question
+        try:
+            self.with_key(lambda: self._stream(before.body(question), answer))
+        except KeyboardInterrupt:
+            answer.reason = "interrupt"
+        except ChatError as error:
+            self.screen.error(str(error))
+            if answer.text:
+                self.screen.note("What was said so far is kept; /retry asks again.")
+        if answer.text or answer.reason not in (None, "interrupt"):
+            self.dialogue, self.pending = before.having(question, answer.text), None
+        if answer.reason:
+            self.screen.figures(answer)
+
+    def _stream(self, body: dict[str, object], answer: Answer) -> None:
+        with self.screen.answer() as writer:
+            for piece in self.server.stream(body, answer):
+                writer.write(piece)

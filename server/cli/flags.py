@@ -1,0 +1,69 @@
+"""Options of a command, made of the schema."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from server.config.setting import Setting, describe
+
+
+def with_flags(
+    command: Callable[..., None], groups: Collection[str] | None = None
+) -> Callable[..., None]:
+    """Give a command, which takes a ``typer.Context``, the flags of all settings, or of groups.
+
+    Typer reads them off its signature.
+    """
+    vars(command)["__signature__"] = inspect.Signature(
+        [
+            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *_parameters(groups),
+        ]
+    )
+    return command
+
+
+def given(context: typer.Context) -> dict[str, Any]:
+    """The flags that were given, by the names of the settings."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+
+
+def _parameters(groups: Collection[str] | None) -> Iterator[inspect.Parameter]:
+    for setting in describe():
+        has_place = setting.flag or setting.name == "models"
+        if has_place and (groups is None or setting.group in groups):
+            yield _parameter(setting)
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """A setting as Typer is to see it. Values are texts: the schema reads and checks them."""
+    bounds = f"From {setting.bounds}" if setting.bounds[:1].isdigit() else setting.bounds
+    shared: dict[str, Any] = {
+        "help": f"{setting.description} {bounds[:1].upper()}{bounds[1:]}."
+        if bounds
+        else setting.description,
+        # Typer puts words in parentheses, and what would be typed not.
+        "show_default": setting.default if setting.default_in_words else True,
+    }
+    kind: Any
+    if setting.flag:
+        kind = Annotated[
+            str | None,
+            typer.Option(
+                setting.flag, metavar=setting.form, rich_help_panel=setting.group, **shared
+            ),
+        ]
+    else:
+        kind = Annotated[list[str] | None, typer.Argument(metavar="MODEL", **shared)]
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=kind,
+        default=None if setting.default_in_words else setting.default,
+    )

@@ -1,0 +1,235 @@
+"""The `inferneo` command."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from inferneo_jax import __version__
+from inferneo_jax.errors import InferneoError
+from server.cli import keys_cli, plan_cli
+from server.cli.bench import cli as bench_cli
+from server.cli.chat.cli import chat
+from server.cli.clean import clean
+from server.cli.doctor.cli import doctor
+from server.cli.flags import with_flags
+from server.cli.follow import GROUPS, follow
+from server.cli.progress import ModelProgress
+from server.cli.serve import EPILOG, serve
+from server.config.settings import Settings
+
+MODELS, SERVE, MEASURE = "Models", "Serve", "Plan and measure"
+
+app = typer.Typer(
+    help="Serve language and embedding models over an OpenAI-compatible API.",
+    epilog="Begin with `inferneo serve`; each command has a --help of its own.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command(epilog=EPILOG, rich_help_panel=SERVE)(with_flags(serve))
+app.command(rich_help_panel=SERVE)(chat)
+app.command(rich_help_panel=SERVE)(doctor)
+app.add_typer(keys_cli.app, name="keys", rich_help_panel=SERVE)
+app.command(rich_help_panel=SERVE)(with_flags(follow, GROUPS))
+out = Console()
+err = Console(stderr=True)
+
+Checkpoints = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        show_default="that of the settings: INFERNEO_CHECKPOINTS",
+        help="Folder of the converted models.",
+    ),
+]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a converted model.", show_default=False)
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"inferneo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Serve language and embedding models over an OpenAI-compatible API."""
+    del version
+
+
+@app.command(rich_help_panel=MODELS)
+def pull(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME",
+            help="Names of the catalog, or org/name (org/name:file.gguf) of the Hugging Face Hub.",
+            show_default=False,
+        ),
+    ],
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Download models and convert them; those that are there already are left alone."""
+    from inferneo_jax.weights.fetch import pull as pull_model
+
+    _convert_on_host()
+    folder = _folder(checkpoints)
+    for name in names:
+        with _progress(name) as progress:
+            path = pull_model(name, folder, progress)
+        out.print(f"{name}: {path}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=MODELS)
+def convert(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A GGUF file, or a folder with config.json and safetensors."
+        ),
+    ],
+    checkpoints: Checkpoints = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name of the converted model.",
+            show_default="that of the file or folder",
+        ),
+    ] = None,
+) -> None:
+    """Convert a model that lies on this machine."""
+    from inferneo_jax.weights.catalog import checkpoint_path
+    from inferneo_jax.weights.convert import convert as convert_model
+
+    _convert_on_host()
+    source = path.absolute()
+    name = name or (source.stem if source.is_file() else source.name)
+    destination = checkpoint_path(_folder(checkpoints), name)
+    with _progress(name) as progress:
+        convert_model(source, destination, progress)
+    out.print(f"{name}: {destination}", soft_wrap=True)
+
+
+@app.command("list", rich_help_panel=MODELS)
+def list_models(checkpoints: Checkpoints = None) -> None:
+    """List the converted models, and those of the catalog that could be pulled."""
+    from rich.table import Table
+
+    from inferneo_jax.weights.catalog import list_checkpoints, load_catalog
+    from inferneo_jax.weights.checkpoint import read_info
+    from server.cli.doctor.finding import size_of
+
+    table = Table("model", "kind", "size", "licence", "state", box=None)
+    found, catalog = list_checkpoints(_folder(checkpoints)), load_catalog()
+    for name, folder in found.items():
+        size = f"{size_of(folder) / 1e6:,.0f} MB"
+        try:
+            info = read_info(folder)
+        except InferneoError:
+            table.add_row(name, "", size, "", "damaged: remove it and pull again")
+        else:
+            kind = "chat" if info.kind == "decoder" else "embedding"
+            table.add_row(name, kind, size, info.licence or "", "ready")
+    absent = [name for name in catalog if name not in found]
+    for name in absent:
+        table.add_row(name, catalog[name].kind, "", catalog[name].licence, "not here")
+    out.print(table)
+    if absent:  # in one line, to be copied
+        out.print(f"\nTo have them: inferneo pull {' '.join(absent)}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=MODELS)
+def show(name: Name, checkpoints: Checkpoints = None) -> None:
+    """Show what a converted model is and where it came from."""
+    import datetime
+    import math
+
+    from rich.table import Table
+
+    from inferneo_jax.weights.catalog import find_checkpoint
+    from inferneo_jax.weights.checkpoint import read_info, stored_shapes
+
+    info = read_info(find_checkpoint(_folder(checkpoints), name))
+    shapes = stored_shapes(info.path)
+    created = datetime.datetime.fromtimestamp(info.created, datetime.UTC)
+    rows = {
+        "name": name,
+        "folder": info.path,
+        "family": f"{info.family} ({info.kind})",
+        "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
+        "licence": info.licence,
+        "created": f"{created:%Y-%m-%d %H:%M} UTC",
+        "ends at ids": ", ".join(map(str, info.eos_token_ids)) or None,
+        **{f"source {key}": value for key, value in info.source.items()},
+        **info.config.to_dict(),
+    }
+    table = Table(box=None, show_header=False)
+    for key, value in rows.items():
+        table.add_row(key.replace("_", " "), "-" if value is None else str(value))
+    out.print(table)
+
+
+@app.command(rich_help_panel=MODELS)
+def rm(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME", help="Names of converted models.", show_default=False),
+    ],
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Remove converted models."""
+    from inferneo_jax.weights.catalog import remove_checkpoint
+
+    for name in names:
+        remove_checkpoint(_folder(checkpoints), name)
+        out.print(f"{name}: removed")
+
+
+# Here, so that help shows them last.
+app.command(rich_help_panel=MEASURE)(plan_cli.plan)
+app.add_typer(bench_cli.app, name="bench", rich_help_panel=MEASURE)
+
+
+def _convert_on_host() -> None:
+    """Conversion only moves bytes; it must not take an accelerator from a running server."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _folder(checkpoints: str | None) -> Path:
+    """Where the converted models lie."""
+    return Settings.load({"checkpoints": checkpoints} if checkpoints else {}).checkpoints_dir()
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows on stderr what is being done for one model."""
+    row: dict[str, Any] = {"id": name, "stage": "waiting", "done": 0, "total": 0}
+
+    def report(stage: str, done: int, total: int) -> None:
+        row.update(stage=stage, done=done, total=total)
+
+    with ModelProgress(err, lambda: [row]):
+        yield report
+
+
+def main(command: Callable[[], object] = app) -> None:
+    """Runs a command; what goes wrong for a known reason is one message and exit status 1."""
+    try:
+        command()
+    except InferneoError as error:
+        err.print("[bold red]error:[/] ", end="")
+        err.print(clean(str(error)), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

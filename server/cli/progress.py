@@ -1,0 +1,77 @@
+"""How far models are, on a terminal: for each what is done for it, and a bar."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from server.cli.clean import clean
+
+_BAR, _NAME, _REFRESHES_PER_SECOND = 16, 26, 8
+_WORDS = {
+    "compile": "compiling programs",
+    "joining": "waiting for the other processes",
+    "loading": "reading weights",
+    "verifying": "checking its hash",
+}
+
+
+class ModelProgress:
+    """A table that redraws itself, and is gone at the end; nothing where there is no terminal.
+
+    While it is shown, what is written to ``sys.stderr`` appears above it.
+
+    Args:
+        console: where to.
+        rows: what is so at the moment: ``id``, ``stage``, ``done``, ``total`` of each model.
+    """
+
+    def __init__(self, console: Console, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+        self._rows = rows
+        self._begin = time.monotonic()
+        self._live = Live(
+            console=console,
+            get_renderable=self._table,
+            refresh_per_second=_REFRESHES_PER_SECOND,
+            transient=True,
+            redirect_stdout=False,
+        )
+
+    def __enter__(self) -> "ModelProgress":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Show it from now on."""
+        if self._live.console.is_terminal:
+            self._live.start(refresh=True)
+
+    def stop(self) -> None:
+        """Take it away, if it is still there."""
+        self._live.stop()
+
+    def _table(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(max_width=_NAME, no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        for row in self._rows():
+            stage, done, total = row["stage"], row["done"], row["total"]
+            if stage == "ready":
+                table.add_row(Text(clean(row["id"])), Text("ready", style="green"), "")
+                continue
+            bar = ProgressBar(total or None, done, width=_BAR, pulse=not total)
+            unit, word = (1_000_000, " MB") if stage == "downloading" else (1, "")
+            amount = f"{done // unit:,} of {total // unit:,}{word}" if total else ""
+            words = Text(clean(_WORDS.get(stage, stage)))
+            table.add_row(Text(clean(row["id"])), words, bar, amount)
+        return Group(table, Text(f"{time.monotonic() - self._begin:.0f} s", style="dim"))

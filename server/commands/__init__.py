@@ -1,1 +1,0 @@
-"""Commands that are no packages of their own; ``server/cli.py`` puts all of them together."""

@@ -1,0 +1,1 @@
+"""Settings: one schema, read from flags, variables and a file."""

@@ -1,0 +1,276 @@
+"""What can be set, in words: `--help`, errors and docs/reference/configuration.md are made of this.
+
+A group of settings is a class, whose docstring says what they are about.
+``server/config/setting.py`` lists them all.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
+from pydantic_settings import NoDecode
+
+from inferneo_jax import ConfigError, EngineConfig, MeshShape
+
+
+def split_list(value: Any) -> Any:
+    """A comma-separated text as a list; what comes from TOML is a list already."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _pairs(value: Any) -> Any:
+    """``alias=model,alias=model`` as a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = {}
+    for part in split_list(value):
+        alias, equals, model = (text.strip() for text in part.partition("="))
+        if not (alias and equals and model):
+            raise ValueError(f"holds {part!r}; write alias=model, several with commas between")
+        pairs[alias] = model
+    return pairs
+
+
+def _mesh(text: str) -> str:
+    """A text that says how devices are shared out."""
+    try:
+        MeshShape.parse(text)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("mesh ")) from None
+    return text
+
+
+def _word(value: Any) -> Any:
+    """TOML's true and false as words, and words in lower case."""
+    return str(value).lower() if isinstance(value, bool | str) else value
+
+
+def _shown(form: str | None = None, default: str | None = None) -> dict[str, Any]:
+    """How a value is written where its type does not say, and what it means to give none."""
+    return {"form": form, "default": default}
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)]
+Aliases = Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)]
+
+
+class ModelSettings(BaseModel):
+    """Models: which are served, and where they lie."""
+
+    models: Names = Field(
+        default=(),
+        description="Names of the catalog, org/name of the Hugging Face Hub, or folders of "
+        "converted models. What is not there yet is fetched.",
+        json_schema_extra=_shown("MODEL,...", "the catalog's first chat and embedding model"),
+    )
+    aliases: Aliases = Field(
+        default_factory=dict,
+        description="Further names under which clients may ask for these models.",
+        json_schema_extra=_shown("ALIAS=MODEL,...", "none"),
+    )
+    checkpoints: Path | None = Field(
+        default=None,
+        description="Folder where converted models lie.",
+        json_schema_extra=_shown("FOLDER", "checkpoints/ of the checkout, else the user's cache"),
+    )
+    compilation_cache: Path | None = Field(
+        default=None,
+        description="Folder where compiled programs and encoded weights are kept for the next "
+        "start. Whoever may write there may run code in the server.",
+        json_schema_extra=_shown("FOLDER", ".compiled among the checkpoints"),
+    )
+
+
+class NumericSettings(BaseModel):
+    """Numerics: in which numbers models are computed. float32, none and xla are the reference."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Of weights and matrix products; auto is bfloat16 where the hardware "
+        "multiplies it.",
+    )
+    quantization: Literal["auto", "none", "int8"] = Field(
+        default="auto",
+        description="Of the weights; auto is none, but on a CPU with native kernels and no dtype "
+        "named blocks of 8 bits, and of 4 where the file has them.",
+    )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto",
+        description="Of keys and values in the cache; int8 has a scale for each token and head; "
+        "auto is bfloat16, but float32 with that dtype and on a CPU without native kernels.",
+    )
+    kernels: Literal["auto", "xla", "native"] = Field(
+        default="auto",
+        description="Of attention, and on CPUs of products: xla is the reference, native is made "
+        "for the device (for a CPU compiled at the first start, by a C++ compiler); auto is "
+        "native where there is one.",
+    )
+
+
+class EngineSettings(BaseModel):
+    """Engine: how much runs at once, and on which devices."""
+
+    slots: int = Field(
+        default=EngineConfig().slots,
+        ge=1,
+        le=256,
+        description="Requests that run at once.",
+    )
+    max_len: int | None = Field(
+        default=None,
+        ge=2,
+        description="Most tokens of one request, prompt and output together.",
+        json_schema_extra=_shown("TOKENS", "the model's context, as far as memory holds it"),
+    )
+    mesh: Annotated[str, AfterValidator(_mesh)] = Field(
+        default="",
+        description="How devices are shared out: model splits weights and heads, data makes "
+        "groups that serve requests of their own.",
+        json_schema_extra=_shown("data=N,model=N", "all devices on model"),
+    )
+    speculation: Literal["auto", "off", "ngram"] = Field(
+        default="auto",
+        description="Drafts of the next tokens, looked up in what was said before, which one step "
+        "verifies; auto is where they are measured to be faster.",
+    )
+
+
+class RequestSettings(BaseModel):
+    """Requests: how many are taken, how large, and for how long."""
+
+    max_waiting: int = Field(
+        default=256,
+        ge=0,
+        le=100_000,
+        description="Requests that may wait while every slot is taken; more are answered 503.",
+    )
+    request_seconds: float = Field(
+        default=3600.0,
+        gt=0,
+        le=7 * 86_400,
+        description="How long a request may take, and the most that X-Request-Timeout can ask for.",
+    )
+    drain_seconds: float = Field(
+        default=25.0,
+        ge=0,
+        le=86_400,
+        description="How long a server that is told to end lets requests finish; keep it below the "
+        "time after which it is killed (Kubernetes: 30 s).",
+    )
+    max_body_bytes: int = Field(
+        default=4 * 1024 * 1024,
+        ge=1024,
+        le=1024**3,
+        description="Largest request body, and largest WebSocket frame.",
+        json_schema_extra=_shown("BYTES"),
+    )
+
+
+class NetworkSettings(BaseModel):
+    """Network: where the server listens, and to whom it answers."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address that `inferneo serve` listens on; 0.0.0.0 or :: to be reached from "
+        "other machines. `hypercorn --bind` names its own.",
+        json_schema_extra=_shown("ADDRESS"),
+    )
+    port: int = Field(
+        default=8000,
+        ge=0,
+        le=65_535,
+        description="Port that `inferneo serve` listens on; 0 takes a free one. `hypercorn --bind` "
+        "names its own.",
+    )
+    allowed_origins: Names = Field(
+        default=(),
+        description="Web pages that may open WebSockets, besides this machine's own; * for all.",
+        json_schema_extra=_shown("SCHEME://HOST[:PORT],...", "this machine's"),
+    )
+    allowed_hosts: Names = Field(
+        default=(),
+        description="Names under which the server may be asked for, as in the header Host, "
+        "without ports.",
+        json_schema_extra=_shown(
+            "NAME,...", "any where keys are needed or require_key is false, else localhost"
+        ),
+    )
+
+
+class KeySettings(BaseModel):
+    """Keys: who may use the server (`inferneo keys`)."""
+
+    require_key: Annotated[Literal["auto", "true", "false"], BeforeValidator(_word)] = Field(
+        default="auto",
+        description="Whether requests need an API key; auto is as soon as there are keys, and "
+        "until then only this machine is served.",
+    )
+    keys_db: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Where API keys, limits and usage are kept: a path of SQLite, or a URL of "
+        "Redis or Valkey.",
+        json_schema_extra=_shown("PATH|URL", "inferneo/keys.db in the user's data folder"),
+    )
+
+
+class JobSettings(BaseModel):
+    """Several processes: how they run one language model together (docs/multihost.md)."""
+
+    coordinator: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Address of process 0; auto is as JAX finds it.",
+        json_schema_extra=_shown("HOST:PORT|auto", "this process alone"),
+    )
+    num_processes: int | None = Field(
+        default=None,
+        ge=2,
+        le=10_000,
+        description="How many there are.",
+        json_schema_extra=_shown(default="none"),
+    )
+    process_id: int | None = Field(
+        default=None,
+        ge=0,
+        description="Which of them this is; 0 serves HTTP, the others run `inferneo follow`.",
+        json_schema_extra=_shown(default="none"),
+    )
+    job_token: SecretStr | None = Field(
+        default=None,
+        description="A secret that all of them share. It has no flag: everybody on the machine "
+        "could read it in the list of processes.",
+        json_schema_extra=_shown("SECRET", "none"),
+    )
+
+
+class LogSettings(BaseModel):
+    """Logs and file: what the server writes, and where further settings lie."""
+
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto",
+        description="Of the log on standard error; auto is console on a terminal and json "
+        "elsewhere.",
+    )
+    config: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = Field(
+        default=None,
+        description="A TOML file of settings, under the names that the flags have, with _ for -. "
+        "Flags and variables win over it.",
+        json_schema_extra=_shown("FILE", "none"),
+    )
+
+
+class Schema(  # pydantic takes the fields of the last base first
+    LogSettings,
+    JobSettings,
+    KeySettings,
+    NetworkSettings,
+    RequestSettings,
+    EngineSettings,
+    NumericSettings,
+    ModelSettings,
+):
+    """All settings of the server, group by group. What is None is chosen by the engine."""

@@ -1,0 +1,1 @@
+"""Bytes: connections, bodies, frames, errors, and what Hypercorn leaves to us."""

@@ -1,0 +1,120 @@
+"""Request bodies: bounded in size, and in how slowly they may come."""
+
+import asyncio
+from collections.abc import Generator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from quart.wrappers.request import Body
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from server.http.errors import ApiError
+
+if TYPE_CHECKING:
+    from server.run.admission import Place
+
+DRAIN_SECONDS = 5.0
+"""How long an error waits for a body to arrive that nobody wants."""
+STALL_SECONDS = 5.0
+"""How long a body that is waited for may make no progress."""
+BODY_BYTES_PER_SECOND = 1024
+"""The slowest pace of a body: each second of waiting must be earned by so many bytes."""
+_LOOK_SECONDS = 0.5
+
+
+class LimitedBody(Body):
+    """A body that is refused when it grows too large, yet read to its end; or when it stalls.
+
+    A connection that is closed while bytes lie unread is reset, and the client may lose the answer
+    that says why.
+
+    Attributes:
+        place: what the request holds while the body arrives, whose deadline counts here too.
+        stalled: it was given up because it came too slowly.
+    """
+
+    def __init__(self, expected: int | None, maximum: int | None) -> None:
+        super().__init__(expected, maximum)
+        self._left = maximum
+        self._too_large = RequestEntityTooLarge(
+            f"The request body has more than {maximum} bytes. Send less, or raise "
+            "INFERNEO_MAX_BODY_BYTES where the server is started."
+        )
+        if self._must_raise is not None:
+            self._must_raise = self._too_large
+        self._answered = False
+        self._ended = asyncio.Event()
+        self._received = 0
+        self.place: Place | None = None
+        self.stalled = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last byte has come."""
+        return self._ended.is_set()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Wait for the last byte and return them all.
+
+        Raises:
+            ApiError: it came too slowly, or the request's time is over.
+            RequestEntityTooLarge: it has too many bytes.
+        """
+        yield from self._arrive().__await__()
+        return (yield from super().__await__())
+
+    def append(self, data: bytes) -> None:
+        """Keep the bytes, or drop them once there are too many."""
+        self._received += len(data)
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0 and self._must_raise is None:
+                self._must_raise = self._too_large
+                super().set_complete()
+        if self._must_raise is None and not self._answered:
+            self._data.extend(data)
+            self._has_data.set()
+
+    def set_complete(self) -> None:
+        """Called when the last byte has come."""
+        self._ended.set()
+        super().set_complete()
+
+    async def drain(self) -> None:
+        """Wait for the last byte, for a while; keep none, since the answer is known."""
+        self._answered = True
+        self._data.clear()
+        if not self.stalled:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await self._ended.wait()
+
+    async def _arrive(self) -> None:
+        """Wait while the body makes progress.
+
+        Time is counted in looks, not read from a clock: a machine that stood still for a while has
+        not let its clients send either.
+        """
+        loop, place = asyncio.get_running_loop(), self.place
+        patience, seen = STALL_SECONDS, self._received
+        while not (self._complete.is_set() or self._must_raise):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self._complete.wait()
+                return
+            earned = (self._received - seen) / BODY_BYTES_PER_SECOND
+            patience, seen = min(STALL_SECONDS, patience + earned), self._received
+            patience -= _LOOK_SECONDS
+            late = place is not None and loop.time() >= place.deadline
+            self.stalled = late or patience <= 0
+            if late and place is not None:
+                raise place.too_late()
+            if self.stalled:
+                raise ApiError(
+                    408,
+                    f"The request body came too slowly: after {self._received} bytes it stalled. "
+                    f"Send it again, at {BODY_BYTES_PER_SECOND} bytes a second or more and "
+                    f"without pauses of {STALL_SECONDS:g} s.",
+                    code="body_stalled",
+                    headers={"X-Should-Retry": "true"},
+                )

@@ -1,0 +1,135 @@
+"""A WebSocket from its handshake to its end, as Quart and Hypercorn do not see to it."""
+
+import asyncio
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, cast
+
+import structlog
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
+from quart import Quart, websocket
+from quart.asgi import ASGIWebsocketConnection
+from quart.wrappers.websocket import Websocket
+
+from server.http.connection import CONNECTIONS, Connections, request_id, while_connected
+from server.http.frames import FrameMemory, Inbox, let_go, pinged, take_over
+from server.http.transport import Patience
+from server.observe.access_log import Record
+
+if TYPE_CHECKING:
+    from server.observe.metrics import Metrics
+
+CLOSE_SECONDS = 2.0
+"""How long a client has to answer a close frame; what it sends meanwhile is dropped."""
+_FRAMES = "frames"
+_METRICS = "metrics"
+
+
+class ApiWebsocket(Websocket):
+    """A WebSocket with its id, its log record, and what must be closed when it is over.
+
+    Attributes:
+        inbox: what its client sent.
+        cut: ends the connection at once.
+        accepted: whether the handshake was answered with 101.
+    """
+
+    inbox: Inbox
+    cut: Callable[[], None]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.id = request_id(self.headers)
+        self.record = Record()
+        self.cleanup = ExitStack()
+        self.accepted = False
+        self._closed = False
+
+    async def accept(self, *args: Any, **kwargs: Any) -> None:
+        """Answer the handshake, if that has not been done."""
+        await super().accept(*args, **kwargs)
+        self.accepted = True
+
+    async def receive(self) -> bytes:
+        """The client's next frame.
+
+        Raises:
+            ApiError: it was refused, or nothing more can be read.
+        """
+        return await self.inbox.receive()
+
+    async def close(self, code: int, reason: str = "") -> None:
+        """Send a close frame, once; a client that does not answer it is cut."""
+        if not self._closed:
+            self._closed = True
+            self.record.note(close_code=code)
+            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.cut, context=Context())
+            await super().close(code, reason)
+
+
+def current_socket() -> ApiWebsocket:
+    """The WebSocket that is being served."""
+    return cast(ApiWebsocket, cast(Any, websocket)._get_current_object())
+
+
+class WebsocketConnection(ASGIWebsocketConnection):
+    """Bounds what the client may send, pings it, and logs and counts how the socket ended."""
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Serve one connection."""
+        connections: Connections = self.app.extensions[CONNECTIONS]
+        patience = Patience(send)
+        socket = cast(ApiWebsocket, self._create_websocket_from_scope(patience.send))
+        socket.inbox = take_over(send, self.app.extensions[_FRAMES])
+        socket.cut = patience.cut
+        structlog.contextvars.bind_contextvars(id=socket.id)
+        try:
+            async with pinged(send):
+                with connections.opened(patience):
+                    await while_connected(
+                        self._handle(socket, patience), _listen(receive, socket.inbox)
+                    )
+        finally:
+            socket.inbox.close()
+            let_go(send)
+            socket.cleanup.close()
+            self._tell(socket)
+            vars(socket).clear()  # as HttpConnection does with a request
+
+    async def _handle(self, socket: ApiWebsocket, patience: Patience) -> None:
+        """Run the handler, then give the client a while to see how that ended."""
+        try:
+            await self.handle_websocket(socket, patience.send)
+        except asyncio.CancelledError as error:
+            # Task groups keep the error that ends them, whose traceback leads to all that was
+            # under way here: garbage that only the collector would find.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        if socket.accepted:
+            socket.inbox.close()
+            await asyncio.sleep(CLOSE_SECONDS)
+
+    def _tell(self, socket: ApiWebsocket) -> None:
+        rule = socket.url_rule.rule if socket.url_rule else "none"
+        record, metrics = socket.record, cast("Metrics", self.app.extensions[_METRICS])
+        code = record.facts.get("status") or record.facts.get("close_code")
+        record.facts = {"route": rule} | record.facts
+        metrics.socket_ended(rule, "client" if code is None else str(code))
+        record.write("websocket")
+
+
+async def _listen(receive: ASGIReceiveCallable, inbox: Inbox) -> None:
+    """Return once the client has gone."""
+    while (event := await receive())["type"] != "websocket.disconnect":
+        if event["type"] == "websocket.receive":  # of a server that is not Hypercorn
+            await inbox.add(event.get("bytes") or event.get("text") or b"", last=True)
+
+
+def install_sockets(app: Quart, metrics: "Metrics", max_frame_bytes: int) -> None:
+    """Make ``app`` use these classes, after ``connection.install``."""
+    app.extensions[_FRAMES] = FrameMemory(max_frame_bytes)
+    app.extensions[_METRICS] = metrics
+    app.websocket_class = ApiWebsocket
+    app.asgi_websocket_class = WebsocketConnection

@@ -1,0 +1,301 @@
+"""Who may do what. Every route needs a key unless this file says otherwise."""
+
+import math
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from functools import partial
+
+import structlog
+from quart import request
+from quart.wrappers.base import BaseRequestWebsocket
+
+from server.config.settings import Settings
+from server.http.connection import current_request
+from server.http.errors import ApiError
+from server.keys.caller import caller, set_caller
+from server.keys.key import TICKET_SECONDS, Key, digest, id_of, is_ticket, new_ticket
+from server.keys.locality import is_local_name, is_near, name_of, proxy_header
+from server.keys.lookup import KeyLookup
+from server.keys.store.threads import StoreThreads
+
+log = structlog.get_logger(__name__)
+
+OPEN_ENDPOINTS = frozenset(
+    {
+        "health.health",
+        "health.ready",
+        # Pages, which are the same for everybody; what they show is asked for with a key.
+        "pages.chat",
+        "pages.dashboard",
+        "pages.page_file",
+        "pages.docs",
+        "docs.docs_file",
+    }
+)
+SCOPE_OF = {
+    "/v1/models": None,
+    "/v1/models/<path:model_id>": None,
+    "/v1/usage": None,
+    "/v1/ws-tickets": None,
+    "/version": None,
+    "/openapi.json": None,
+    "/v1/completions": "inference",
+    "/v1/chat/completions": "inference",
+    "/tokenize": "inference",
+    "/detokenize": "inference",
+    "/v1/embeddings": "embeddings",
+    "/metrics": "metrics",
+    "/admin/keys": "admin",
+    "/admin/keys/<key_id>": "admin",
+    "/admin/keys/<key_id>/rotate": "admin",
+    "/admin/keys/<key_id>/usage": "admin",
+    "/admin/usage": "admin",
+}
+"""The scope that a rule asks of a key; None: any will do. What is not listed needs ``admin``."""
+
+MAX_TICKETS = 64
+"""Unused tickets that a key may have at once."""
+_HOW = "Send it as the header Authorization: Bearer <key>."
+
+
+def unauthenticated(message: str) -> ApiError:
+    """No key, or none that counts; what was sent is not repeated."""
+    return ApiError(
+        401,
+        message,
+        kind="authentication_error",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def forbidden(message: str, code: str, param: str | None = None) -> ApiError:
+    """A key that may not do this, or nobody who may."""
+    return ApiError(403, message, kind="permission_error", code=code, param=param)
+
+
+class Guard:
+    """Finds the key of every request, and refuses those without."""
+
+    def __init__(self, settings: Settings, threads: StoreThreads) -> None:
+        self._settings = settings
+        self._threads = threads
+        self._store = threads.store
+        self._keys_exist = settings.require_key == "true"
+        self._lookup = KeyLookup(threads)
+
+    async def announce(self) -> None:
+        """Say at start whom the server will serve."""
+        if self._settings.require_key == "false":
+            log.warning("no_key_required", reason="INFERNEO_REQUIRE_KEY is false: all are served")
+            return
+        with suppress(ApiError):  # logged
+            if not await self._has_keys():
+                locally = "only this machine is served, without a key"
+                whom = locally if self._settings.require_key == "auto" else "nobody is served"
+                reason = f"no API key exists: {whom}. `inferneo keys create NAME` makes one"
+                log.warning("no_keys", reason=reason)
+
+    async def admit_request(self) -> None:
+        """Before every HTTP request.
+
+        Raises:
+            ApiError: it has no key that may do this.
+        """
+        if request.endpoint in OPEN_ENDPOINTS or await self.serves_without_key(request):
+            return
+        key = await self.identify(bearer(request))
+        set_caller(key)
+        current_request().record.note(key=key.id)
+        if request.url_rule is not None:  # else: a 404 or 405, which says little to any key
+            check_scope(key, request.url_rule.rule)
+
+    async def serves_without_key(self, connection: BaseRequestWebsocket) -> bool:
+        """Whether this one needs no key.
+
+        Raises:
+            ApiError: nobody has a key, and it comes from elsewhere; or it names another host.
+        """
+        hosts = self._settings.allowed_hosts
+        if hosts and name_of(connection.headers.get("Host", "")) not in hosts:
+            raise forbidden(
+                "The server is not to be asked for under this name; INFERNEO_ALLOWED_HOSTS lists "
+                "those that are.",
+                "host_not_allowed",
+            )
+        if self._settings.require_key == "false":
+            return True
+        if await self._closed():
+            return False
+        check_local(connection, hosts)
+        return True
+
+    async def identify(self, text: str | None) -> Key:
+        """The key that reads ``text``.
+
+        Raises:
+            ApiError: there is none that counts, or the store cannot be used.
+        """
+        if text is None:
+            raise unauthenticated(f"This server needs an API key. {_HOW}")
+        if (key_id := id_of(text)) is None:
+            raise unauthenticated(f"What was sent is no API key of this server. {_HOW}")
+        if (key := await self._lookup.matching(key_id, text)) is None:
+            raise unauthenticated("There is no such API key. Check it, or ask for a new one.")
+        return _counting(key)
+
+    async def recheck(self) -> Key | None:
+        """The caller as it is now, in the course of a long connection; None: it needed no key.
+
+        Raises:
+            ApiError: its key does not count any more, or the store cannot be used.
+        """
+        before = caller()
+        if before is None:
+            return None
+        key = await self._lookup.by_id(before.id)
+        if key is None or key.digest != before.digest:
+            raise unauthenticated("This API key was replaced by another one.")
+        set_caller(_counting(key))
+        return key
+
+    async def ticket_holder(self, ticket: str) -> Key:
+        """The key that a ticket was made for, which is then used up.
+
+        Raises:
+            ApiError: it is none, or none any more.
+        """
+        key_id = None
+        if is_ticket(ticket):
+            kept = digest(await self._lookup.pepper(), ticket)
+            take = partial(self._store.take_ticket, kept, time.time())
+            key_id = await self._lookup.unproven(partial(self._threads.call, take))
+        key = await self._lookup.by_id(key_id, anew=True) if key_id is not None else None
+        if key is None:
+            raise unauthenticated(
+                "token must be a ticket of POST /v1/ws-tickets, used once and in time; never a key."
+            )
+        return _counting(key)
+
+    async def new_ticket(self, key: Key) -> str:
+        """A text that stands for the key once, for :data:`~server.keys.key.TICKET_SECONDS`.
+
+        Raises:
+            ApiError: too many of the key's are unused, or the store cannot be used.
+        """
+        ticket, now = new_ticket(), time.time()
+        kept = digest(await self._lookup.pepper(), ticket)
+        add = partial(self._store.add_ticket, kept, key.id, now, now + TICKET_SECONDS, MAX_TICKETS)
+        if (wait := await self._threads.call(add)) is not None:
+            seconds = max(1, math.ceil(wait))
+            raise ApiError(
+                429,
+                f"{MAX_TICKETS} tickets of this API key are unused, the most it may have. Use one, "
+                f"or try again in {seconds} s, when the first has expired.",
+                kind="rate_limit_exceeded",
+                code="too_many_tickets",
+                headers={"Retry-After": str(seconds)},
+            )
+        return ticket
+
+    def permit(self, name: str) -> None:
+        """Let the caller use the model of this id or alias.
+
+        Raises:
+            ApiError: its key is for others.
+        """
+        if not self.permits(name):
+            raise forbidden(
+                f"This API key may not use the model {name[:100]!r}.", "model_not_allowed", "model"
+            )
+
+    def permits(self, name: str) -> bool:
+        """Whether the caller may use this model."""
+        key, aliases = caller(), self._settings.aliases
+        if key is None or not key.models:
+            return True
+        return aliases.get(name, name) in {aliases.get(each, each) for each in key.models}
+
+    def forget(self, key_id: str) -> None:
+        """Look a key up anew: it has been changed."""
+        self._lookup.forget(key_id)
+
+    async def _closed(self) -> bool:
+        """Whether keys are needed; once they were, they are for as long as the server runs."""
+        if not self._keys_exist:
+            self._keys_exist = await self._has_keys()
+        return self._keys_exist
+
+    async def _has_keys(self) -> bool:
+        return self._store.exists() and await self._threads.call(self._store.has_keys)
+
+
+def bearer(connection: BaseRequestWebsocket) -> str | None:
+    """The token of the Authorization header.
+
+    Raises:
+        ApiError: there are several, or it is of another kind.
+    """
+    values = connection.headers.getlist("Authorization")
+    if not values:
+        return None
+    scheme, _, token = values[0].partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer" or not token.strip():
+        raise unauthenticated("The Authorization header must be one: Authorization: Bearer <key>.")
+    return token.strip()
+
+
+def check_scope(key: Key, rule: str) -> None:
+    """Let a key do what a route does.
+
+    Raises:
+        ApiError: it lacks the scope.
+    """
+    scope = SCOPE_OF.get(rule, "admin")
+    if scope is not None and scope not in key.scopes:
+        raise forbidden(
+            f"This API key lacks the scope {scope}, which this path needs.", "insufficient_scope"
+        )
+
+
+def check_local(connection: BaseRequestWebsocket, hosts: Collection[str] = ()) -> None:
+    """Let in what comes from this machine.
+
+    Neither another machine, nor a proxy on this one, nor a web page under a name that was made to
+    point here (DNS rebinding) may use a server that asks for no key.
+
+    Args:
+        connection: to be checked.
+        hosts: further names of this machine. Those with a dot do not count: they may be the names
+            under which a proxy serves everybody.
+
+    Raises:
+        ApiError: it comes from elsewhere, or that cannot be told.
+    """
+    host = connection.headers.get("Host", "")
+    if not (is_near(connection.scope.get("client")) and is_near(connection.scope.get("server"))):
+        reason = "this request came over a network"
+    elif (header := proxy_header(connection.headers.keys())) is not None:
+        reason = f"this request came through a proxy, which added the header {header[:40]}"
+    elif is_local_name(host) or (name_of(host) in hosts and "." not in name_of(host)):
+        return
+    else:
+        reason = (
+            f"this request is for the host {host[:100]!r}, which is neither localhost nor a "
+            "loopback address nor a name without a dot in INFERNEO_ALLOWED_HOSTS"
+        )
+    raise forbidden(
+        "This server has no API keys yet and serves its own machine only, at localhost; "
+        f"{reason}. Create a key there (inferneo keys create NAME) and send it, or set "
+        "INFERNEO_REQUIRE_KEY=false.",
+        "local_only",
+    )
+
+
+def _counting(key: Key) -> Key:
+    if key.revoked is not None:
+        raise unauthenticated("This API key was revoked. Ask for a new one.")
+    if key.expires is not None and key.expires <= time.time():
+        raise unauthenticated("This API key has expired. Ask for a new one.")
+    return key

@@ -1,0 +1,97 @@
+"""Keys of WebSocket connections, which cannot always send headers."""
+
+import asyncio
+from contextlib import suppress
+
+from quart import websocket
+
+from server.http.codec import parse_object
+from server.http.errors import ApiError
+from server.http.socket_connection import current_socket
+from server.keys.caller import set_caller, set_standing
+from server.keys.guard import bearer, check_scope, unauthenticated
+from server.keys.key import Key
+from server.keys.limits import Limiter, exhausted
+from server.models.registry import still_loading
+from server.run.websocket import open_socket
+from server.services import Services
+
+FIRST_FRAME_SECONDS = 10.0
+PROTOCOL = "inferneo.key."
+
+
+async def admit_socket(services: Services) -> None:
+    """Before every WebSocket connection.
+
+    A key is taken from the Authorization header, from the subprotocol ``inferneo.key.<key>``, or
+    for a one-use ticket ``?token=``. A client that sends none of them is accepted, and must send
+    ``{"type": "auth", "api_key": ...}`` as its first frame.
+
+    Raises:
+        ApiError: it has no key that may do this, or there are too many; a connection that was
+            accepted meanwhile is to be closed.
+    """
+    guard, limiter, socket = services.guard, services.limiter, current_socket()
+    waiting = None
+    if await guard.serves_without_key(websocket):
+        key = None
+    elif (text := bearer(websocket) or _offered()) is not None:
+        key = await guard.identify(text)
+    elif (ticket := websocket.args.get("token")) is not None:
+        key = await guard.ticket_holder(ticket)
+    else:
+        if websocket.url_rule is None:  # no socket is to be had here, with or without a key
+            raise unauthenticated("This server needs an API key.")
+        if not services.registry.loaded:
+            raise still_loading()
+        client = websocket.scope.get("client")
+        waiting = services.sockets.wait(client[0] if client else None)
+        socket.cleanup.callback(waiting.leave)
+        await open_socket(services)
+        key = await guard.identify(await _first_frame())
+    if key is not None:
+        await _enter(limiter, key)
+    place = services.sockets.enter(None if key is None else key.id)
+    socket.cleanup.callback(place.leave)
+    if waiting is not None:
+        waiting.leave()
+    socket.inbox.widen(services.settings.max_body_bytes)
+
+
+async def _enter(limiter: Limiter, key: Key) -> None:
+    set_caller(key)
+    current_socket().record.note(key=key.id)
+    if websocket.url_rule is not None:
+        check_scope(key, websocket.url_rule.rule)
+    found = await limiter.standing(key)
+    set_standing(found)
+    if (refusal := exhausted(key, found)) is not None:
+        raise refusal
+
+
+def _offered() -> str | None:
+    for protocol in websocket.requested_subprotocols:
+        if protocol.startswith(PROTOCOL):
+            return protocol.removeprefix(PROTOCOL)
+    return None
+
+
+async def _first_frame() -> str:
+    """The key in it.
+
+    Raises:
+        ApiError: it does not come, is too long, or is another one.
+    """
+    how = 'Send {"type": "auth", "api_key": "<key>"} as the first frame.'
+    try:
+        async with asyncio.timeout(FIRST_FRAME_SECONDS):
+            frame = await current_socket().receive()
+    except TimeoutError:
+        raise unauthenticated(f"No API key came. {how}") from None
+    message = {}
+    with suppress(ApiError):  # not even JSON
+        message = parse_object(frame)
+    key = message.get("api_key")
+    if message.get("type") != "auth" or not isinstance(key, str):
+        raise unauthenticated(f"This server needs an API key. {how}")
+    return key

@@ -1,0 +1,1 @@
+"""Where keys, limits and usage are kept: SQLite, or Redis."""

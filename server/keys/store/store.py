@@ -1,0 +1,203 @@
+"""Where keys, limits and usage are kept: one interface, over SQLite and over Redis or Valkey.
+
+Everything here blocks, so the event loop calls it on threads. Rates are counted over the sixty
+seconds before a call, each call at the time it was admitted: no minute ever holds more than the
+limit. A day is a day of UTC.
+
+A call is reserved with the most it can take and settled with what it took. Its reservation is a
+lease: if nobody renews it, because its server died, it ends, and is charged as reserved.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+from urllib.parse import urlsplit
+
+from inferneo_jax import ConfigError, InferneoError
+from server.keys.key import Key, Limits
+
+WINDOW_SECONDS = 60.0
+DAY_SECONDS = 86_400
+LEASE_SECONDS = 60.0
+BUSY_SECONDS = 1.0
+"""When to ask again after as many requests as may run at once do: nobody knows."""
+
+Refusal = Literal["day", "concurrent", "requests", "tokens"]
+
+
+class StoreError(InferneoError):
+    """The store cannot be used at this moment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """What a request will take at most, in tokens; ``id`` is unique."""
+
+    id: str
+    model: str
+    prompt: int
+    completion: int
+
+    def tokens(self, limits: Limits) -> int:
+        """To be reserved: no more than there can be."""
+        most = self.prompt + self.completion
+        return most if limits.tokens is None else min(most, limits.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """Tokens that a request took; ``cached`` of the prompt's were not computed."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """What a key has used of its limits, at the time ``now``.
+
+    Attributes:
+        requests: of the last sixty seconds; so are ``tokens``, those reserved included.
+        day_requests: of this day.
+        running: requests under way.
+        reset: when the last of the sixty seconds' calls will have left them.
+        refusal: the limit that a call would have broken; None: it was admitted, or there was none.
+        retry: seconds until that limit will allow it.
+    """
+
+    now: float
+    requests: int
+    tokens: int
+    day_requests: int
+    running: int
+    reset: float
+    refusal: Refusal | None = None
+    retry: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What a key took of a model on a day, counted in days since 1970 (UTC)."""
+
+    key: str
+    day: int
+    model: str
+    requests: int
+    prompt: int
+    completion: int
+    cached: int
+
+
+class Store(Protocol):
+    """Keys, reservations, usage and tickets.
+
+    Every method may raise :class:`StoreError`. ``now`` is in epoch seconds; None asks the store's
+    own clock.
+
+    Attributes:
+        threads: how many threads may call it at once.
+    """
+
+    threads: int
+
+    def exists(self) -> bool:
+        """False if there can be no keys; answers at once."""
+
+    def pepper(self) -> bytes:
+        """The secret that digests are made with; made when it is first asked for."""
+
+    def has_keys(self) -> bool:
+        """Whether a key was ever added."""
+
+    def add_key(self, key: Key) -> None:
+        """Keep a new key."""
+
+    def find_key(self, key_id: str) -> Key | None:
+        """The key of this id."""
+
+    def list_keys(self) -> list[Key]:
+        """All keys, oldest first."""
+
+    def change_key(self, key_id: str, changes: Mapping[str, str]) -> None:
+        """Replace some of its encoded fields."""
+
+    def reserve(self, key_id: str, limits: Limits, call: Call, now: float | None) -> Standing:
+        """Admit the call, or say which limit refuses it; in one step that nobody else divides."""
+
+    def settle(self, key_id: str, call_id: str, spent: Spent | None, now: float | None) -> None:
+        """Charge what it took; None: it never ran, forget it. Does nothing once it has ended."""
+
+    def renew(self, calls: Iterable[tuple[str, str]], now: float | None) -> None:
+        """Keep reservations, by the ids of key and call, for another lease."""
+
+    def standing(self, key_id: str, now: float | None) -> Standing:
+        """How the key stands, without a call."""
+
+    def sweep(self, now: float | None) -> None:
+        """End the reservations whose lease has run out."""
+
+    def usage(self, key_id: str) -> list[UsageRow]:
+        """All that was charged to a key, by day and model."""
+
+    def add_ticket(
+        self, ticket: str, key_id: str, now: float, expires: float, most: int
+    ) -> float | None:
+        """Keep the digest of a ticket, in one step with counting those of its key.
+
+        Returns:
+            None; or, with nothing kept, seconds until the first of ``most`` unused ones expires.
+        """
+
+    def take_ticket(self, ticket: str, now: float) -> str | None:
+        """The id of the key whose ticket this is, once; None if it is none, or has expired."""
+
+    def close(self) -> None:
+        """Let go of connections."""
+
+
+def refusal_of(standing: Standing, limits: Limits, tokens: int) -> Refusal | None:
+    """The limit that one more call, of so many tokens, would break."""
+    used: tuple[tuple[Refusal, int, int, int | None], ...] = (
+        ("day", standing.day_requests, 1, limits.day_requests),
+        ("concurrent", standing.running, 1, limits.concurrent),
+        ("requests", standing.requests, 1, limits.requests),
+        ("tokens", standing.tokens, tokens, limits.tokens),
+    )
+    for name, taken, more, limit in used:
+        if limit is not None and taken + more > limit:
+            return name
+    return None
+
+
+def token_wait(calls: Iterable[tuple[float, int]], excess: int, now: float) -> float:
+    """Seconds until ``excess`` tokens have left; calls are (time, tokens), oldest first."""
+    for at, tokens in calls:
+        excess -= tokens
+        if excess <= 0:
+            return at + WINDOW_SECONDS - now
+    return WINDOW_SECONDS
+
+
+def open_store(location: str | Path, setting: str = "INFERNEO_KEYS_DB") -> Store:
+    """The store at a path, or at a URL of Redis or Valkey; connects when it is first used.
+
+    ``setting``: where the location comes from, for an error.
+
+    Raises:
+        ConfigError: the URL is of another kind.
+    """
+    scheme = urlsplit(str(location)).scheme if "://" in str(location) else ""
+    if not scheme:
+        from server.keys.store.sqlite import SqliteStore
+
+        return SqliteStore(Path(location).expanduser().absolute())
+    if scheme not in ("redis", "rediss", "unix", "valkey", "valkeys"):
+        raise ConfigError(
+            f"{setting} begins with {scheme}://; it must be a path, or a URL that begins "
+            "with redis://, rediss://, unix://, valkey:// or valkeys://"
+        )
+    from server.keys.store.redis import RedisStore
+
+    return RedisStore(str(location))

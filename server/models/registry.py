@@ -1,0 +1,252 @@
+"""The models of the settings: loaded in the background, found by name."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from inferneo_jax import InferneoError
+from server.config.settings import Settings
+from server.http.errors import RETRY_LOADING_SECONDS, ApiError, bad_request, unavailable
+from server.models.sources import Loader, Source, load_from_disk, sources_of
+
+if TYPE_CHECKING:
+    from inferneo_jax import EmbeddingModel, Job, LanguageModel
+    from server.models.sources import Model
+
+log = structlog.get_logger(__name__)
+
+LOST_SECONDS = 30.0
+"""A step that takes so much longer than it should is not waited for any more."""
+
+
+@dataclass
+class _Entry:
+    source: Source
+    model: "Model | None" = None
+    stage: str = "waiting"
+    done: int = 0
+    total: int = 0
+
+
+class _StopLoading(BaseException):
+    """Unwinds the loading thread; not an Exception, so that nothing on the way catches it."""
+
+
+class Registry:
+    """The models by id and alias, and how far their loading is."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loader: Loader = load_from_disk,
+        permit: Callable[[str], None] = lambda _: None,
+        job: "Job | None" = None,
+    ) -> None:
+        """Name the models; ``permit`` raises if the caller may not use one.
+
+        ``job``: of the processes that run a model with this one; to be ended with the models.
+
+        Raises:
+            ConfigError: the settings' names do not go together.
+        """
+        self._settings = settings
+        self._loader = loader
+        self._permit = permit
+        self._job = job
+        self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def ready(self) -> bool:
+        """Every model is loaded and its engine runs."""
+        return all(_serves(entry.model) for entry in self._entries.values())
+
+    @property
+    def loaded(self) -> bool:
+        """Every model is loaded."""
+        return all(entry.model for entry in self._entries.values())
+
+    @property
+    def in_job(self) -> bool:
+        """Other processes run a model with this one."""
+        return self._job is not None
+
+    def lost(self) -> str | None:
+        """Why a model will not serve again; None: all do, or may."""
+        return self.job_lost() or next(filter(None, map(_lost, self.models())), None)
+
+    def job_lost(self) -> str | None:
+        """Why the processes that run a model with this one are no job any more; None: they are."""
+        return self._job.lost if self._job else None
+
+    def models(self) -> list["Model"]:
+        """Those that are loaded."""
+        return [entry.model for entry in self._entries.values() if entry.model]
+
+    def progress(self) -> list[dict[str, Any]]:
+        """Of each model: its id, and what is being done for it, ``ready`` at the end."""
+        return [
+            {"id": entry.source.id, "stage": entry.stage, "done": entry.done, "total": entry.total}
+            for entry in self._entries.values()
+        ]
+
+    def get(self, name: str) -> "Model":
+        """The model of this id or alias.
+
+        Raises:
+            ApiError: there is none, it is still being loaded, or the caller may not use it.
+        """
+        self._permit(name)
+        entry = self._entries.get(self._settings.aliases.get(name, name))
+        if entry is None:
+            known = ", ".join([*self._entries, *self._settings.aliases])
+            raise ApiError(
+                404,
+                f"The model {name[:100]!r} does not exist; there are: {known}.",
+                param="model",
+                code="model_not_found",
+            )
+        if entry.model is None:
+            raise still_loading()
+        return entry.model
+
+    def language_model(self, name: str) -> "LanguageModel":
+        """The model of this name, which generates.
+
+        Raises:
+            ApiError: there is none, it is still being loaded, or it is of the other kind.
+        """
+        model = self.get(name)
+        if model.kind == "encoder":
+            raise bad_request(
+                f"The model {name} makes embeddings and no text; use /v1/embeddings.", "model"
+            )
+        return model
+
+    def embedding_model(self, name: str) -> "EmbeddingModel":
+        """The model of this name, which embeds.
+
+        Raises:
+            ApiError: there is none, it is still being loaded, or it is of the other kind.
+        """
+        model = self.get(name)
+        if model.kind == "decoder":
+            raise bad_request(
+                f"The model {name} generates text and makes no embeddings; use "
+                "/v1/chat/completions or /v1/completions.",
+                "model",
+            )
+        return model
+
+    async def load(self) -> None:
+        """Load all models at once, in threads; meanwhile the loop is free.
+
+        The processes of a job meet in each model, so there it is one after the other.
+
+        Raises:
+            InferneoError: one of them cannot be served.
+        """
+        loop = asyncio.get_running_loop()
+        entries = [[entry] for entry in self._entries.values()]
+        if self._job:
+            entries = [list(self._entries.values())]
+        loaded: list[asyncio.Future[None]] = [loop.create_future() for _ in entries]
+
+        def settle(future: asyncio.Future[None], error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        def work(entries: list[_Entry], future: asyncio.Future[None]) -> None:
+            error: Exception | None = None
+            try:
+                for entry in entries:
+                    self._load(entry)
+            except _StopLoading:
+                return
+            except Exception as caught:  # noqa: BLE001  (handed to the awaiting coroutine)
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(settle, future, error)
+
+        # Daemons: a compiler or a download that does not return must not hold up the exit.
+        self._threads = [
+            threading.Thread(target=work, args=each, name="load", daemon=True)
+            for each in zip(entries, loaded, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+        await asyncio.gather(*loaded)
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End the loading, if it is still under way, and every engine. Blocks."""
+        self._stopping.set()
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for model in self.models():
+            model.stop()
+        if self._job:
+            self._job.end()
+
+    def _load(self, entry: _Entry) -> None:
+        name, last = entry.source.id, ""
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            if self._stopping.is_set():
+                raise _StopLoading
+            entry.stage, entry.done, entry.total = stage, done, total
+            if stage != last:
+                log.info("loading", model=name, stage=stage)
+                last = stage
+
+        progress("loading", 0, 0)
+        try:
+            model = self._loader(entry.source, self._settings, progress)
+        except InferneoError as error:
+            text = str(error)
+            raise type(error)(text if text.startswith(name) else f"{name}: {text}") from error
+        entry.stage, entry.done, entry.total = "ready", 1, 1
+        entry.model = model
+        log.info("loaded", model=name)
+        if self._stopping.is_set():
+            model.stop()
+            raise _StopLoading
+
+
+def still_loading() -> ApiError:
+    """The answer while models are being loaded."""
+    return unavailable(
+        "The models are still being loaded; GET /ready says how far that is. Send the request "
+        "again later.",
+        "model_loading",
+        RETRY_LOADING_SECONDS,
+    )
+
+
+def _serves(model: "Model | None") -> bool:
+    if model is None:
+        return False
+    if model.kind == "encoder":
+        return model.embedder.stuck() == 0.0
+    return model.engine.stats().ready
+
+
+def _lost(model: "Model") -> str | None:
+    worker = model.embedder if model.kind == "encoder" else model.engine
+    if (seconds := worker.stuck()) > LOST_SECONDS:
+        return f"{model.name} has not answered for {seconds:.0f} s"
+    if model.kind == "decoder" and model.engine.ended():
+        return f"{model.name} has failed for good"
+    return None

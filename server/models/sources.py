@@ -1,0 +1,106 @@
+"""Where the models of the settings come from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inferneo_jax import CheckpointError, ConfigError
+from server.config.settings import Settings
+
+if TYPE_CHECKING:
+    from inferneo_jax import EmbeddingModel, Job, LanguageModel
+
+    Model = LanguageModel | EmbeddingModel
+
+Progress = Callable[[str, int, int], None]
+Loader = Callable[["Source", Settings, Progress], "Model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: the folder ``path``, or by its id: converted already, or pulled."""
+
+    id: str
+    path: Path | None = None
+
+
+def load_from_disk(
+    source: Source, settings: Settings, progress: Progress, job: "Job | None" = None
+) -> "Model":
+    """Pull the model if it is not there, then load it, with the job's other processes. Blocks.
+
+    Raises:
+        InferneoError: it cannot be had, or cannot be used.
+    """
+    if job:
+        job.join(progress)
+    path = folder_of(source, settings, progress)
+    # Here, because it brings in jax.
+    from inferneo_jax import load_model
+
+    return load_model(path, settings.engine_config(), name=source.id, progress=progress, job=job)
+
+
+def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
+    """The model's folder; it is pulled if it is not there.
+
+    Raises:
+        InferneoError: it cannot be had.
+    """
+    from inferneo_jax.weights.catalog import checkpoint_path
+    from inferneo_jax.weights.fetch import pull
+
+    checkpoints = settings.checkpoints_dir()
+    path = source.path or checkpoint_path(checkpoints, source.id)
+    return path if path.exists() else pull(source.id, checkpoints, progress)
+
+
+def sources_of(settings: Settings) -> list[Source]:
+    """What the settings name, in their order.
+
+    Raises:
+        ConfigError: two models would have the same id.
+    """
+    sources = [
+        _source(name, settings.named("models")) for name in settings.models or _default_models()
+    ]
+    ids = [source.id for source in sources]
+    if twice := [i for i in ids if ids.count(i) > 1]:
+        raise ConfigError(
+            f"{settings.named('models')} names two models that would be called {twice[0]!r}"
+        )
+    for alias, target in settings.aliases.items():
+        if target not in ids:
+            raise ConfigError(
+                f"{settings.named('aliases')}: {alias!r} stands for {target!r}, which is "
+                f"not among the models {', '.join(ids)}"
+            )
+        if alias in ids:
+            raise ConfigError(
+                f"{settings.named('aliases')}: {alias!r} is the id of a model already"
+            )
+    return sources
+
+
+def _source(name: str, setting: str) -> Source:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(path.resolve().name, path.resolve())
+    if name.startswith(("/", "./", "../", "~")):
+        raise ConfigError(
+            f"{setting} names {name}, where there is no folder; give the folder of a "
+            "converted checkpoint, or a name that can be pulled"
+        )
+    return Source(name)
+
+
+def _default_models() -> list[str]:
+    from inferneo_jax.weights.catalog import load_catalog
+
+    first: dict[str, str] = {}
+    for entry in load_catalog().values():
+        first.setdefault(entry.kind, entry.name)
+    if not first:
+        raise CheckpointError("the catalog is empty; name models in INFERNEO_MODELS")
+    return list(first.values())

@@ -1,0 +1,151 @@
+"""Figures that somebody else keeps, asked when ``GET /metrics`` is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from inferneo_jax import EngineStats, __version__
+from server.keys.sockets import SocketPlaces
+from server.run.admission import Admission
+
+if TYPE_CHECKING:
+    from server.models.sources import Model
+
+MODEL = "model_name"
+"""The label of every figure that is of one model."""
+
+_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "vllm:num_requests_running": ("Requests that hold a slot.", lambda s: s.running),
+    "vllm:num_requests_waiting": ("Requests that wait for a slot.", lambda s: s.waiting),
+    "vllm:kv_cache_usage_perc": (
+        "The part of the KV cache's pages that requests hold, from 0 to 1.",
+        lambda s: s.pages_used / max(1, s.pages),
+    ),
+    "inferneo_slots": ("Requests that can run at once.", lambda s: s.slots),
+    "inferneo_kv_cache_pages": ("Pages of the KV cache.", lambda s: s.pages),
+    "inferneo_kv_cache_page_tokens": ("Tokens that a page holds.", lambda s: s.page_len),
+    "inferneo_kv_cache_pages_cached": (
+        "Pages that no request holds and that wait for one with the same prefix.",
+        lambda s: s.pages_cached,
+    ),
+    "inferneo_engine_ready": ("1 while the engine takes requests, else 0.", lambda s: s.ready),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "vllm:generation_tokens": ("Tokens that were generated.", lambda s: s.output_tokens),
+    "vllm:num_preemptions": (
+        "Times that a request gave up its pages to another.",
+        lambda s: s.preemptions,
+    ),
+    "vllm:spec_decode_num_draft_tokens": ("Tokens that were drafted.", lambda s: s.drafted_tokens),
+    "vllm:spec_decode_num_accepted_tokens": (
+        "Drafted tokens that the model would have chosen too.",
+        lambda s: s.accepted_tokens,
+    ),
+    "inferneo_prefill_tokens": (
+        "Prompt tokens that were computed, not found in the prefix cache.",
+        lambda s: s.prompt_tokens,
+    ),
+    "inferneo_engine_steps": ("Steps of the engine.", lambda s: s.steps),
+    "inferneo_compiles_after_ready": (
+        "Programs compiled while requests waited; there should be none.",
+        lambda s: s.compiles_after_ready,
+    ),
+}
+
+
+_INFO = ("dtype", "quantization", "kv_dtype", "kernels", "mesh", "device")
+_OF_MODELS: dict[str, tuple[str, Callable[["Model"], float]]] = {
+    "inferneo_max_model_len_tokens": (
+        "The longest sequence: prompt and output, or a text to be embedded.",
+        lambda m: m.max_tokens if m.kind == "encoder" else m.max_len,
+    ),
+    "inferneo_model_weights_bytes": (
+        "What this process's devices hold of the weights.",
+        lambda m: m.facts.weight_bytes,
+    ),
+    "inferneo_kv_cache_bytes": (
+        "What this process's devices hold of the KV cache.",
+        lambda m: m.facts.cache_bytes,
+    ),
+}
+
+
+class StateCollector(Collector):
+    """How the server, its models and their devices stand."""
+
+    def __init__(
+        self,
+        models: Callable[[], Sequence["Model"]],
+        admission: Admission,
+        sockets: SocketPlaces,
+    ) -> None:
+        self._models = models
+        self._admission = admission
+        self._sockets = sockets
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, each once; those of a kind that is not there have no series."""
+        build = GaugeMetricFamily("inferneo_build_info", "Always 1.", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+        admission = self._admission
+        for name, words, value in (
+            ("places", "Sequences that may run or wait at once.", admission.places),
+            ("places_used", "Sequences that run or wait.", admission.taken),
+        ):
+            yield GaugeMetricFamily(f"inferneo_request_{name}", words, value=value)
+        sockets = GaugeMetricFamily(
+            "inferneo_websockets_open", "WebSockets that are open now.", labels=["state"]
+        )
+        sockets.add_metric(["identified"], self._sockets.identified)
+        sockets.add_metric(["unidentified"], self._sockets.unidentified)
+        yield sockets
+        models = self._models()
+        yield from _of_models(models)
+        yield from _of_engines(models)
+        yield from _of_devices(bool(models))
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: registering would else ask the engines."""
+        return iter(())
+
+
+def _of_models(models: Sequence["Model"]) -> Iterator[Metric]:
+    info = GaugeMetricFamily("inferneo_model_info", "Always 1.", labels=[MODEL, "kind", *_INFO])
+    for model in models:
+        facts = (getattr(model.facts, name) for name in _INFO)
+        info.add_metric([model.name, model.kind, *facts], 1)
+    yield info
+    for name, (words, read) in _OF_MODELS.items():
+        metric = GaugeMetricFamily(name, words, labels=[MODEL])
+        for model in models:
+            metric.add_metric([model.name], float(read(model)))
+        yield metric
+
+
+def _of_engines(models: Sequence["Model"]) -> Iterator[Metric]:
+    stats = {model.name: model.engine.stats() for model in models if model.kind == "decoder"}
+    for family, figures in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+        for name, (words, read) in figures.items():
+            metric = family(name, words, labels=[MODEL])
+            for model, found in stats.items():
+                metric.add_metric([model], float(read(found)))
+            yield metric
+
+
+def _of_devices(loaded: bool) -> Iterator[Metric]:
+    used = GaugeMetricFamily(
+        "inferneo_device_memory_used_bytes", "Allocated on an accelerator.", labels=["device"]
+    )
+    limit = GaugeMetricFamily(
+        "inferneo_device_memory_limit_bytes", "What can be allocated there.", labels=["device"]
+    )
+    if loaded:  # then jax is, too
+        from inferneo_jax import device_memory
+
+        for memory in device_memory():
+            used.add_metric([memory.device], memory.used)
+            limit.add_metric([memory.device], memory.limit)
+    yield from (used, limit)

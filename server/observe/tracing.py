@@ -1,0 +1,263 @@
+"""Traces of requests by OpenTelemetry, for whom its own variables ask: see docs/tracing.md.
+
+A request is one span. Its attributes are the facts of its log line, under the names of the semantic
+conventions for HTTP and for generative AI; below it, each sequence's time is cut at the instants
+that ``/metrics`` counts. Of OpenTelemetry nothing is imported unless traces are wanted.
+"""
+
+import asyncio
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from werkzeug.datastructures import Headers
+
+from inferneo_jax import __version__
+from server.config.settings import traces_wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Span
+
+    from server.observe.metrics import Times
+    from server.run.generation import Plan
+
+log = structlog.get_logger(__name__)
+
+METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+"""Of HTTP; clients may make up others, which must name no figure and no span."""
+WEBSOCKET = "WEBSOCKET"
+"""In place of a method: requests on a socket have none."""
+UNTRACED = frozenset({"/health", "/ready", "/metrics"})
+"""Paths that are asked for every few seconds, and would drown everything else."""
+CLOSE_SECONDS = 3.0
+"""How long the end of the server waits for a collector."""
+_LONGEST_PATH = 200
+_MOST_SEQUENCES = 16
+"""Sequences of one request whose times become spans."""
+
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+_ATTRIBUTES = {
+    "route": "http.route",
+    "status": "http.response.status_code",
+    "error": "error.type",
+    "model": "gen_ai.request.model",
+    "stream": "gen_ai.request.stream",
+    "prompt_tokens": "gen_ai.usage.input_tokens",
+    "cached_tokens": "gen_ai.usage.cache_read.input_tokens",
+    "completion_tokens": "gen_ai.usage.output_tokens",
+    "key": "inferneo.key_id",
+    "disconnected": "inferneo.disconnected",
+}
+"""What a fact of a log line is called in a span. What is not listed stays out of it."""
+
+
+class Trace:
+    """The span of one request, and those of its sequences. Calls cost next to nothing unsampled.
+
+    Attributes:
+        ids: ``trace_id`` and ``span_id``, in hexadecimal digits, for log lines.
+    """
+
+    def __init__(self, tracing: "Tracing", method: str, span: "Span") -> None:
+        from opentelemetry.trace import format_span_id, format_trace_id
+
+        self._tracing, self._method, self._span = tracing, method, span
+        # The engine's clock is monotonic; spans have the time of day, in nanoseconds.
+        self._offset = time.time_ns() - time.monotonic_ns()
+        self._finish_reasons: dict[int, str] = {}
+        self._first: float | None = None
+        context = span.get_span_context()
+        self.ids = {
+            "trace_id": format_trace_id(context.trace_id),
+            "span_id": format_span_id(context.span_id),
+        }
+
+    def planned(self, plan: "Plan", model: str) -> None:
+        """Say what will be generated, by which model."""
+        if not self._span.is_recording():
+            return
+        self._span.set_attributes(
+            {
+                "gen_ai.response.id": plan.id,
+                "gen_ai.response.model": model,
+                "gen_ai.request.max_tokens": max(prompt.max_tokens for prompt in plan.prompts),
+                "gen_ai.request.temperature": plan.sampling.temperature,
+                "gen_ai.request.top_p": plan.sampling.top_p,
+                "gen_ai.request.choice.count": plan.num_choices,
+            }
+        )
+
+    def sequence(self, index: int, reason: str, times: "Times") -> None:
+        """A sequence has ended: its time in the queue, in prefill and in decode."""
+        if not self._span.is_recording():
+            return
+        self._finish_reasons[index] = reason
+        if times.first is None:
+            return
+        taken = times.first - times.started
+        self._first = taken if self._first is None else min(self._first, taken)
+        if index >= _MOST_SEQUENCES:
+            return
+        facts = {"inferneo.sequence": index}
+        # Without the instant of its slot, waiting and prefill cannot be told apart.
+        admitted = times.started if times.admitted is None else times.admitted
+        if times.admitted is not None:
+            self._child("queue", times.started, admitted, facts)
+        self._child("prefill", admitted, times.first, facts)
+        tokens = {"gen_ai.usage.output_tokens": times.tokens}
+        self._child("decode", times.first, times.last, facts | tokens)
+
+    def end(self, facts: "Mapping[str, Any]", *, failed: bool) -> None:
+        """The request is over; ``failed``: by the server's fault."""
+        from opentelemetry.trace import StatusCode
+
+        span, route = self._span, facts.get("route", "none")
+        if span.is_recording():
+            found = {_ATTRIBUTES[name]: fact for name, fact in facts.items() if name in _ATTRIBUTES}
+            if (operation := _OPERATIONS.get(route)) is not None:
+                found |= {"gen_ai.operation.name": operation, "gen_ai.provider.name": "inferneo"}
+            if self._finish_reasons:
+                reasons = [reason for _, reason in sorted(self._finish_reasons.items())]
+                found["gen_ai.response.finish_reasons"] = reasons
+            if self._first is not None:
+                found["gen_ai.server.time_to_first_token"] = self._first
+            if route == "none":  # nothing is served at this path
+                found.pop("http.route", None)
+            else:
+                span.update_name(f"{self._method} {route}")
+            span.set_attributes(found)
+            if failed:
+                span.set_status(StatusCode.ERROR)
+        span.end()
+
+    def _child(self, name: str, start: float, end: float, facts: dict[str, Any]) -> None:
+        start_time, end_time = (int(1e9 * t) + self._offset for t in (start, max(start, end)))
+        child = self._tracing.start(name, self._span, start_time, facts)
+        child.end(end_time)
+
+
+class Tracing:
+    """Begins the traces of one application, and sends them off in the end.
+
+    Args:
+        provider: of OpenTelemetry's SDK; its processors decide where spans go.
+    """
+
+    def __init__(self, provider: "TracerProvider") -> None:
+        from opentelemetry import propagate, trace
+        from opentelemetry.propagators.textmap import Getter
+
+        class ReadHeaders(Getter[Headers]):
+            def get(self, carrier: Headers, key: str) -> list[str] | None:
+                return carrier.getlist(key) or None
+
+            def keys(self, carrier: Headers) -> list[str]:
+                return list(carrier.keys())
+
+        self._provider = provider
+        self._tracer = provider.get_tracer("inferneo", __version__)
+        self._propagate, self._trace, self._getter = propagate, trace, ReadHeaders()
+
+    def begin(self, method: str, path: str, headers: Headers, id: str) -> Trace | None:  # noqa: A002
+        """The trace of a request that has come; a child of the client's span if it names one.
+
+        Args:
+            method: of HTTP, or ``WEBSOCKET`` for one of the requests on a socket.
+            path: None is begun for those in ``UNTRACED``.
+            headers: with ``traceparent`` (https://www.w3.org/TR/trace-context/), or none.
+            id: of the request.
+        """
+        if path in UNTRACED:
+            return None
+        facts = {"url.path": path[:_LONGEST_PATH], "inferneo.request_id": id}
+        if method == WEBSOCKET:
+            facts["network.protocol.name"] = "websocket"
+        else:
+            facts["http.request.method"] = method if method in METHODS else "_OTHER"
+            method = method if method in METHODS else "HTTP"
+        parent = self._propagate.extract(headers, getter=self._getter)
+        kind = self._trace.SpanKind.SERVER
+        span = self._tracer.start_span(method, parent, kind=kind, attributes=facts)
+        return Trace(self, method, span)
+
+    def start(self, name: str, parent: "Span", start_time: int, facts: dict[str, Any]) -> "Span":
+        """A part of ``parent``, begun at ``start_time``, in nanoseconds since 1970."""
+        context = self._trace.set_span_in_context(parent)
+        return self._tracer.start_span(name, context, attributes=facts, start_time=start_time)
+
+    async def close(self) -> None:
+        """Send what has not been sent, in ``CLOSE_SECONDS`` at most."""
+        closed, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def shut_down() -> None:
+            self._provider.shutdown()
+            with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+                loop.call_soon_threadsafe(closed.set)
+
+        # A thread that is left behind if it must be: the process would wait for one of a pool.
+        threading.Thread(target=shut_down, name="traces-end", daemon=True).start()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await closed.wait()
+        except TimeoutError:
+            log.warning("traces_lost", reason=f"not all were taken within {CLOSE_SECONDS:g} s")
+
+
+def open_tracing() -> Tracing | None:
+    """What the variables of OpenTelemetry ask for; None: nothing, or what cannot be done.
+
+    The latter is one warning in the log: a server without traces serves all the same.
+    """
+    wanted = traces_wanted()
+    if not wanted.exporters:
+        return None
+    try:
+        return Tracing(_provider([_exporter(name, wanted.protocol) for name in wanted.exporters]))
+    except ModuleNotFoundError as error:
+        reason = f"{error}. Traces need OpenTelemetry: pip install 'inferneo-jax[otel]'"
+    except Exception as error:  # noqa: BLE001  (of the variables that the SDK reads itself)
+        reason = str(error)
+    log.warning("traces_off", reason=reason)
+    return None
+
+
+def _exporter(name: str, protocol: str) -> "SpanExporter":
+    match name:
+        case "otlp" if protocol == "http/protobuf":
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+            return OTLPSpanExporter()
+        case "otlp":
+            raise ValueError(
+                f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}; this server sends http/protobuf only, "
+                "which collectors take on port 4318 as a rule"
+            )
+        case "console":
+            from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+
+            return ConsoleSpanExporter()
+    raise ValueError(f"OTEL_TRACES_EXPORTER names {name}; there are otlp, console and none")
+
+
+def _provider(exporters: "list[SpanExporter]") -> "TracerProvider":
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    resource = Resource.create({"service.version": __version__})
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: "inferneo"}))
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    for exporter in exporters:
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider

@@ -1,0 +1,1 @@
+"""The server as a process: listening, shutdown, child servers, replicas."""

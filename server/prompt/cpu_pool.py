@@ -1,0 +1,135 @@
+"""Text work off the event loop: parsing, validation, templates and tokenizing."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from contextvars import copy_context
+from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakValueDictionary
+
+from server.http.errors import bad_request, unavailable
+from server.keys.caller import owner
+
+if TYPE_CHECKING:
+    from server.run.admission import Place
+
+INLINE_BYTES = 2000
+"""Smaller bodies are handled on the event loop: that takes less time than a thread's answer."""
+LARGE_BYTES = 64 * 1024
+"""Work on more than this always leaves one thread free for smaller work."""
+MAX_QUEUED_BYTES = 32 * 2**20
+"""Most bytes that may wait for the threads on behalf of one key, or of all callers without one."""
+BUDGET_SECONDS = 30.0
+"""How long the work itself may take."""
+WAIT_SECONDS = 30.0
+"""How long it may wait for its turn and a thread, unless its request's deadline comes sooner."""
+RETRY_SECONDS = 5
+_THREADS = 2
+
+Result = TypeVar("Result")
+
+
+class TextWork:
+    """A small pool of threads for text.
+
+    A key has at most one thread at a time, so keys take turns, and large texts never have all
+    threads. A turn ends when its thread does, also if its request ended before.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
+        self._threads = asyncio.Semaphore(_THREADS)
+        self._large = asyncio.Semaphore(_THREADS - 1)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._queued: Counter[str | None] = Counter()
+
+    async def run(
+        self,
+        size: int,
+        work: Callable[[], Result],
+        *,
+        place: "Place | None" = None,
+        inline: bool = True,
+    ) -> Result:
+        """Do ``work`` for a request, in a thread unless the request is small.
+
+        Args:
+            size: bytes of the whole body, or of what is to be written.
+            work: sees the caller's context.
+            place: whose deadline ends the wait and the work; None: the request has none.
+            inline: small work may run on the event loop. False: it may block.
+
+        Raises:
+            ApiError: the queue is too long, or the work or its request ran out of time. A thread
+                that has begun runs on to its end.
+        """
+        if inline and size <= INLINE_BYTES:
+            return work()
+        held = await self._turn(size, place)
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._pool, copy_context().run, work)
+
+        def end(done: asyncio.Future[Result]) -> None:
+            held.close()
+            if not done.cancelled():
+                done.exception()  # nobody may be left to look at it
+
+        future.add_done_callback(end)
+        until = loop.time() + BUDGET_SECONDS
+        if place is not None:
+            until = min(until, place.deadline)
+        try:
+            async with asyncio.timeout_at(until):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            if place is not None and until == place.deadline:
+                raise place.too_late() from None
+            raise bad_request(
+                f"The text was not read within {BUDGET_SECONDS:.0f} seconds; shorten it."
+            ) from None
+        finally:
+            del future  # a failure's traceback would keep it, and it the failure: a cycle
+
+    async def _turn(self, size: int, place: "Place | None") -> ExitStack:
+        """Wait for the key's turn and a thread; closing the result gives both back."""
+        name = owner()
+        if self._queued[name] and self._queued[name] + size > MAX_QUEUED_BYTES:
+            raise self._overloaded()
+        locks: list[asyncio.Lock | asyncio.Semaphore] = []
+        if name is not None:
+            locks.append(self._turns.setdefault(name, asyncio.Lock()))
+        if size > LARGE_BYTES:
+            locks.append(self._large)
+        locks.append(self._threads)
+        until = asyncio.get_running_loop().time() + WAIT_SECONDS
+        if place is not None:
+            until = min(until, place.deadline)
+        self._queued[name] += size
+        try:
+            with ExitStack() as held:
+                async with asyncio.timeout_at(until):
+                    for lock in locks:
+                        await lock.acquire()
+                        held.callback(lock.release)
+                return held.pop_all()
+        except TimeoutError:
+            if place is not None and until == place.deadline:
+                raise place.too_late() from None
+            raise self._overloaded() from None
+        finally:
+            self._queued[name] -= size
+            if not self._queued[name]:
+                del self._queued[name]
+
+    def _overloaded(self) -> Exception:
+        return unavailable(
+            "The server has as many texts to read as it can take. Send this request again later.",
+            "overloaded",
+            RETRY_SECONDS,
+        )
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,154 @@
+"""Prompts as token ids: beginnings, middles to fill in, and what fits the context."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from server.api.openai.completions import DEFAULT_MAX_TOKENS, CompletionBody, PromptInput
+from server.http.errors import ApiError, bad_request
+from server.run.choice import Prompt
+
+if TYPE_CHECKING:
+    from inferneo_jax import LanguageModel, Tokenizer
+
+CONTEXT_IS = "This model's maximum context length is"
+"""OpenAI's words, by which LiteLLM and others know that a shorter prompt would do."""
+
+SCORE_BYTES = 128
+"""Memory of a log probability until its answer has been sent.
+
+As JSON one takes 83 bytes on average in chat answers (SmolLM2's vocabulary), and 30 in completions;
+those of an echoed prompt, which come from the engine all at once, 100 at their peak.
+"""
+MAX_SCORES = 256 * 2**20 // SCORE_BYTES
+"""Most log probabilities that one answer may hold: they may take 256 MiB."""
+
+_FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+
+def completion_prompt(
+    model: "LanguageModel",
+    body: CompletionBody,
+    prompt: PromptInput,
+    index: int,
+    infill: tuple[int, int, int] | None,
+) -> Prompt:
+    """One prompt of a request, of which it is number ``index``.
+
+    Args:
+        model: whom it is for.
+        body: the request.
+        prompt: a text, or token ids as they are.
+        index: its place among the request's prompts.
+        infill: the model's tokens for filling in, if that is what the suffix is for.
+
+    Raises:
+        ApiError: it does not fit the context, or is empty where it must not be.
+    """
+    tokenizer = model.tokenizer
+    added = 0
+    if infill is not None:
+        before, behind, middle = infill
+        ids = prompt
+        if isinstance(ids, str):
+            ids = tokenizer.encode(ids, add_special_tokens=False)
+        after = tokenizer.encode(body.suffix, add_special_tokens=False)
+        ids = [before, *ids, behind, *after, middle]
+    elif isinstance(prompt, str):
+        ids = tokenizer.encode(prompt) or _begin(tokenizer)
+        bos = tokenizer.bos_token_id
+        spelled = bos is not None and prompt.startswith(tokenizer.token_text(bos))
+        added = int(not prompt or (ids[0] == bos and not spelled))
+    else:
+        ids = prompt
+    text = prompt if isinstance(prompt, str) else ""
+    if body.echo and not isinstance(prompt, str):
+        text = tokenizer.decode(prompt, skip_special_tokens=False)
+    name = f"prompt[{index}]" if len(body.prompt) > 1 else "prompt"
+    limit = fit(len(ids), body.token_limit, DEFAULT_MAX_TOKENS, model.max_len, name)
+    return Prompt(ids=tuple(ids), text=text, added=added, max_tokens=limit)
+
+
+def _begin(tokenizer: "Tokenizer") -> list[int]:
+    """The tokens of an empty prompt: a model cannot begin from nothing."""
+    if tokenizer.bos_token_id is not None:
+        return [tokenizer.bos_token_id]
+    if tokenizer.eos_token_ids:
+        return [min(tokenizer.eos_token_ids)]
+    raise bad_request("prompt is empty, and this model has no token to begin with.", "prompt")
+
+
+def infill_tokens(tokenizer: "Tokenizer") -> tuple[int, int, int] | None:
+    """The tokens around prefix, suffix and middle, of a model that was trained with such."""
+    for names in _FILL_IN_THE_MIDDLE:
+        ids = [tokenizer.encode(name, add_special_tokens=False) for name in names]
+        if all(len(each) == 1 for each in ids):
+            return ids[0][0], ids[1][0], ids[2][0]
+    return None
+
+
+def fit(length: int, limit: int | None, default: int, context: int, name: str) -> int:
+    """The most tokens to generate after a prompt of ``length`` tokens.
+
+    Args:
+        length: of the prompt.
+        limit: what the client asked for.
+        default: if it did not, or what is left of the context if that is less.
+        context: the model's.
+        name: the prompt's, in an error.
+
+    Raises:
+        ApiError: prompt and limit do not fit the context.
+    """
+    if length + (1 if limit is None else limit) <= context:
+        return min(default, context - length) if limit is None else limit
+    if length >= context:
+        message = (
+            f"{name} has {length} tokens. {CONTEXT_IS} {context} tokens, the answer included. "
+            "Shorten it."
+        )
+        raise _too_long(message, name)
+    raise _too_long(
+        f"{name} has {length} tokens and max_tokens is {limit}, {length + (limit or 0)} in all. "
+        f"{CONTEXT_IS} {context} tokens. Shorten the prompt, or lower max_tokens to at most "
+        f"{context - length}.",
+        "max_tokens",
+    )
+
+
+def check_scores(
+    prompts: Sequence[Prompt], sampled: int, logprobs: int, *, name: str, echo: bool, stream: bool
+) -> None:
+    """Refuse a request whose log probabilities would take too much memory.
+
+    A stream keeps little of what it generates, but a prompt is scored at once.
+
+    Args:
+        prompts: of the request.
+        sampled: sequences for each prompt.
+        logprobs: alternatives for each token.
+        name: what the request calls those.
+        echo: whether the prompts are scored as well.
+        stream: whether the answer is streamed.
+
+    Raises:
+        ApiError: there would be more than :data:`MAX_SCORES`.
+    """
+    read = sum(len(prompt.ids) for prompt in prompts) if echo else 0
+    written = 0 if stream else sum(prompt.max_tokens for prompt in prompts)
+    number = sampled * (read + written) * (1 + logprobs)
+    if number <= MAX_SCORES:
+        return
+    tokens = "the prompt's tokens" if stream else "max_tokens, or set stream to true"
+    raise bad_request(
+        f"{name} asks for {1 + logprobs} log probabilities of each token. With {sampled} choices "
+        f"for each prompt and {read + written} tokens to score for each choice, the answer may "
+        f"hold {number}; at most {MAX_SCORES} are allowed. Lower {name}, n or {tokens}.",
+        name,
+    )
+
+
+def _too_long(message: str, param: str) -> ApiError:
+    return bad_request(message, param, "context_length_exceeded")

@@ -1,1 +1,0 @@
-"""The wire: what requests may hold, and the shapes of the answers."""

@@ -1,5 +1,0 @@
-"""The pages of ``docs/reference``, made of the schemas that the program itself runs on."""
-
-from server.reference.pages import pages
-
-__all__ = ["pages"]

@@ -1,1 +1,0 @@
-"""Blueprints: what is served under which path."""

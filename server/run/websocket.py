@@ -1,0 +1,320 @@
+"""Generation over a WebSocket: one frame starts an answer, many may run at once.
+
+A frame is a request body, or an envelope that gives it an id; see ``docs/api.md``. Frames are read
+as fast as they are dealt with and sent as fast as the client reads, so neither side piles up here.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import ExitStack, aclosing, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+from quart import websocket
+
+from server.config.validation import json_kind
+from server.http.codec import STRICT_HEADER, is_strict, parse_object
+from server.http.errors import ApiError, as_api_error, bad_request
+from server.http.frames import FrameError
+from server.http.pieces import Json
+from server.http.socket_connection import current_socket
+from server.keys.caller import owner
+from server.keys.limits import Charge
+from server.observe.access_log import Record
+from server.observe.tracing import WEBSOCKET
+from server.prompt.cpu_pool import INLINE_BYTES
+from server.run.admission import TIMEOUT_HEADER, admit
+from server.run.dialect import Usage
+from server.run.generation import Generation
+from server.run.prepare import Prepare, prepare_chat
+from server.services import Services
+
+MAX_AT_ONCE = 16
+_LONGEST_ID = 128
+_ENVELOPES = ("request", "cancel")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+async def serve_socket(services: Services, prepare: Prepare) -> None:
+    """Accept the connection and serve it until the client goes away.
+
+    Raises:
+        ApiError: a page of a foreign origin opened it; it was not accepted.
+    """
+    await open_socket(services)
+    strict = is_strict(websocket.headers.get(STRICT_HEADER))
+    await _Session(services, prepare, strict).run()
+
+
+async def open_socket(services: Services) -> None:
+    """Accept the connection, unless that has been done.
+
+    Raises:
+        ApiError: a page of a foreign origin opened it.
+    """
+    socket = current_socket()
+    if socket.accepted:
+        return
+    headers = socket.headers
+    _check_origin(headers.get("Origin"), headers.get("Host", ""), services.settings.allowed_origins)
+    # A browser wants one of the protocols it offered: the key's own only if there is no other.
+    offered = sorted(socket.requested_subprotocols, key=lambda name: "key." in name)
+    await socket.accept(
+        headers={"X-Request-Id": socket.id} | await services.limiter.headers(),
+        subprotocol=offered[0] if offered else None,
+    )
+
+
+async def end_refused(error: ApiError) -> None:
+    """Note why the socket ends; if it was accepted, say so and close it with the code for that."""
+    socket = current_socket()
+    socket.record.note_error(error)
+    if not socket.accepted:
+        socket.record.note(status=error.status)
+        return
+    await socket.send(orjson.dumps(error.envelope()).decode())
+    await socket.close(close_code(error), error.name)
+
+
+def close_code(error: ApiError) -> int:
+    """What a socket is closed with because of an error (RFC 6455, 7.4)."""
+    if isinstance(error, FrameError):
+        return error.close_code
+    if error.status in (401, 403, 429):
+        return 4000 + error.status
+    known = {413: 1009, 503: 1013}  # message too big; try again later
+    return known.get(error.status, 1008 if error.status < 500 else 1011)
+
+
+def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> None:
+    """Let in programs, which send no origin, this machine's pages, and those that are listed.
+
+    A page served under the very address it connects to is let in only when that is a number: a
+    name can be made to point here by whoever owns it (DNS rebinding).
+    """
+    if origin is None or origin in allowed or "*" in allowed:
+        return
+    with suppress(ValueError):  # what is no URL is foreign
+        page = urlsplit(origin)
+        name = page.hostname or ""
+        is_number = ":" in name or name.replace(".", "").isdigit()
+        if name in _LOOPBACK or (is_number and page.netloc == host):
+            return
+    raise ApiError(
+        403,
+        f"Pages of the origin {origin[:100]!r} may not connect; add it to "
+        "INFERNEO_ALLOWED_ORIGINS to allow it.",
+        kind="permission_error",
+        code="origin_not_allowed",
+    )
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request of this socket, in a frame of ``size`` bytes.
+
+    ``charge`` is None until it has been let in, ``generation`` until its body has been read.
+    """
+
+    size: int
+    charge: Charge | None
+    generation: Generation | None = None
+    cancelled: bool = False
+    streamed: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if self.generation is not None:
+            self.generation.cancel()
+
+
+def _shown(kind: Any) -> str:
+    return repr(kind[:40]) if isinstance(kind, str) else json_kind(kind)
+
+
+class _Session:
+    """One open socket."""
+
+    def __init__(self, services: Services, prepare: Prepare, strict: bool) -> None:
+        self._services = services
+        self._prepare = prepare
+        self._strict = strict
+        self._running: dict[object, _Running] = {}
+
+    async def run(self) -> None:
+        """Deal with frames until the client goes away, which cancels this and all it started.
+
+        Raises:
+            FrameError: it sent what is no frame.
+        """
+        failed = None
+        try:
+            await self._run()
+        except* FrameError as group:
+            failed = group.exceptions[0]
+        if failed is not None:
+            raise failed
+
+    async def _run(self) -> None:
+        answers: set[asyncio.Task[None]] = set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._leave_in_time(answers))
+            while True:
+                if (answering := await self._next()) is not None:
+                    task = tasks.create_task(answering)
+                    answers.add(task)
+                    task.add_done_callback(answers.discard)
+
+    async def _refuse(self, error: ApiError, name: str | None, charge: Charge | None) -> None:
+        """Answer a frame that starts nothing; it counts as a request all the same."""
+        try:
+            charge = charge or await self._services.limiter.enter()
+        except ApiError as limit:
+            error = limit
+        else:
+            charge.settle_failed(error)
+        await self._send(error.envelope(), name)
+
+    async def _next(self) -> Coroutine[Any, Any, None] | None:
+        """What answers the next frame; None: it asked for nothing, or was refused.
+
+        Nothing of a frame outlives this but the body of its request.
+        """
+        charge, name = None, None
+        try:
+            frame = await current_socket().receive()
+            if (size := len(frame)) > INLINE_BYTES:
+                charge = await self._services.limiter.enter()
+            message = await self._services.text.run(size, partial(parse_object, frame))
+            name = message.get("id") if "type" in message else None
+            name = name if isinstance(name, str) else None
+            body = self._open(message, name)
+        except FrameError:
+            raise
+        except ApiError as error:
+            await self._refuse(error, name, charge)
+            return None
+        if body is None:
+            if charge is not None:
+                charge.settle(Usage())
+            return None
+        key = object() if name is None else name
+        self._running[key] = _Running(size, charge)
+        return self._answer(key, name, body)
+
+    async def _leave_in_time(self, answers: set[asyncio.Task[None]]) -> None:
+        """Once the server is going to end: close when nothing runs here any more."""
+        await self._services.admission.closed.wait()
+        while answers:
+            await asyncio.wait(tuple(answers))
+        await current_socket().close(1001, "the server is shutting down")
+
+    def _open(self, message: dict[str, Any], name: str | None) -> dict[str, Any] | None:
+        """The body of the request to start; None when the frame was a cancellation."""
+        if "type" not in message:
+            body: Any = message
+        else:
+            kind, body = message["type"], message.get("body")
+            if kind not in _ENVELOPES:
+                raise bad_request(
+                    f"type is {_shown(kind)}; a frame is a request body, or an envelope of "
+                    f"type {' or '.join(_ENVELOPES)}.",
+                    "type",
+                )
+            if name is None or not 0 < len(name) <= _LONGEST_ID:
+                raise bad_request(
+                    f"id must be a string of 1 to {_LONGEST_ID} characters; the answer's frames "
+                    "carry it.",
+                    "id",
+                )
+            if kind == "cancel":
+                if name not in self._running:
+                    raise bad_request(
+                        f"No request {name!r} is running on this socket; it may have ended.", "id"
+                    )
+                self._running[name].cancel()
+                return None
+            if name in self._running:
+                raise bad_request(f"A request {name!r} is running on this socket already.", "id")
+            if not isinstance(body, dict):
+                raise bad_request("body must be an object, the request itself.", "body")
+        if len(self._running) >= MAX_AT_ONCE:
+            raise ApiError(
+                429,
+                f"{MAX_AT_ONCE} requests are running on this socket, the most it may have; send "
+                "this one again when another has ended, or open another socket.",
+                code="too_many_requests",
+            )
+        return body
+
+    async def _answer(self, key: object, name: str | None, body: dict[str, Any]) -> None:
+        """Run one request to its end; whatever happens to it stays with it."""
+        record, running = Record(), self._running[key]
+        socket = current_socket()
+        path = socket.path
+        record.begin_trace(self._services.tracing, WEBSOCKET, path, socket.headers, socket.id)
+        record.note(route=path, key=owner(), request_id=name)
+        with ExitStack() as held:
+            try:
+                await self._generate(held, running, record, name, body)
+            except asyncio.CancelledError:
+                record.note(disconnected=True)
+                raise
+            except Exception as error:  # noqa: BLE001
+                failure = as_api_error(error)
+                record.note_error(failure)
+                if running.charge is not None:
+                    running.charge.settle_failed(failure)
+                await self._send(failure.envelope(), name)
+                if failure.status == 401:  # the key was revoked, or has expired
+                    socket.record.note_error(failure)
+                    await socket.close(close_code(failure), failure.name)
+            finally:
+                del self._running[key]
+                if running.generation is not None:
+                    running.generation.end()  # should it never have begun
+                    record.note_usage(running.generation.usage)
+                if running.charge is not None:
+                    running.charge.settle(Usage())  # unless it has been
+                record.write("websocket_request")
+            if running.streamed:
+                assert running.generation is not None
+                await self._send({"object": "done", "id": running.generation.plan.id}, name)
+
+    async def _generate(
+        self,
+        held: ExitStack,
+        running: _Running,
+        record: Record,
+        name: str | None,
+        body: dict[str, Any],
+    ) -> None:
+        """Answer a request, in a place that ``held`` gives back."""
+        services = self._services
+        timeout = websocket.headers.get(TIMEOUT_HEADER)
+        place = held.enter_context(services.admission.enter(owner(), timeout))
+        await services.guard.recheck()
+        running.charge = charge = running.charge or await services.limiter.enter()
+        prepare = partial(self._prepare, services.registry, body, strict=self._strict)
+        inline = self._prepare is not prepare_chat
+        answer = await services.text.run(running.size, prepare, place=place, inline=inline)
+        running.generation = answer.generation
+        if running.cancelled:
+            answer.generation.cancel()
+        await admit(services, place, charge, answer, record)
+        if not answer.stream:
+            await self._send(await answer.whole(), name)
+            return
+        async with aclosing(answer.chunks()) as chunks:
+            async for chunk in chunks:
+                running.streamed = True
+                if chunk is not None:  # silence: the protocol's own pings tell of life
+                    await self._send(chunk, name)
+
+    async def _send(self, payload: dict[str, Any], name: str | None) -> None:
+        if name is not None:
+            payload = {**payload, "request_id": name}
+        await websocket.send(bytes(Json(payload)).decode())

@@ -19,6 +19,10 @@ DISSOLVE_SECONDS = 10.0
 """How long the leader of a job that cannot be waits for the others to end before it does."""
 
 
+def _nothing(_: object) -> None:
+    """No values end the job."""
+
+
 class Peers(Protocol):
     """What a model's runner needs of the processes that run it with this one."""
 
@@ -26,13 +30,22 @@ class Peers(Protocol):
     def leads(self) -> bool:
         """Whether this process says what is run."""
 
-    def exchange(self, what: str, mine: Any, seconds: float | None = None) -> list[Any]:
+    def exchange(
+        self,
+        what: str,
+        mine: Any,
+        seconds: float | None = None,
+        *,
+        dooms: Callable[[list[Any]], object] = _nothing,
+    ) -> list[Any]:
         """Each process's value, by its number, once all have come here.
 
         Args:
             what: a name, the same in all.
             mine: anything that JSON can hold.
             seconds: how long to wait for the others; None: the job's ``load_seconds``.
+            dooms: whether the values end the job. Then the others may be gone as soon as they have
+                them, which is no loss.
 
         Raises:
             JobError: one is lost, is elsewhere, or does not come in time.
@@ -57,9 +70,16 @@ class Alone:
 
     leads = True
 
-    def exchange(self, what: str, mine: Any, seconds: float | None = None) -> list[Any]:
+    def exchange(
+        self,
+        what: str,
+        mine: Any,
+        seconds: float | None = None,
+        *,
+        dooms: Callable[[list[Any]], object] = _nothing,
+    ) -> list[Any]:
         """Its own value."""
-        del what, seconds
+        del what, seconds, dooms
         return [mine]
 
     def announce(self, kind: Kind, *parts: bytes | memoryview) -> None:
@@ -75,13 +95,16 @@ def agree(peers: Peers, what: str, fields: Mapping[str, Any]) -> None:
     Raises:
         JobError: it is not; names the processes, fields and values. Raised in each of them.
     """
-    found = peers.exchange(what, dict(fields))
-    problems = [
-        f"{name} is {theirs.get(name)!r} in process {number} and {leaders!r} in process 0"
-        for number, theirs in enumerate(found)
-        for name, leaders in found[0].items()
-        if theirs.get(name) != leaders
-    ]
+
+    def compare(found: list[Any]) -> list[str]:
+        return [
+            f"{name} is {theirs.get(name)!r} in process {number} and {leaders!r} in process 0"
+            for number, theirs in enumerate(found)
+            for name, leaders in found[0].items()
+            if theirs.get(name) != leaders
+        ]
+
+    problems = compare(peers.exchange(what, dict(fields), dooms=compare))
     if problems:
         peers.dissolve()
         raise JobError(
@@ -133,7 +156,14 @@ class Link:
         """Why the job cannot go on; None: it can."""
         return self._lost
 
-    def exchange(self, what: str, mine: Any, seconds: float | None = None) -> list[Any]:
+    def exchange(
+        self,
+        what: str,
+        mine: Any,
+        seconds: float | None = None,
+        *,
+        dooms: Callable[[list[Any]], object] = _nothing,
+    ) -> list[Any]:
         """See :class:`Peers`."""
         seconds = self._load_seconds if seconds is None else seconds
         if self.leads:
@@ -141,6 +171,9 @@ class Link:
             for peer in self._channels:
                 found[peer] = self._value(peer, what, seconds)
             values = [found[number] for number in sorted(found)]
+            if dooms(values):
+                with self._changed:
+                    self._ending = True
             self.announce(Kind.VALUE, orjson.dumps([what, values]))
             return values
         self.announce(Kind.VALUE, orjson.dumps([what, mine]))

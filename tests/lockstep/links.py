@@ -41,15 +41,15 @@ def connected() -> tuple[socket.socket, socket.socket]:
 class Links:
     """A leader and its followers in this process, and why each was lost."""
 
-    def __init__(self, followers: int) -> None:
+    def __init__(self, followers: int, lost_seconds: float) -> None:
         self.reasons: list[list[str]] = [[] for _ in range(followers + 1)]
         self.left: list[str] = []
         ends = [connected() for _ in range(followers)]
         self.raw = [theirs for _, theirs in ends]
-        leader = {i + 1: Channel(mine, CONFIG.lost_seconds) for i, (mine, _) in enumerate(ends)}
+        leader = {i + 1: Channel(mine, lost_seconds) for i, (mine, _) in enumerate(ends)}
         self.all = [self._link(0, leader)]
         for i, theirs in enumerate(self.raw):
-            self.all.append(self._link(i + 1, {0: Channel(theirs, CONFIG.lost_seconds)}))
+            self.all.append(self._link(i + 1, {0: Channel(theirs, lost_seconds)}))
 
     def _link(self, number: int, channels: dict[int, Channel]) -> Link:
         return Link(
@@ -69,8 +69,8 @@ class Links:
 
 
 @contextlib.contextmanager
-def links(followers: int = 1) -> Iterator[Links]:
-    made = Links(followers)
+def links(followers: int = 1, *, lost_seconds: float = CONFIG.lost_seconds) -> Iterator[Links]:
+    made = Links(followers, lost_seconds)
     try:
         yield made
     finally:

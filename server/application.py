@@ -28,9 +28,9 @@ from server.http import connection
 from server.http.codec import json_response
 from server.http.connection import current_request
 from server.http.errors import as_api_error
-from server.http.frames import mend_websockets
+from server.http.frames import patch_websockets
 from server.http.socket_connection import current_socket, install_sockets
-from server.http.transport import mend_hypercorn
+from server.http.transport import patch_hypercorn
 from server.keys.caller import owner
 from server.keys.guard import Guard
 from server.keys.limits import Limiter
@@ -94,8 +94,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     attach(app, services)
     connections = connection.install(app, tracing)
     install_sockets(app, metrics, settings.max_body_bytes)
-    mend_hypercorn()
-    mend_websockets()
+    patch_hypercorn()
+    patch_websockets()
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["RESPONSE_TIMEOUT"] = None  # it would cut long streams without a word
     app.config["BODY_TIMEOUT"] = None  # LimitedBody has its own, by the body's progress
@@ -215,7 +215,7 @@ def _handle_errors(app: Quart) -> None:
         response = json_response(failure.envelope(), failure.status, failure.headers)
         if has_request_context():
             current = current_request()
-            current.record.note_error(failure)
+            current.log_entry.add_error(failure)
             if current.charge is not None:
                 current.charge.settle_failed(failure)
         if has_websocket_context():
@@ -233,7 +233,7 @@ def _name_responses(app: Quart, services: Services) -> None:
         ends = services.admission.closed.is_set() or current.body.stalled
         if ends and current.http_version.startswith("1"):
             response.headers["Connection"] = "close"
-        current.record.note(status=response.status_code)
+        current.log_entry.add(status=response.status_code)
         rule = current.url_rule.rule if current.url_rule else "none"
         services.metrics.answered(current.method, rule, response.status_code)
         await current.body.drain()

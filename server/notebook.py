@@ -4,7 +4,7 @@ import os
 from types import TracebackType
 from typing import Self
 
-from server.config.setting import variable_of
+from server.config.schema import variable_of
 from server.config.settings import Settings
 from server.process.child import END_SECONDS, OURS, Child
 

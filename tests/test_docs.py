@@ -13,7 +13,7 @@ from server.cli.reference import pages
 from server.cli.reference.commands import Command, commands
 from server.cli.reference.markdown import anchor
 from server.config.replica_settings import ReplicaSettings
-from server.config.setting import KEY_VARIABLE, Setting, describe
+from server.config.schema import KEY_VARIABLE, SettingDoc, setting_docs
 from server.keys.sockets import SocketPlaces
 from server.observe.metrics import Metrics
 from server.run.admission import Admission
@@ -89,8 +89,10 @@ def test_every_command_and_flag_is_described(command: Command) -> None:
         assert len(parameter.text) > 5, parameter.flags or parameter.value
 
 
-@pytest.mark.parametrize("setting", [*describe(ReplicaSettings)], ids=lambda setting: setting.name)
-def test_every_setting_is_described(setting: Setting) -> None:
+@pytest.mark.parametrize(
+    "setting", [*setting_docs(ReplicaSettings)], ids=lambda setting: setting.name
+)
+def test_every_setting_is_described(setting: SettingDoc) -> None:
     assert f"`{setting.variable}`" in pages()["configuration.md"]
     assert len(setting.description) > 10
     assert setting.about
@@ -181,7 +183,7 @@ def test_every_target_of_make_named_exists(page: Path) -> None:
 
 @each_page
 def test_every_variable_named_exists(page: Path) -> None:
-    known = {setting.variable for setting in describe(ReplicaSettings)}
+    known = {setting.variable for setting in setting_docs(ReplicaSettings)}
     known.add(KEY_VARIABLE)
     known.update(re.findall(r"\$\{(INFERNEO_\w+)", (ROOT / "compose.yaml").read_text("utf-8")))
     named = set(re.findall(r"\bINFERNEO_[A-Z][A-Z_]+\b", page.read_text(encoding="utf-8")))

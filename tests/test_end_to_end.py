@@ -135,8 +135,8 @@ def test_a_client_that_leaves_frees_its_slot_and_pages(address: str, how: str) -
                     await _read(api, body | {"stream": how == "sse"})
 
     async def _read(api: httpx.AsyncClient, payload: dict[str, Any]) -> None:
-        url, patience = f"http://{address}/v1/completions", httpx.Timeout(10, read=2.0)
-        async with api.stream("POST", url, json=payload, timeout=patience) as answer:
+        url, timeout = f"http://{address}/v1/completions", httpx.Timeout(10, read=2.0)
+        async with api.stream("POST", url, json=payload, timeout=timeout) as answer:
             async for _ in answer.aiter_raw():
                 if stats_of(address)["slots_used"]:
                     raise httpx.ReadTimeout("seen enough")

@@ -11,7 +11,7 @@ import yaml
 
 from server.app import app
 from server.config.replica_settings import ReplicaSettings
-from server.config.setting import PREFIX
+from server.config.schema import PREFIX
 from server.config.settings import Settings
 
 FOLDER = Path(__file__).parents[1] / "docs" / "deploy"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.config.setting import Setting, describe
+from server.config.schema import SettingDoc, setting_docs
 
 
 def with_flags(
@@ -35,13 +35,13 @@ def given(context: typer.Context) -> dict[str, Any]:
 
 
 def _parameters(groups: Collection[str] | None) -> Iterator[inspect.Parameter]:
-    for setting in describe():
+    for setting in setting_docs():
         has_place = setting.flag or setting.name == "models"
         if has_place and (groups is None or setting.group in groups):
             yield _parameter(setting)
 
 
-def _parameter(setting: Setting) -> inspect.Parameter:
+def _parameter(setting: SettingDoc) -> inspect.Parameter:
     """A setting as Typer is to see it. Values are texts: the schema reads and checks them."""
     bounds = f"From {setting.bounds}" if setting.bounds[:1].isdigit() else setting.bounds
     shared: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from inferneo_jax import ConfigError
-from server.config.setting import PREFIX, variable_of
+from server.config.schema import PREFIX, variable_of
 from server.config.settings import Settings
 
 _SHARED = ("redis", "rediss", "valkey", "valkeys")

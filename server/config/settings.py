@@ -23,12 +23,18 @@ from pydantic_settings import (
 )
 
 from inferneo_jax import ConfigError, EngineConfig, JobConfig, MeshShape
-from server.config.schema import Schema, split_list
-from server.config.setting import KEY_VARIABLE, PREFIX, flag_of, variable_of
+from server.config.schema import (
+    KEY_VARIABLE,
+    PREFIX,
+    SettingsSchema,
+    flag_of,
+    split_list,
+    variable_of,
+)
 from server.config.validation import describe
 
 
-class Settings(Schema, BaseSettings):
+class Settings(SettingsSchema, BaseSettings):
     """All settings of the server, read and checked."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)

@@ -96,17 +96,17 @@ class LimitedBody(Body):
         not let its clients send either.
         """
         loop, place = asyncio.get_running_loop(), self.place
-        patience, seen = STALL_SECONDS, self._received
+        budget, seen = STALL_SECONDS, self._received
         while not (self._complete.is_set() or self._must_raise):
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_SECONDS):
                     await self._complete.wait()
                 return
             earned = (self._received - seen) / BODY_BYTES_PER_SECOND
-            patience, seen = min(STALL_SECONDS, patience + earned), self._received
-            patience -= _LOOK_SECONDS
+            budget, seen = min(STALL_SECONDS, budget + earned), self._received
+            budget -= _LOOK_SECONDS
             late = place is not None and loop.time() >= place.deadline
-            self.stalled = late or patience <= 0
+            self.stalled = late or budget <= 0
             if late and place is not None:
                 raise place.too_late()
             if self.stalled:

@@ -19,8 +19,8 @@ from quart.wrappers.request import Body
 from werkzeug.datastructures import Headers
 
 from server.http.body import LimitedBody
-from server.http.transport import Departure, Patience
-from server.observe.access_log import Record
+from server.http.transport import DisconnectWatcher, WriteTimeout
+from server.observe.access_log import AccessLogEntry
 from server.observe.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def request_id(headers: Headers) -> str:
 
 
 class ApiRequest(Request):
-    """A request with its id, its log record, and what must be closed when it is over.
+    """A request with its id, its access log entry, and what must be closed when it is over.
 
     Attributes:
         place: held until then; None: a request that needs none.
@@ -55,7 +55,7 @@ class ApiRequest(Request):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.id = request_id(self.headers)
-        self.record = Record()
+        self.log_entry = AccessLogEntry()
         self.cleanup = AsyncExitStack()
         self.place: Place | None = None
         self.charge: Charge | None = None
@@ -74,20 +74,20 @@ class Connections:
     """The connections with a request under way, or a WebSocket."""
 
     def __init__(self) -> None:
-        self._open: set[Patience] = set()
+        self._open: set[WriteTimeout] = set()
         self._none = asyncio.Event()
         self._none.set()
 
     @contextmanager
-    def opened(self, patience: Patience) -> Iterator[None]:
+    def opened(self, write_timeout: WriteTimeout) -> Iterator[None]:
         """One of them, while this is open."""
-        self._open.add(patience)
+        self._open.add(write_timeout)
         self._none.clear()
         try:
             yield
         finally:
-            patience.close()
-            self._open.discard(patience)
+            write_timeout.close()
+            self._open.discard(write_timeout)
             if not self._open:
                 self._none.set()
 
@@ -99,8 +99,8 @@ class Connections:
 
     def cut(self) -> int:
         """Cut them all, whatever lies unread; how many there were."""
-        for patience in self._open:
-            patience.cut()
+        for write_timeout in self._open:
+            write_timeout.cut()
         return len(self._open)
 
 
@@ -139,25 +139,25 @@ class HttpConnection(ASGIHTTPConnection):
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serve one request."""
-        departure = Departure(send)
+        watcher = DisconnectWatcher(send)
         try:
-            with departure.noticed():
-                patience = Patience(send)
-                request = self._create_request_from_scope(patience.send)
-                with self.app.extensions[CONNECTIONS].opened(patience):
+            with watcher.watching():
+                write_timeout = WriteTimeout(send)
+                request = self._create_request_from_scope(write_timeout.send)
+                with self.app.extensions[CONNECTIONS].opened(write_timeout):
                     await while_connected(
-                        self.handle_request(request, patience.send),
+                        self.handle_request(request, write_timeout.send),
                         self.handle_messages(request, receive),
                     )
-            await departure.finish()
+            await watcher.finish()
         finally:
             if (current := self._request) is not None:
                 await current.cleanup.aclose()
                 rule = current.url_rule.rule if current.url_rule else "none"
                 facts = {"method": current.method, "route": rule}
-                current.record.facts = facts | current.record.facts
+                current.log_entry.fields = facts | current.log_entry.fields
                 if rule not in ("/health", "/ready"):  # probes would drown everything else
-                    current.record.write("request")
+                    current.log_entry.write("request")
                 # The loop keeps a cancelled timer until it would have been due (a deadline for an
                 # hour), and with it the context that it was set in, which leads here.
                 vars(current).clear()
@@ -168,7 +168,7 @@ class HttpConnection(ASGIHTTPConnection):
             await super().handle_request(request, send)
         except asyncio.CancelledError:
             if self._request is not None:
-                self._request.record.note(disconnected=True)
+                self._request.log_entry.add(disconnected=True)
             raise
 
     def _create_request_from_scope(self, send: ASGISendCallable) -> Request:
@@ -177,7 +177,7 @@ class HttpConnection(ASGIHTTPConnection):
             self._request = request
             # Everything that is logged on behalf of the request names it.
             structlog.contextvars.bind_contextvars(id=request.id)
-            request.record.begin_trace(
+            request.log_entry.begin_trace(
                 self.app.extensions[_TRACING],
                 request.method,
                 request.path,

@@ -268,7 +268,7 @@ _handle = WSStream.handle
 _handle_events = WSStream._handle_events
 
 
-def mend_websockets() -> None:
+def patch_websockets() -> None:
     """Change two methods of Hypercorn's, for every WebSocket.
 
     Data that come before the connection was accepted end it. Hypercorn answers them with 400 and

@@ -128,7 +128,7 @@ _init = H11Protocol.__init__
 _send_error_response = H11Protocol._send_error_response
 
 
-def mend() -> None:
+def patch() -> None:
     """Let Hypercorn's connections read strictly, and say in the answer what was wrong."""
     H11Protocol.__init__ = _init_strict  # type: ignore[method-assign]
     H11Protocol._send_error_response = _explain  # type: ignore[method-assign]

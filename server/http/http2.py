@@ -32,7 +32,7 @@ _initiate = H2Protocol.initiate
 _handle_events = H2Protocol._handle_events
 
 
-def mend() -> None:
+def patch() -> None:
     """Change three of Hypercorn's methods, for every connection.
 
     A request with a malformed pseudo-header ends its own stream. Some of them ended the whole

@@ -15,8 +15,8 @@ from quart.wrappers.websocket import Websocket
 
 from server.http.connection import CONNECTIONS, Connections, request_id, while_connected
 from server.http.frames import FrameMemory, Inbox, let_go, pinged, take_over
-from server.http.transport import Patience
-from server.observe.access_log import Record
+from server.http.transport import WriteTimeout
+from server.observe.access_log import AccessLogEntry
 
 if TYPE_CHECKING:
     from server.observe.metrics import Metrics
@@ -28,7 +28,7 @@ _METRICS = "metrics"
 
 
 class ApiWebsocket(Websocket):
-    """A WebSocket with its id, its log record, and what must be closed when it is over.
+    """A WebSocket with its id, its access log entry, and what must be closed when it is over.
 
     Attributes:
         inbox: what its client sent.
@@ -42,7 +42,7 @@ class ApiWebsocket(Websocket):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.id = request_id(self.headers)
-        self.record = Record()
+        self.log_entry = AccessLogEntry()
         self.cleanup = ExitStack()
         self.accepted = False
         self._closed = False
@@ -64,7 +64,7 @@ class ApiWebsocket(Websocket):
         """Send a close frame, once; a client that does not answer it is cut."""
         if not self._closed:
             self._closed = True
-            self.record.note(close_code=code)
+            self.log_entry.add(close_code=code)
             asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.cut, context=Context())
             await super().close(code, reason)
 
@@ -80,16 +80,16 @@ class WebsocketConnection(ASGIWebsocketConnection):
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serve one connection."""
         connections: Connections = self.app.extensions[CONNECTIONS]
-        patience = Patience(send)
-        socket = cast(ApiWebsocket, self._create_websocket_from_scope(patience.send))
+        write_timeout = WriteTimeout(send)
+        socket = cast(ApiWebsocket, self._create_websocket_from_scope(write_timeout.send))
         socket.inbox = take_over(send, self.app.extensions[_FRAMES])
-        socket.cut = patience.cut
+        socket.cut = write_timeout.cut
         structlog.contextvars.bind_contextvars(id=socket.id)
         try:
             async with pinged(send):
-                with connections.opened(patience):
+                with connections.opened(write_timeout):
                     await while_connected(
-                        self._handle(socket, patience), _listen(receive, socket.inbox)
+                        self._handle(socket, write_timeout), _listen(receive, socket.inbox)
                     )
         finally:
             socket.inbox.close()
@@ -98,10 +98,10 @@ class WebsocketConnection(ASGIWebsocketConnection):
             self._tell(socket)
             vars(socket).clear()  # as HttpConnection does with a request
 
-    async def _handle(self, socket: ApiWebsocket, patience: Patience) -> None:
+    async def _handle(self, socket: ApiWebsocket, write_timeout: WriteTimeout) -> None:
         """Run the handler, then give the client a while to see how that ended."""
         try:
-            await self.handle_websocket(socket, patience.send)
+            await self.handle_websocket(socket, write_timeout.send)
         except asyncio.CancelledError as error:
             # Task groups keep the error that ends them, whose traceback leads to all that was
             # under way here: garbage that only the collector would find.
@@ -113,11 +113,11 @@ class WebsocketConnection(ASGIWebsocketConnection):
 
     def _tell(self, socket: ApiWebsocket) -> None:
         rule = socket.url_rule.rule if socket.url_rule else "none"
-        record, metrics = socket.record, cast("Metrics", self.app.extensions[_METRICS])
-        code = record.facts.get("status") or record.facts.get("close_code")
-        record.facts = {"route": rule} | record.facts
+        entry, metrics = socket.log_entry, cast("Metrics", self.app.extensions[_METRICS])
+        code = entry.fields.get("status") or entry.fields.get("close_code")
+        entry.fields = {"route": rule} | entry.fields
         metrics.socket_ended(rule, "client" if code is None else str(code))
-        record.write("websocket")
+        entry.write("websocket")
 
 
 async def _listen(receive: ASGIReceiveCallable, inbox: Inbox) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from server.http.errors import as_api_error
-from server.observe.access_log import Record
+from server.observe.access_log import AccessLogEntry
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -26,7 +26,7 @@ def event(payload: dict[str, Any]) -> bytes:
 async def stream(
     first: dict[str, Any] | None,
     rest: AsyncGenerator[dict[str, Any] | None, None],
-    record: Record,
+    entry: AccessLogEntry,
 ) -> AsyncGenerator[bytes, None]:
     """The events of an answer whose first chunk is there already.
 
@@ -39,6 +39,6 @@ async def stream(
                 yield _KEEP_ALIVE if chunk is None else event(chunk)
         except Exception as error:  # noqa: BLE001  (the status line has long been sent)
             failure = as_api_error(error)
-            record.note_error(failure)
+            entry.add_error(failure)
             yield event(failure.envelope())
         yield _DONE

@@ -31,7 +31,7 @@ STALL_SECONDS = 120.0
 """How long a client may read nothing of what it was sent."""
 
 
-class Patience:
+class WriteTimeout:
     """Drops a client that has read nothing for a while: what it left unread fills its socket.
 
     Nothing more can be told to it, for the same reason. Its connection is cut, which ends
@@ -74,7 +74,7 @@ class Patience:
         self.cut()
 
 
-class Departure:
+class DisconnectWatcher:
     """Notices that a client has gone though Hypercorn has stopped reading its connection.
 
     Hypercorn reads no further once a second request has arrived behind the one being answered. If
@@ -97,7 +97,7 @@ class Departure:
         self.watched = isinstance(self._reader, asyncio.StreamReader)
 
     @contextmanager
-    def noticed(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """While this is open, the application is told ``http.disconnect`` when the client goes."""
         if not self.watched:
             yield
@@ -142,7 +142,7 @@ _read_data = TCPServer._read_data
 _run = TCPServer.run
 
 
-def mend_hypercorn() -> None:
+def patch_hypercorn() -> None:
     """Change some of its methods, for every connection.
 
     ``Upgrade: h2c`` is answered in HTTP/1.1, as RFC 9110 (7.8) allows. A proxy that passes the
@@ -163,8 +163,8 @@ def mend_hypercorn() -> None:
     TCPServer._initiate_server_close = _initiate_close_or_cut  # type: ignore[method-assign]
     TCPServer._read_data = _read_until_closed  # type: ignore[method-assign]
     TCPServer.run = _run_and_let_go  # type: ignore[method-assign]
-    http1.mend()
-    http2.mend()
+    http1.patch()
+    http2.patch()
 
 
 async def _check_without_h2c(self: H11Protocol, event: h11.Request) -> None:

@@ -107,7 +107,7 @@ class Guard:
             return
         key = await self.identify(bearer(request))
         set_caller(key)
-        current_request().record.note(key=key.id)
+        current_request().log_entry.add(key=key.id)
         if request.url_rule is not None:  # else: a 404 or 405, which says little to any key
             check_scope(key, request.url_rule.rule)
 

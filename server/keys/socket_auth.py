@@ -60,7 +60,7 @@ async def admit_socket(services: Services) -> None:
 
 async def _enter(limiter: Limiter, key: Key) -> None:
     set_caller(key)
-    current_socket().record.note(key=key.id)
+    current_socket().log_entry.add(key=key.id)
     if websocket.url_rule is not None:
         check_scope(key, websocket.url_rule.rule)
     found = await limiter.standing(key)

@@ -1,4 +1,4 @@
-"""What is said of a request: its log line, and its span."""
+"""The access log: one line for each request, and the attributes of its trace span."""
 
 import time
 from typing import Any
@@ -13,16 +13,17 @@ from server.run.dialect import Usage
 log = structlog.get_logger(__name__)
 
 
-class Record:
-    """What is said of a request when it is over: in its log line, and in its span if it has one.
+class AccessLogEntry:
+    """The access log entry of one request, which is also written to its trace span, if it has one.
 
     Attributes:
-        trace: its trace; None: it has none.
+        trace: the request's trace; None if it is not traced.
+        fields: what the log line will contain, by name.
     """
 
     def __init__(self) -> None:
         self.trace: Trace | None = None
-        self.facts: dict[str, Any] = {}
+        self.fields: dict[str, Any] = {}
         self._failed = False
         self._started = time.perf_counter()
 
@@ -34,31 +35,31 @@ class Record:
         headers: Headers,
         id: str,  # noqa: A002
     ) -> None:
-        """Begin its span, if traces are wanted of it; what is logged meanwhile names that."""
+        """Start the request's span, if it is to be traced; log lines written meanwhile name it."""
         self.trace = tracing.begin(method, path, headers, id) if tracing is not None else None
         if self.trace is not None:
             structlog.contextvars.bind_contextvars(**self.trace.ids)
 
-    def note(self, **facts: Any) -> None:
-        """Add facts; None is left out."""
-        self.facts |= {name: fact for name, fact in facts.items() if fact is not None}
+    def add(self, **fields: Any) -> None:
+        """Add fields; those that are None are left out."""
+        self.fields |= {name: value for name, value in fields.items() if value is not None}
 
-    def note_usage(self, usage: Usage) -> None:
-        """Add the tokens it took."""
-        self.note(
+    def add_usage(self, usage: Usage) -> None:
+        """Add the token counts."""
+        self.add(
             prompt_tokens=usage.prompt,
             cached_tokens=usage.cached,
             completion_tokens=usage.completion,
         )
 
-    def note_error(self, error: ApiError) -> None:
-        """Add why it was not served, or not to its end."""
-        self.note(error=error.name)
+    def add_error(self, error: ApiError) -> None:
+        """Add the error with which the request ended."""
+        self.add(error=error.name)
         self._failed = error.status >= 500
 
     def write(self, event: str) -> None:
-        """Log it, and end its span."""
+        """Write the line under the name ``event``, and end the span."""
         elapsed = (time.perf_counter() - self._started) * 1000
-        log.info(event, **self.facts, ms=round(elapsed, 1))
+        log.info(event, **self.fields, ms=round(elapsed, 1))
         if self.trace is not None:
-            self.trace.end(self.facts, failed=self._failed)
+            self.trace.end(self.fields, failed=self._failed)

@@ -13,7 +13,7 @@ from quart import Quart
 from ray import serve
 
 from server.config.replica_settings import ReplicaSettings
-from server.config.setting import PREFIX
+from server.config.schema import PREFIX
 
 HEALTH_SECONDS = 5.0
 """How often a replica is asked whether it is ready; three times no, and it is replaced."""

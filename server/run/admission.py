@@ -17,7 +17,7 @@ from server.http.errors import ApiError, bad_request, shutting_down, unavailable
 
 if TYPE_CHECKING:
     from server.keys.limits import Charge
-    from server.observe.access_log import Record
+    from server.observe.access_log import AccessLogEntry
     from server.run.answer import Answer
     from server.services import Services
 
@@ -210,15 +210,15 @@ class Admission:
 
 
 async def admit(
-    services: "Services", place: Place, charge: "Charge", answer: "Answer", record: "Record"
+    services: "Services", place: Place, charge: "Charge", answer: "Answer", entry: "AccessLogEntry"
 ) -> None:
     """Let an answer be generated: there is room for all its sequences, time, and its key's limits.
 
     Raises:
         ApiError: there is not.
     """
-    record.note(model=answer.shape.model, stream=answer.stream, user=answer.user)
-    generation, trace = answer.generation, record.trace
+    entry.add(model=answer.shape.model, stream=answer.stream, user=answer.user)
+    generation, trace = answer.generation, entry.trace
     place.widen(len(generation.choices))
     generation.place = place
     model = services.registry.get(answer.shape.model).name

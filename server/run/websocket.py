@@ -23,7 +23,7 @@ from server.http.pieces import Json
 from server.http.socket_connection import current_socket
 from server.keys.caller import owner
 from server.keys.limits import Charge
-from server.observe.access_log import Record
+from server.observe.access_log import AccessLogEntry
 from server.observe.tracing import WEBSOCKET
 from server.prompt.cpu_pool import INLINE_BYTES
 from server.run.admission import TIMEOUT_HEADER, admit
@@ -71,9 +71,9 @@ async def open_socket(services: Services) -> None:
 async def end_refused(error: ApiError) -> None:
     """Note why the socket ends; if it was accepted, say so and close it with the code for that."""
     socket = current_socket()
-    socket.record.note_error(error)
+    socket.log_entry.add_error(error)
     if not socket.accepted:
-        socket.record.note(status=error.status)
+        socket.log_entry.add(status=error.status)
         return
     await socket.send(orjson.dumps(error.envelope()).decode())
     await socket.close(close_code(error), error.name)
@@ -252,34 +252,34 @@ class _Session:
 
     async def _answer(self, key: object, name: str | None, body: dict[str, Any]) -> None:
         """Run one request to its end; whatever happens to it stays with it."""
-        record, running = Record(), self._running[key]
+        entry, running = AccessLogEntry(), self._running[key]
         socket = current_socket()
         path = socket.path
-        record.begin_trace(self._services.tracing, WEBSOCKET, path, socket.headers, socket.id)
-        record.note(route=path, key=owner(), request_id=name)
+        entry.begin_trace(self._services.tracing, WEBSOCKET, path, socket.headers, socket.id)
+        entry.add(route=path, key=owner(), request_id=name)
         with ExitStack() as held:
             try:
-                await self._generate(held, running, record, name, body)
+                await self._generate(held, running, entry, name, body)
             except asyncio.CancelledError:
-                record.note(disconnected=True)
+                entry.add(disconnected=True)
                 raise
             except Exception as error:  # noqa: BLE001
                 failure = as_api_error(error)
-                record.note_error(failure)
+                entry.add_error(failure)
                 if running.charge is not None:
                     running.charge.settle_failed(failure)
                 await self._send(failure.envelope(), name)
                 if failure.status == 401:  # the key was revoked, or has expired
-                    socket.record.note_error(failure)
+                    socket.log_entry.add_error(failure)
                     await socket.close(close_code(failure), failure.name)
             finally:
                 del self._running[key]
                 if running.generation is not None:
                     running.generation.end()  # should it never have begun
-                    record.note_usage(running.generation.usage)
+                    entry.add_usage(running.generation.usage)
                 if running.charge is not None:
                     running.charge.settle(Usage())  # unless it has been
-                record.write("websocket_request")
+                entry.write("websocket_request")
             if running.streamed:
                 assert running.generation is not None
                 await self._send({"object": "done", "id": running.generation.plan.id}, name)
@@ -288,7 +288,7 @@ class _Session:
         self,
         held: ExitStack,
         running: _Running,
-        record: Record,
+        entry: AccessLogEntry,
         name: str | None,
         body: dict[str, Any],
     ) -> None:
@@ -304,7 +304,7 @@ class _Session:
         running.generation = answer.generation
         if running.cancelled:
             answer.generation.cancel()
-        await admit(services, place, charge, answer, record)
+        await admit(services, place, charge, answer, entry)
         if not answer.stream:
             await self._send(await answer.whole(), name)
             return

@@ -123,10 +123,10 @@ class Soak:
                 for other, way in ways.items():
                     if other != name:
                         way.close()
-                patience = self.rng.choice([None, None, self.rng.uniform(0, 1.0)])
+                timeout = self.rng.choice([None, None, self.rng.uniform(0, 1.0)])
                 ended = "left"
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(patience):
+                    async with asyncio.timeout(timeout):
                         ended = await ways[name]
                 self.seen[f"{name} {ended}"] += 1
 

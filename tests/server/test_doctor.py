@@ -69,12 +69,12 @@ def test_packages_are_held_to_their_bounds(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.state == "problem"
     assert f"typer is {metadata.version('typer')}, not >=99" in found.text
     assert "no-such-package is missing" in found.text
-    assert found.mend == "pip install 'typer>=99' 'no-such-package>=1'"
+    assert found.fix == "pip install 'typer>=99' 'no-such-package>=1'"
 
 
 def test_a_package_that_is_not_installed_has_no_bounds() -> None:
     found = only(machine.packages("inferneo-that-is-not-there"))
-    assert (found.state, found.mend) == ("warning", "pip install --editable .")
+    assert (found.state, found.fix) == ("warning", "pip install --editable .")
 
 
 def test_a_driver_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_driver_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     found = only(machine.devices(survey, served=False))
     assert found.state == "problem"
     assert "no answer within 1 s" in found.text
-    assert "JAX_PLATFORMS=cpu" in found.mend
+    assert "JAX_PLATFORMS=cpu" in found.fix
 
 
 def test_a_platform_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_an_accelerator_that_jax_does_not_see_is_pointed_out(tmp_path: Path) -> 
     found = only(machine.devices(survey, served=False, root=tmp_path))
     assert found.state == "warning"
     assert "an NVIDIA GPU" in found.text
-    assert found.mend == "pip install 'inferneo-jax[cuda12]'"
+    assert found.fix == "pip install 'inferneo-jax[cuda12]'"
 
 
 @pytest.mark.parametrize(("weights", "state"), [(1e9, "ok"), (5e9, "warning"), (9e9, "problem")])
@@ -117,7 +117,7 @@ def test_weights_must_fit_the_memory(weights: int, state: str) -> None:
     found = only(machine.memory(Survey({"devices": CPU}), weights))
     assert found.state == state
     assert "8.0 GB are free" in found.text
-    assert bool(found.mend) == (state != "ok")
+    assert bool(found.fix) == (state != "ok")
 
 
 def test_models_to_fetch_must_fit_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_kernels_that_cannot_be_compiled_are_told(
     found = only(machine.kernels(survey, "auto"))
     assert found.state == "warning"
     assert words in found.text
-    assert "apt-get install g++" in found.mend
+    assert "apt-get install g++" in found.fix
     assert only(machine.kernels(survey, "native")).state == "problem"
     assert not list(machine.kernels(survey, "xla"))
 
@@ -173,7 +173,7 @@ def test_wrong_settings_are_problems_and_unknown_ones_warnings(
     assert read
     assert (warning.state, fine.state) == ("warning", "ok")
     assert "did you mean INFERNEO_SLOTS" in warning.text
-    assert warning.mend == "unset INFERNEO_SLTOS"
+    assert warning.fix == "unset INFERNEO_SLTOS"
     monkeypatch.setenv("INFERNEO_SLOTS", "0")
     monkeypatch.setenv("INFERNEO_PORT", "x")
     read, found = setup.settings({})
@@ -201,7 +201,7 @@ def test_sound_models_are_told_from_damaged_ones(folder: Path) -> None:
     (chat, size, _), (embedding, _, _) = setup.models(read)
     assert (chat.state, embedding.state, size) == ("problem", "problem", 0)
     assert "cannot be read" in chat.text
-    assert chat.mend == f"inferneo rm {CHAT} && inferneo pull {CHAT}"
+    assert chat.fix == f"inferneo rm {CHAT} && inferneo pull {CHAT}"
 
 
 def test_models_that_are_not_there_are_to_be_fetched_or_unknown() -> None:
@@ -209,7 +209,7 @@ def test_models_that_are_not_there_are_to_be_fetched_or_unknown() -> None:
     (known, size, missing), (some, *_), (nosuch, *_) = setup.models(read)
     assert (known.state, some.state, nosuch.state) == ("warning", "warning", "problem")
     assert size == missing == 83506384
-    assert known.mend == "inferneo pull all-minilm-l6-v2"
+    assert known.fix == "inferneo pull all-minilm-l6-v2"
     assert "smollm2-135m-instruct" in nosuch.text
 
 
@@ -263,7 +263,7 @@ def test_a_store_that_is_damaged_or_open_to_others_is_told(tmp_path: Path) -> No
     file.chmod(0o644)
     fine, others = setup.keys(Settings())
     assert (fine.state, others.state) == ("ok", "warning")
-    assert others.mend == f"chmod 600 {file}"
+    assert others.fix == f"chmod 600 {file}"
     file.write_bytes(file.read_bytes()[:5000].replace(b"SQLite", b"sqlITE"))
     found = only(setup.keys(Settings()))
     assert found.state == "problem"

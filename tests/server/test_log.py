@@ -77,7 +77,7 @@ def test_the_manual_names_every_event() -> None:
         written |= set(
             re.findall(r"\blog(?:ger)?\.(?:info|warning|error|exception)\(\s*\"([a-z_]+)\"", source)
         )
-        written |= set(re.findall(r"record\.write\(\"([a-z_]+)\"\)", source))
+        written |= set(re.findall(r"entry\.write\(\"([a-z_]+)\"\)", source))
     assert "request" in written
     assert {name for name in written if f"`{name}`" not in page} == set()
 

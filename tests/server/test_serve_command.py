@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from server.cli.main import app
 from server.cli.progress import ModelProgress
-from server.config.setting import describe
+from server.config.schema import setting_docs
 from tests.calibration import Machine
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def outcome(arguments: list[str], env: dict[str, str]) -> tuple[int, str]:
 
 def test_help_shows_every_flag_and_default() -> None:
     shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "240"}).output
-    for setting in describe():
+    for setting in setting_docs():
         if setting.flag:
             line = next(line for line in shown.splitlines() if f"{setting.flag} " in line)
             assert f" {setting.form} " in line

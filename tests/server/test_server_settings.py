@@ -8,7 +8,7 @@ import pytest
 from inferneo_jax import ConfigError
 from inferneo_jax.config import MeshShape
 from server.config.replica_settings import ReplicaSettings
-from server.config.setting import describe
+from server.config.schema import setting_docs
 from server.config.settings import Settings, unknown_variables
 from server.models.sources import sources_of
 
@@ -143,7 +143,7 @@ def test_a_wrong_flag_is_named(flags: dict, words: str) -> None:
 
 
 def test_every_setting_is_described() -> None:
-    found = list(describe(ReplicaSettings))
+    found = list(setting_docs(ReplicaSettings))
     assert [each.name for each in found] == list(ReplicaSettings.model_fields)
     assert [each.name for each in found if not (each.flag or each.group == "Replicas")] == [
         "models",

@@ -1,6 +1,6 @@
 """What is worked around in Hypercorn and Quart, shown with applications that are not ours.
 
-A test that fails here says that upstream has mended something, and what can go.
+A test that fails here says that upstream has fixed something, and what can go.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize()
 
 @pytest.fixture(autouse=True)
 def as_upstream_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo ``transport.mend_hypercorn``, which other tests in this process may have called."""
+    """Undo ``transport.patch_hypercorn``, which other tests in this process may have called."""
     monkeypatch.setattr(H11Protocol, "_check_protocol", transport._check_protocol)
     monkeypatch.setattr(H11Protocol, "__init__", http1._init)
     monkeypatch.setattr(H11Protocol, "_send_error_response", http1._send_error_response)
@@ -163,7 +163,7 @@ async def test_a_connection_that_its_client_has_closed_is_held() -> None:
 
 
 async def test_pipelined_bytes_hide_that_a_client_has_gone() -> None:
-    """Or ``Departure`` in transport.py can go."""
+    """Or ``DisconnectWatcher`` in transport.py can go."""
     asked, told = asyncio.Event(), asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -183,7 +183,7 @@ async def test_pipelined_bytes_hide_that_a_client_has_gone() -> None:
 
 
 def test_there_is_no_bound_on_how_long_a_client_may_not_read() -> None:
-    """Or ``Patience`` in transport.py can go."""
+    """Or ``WriteTimeout`` in transport.py can go."""
     names = [name for name in dir(Config) if "timeout" in name]
     assert "read_timeout" in names
     assert not [name for name in names if "write" in name or "send" in name]

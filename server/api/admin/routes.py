@@ -80,7 +80,7 @@ def blueprint(services: Services) -> Blueprint:
             return
         if store.exists() and (text := bearer(request)) is not None:
             key = await services.guard.identify(text)
-            current_request().record.note(key=key.id)
+            current_request().log_entry.add(key=key.id)
             check_scope(key, "/admin")
             set_caller(key)
             return

@@ -40,7 +40,7 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         assert place is not None
         assert charge is not None
         num_tokens = sum(map(len, ids))
-        current.record.note(model=body.model, user=body.user, prompt_tokens=num_tokens)
+        current.log_entry.add(model=body.model, user=body.user, prompt_tokens=num_tokens)
         await charge.reserve(model.name, num_tokens, 0)
         place.served = True
         try:

@@ -38,10 +38,10 @@ def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: 
 
 async def _respond(services: Services, answer: Answer) -> Response:
     current, generation = current_request(), answer.generation
-    current.cleanup.callback(lambda: current.record.note_usage(generation.usage))
+    current.cleanup.callback(lambda: current.log_entry.add_usage(generation.usage))
     assert current.place is not None
     assert current.charge is not None
-    await admit(services, current.place, current.charge, answer, current.record)
+    await admit(services, current.place, current.charge, answer, current.log_entry)
     current.cleanup.callback(generation.end)  # should it never begin
     if not answer.stream:
         return long_response(Json(await answer.whole()))
@@ -49,4 +49,4 @@ async def _respond(services: Services, answer: Answer) -> Response:
     current.cleanup.push_async_callback(chunks.aclose)
     # The engine is asked here, so that what fails at once has an HTTP status.
     first = await anext(chunks)
-    return Response(sse.stream(first, chunks, current.record), headers=sse.HEADERS)
+    return Response(sse.stream(first, chunks, current.log_entry), headers=sse.HEADERS)

@@ -46,7 +46,7 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
 
 def _respond(written: _Written) -> Response:
     current = current_request()
-    current.record.note(model=written.model)
+    current.log_entry.add(model=written.model)
     assert current.charge is not None
     current.charge.settle(Usage())  # before the client knows, who may send its next request
     return long_response(written.text)

@@ -13,7 +13,7 @@ from rich.console import Console
 from server.cli.chat.client import Server
 from server.cli.chat.errors import ChatError
 from server.cli.progress import ModelProgress
-from server.config.setting import variable_of
+from server.config.schema import variable_of
 from server.config.settings import Settings
 from server.process.child import OURS, Child
 

@@ -14,7 +14,7 @@ from server.cli.chat.errors import ChatError, NoServerError
 from server.cli.chat.local import local_server, waiting
 from server.cli.chat.screen import Screen, terminal
 from server.cli.chat.talk import Talk
-from server.config.setting import KEY_VARIABLE
+from server.config.schema import KEY_VARIABLE
 from server.config.settings import Settings
 from server.process.listening import url_of
 

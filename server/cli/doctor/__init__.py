@@ -1,1 +1,1 @@
-"""`inferneo doctor`: what is here, what is wrong with it, and how to mend it."""
+"""`inferneo doctor`: what is here, what is wrong with it, and how to fix it."""

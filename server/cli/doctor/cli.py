@@ -21,7 +21,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it for programs.")] = False,
 ) -> None:
-    """Say what is here, what is wrong, and how to mend it; nothing is changed.
+    """Say what is here, what is wrong, and how to fix it; nothing is changed.
 
     Exit status 1 if there is a problem. With a warning the server runs, but not as well as it
     could, or not for everybody.
@@ -58,7 +58,7 @@ def examine(flags: dict[str, Any]) -> Iterator[Finding]:
     yield from found
     if read is None:
         yield Finding(
-            "Others", "warning", "models, keys and port were not looked at: mend the settings first"
+            "Others", "warning", "models, keys and port were not looked at: fix the settings first"
         )
         return
     yield from machine.disk(read.checkpoints_dir(), sum(missing for *_, missing in models))
@@ -76,8 +76,8 @@ def _show(found: list[Finding]) -> None:
     table.add_column(overflow="fold")
     for each in found:
         text = Text(each.text)
-        if each.mend:
-            text.append(f"\n-> {each.mend}", style="bold")
+        if each.fix:
+            text.append(f"\n-> {each.fix}", style="bold")
         table.add_row(Text(each.state, style=_STYLES[each.state]), each.check, text)
     console = Console(highlight=False)
     console.print(table)

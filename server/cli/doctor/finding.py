@@ -15,13 +15,13 @@ class Finding:
         check: what was looked at.
         state: ``warning``: the server runs, but not as well as it could, or not for everybody.
         text: what was found.
-        mend: a command, or what else to do; None: nothing is to be done.
+        fix: a command, or what else to do; None: nothing is to be done.
     """
 
     check: str
     state: State
     text: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 def existing(path: Path) -> Path:

@@ -110,8 +110,8 @@ def devices(survey: Survey, *, served: bool, root: Path = Path("/")) -> Iterator
         if served:
             yield Finding("Devices", "warning", f"{why}; the server that runs may hold them")
         else:
-            mend = "JAX_PLATFORMS=cpu inferneo serve, until the driver works"
-            yield Finding("Devices", "problem", why, mend)
+            fix = "JAX_PLATFORMS=cpu inferneo serve, until the driver works"
+            yield Finding("Devices", "problem", why, fix)
         return
     kinds = found["kinds"]
     text = f"{len(kinds)} x {kinds[0]}, by JAX {metadata.version('jax')}"
@@ -133,8 +133,8 @@ def memory(survey: Survey, weights: int) -> Iterator[Finding]:
     if weights > free:
         yield Finding("Memory", "problem", text, "serve smaller models, or end other programs")
     elif 2 * weights > free:
-        mend = "lower --slots or --max-len if the server says that memory ran out"
-        yield Finding("Memory", "warning", f"{text}, which leaves little for the cache", mend)
+        fix = "lower --slots or --max-len if the server says that memory ran out"
+        yield Finding("Memory", "warning", f"{text}, which leaves little for the cache", fix)
     else:
         yield Finding("Memory", "ok", text)
 
@@ -146,8 +146,8 @@ def disk(folder: Path, to_fetch: int) -> Iterator[Finding]:
     text = f"{in_bytes(free)} are free at {folder}"
     if not os.access(place, os.W_OK):
         state: State = "problem" if to_fetch else "warning"
-        mend = "choose another folder with INFERNEO_CHECKPOINTS"
-        yield Finding("Disk", state, f"{folder} cannot be written to", mend)
+        fix = "choose another folder with INFERNEO_CHECKPOINTS"
+        yield Finding("Disk", state, f"{folder} cannot be written to", fix)
     elif free < needed:
         text += f", and the models to fetch take up to {in_bytes(needed)}"
         yield Finding("Disk", "problem", text, "inferneo list, and inferneo rm what is not needed")

@@ -96,8 +96,8 @@ def keys(read: Settings) -> Iterator[Finding]:
     try:
         found = _keys_in(location)
     except (StoreError, ConfigError, sqlite3.Error, OSError, ValueError) as error:
-        mend = f"look at {read.named('keys_db')}, or restore a backup (docs/operations.md)"
-        yield Finding("Keys", "problem", f"{error}", mend)
+        fix = f"look at {read.named('keys_db')}, or restore a backup (docs/operations.md)"
+        yield Finding("Keys", "problem", f"{error}", fix)
         return
     active = sum(state_of(key) == "active" for key in found)
     text = f"{active} active of {len(found)}"

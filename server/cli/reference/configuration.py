@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from server.cli.reference.markdown import join, table
 from server.config.replica_settings import ReplicaSettings
-from server.config.setting import Setting, describe
+from server.config.schema import SettingDoc, setting_docs
 
 _ABOUT = """# Settings
 
@@ -25,11 +25,11 @@ and the file."""
 
 def configuration_page() -> str:
     """The page."""
-    groups = itertools.groupby(describe(ReplicaSettings), lambda setting: setting.group)
+    groups = itertools.groupby(setting_docs(ReplicaSettings), lambda setting: setting.group)
     return join([_ABOUT, *(part for _, found in groups for part in _group(list(found)))])
 
 
-def _group(settings: list[Setting]) -> Iterator[str]:
+def _group(settings: list[SettingDoc]) -> Iterator[str]:
     first = settings[0]
     yield f"## {first.group}"
     about = re.sub(r"docs/([\w-]+\.md)", r"[\1](../\1)", first.about)
@@ -37,7 +37,7 @@ def _group(settings: list[Setting]) -> Iterator[str]:
     yield table(("setting", "value", "default", "meaning"), map(_row, settings))
 
 
-def _row(setting: Setting) -> tuple[str, ...]:
+def _row(setting: SettingDoc) -> tuple[str, ...]:
     other = setting.flag or setting.name
     bounds = f", {setting.bounds}" if setting.bounds else ""
     return (

@@ -3,7 +3,7 @@
  */
 
 const LONGEST_SECONDS = 30;
-const PATIENCE_MS = 10_000;
+const TIMEOUT_MS = 10_000;
 
 export class Rounds {
   /**
@@ -48,10 +48,10 @@ export class Rounds {
   async #run() {
     const controller = new AbortController();
     const next = (this.next = { controller, timer: null });
-    const patience = setTimeout(() => controller.abort(new DOMException("", "TimeoutError")), PATIENCE_MS);
+    const timeout = setTimeout(() => controller.abort(new DOMException("", "TimeoutError")), TIMEOUT_MS);
     const begun = performance.now();
     const answered = await this.ask(controller.signal, () => this.next !== next);
-    clearTimeout(patience);
+    clearTimeout(timeout);
     if (this.next !== next) return; // another round has begun, or none is wanted
     this.failures = answered ? 0 : this.failures + 1;
     const spent = answered ? performance.now() - begun : 0;

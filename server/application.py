@@ -35,8 +35,8 @@ from server.keys.caller import owner
 from server.keys.guard import Guard
 from server.keys.limits import Limiter
 from server.keys.socket_auth import admit_socket
-from server.keys.sockets import SocketPlaces
-from server.keys.store.store import open_store
+from server.keys.sockets import SocketAdmission
+from server.keys.store.store import Usage, open_store
 from server.keys.store.threads import StoreThreads
 from server.models.registry import Registry, still_loading
 from server.models.sources import Loader, load_from_disk
@@ -45,9 +45,8 @@ from server.observe.metrics import Metrics
 from server.observe.tracing import open_tracing
 from server.process.exit import end_orderly, exit_failed
 from server.process.shutdown import drain, end_if_lost, held_up
-from server.prompt.cpu_pool import TextWork
+from server.prompt.cpu_pool import CpuPool
 from server.run.admission import TIMEOUT_HEADER, Admission
-from server.run.dialect import Usage
 from server.run.websocket import end_refused
 from server.services import Services, attach
 from server.web import pages
@@ -73,14 +72,14 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     guard, limiter = Guard(settings, threads), Limiter(threads)
     job = _lead(settings)
     registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
-    admission = Admission(settings.places(), settings.request_seconds)
-    sockets = SocketPlaces(settings.places())
+    admission = Admission(settings.capacity(), settings.request_seconds)
+    sockets = SocketAdmission(settings.capacity())
     metrics = Metrics(registry.models, admission, sockets)
     tracing = open_tracing()
     services = Services(
         settings=settings,
         registry=registry,
-        text=TextWork(),
+        cpu_pool=CpuPool(),
         threads=threads,
         guard=guard,
         limiter=limiter,
@@ -134,7 +133,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
             for task in tasks:
                 task.cancel()
             await asyncio.to_thread(registry.stop)
-            services.text.close()
+            services.cpu_pool.close()
             await asyncio.to_thread(threads.close)
             if tracing is not None:
                 await tracing.close()

@@ -8,12 +8,12 @@ from quart import Quart
 from server.config.settings import Settings
 from server.keys.guard import Guard
 from server.keys.limits import Limiter
-from server.keys.sockets import SocketPlaces
+from server.keys.sockets import SocketAdmission
 from server.keys.store.threads import StoreThreads
 from server.models.registry import Registry
 from server.observe.metrics import Metrics
 from server.observe.tracing import Tracing
-from server.prompt.cpu_pool import TextWork
+from server.prompt.cpu_pool import CpuPool
 from server.run.admission import Admission
 
 _NAME = "services"
@@ -25,12 +25,12 @@ class Services:
 
     settings: Settings
     registry: Registry
-    text: TextWork
+    cpu_pool: CpuPool
     threads: StoreThreads
     guard: Guard
     limiter: Limiter
     admission: Admission
-    sockets: SocketPlaces
+    sockets: SocketAdmission
     metrics: Metrics
     tracing: Tracing | None
 

@@ -98,7 +98,7 @@ class Settings(SettingsSchema, BaseSettings):
         folder = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
         return str(Path(folder) / "inferneo" / "keys.db")
 
-    def places(self) -> int:
+    def capacity(self) -> int:
         """How many requests are served or wait at once."""
         return self.slots + self.max_waiting
 

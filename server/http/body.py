@@ -11,7 +11,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from server.http.errors import ApiError
 
 if TYPE_CHECKING:
-    from server.run.admission import Place
+    from server.run.admission import Permit
 
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
@@ -29,7 +29,7 @@ class LimitedBody(Body):
     that says why.
 
     Attributes:
-        place: what the request holds while the body arrives, whose deadline counts here too.
+        permit: what the request holds while the body arrives, whose deadline counts here too.
         stalled: it was given up because it came too slowly.
     """
 
@@ -45,7 +45,7 @@ class LimitedBody(Body):
         self._answered = False
         self._ended = asyncio.Event()
         self._received = 0
-        self.place: Place | None = None
+        self.permit: Permit | None = None
         self.stalled = False
 
     @property
@@ -95,7 +95,7 @@ class LimitedBody(Body):
         Time is counted in looks, not read from a clock: a machine that stood still for a while has
         not let its clients send either.
         """
-        loop, place = asyncio.get_running_loop(), self.place
+        loop, permit = asyncio.get_running_loop(), self.permit
         budget, seen = STALL_SECONDS, self._received
         while not (self._complete.is_set() or self._must_raise):
             with suppress(TimeoutError):
@@ -105,10 +105,10 @@ class LimitedBody(Body):
             earned = (self._received - seen) / BODY_BYTES_PER_SECOND
             budget, seen = min(STALL_SECONDS, budget + earned), self._received
             budget -= _LOOK_SECONDS
-            late = place is not None and loop.time() >= place.deadline
+            late = permit is not None and loop.time() >= permit.deadline
             self.stalled = late or budget <= 0
-            if late and place is not None:
-                raise place.too_late()
+            if late and permit is not None:
+                raise permit.too_late()
             if self.stalled:
                 raise ApiError(
                     408,

@@ -10,7 +10,7 @@ from quart import Response, request
 from server.http.connection import current_request
 from server.http.errors import ApiError, bad_request
 from server.http.pieces import PIECE, Json
-from server.prompt.cpu_pool import TextWork
+from server.prompt.cpu_pool import CpuPool
 
 Result = TypeVar("Result")
 
@@ -86,12 +86,12 @@ def _is_intricate(raw: bytes) -> bool:
 
 
 async def read_body(
-    text: TextWork, work: Callable[[dict[str, Any]], Result], *, inline: bool = True
+    cpu_pool: CpuPool, work: Callable[[dict[str, Any]], Result], *, inline: bool = True
 ) -> Result:
     """What ``work`` makes of the request's body.
 
     The size of the body decides whether that happens on the event loop, for all of it: parsing,
-    validation, and whatever ``work`` computes. ``inline`` is that of :meth:`TextWork.run`.
+    validation, and whatever ``work`` computes. ``inline`` is that of :meth:`CpuPool.run`.
 
     Raises:
         ApiError: the body has another content type or encoding, or is no JSON object.
@@ -110,8 +110,10 @@ async def read_body(
             code="unsupported_media_type",
         )
     raw = await request.get_data(cache=False, as_text=False)
-    place = current_request().place
-    return await text.run(len(raw), lambda: work(parse_object(raw)), place=place, inline=inline)
+    permit = current_request().permit
+    return await cpu_pool.run(
+        len(raw), lambda: work(parse_object(raw)), permit=permit, inline=inline
+    )
 
 
 def wants_strict() -> bool:

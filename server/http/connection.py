@@ -25,7 +25,7 @@ from server.observe.tracing import Tracing
 
 if TYPE_CHECKING:
     from server.keys.limits import Charge
-    from server.run.admission import Place
+    from server.run.admission import Permit
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +45,7 @@ class ApiRequest(Request):
     """A request with its id, its access log entry, and what must be closed when it is over.
 
     Attributes:
-        place: held until then; None: a request that needs none.
+        permit: held until then; None: a request that needs none.
         charge: what it counts for; None if it does not count.
     """
 
@@ -57,12 +57,12 @@ class ApiRequest(Request):
         self.id = request_id(self.headers)
         self.log_entry = AccessLogEntry()
         self.cleanup = AsyncExitStack()
-        self.place: Place | None = None
+        self.permit: Permit | None = None
         self.charge: Charge | None = None
 
-    def hold(self, place: "Place") -> None:
-        """Hold a place until the request is over."""
-        self.place = self.body.place = self.cleanup.enter_context(place)
+    def hold(self, permit: "Permit") -> None:
+        """Hold a permit until the request is over."""
+        self.permit = self.body.permit = self.cleanup.enter_context(permit)
 
 
 def current_request() -> ApiRequest:

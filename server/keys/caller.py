@@ -5,7 +5,7 @@ from typing import Any
 from quart import g, has_app_context
 
 from server.keys.key import Key
-from server.keys.store.store import Standing
+from server.keys.store.store import QuotaStatus
 
 
 def caller() -> Key | None:
@@ -18,14 +18,14 @@ def set_caller(key: Key) -> None:
     g.caller = key
 
 
-def standing() -> Standing | None:
+def quota_status() -> QuotaStatus | None:
     """How the caller stood when the current request was counted; None if it was not."""
-    return _fact("standing")
+    return _fact("quota_status")
 
 
-def set_standing(found: Standing) -> None:
+def set_quota_status(found: QuotaStatus) -> None:
     """Note it."""
-    g.standing = found
+    g.quota_status = found
 
 
 def owner() -> str | None:

@@ -9,12 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from server.http.errors import ApiError
-from server.keys.caller import caller, set_standing
-from server.keys.caller import standing as known_standing
+from server.keys.caller import caller, set_quota_status
+from server.keys.caller import quota_status as known_quota_status
 from server.keys.key import Key
-from server.keys.store.store import DAY_SECONDS, LEASE_SECONDS, Call, Spent, Standing
+from server.keys.store.store import DAY_SECONDS, LEASE_SECONDS, QuotaStatus, Reservation, Usage
 from server.keys.store.threads import StoreThreads
-from server.run.dialect import Usage
 
 if TYPE_CHECKING:
     from server.run.answer import Answer
@@ -34,10 +33,10 @@ class Charge:
     settlement counts.
     """
 
-    def __init__(self, limiter: "Limiter", key: Key | None, call: Call) -> None:
+    def __init__(self, limiter: "Limiter", key: Key | None, reservation: Reservation) -> None:
         self._limiter = limiter
         self._key = key
-        self._call = call
+        self._reservation = reservation
 
     async def reserve(self, model: str, prompt: int, completion: int) -> None:
         """Reserve the tokens of the request as well.
@@ -51,9 +50,11 @@ class Charge:
             ApiError: a limit refuses it, so that it does not count, or the store cannot be used.
         """
         if self._key is not None:
-            call = Call(id=_new_id(), model=model, prompt=prompt, completion=completion)
-            before, self._call = self._call, call
-            await self._limiter.reserve(self._key, call, before)
+            reservation = Reservation(
+                id=_new_id(), model=model, prompt=prompt, completion=completion
+            )
+            before, self._reservation = self._reservation, reservation
+            await self._limiter.reserve(self._key, reservation, before)
 
     async def reserve_answer(self, answer: "Answer", model: str) -> None:
         """Reserve what an answer may take, and have it settled when its generation has ended.
@@ -69,13 +70,12 @@ class Charge:
     def settle(self, usage: Usage) -> None:
         """Charge the request, and the tokens that it took."""
         if self._key is not None:
-            spent = Spent(**dataclasses.asdict(usage))
-            self._limiter.settle(self._key.id, self._call.id, spent)
+            self._limiter.settle(self._key.id, self._reservation.id, usage)
 
     def forget(self) -> None:
         """Charge nothing, not even the request."""
         if self._key is not None:
-            self._limiter.settle(self._key.id, self._call.id, None)
+            self._limiter.settle(self._key.id, self._reservation.id, None)
 
     def settle_failed(self, error: ApiError) -> None:
         """Charge a request that failed: it counts, unless the server could not serve it."""
@@ -95,7 +95,7 @@ class Limiter:
     def __init__(self, threads: StoreThreads) -> None:
         self._threads = threads
         self._store = threads.store
-        self._held: dict[str, str] = {}  # key ids by the ids of calls
+        self._held: dict[str, str] = {}  # reservation id: key id
 
     async def enter(self) -> Charge:
         """Count a request of the caller's, before any work is done for it.
@@ -103,62 +103,64 @@ class Limiter:
         Raises:
             ApiError: a limit refuses it, or the store cannot be used.
         """
-        key, call = caller(), Call(id=_new_id(), model="", prompt=0, completion=0)
+        key, reservation = caller(), Reservation(id=_new_id(), model="", prompt=0, completion=0)
         if key is not None:
-            await self.reserve(key, call)
-        return Charge(self, key, call)
+            await self.reserve(key, reservation)
+        return Charge(self, key, reservation)
 
-    async def reserve(self, key: Key, call: Call, before: Call | None = None) -> None:
-        """Reserve a call of a key's, in place of the one ``before``, which is forgotten.
+    async def reserve(
+        self, key: Key, reservation: Reservation, before: Reservation | None = None
+    ) -> None:
+        """Make a reservation for a key, in place of the one ``before``, which is forgotten.
 
         Raises:
             ApiError: a limit refuses it, or the store cannot be used.
         """
         if before is not None:
             self._held.pop(before.id, None)
-        self._held[call.id] = key.id
+        self._held[reservation.id] = key.id
 
-        def reserve() -> Standing:
+        def reserve() -> QuotaStatus:
             if before is not None:
                 self._store.settle(key.id, before.id, None, None)
-            return self._store.reserve(key.id, key.limits, call, None)
+            return self._store.reserve(key.id, key.limits, reservation, None)
 
         try:
             # Should the client leave now: without ``before`` nothing has been done for it yet.
-            spent = None if before is None else Spent()
-            undo = partial(self._store.settle, key.id, call.id, spent, None)
+            usage = None if before is None else Usage()
+            undo = partial(self._store.settle, key.id, reservation.id, usage, None)
             found = await self._threads.call(reserve, undo)
         except BaseException:
-            del self._held[call.id]
+            del self._held[reservation.id]
             raise
-        set_standing(found)
+        set_quota_status(found)
         if found.refusal is not None:
-            del self._held[call.id]
+            del self._held[reservation.id]
             raise refused(key, found)
 
-    def settle(self, key_id: str, call_id: str, spent: Spent | None) -> None:
-        """Hand what a call took to the store, once."""
-        if self._held.pop(call_id, None) is not None:
-            self._threads.send(partial(self._store.settle, key_id, call_id, spent, None))
+    def settle(self, key_id: str, reservation_id: str, usage: Usage | None) -> None:
+        """Hand what a request took to the store, once."""
+        if self._held.pop(reservation_id, None) is not None:
+            self._threads.send(partial(self._store.settle, key_id, reservation_id, usage, None))
 
-    async def standing(self, key: Key) -> Standing:
+    async def quota_status(self, key: Key) -> QuotaStatus:
         """How a key stands.
 
         Raises:
             ApiError: the store cannot be used.
         """
         await self._threads.flush()
-        return await self._threads.call(partial(self._store.standing, key.id, None))
+        return await self._threads.call(partial(self._store.quota_status, key.id, None))
 
     async def headers(self) -> dict[str, str]:
         """Of the response to the current request."""
         key = caller()
         if key is None:
             return {}
-        found = known_standing()
+        found = known_quota_status()
         if found is None:
             try:
-                found = await self.standing(key)
+                found = await self.quota_status(key)
             except ApiError:  # logged
                 return {}
         return limit_headers(key, found)
@@ -167,7 +169,7 @@ class Limiter:
         """Renew what is held and end what others left behind, for ever."""
         while True:
             await asyncio.sleep(LEASE_SECONDS / 4)
-            held = [(key_id, call_id) for call_id, key_id in self._held.items()]
+            held = [(key_id, reservation_id) for reservation_id, key_id in self._held.items()]
             with suppress(ApiError):  # logged
                 await self._threads.call(partial(self._store.renew, held, None))
                 await self._threads.call(partial(self._store.sweep, None))
@@ -177,7 +179,7 @@ def _new_id() -> str:
     return secrets.token_hex(12)
 
 
-def refused(key: Key, found: Standing) -> ApiError:
+def refused(key: Key, found: QuotaStatus) -> ApiError:
     """What a request is told that a limit refuses."""
     assert found.refusal is not None
     words, name = _WORDS[found.refusal]
@@ -204,7 +206,7 @@ def refused(key: Key, found: Standing) -> ApiError:
     )
 
 
-def exhausted(key: Key, found: Standing) -> ApiError | None:
+def exhausted(key: Key, found: QuotaStatus) -> ApiError | None:
     """Why the key could not make another request now, whatever its size."""
     limits = key.limits
     midnight = DAY_SECONDS - found.now % DAY_SECONDS
@@ -216,7 +218,7 @@ def exhausted(key: Key, found: Standing) -> ApiError | None:
     return None
 
 
-def limit_headers(key: Key, found: Standing) -> dict[str, str]:
+def limit_headers(key: Key, found: QuotaStatus) -> dict[str, str]:
     """The headers of a response to this key; nothing is said of what has no limit."""
     headers: dict[str, str] = {}
     reset = max(0, math.ceil(found.reset - found.now))

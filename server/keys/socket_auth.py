@@ -8,7 +8,7 @@ from quart import websocket
 from server.http.codec import parse_object
 from server.http.errors import ApiError
 from server.http.socket_connection import current_socket
-from server.keys.caller import set_caller, set_standing
+from server.keys.caller import set_caller, set_quota_status
 from server.keys.guard import bearer, check_scope, unauthenticated
 from server.keys.key import Key
 from server.keys.limits import Limiter, exhausted
@@ -63,8 +63,8 @@ async def _enter(limiter: Limiter, key: Key) -> None:
     current_socket().log_entry.add(key=key.id)
     if websocket.url_rule is not None:
         check_scope(key, websocket.url_rule.rule)
-    found = await limiter.standing(key)
-    set_standing(found)
+    found = await limiter.quota_status(key)
+    set_quota_status(found)
     if (refusal := exhausted(key, found)) is not None:
         raise refusal
 

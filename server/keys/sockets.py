@@ -15,7 +15,7 @@ _HOW = (
 )
 
 
-class SocketPlace:
+class SocketPermit:
     """Leave for one socket; it is given back once, by :meth:`leave`."""
 
     def __init__(self, taken: Counter[Any], owner: Any) -> None:
@@ -32,20 +32,21 @@ class SocketPlace:
                 del taken[self._owner]
 
 
-class SocketPlaces:
-    """The places of identified sockets, shared between keys, and a few for the others.
+class SocketAdmission:
+    """The permits of identified sockets, shared between keys, and a few for the others.
 
     A client that sends its key in the first frame has none while it is waited for. Such sockets
-    have a small bound of their own, in all and for each address, so that they take no place of
+    have a small bound of their own, in all and for each address, so that they take no permit of
     those that are identified; these never count against it.
 
     Args:
-        places: of identified sockets. A key may have as many as it leaves free, and always one, as
+        capacity: permits for identified sockets. A key may hold as many as it leaves free, and
+            always one, as
             in :class:`~server.run.admission.Admission`.
     """
 
-    def __init__(self, places: int) -> None:
-        self.places = places
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self._identified: Counter[str | None] = Counter()
         self._waiting: Counter[str] = Counter()
 
@@ -59,27 +60,27 @@ class SocketPlaces:
         """Sockets whose key is waited for."""
         return self._waiting.total()
 
-    def enter(self, owner: str | None) -> SocketPlace:
-        """A place for a socket of the key of this id; None: it needed none.
+    def enter(self, owner: str | None) -> SocketPermit:
+        """A permit for a socket of the key of this id; None: it needed none.
 
         Raises:
             ApiError: there is none.
         """
-        mine, free = self._identified[owner], self.places - self.identified
+        mine, free = self._identified[owner], self.capacity - self.identified
         fits = (1 if owner is None else mine + 1) <= free
-        only = owner is not None and mine == 0 and self.identified < 2 * self.places
+        only = owner is not None and mine == 0 and self.identified < 2 * self.capacity
         if not (fits or only):
             whose = "" if owner is None else f", {mine} of them opened with this key"
             raise unavailable(
-                f"The server has {self.identified} WebSockets of {self.places} it can take{whose}. "
-                "Close some, send several requests over one, or try again later.",
+                f"The server has {self.identified} WebSockets of {self.capacity} it can take"
+                f"{whose}. Close some, send several requests over one, or try again later.",
                 "overloaded",
                 RETRY_OVERLOADED_SECONDS,
             )
-        return SocketPlace(self._identified, owner)
+        return SocketPermit(self._identified, owner)
 
-    def wait(self, address: str | None) -> SocketPlace:
-        """A place for a socket whose client, at this address, has yet to send a key.
+    def wait(self, address: str | None) -> SocketPermit:
+        """A permit for a socket whose client, at this address, has yet to send a key.
 
         Raises:
             ApiError: too many others are waited for.
@@ -96,7 +97,7 @@ class SocketPlaces:
         if self.unidentified >= MAX_UNIDENTIFIED:
             message = f"{MAX_UNIDENTIFIED} WebSockets have sent no API key yet, the most there may"
             raise unavailable(f"{message} be. {_HOW}", "overloaded", RETRY_OVERLOADED_SECONDS)
-        return SocketPlace(self._waiting, network)
+        return SocketPermit(self._waiting, network)
 
 
 def network_of(address: str | None) -> str:

@@ -29,21 +29,21 @@ class Days:
 ALWAYS = Days()
 
 
-def key_standing(store: Store, key: Key) -> dict[str, Any]:
+def key_status(store: Store, key: Key) -> dict[str, Any]:
     """A key as it may be shown, and what it uses now of each of its limits; blocks."""
-    standing = store.standing(key.id, None)
+    quota_status = store.quota_status(key.id, None)
     used = {
-        "requests": standing.requests,
-        "tokens": standing.tokens,
-        "day_requests": standing.day_requests,
-        "concurrent": standing.running,
+        "requests": quota_status.requests,
+        "tokens": quota_status.tokens,
+        "day_requests": quota_status.day_requests,
+        "concurrent": quota_status.running,
     }
     return {**describe(key), "used": used}
 
 
 def key_list(store: Store, keys: Iterable[Key]) -> dict[str, Any]:
-    """Several keys, each as :func:`key_standing` shows it; blocks."""
-    return {"object": "list", "data": [key_standing(store, key) for key in keys]}
+    """Several keys, each as :func:`key_status` shows it; blocks."""
+    return {"object": "list", "data": [key_status(store, key) for key in keys]}
 
 
 def key_usage(store: Store, key: Key, days: Days = ALWAYS) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import structlog
 from werkzeug.datastructures import Headers
 
 from server.http.errors import ApiError
+from server.keys.store.store import Usage
 from server.observe.tracing import Trace, Tracing
-from server.run.dialect import Usage
 
 log = structlog.get_logger(__name__)
 

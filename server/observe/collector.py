@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from inferneo_jax import EngineStats, __version__
-from server.keys.sockets import SocketPlaces
+from server.keys.sockets import SocketAdmission
 from server.run.admission import Admission
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class StateCollector(Collector):
         self,
         models: Callable[[], Sequence["Model"]],
         admission: Admission,
-        sockets: SocketPlaces,
+        sockets: SocketAdmission,
     ) -> None:
         self._models = models
         self._admission = admission
@@ -92,8 +92,8 @@ class StateCollector(Collector):
         yield build
         admission = self._admission
         for name, words, value in (
-            ("places", "Sequences that may run or wait at once.", admission.places),
-            ("places_used", "Sequences that run or wait.", admission.taken),
+            ("places", "Sequences that may run or wait at once.", admission.capacity),
+            ("places_used", "Sequences that run or wait.", admission.in_use),
         ):
             yield GaugeMetricFamily(f"inferneo_request_{name}", words, value=value)
         sockets = GaugeMetricFamily(

@@ -19,7 +19,7 @@ from prometheus_client import (
 )
 
 from inferneo_jax import GenerationOutput
-from server.keys.sockets import SocketPlaces
+from server.keys.sockets import SocketAdmission
 from server.observe.collector import MODEL, StateCollector
 from server.observe.tracing import METHODS, Trace
 from server.run.admission import Admission
@@ -70,7 +70,7 @@ class Metrics:
         self,
         models: Callable[[], Sequence["Model"]],
         admission: Admission,
-        sockets: SocketPlaces,
+        sockets: SocketAdmission,
     ) -> None:
         self.registry = registry = CollectorRegistry()
         registry.register(StateCollector(models, admission, sockets))

@@ -66,14 +66,14 @@ def _end_after(thread: threading.Thread) -> None:
 
 def build(settings: ReplicaSettings) -> serve.Application:
     """What ``serve run`` deploys."""
-    places = settings.places()
+    capacity = settings.capacity()
     tpus = {"TPU": settings.replica_tpus} if settings.replica_tpus else {}
     deployment = serve.deployment(
         Replica,
         num_replicas=settings.replicas,
         # Each server bounds its requests and sockets itself, and says so in words of the API.
-        max_ongoing_requests=4 * places,
-        max_queued_requests=places,
+        max_ongoing_requests=4 * capacity,
+        max_queued_requests=capacity,
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=2 * HEALTH_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds + _GOODBYE_SECONDS,

@@ -13,7 +13,7 @@ from server.http.errors import bad_request, unavailable
 from server.keys.caller import owner
 
 if TYPE_CHECKING:
-    from server.run.admission import Place
+    from server.run.admission import Permit
 
 INLINE_BYTES = 2000
 """Smaller bodies are handled on the event loop: that takes less time than a thread's answer."""
@@ -31,7 +31,7 @@ _THREADS = 2
 Result = TypeVar("Result")
 
 
-class TextWork:
+class CpuPool:
     """A small pool of threads for text.
 
     A key has at most one thread at a time, so keys take turns, and large texts never have all
@@ -50,7 +50,7 @@ class TextWork:
         size: int,
         work: Callable[[], Result],
         *,
-        place: "Place | None" = None,
+        permit: "Permit | None" = None,
         inline: bool = True,
     ) -> Result:
         """Do ``work`` for a request, in a thread unless the request is small.
@@ -58,7 +58,7 @@ class TextWork:
         Args:
             size: bytes of the whole body, or of what is to be written.
             work: sees the caller's context.
-            place: whose deadline ends the wait and the work; None: the request has none.
+            permit: whose deadline ends the wait and the work; None: the request has none.
             inline: small work may run on the event loop. False: it may block.
 
         Raises:
@@ -67,7 +67,7 @@ class TextWork:
         """
         if inline and size <= INLINE_BYTES:
             return work()
-        held = await self._turn(size, place)
+        held = await self._turn(size, permit)
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._pool, copy_context().run, work)
 
@@ -78,21 +78,21 @@ class TextWork:
 
         future.add_done_callback(end)
         until = loop.time() + BUDGET_SECONDS
-        if place is not None:
-            until = min(until, place.deadline)
+        if permit is not None:
+            until = min(until, permit.deadline)
         try:
             async with asyncio.timeout_at(until):
                 return await asyncio.shield(future)
         except TimeoutError:
-            if place is not None and until == place.deadline:
-                raise place.too_late() from None
+            if permit is not None and until == permit.deadline:
+                raise permit.too_late() from None
             raise bad_request(
                 f"The text was not read within {BUDGET_SECONDS:.0f} seconds; shorten it."
             ) from None
         finally:
             del future  # a failure's traceback would keep it, and it the failure: a cycle
 
-    async def _turn(self, size: int, place: "Place | None") -> ExitStack:
+    async def _turn(self, size: int, permit: "Permit | None") -> ExitStack:
         """Wait for the key's turn and a thread; closing the result gives both back."""
         name = owner()
         if self._queued[name] and self._queued[name] + size > MAX_QUEUED_BYTES:
@@ -104,8 +104,8 @@ class TextWork:
             locks.append(self._large)
         locks.append(self._threads)
         until = asyncio.get_running_loop().time() + WAIT_SECONDS
-        if place is not None:
-            until = min(until, place.deadline)
+        if permit is not None:
+            until = min(until, permit.deadline)
         self._queued[name] += size
         try:
             with ExitStack() as held:
@@ -115,8 +115,8 @@ class TextWork:
                         held.callback(lock.release)
                 return held.pop_all()
         except TimeoutError:
-            if place is not None and until == place.deadline:
-                raise place.too_late() from None
+            if permit is not None and until == permit.deadline:
+                raise permit.too_late() from None
             raise self._overloaded() from None
         finally:
             self._queued[name] -= size

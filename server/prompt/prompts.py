@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from server.api.openai.completions import DEFAULT_MAX_TOKENS, CompletionBody, PromptInput
 from server.http.errors import ApiError, bad_request
-from server.run.choice import Prompt
+from server.run.output import Prompt
 
 if TYPE_CHECKING:
     from inferneo_jax import LanguageModel, Tokenizer

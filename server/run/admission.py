@@ -1,8 +1,8 @@
 """Who is served now: a bounded number at once, shared between keys, each until its deadline.
 
-A place is taken before a request's body is read, once its key's limits allow a further request, and
-given back when its answer has been sent: under any load a refusal costs nothing but the refusal,
-and what was admitted is finished. A body that stalls gives its place back
+A permit is acquired before a request's body is read, once its key's limits allow a further request,
+and released when its answer has been sent: under any load a refusal costs nothing but the refusal,
+and what was admitted is finished. A body that stalls gives its permit back
 (:class:`~server.http.body.LimitedBody`).
 """
 
@@ -27,16 +27,16 @@ _LONGEST_RETRY = 30
 _MARGIN = 1.25
 """What an estimate is multiplied by: it is rather low, and the machine may become slower."""
 _PACE_OF = 64
-"""Served requests that tell how fast places become free."""
+"""Served requests that tell how fast permits are released."""
 
 
-class Place:
+class Permit:
     """Leave to be served, for one request; a context manager that gives it back.
 
     Attributes:
         deadline: in the event loop's time.
         served: whether work for the request has begun; what was refused before does not count when
-            it is estimated how fast places become free.
+            it is estimated how fast permits are released.
     """
 
     def __init__(self, admission: "Admission", owner: str | None, seconds: float) -> None:
@@ -53,8 +53,8 @@ class Place:
     def __exit__(self, *_: object) -> None:
         self._admission._leave(self._owner, self._taken, served=self.served)
 
-    def widen(self, sequences: int) -> None:
-        """Take as many places as the request will generate sequences.
+    def acquire(self, sequences: int) -> None:
+        """Acquire as many permits as the request will generate sequences.
 
         Raises:
             ApiError: there are too few.
@@ -98,16 +98,16 @@ class Place:
 
 
 class Admission:
-    """The places of a server, one for each sequence that is generated or waits to be.
+    """The permits of a server, one for each sequence that is generated or waits to be.
 
-    Without keys every request may have any place that is free. With keys, a key may have as many
+    Without keys every request may have any permit that is free. With keys, a key may have as many
     as it leaves free (the dynamic threshold of Choudhury and Hahne, IEEE/ACM Transactions on
     Networking 6(2), 1998), so that a flood of one never shuts out another.
     """
 
-    def __init__(self, places: int, longest: float) -> None:
+    def __init__(self, capacity: int, longest: float) -> None:
         """``longest`` is how many seconds a request may take at most, and if it says nothing."""
-        self.places = places
+        self.capacity = capacity
         self._longest = longest
         self._taken: Counter[str | None] = Counter()
         self._total = 0
@@ -119,12 +119,12 @@ class Admission:
         self.closed = asyncio.Event()
 
     @property
-    def taken(self) -> int:
-        """Places that are taken now."""
+    def in_use(self) -> int:
+        """Permits that are held now."""
         return self._total
 
-    def enter(self, owner: str | None, timeout: str | None) -> Place:
-        """Take a place.
+    def enter(self, owner: str | None, timeout: str | None) -> Permit:
+        """Take a permit.
 
         Args:
             owner: the id of the caller's key; None: it needed none.
@@ -137,7 +137,7 @@ class Admission:
             raise shutting_down()
         seconds = self._seconds(timeout)
         self._take(owner, 1)
-        return Place(self, owner, seconds)
+        return Permit(self, owner, seconds)
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -164,11 +164,11 @@ class Admission:
         return min(float(timeout), self._longest)
 
     def _take(self, owner: str | None, more: int, *, held: int = 0) -> None:
-        """Give ``owner`` so many places for a request that holds ``held`` of them already."""
-        mine, free = self._taken[owner], self.places - self._total
+        """Give ``owner`` so many permits for a request that holds ``held`` of them already."""
+        mine, free = self._taken[owner], self.capacity - self._total
         fits = (more if owner is None else mine + more) <= free
         # Every key may have one request, however large: what never fits could only be sent in vain.
-        only = mine == held and self._total < 2 * self.places
+        only = mine == held and self._total < 2 * self.capacity
         if not (fits or only):
             raise self._full()
         if not self._total:
@@ -190,7 +190,7 @@ class Admission:
             self._empty.set()
 
     def _busy_seconds(self) -> float:
-        """Seconds in which some place was taken; a time without requests says nothing of pace."""
+        """Seconds in which some permit was taken; a time without requests says nothing of pace."""
         now = time.monotonic() - self._busy_since if self._total else 0.0
         return self._busy + now
 
@@ -210,21 +210,25 @@ class Admission:
 
 
 async def admit(
-    services: "Services", place: Place, charge: "Charge", answer: "Answer", entry: "AccessLogEntry"
+    services: "Services",
+    permit: Permit,
+    charge: "Charge",
+    answer: "Answer",
+    entry: "AccessLogEntry",
 ) -> None:
     """Let an answer be generated: there is room for all its sequences, time, and its key's limits.
 
     Raises:
         ApiError: there is not.
     """
-    entry.add(model=answer.shape.model, stream=answer.stream, user=answer.user)
+    entry.add(model=answer.dialect.model, stream=answer.stream, user=answer.user)
     generation, trace = answer.generation, entry.trace
-    place.widen(len(generation.choices))
-    generation.place = place
-    model = services.registry.get(answer.shape.model).name
-    place.expect(generation.forecast())
+    permit.acquire(len(generation.choices))
+    generation.permit = permit
+    model = services.registry.get(answer.dialect.model).name
+    permit.expect(generation.forecast())
     await charge.reserve_answer(answer, model)
     if trace is not None:
         trace.planned(generation.plan, model)
     generation.meter = services.metrics.meter(model, trace)
-    place.served = True
+    permit.served = True

@@ -7,22 +7,22 @@ from io import StringIO
 from typing import Any
 
 from server.http.pieces import JsonList
-from server.run.choice import ChoiceEvent
-from server.run.dialect import Shape
+from server.run.dialect import Dialect
 from server.run.generation import Generation
+from server.run.output import TextPart
 
 
 class _Collected:
     """What a choice of a whole answer holds so far."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, dialect: Dialect) -> None:
         self.text = StringIO()
-        self.columns = {name: JsonList() for name in shape.columns(())}
-        self._shape = shape
+        self.columns = {name: JsonList() for name in dialect.columns(())}
+        self._dialect = dialect
 
-    def add(self, event: ChoiceEvent) -> None:
+    def add(self, event: TextPart) -> None:
         self.text.write(event.text)
-        for name, values in self._shape.columns(event.tokens).items():
+        for name, values in self._dialect.columns(event.tokens).items():
             self.columns[name].extend(values)
 
 
@@ -37,7 +37,7 @@ class Answer:
     """
 
     generation: Generation
-    shape: Shape
+    dialect: Dialect
     stream: bool
     num_returned: int
     user: str | None
@@ -48,31 +48,38 @@ class Answer:
         Raises:
             InferneoError: as :meth:`Generation.events` does.
         """
-        shape, opened, first = self.shape, False, True
-        usage = self.generation.usage
+        dialect, opened, first = self.dialect, False, True
         async with aclosing(self.generation.events()) as events:
             async for event in events:
                 if not opened:
                     # Only now: whatever fails before this is an error with a status of its own.
                     opened = True
-                    if (opening := shape.opening()) is not None:
+                    if (opening := dialect.opening()) is not None:
                         for choice in self.generation.choices:
-                            yield shape.chunk(choice.index, opening, usage=usage, first=first)
+                            yield dialect.chunk(
+                                choice.index, opening, usage=self.generation.usage, first=first
+                            )
                             first = False
                 if event is None:
                     yield None
                     continue
                 if event.text or event.tokens:
-                    yield shape.chunk(event.index, shape.delta(event), usage=usage, first=first)
-                    first = False
-                if event.finish_reason is not None:
-                    ending = shape.ending()
-                    yield shape.chunk(
-                        event.index, ending, event.finish_reason, usage=usage, first=first
+                    yield dialect.chunk(
+                        event.index, dialect.delta(event), usage=self.generation.usage, first=first
                     )
                     first = False
-        if shape.include_usage or self.generation.cancelled:
-            yield shape.usage_chunk(usage)
+                if event.finish_reason is not None:
+                    ending = dialect.ending()
+                    yield dialect.chunk(
+                        event.index,
+                        ending,
+                        event.finish_reason,
+                        usage=self.generation.usage,
+                        first=first,
+                    )
+                    first = False
+        if dialect.include_usage or self.generation.cancelled:
+            yield dialect.usage_chunk(self.generation.usage)
 
     async def whole(self) -> dict[str, Any]:
         """The whole answer, to be written by :class:`~server.http.pieces.Json`.
@@ -81,7 +88,7 @@ class Answer:
             InferneoError: as :meth:`Generation.events` does.
         """
         choices = self.generation.choices
-        collected = [_Collected(self.shape) for _ in choices]
+        collected = [_Collected(self.dialect) for _ in choices]
         async with aclosing(self.generation.events()) as events:
             async for event in events:
                 if event is not None:
@@ -89,12 +96,12 @@ class Answer:
         returned = [
             {
                 "index": index,
-                **self.shape.message(collected[i].text.getvalue(), collected[i].columns),
+                **self.dialect.message(collected[i].text.getvalue(), collected[i].columns),
                 "finish_reason": choices[i].finish_reason,
             }
             for index, i in enumerate(self._best())
         ]
-        return self.shape.answer(returned, self.generation.usage)
+        return self.dialect.answer(returned, self.generation.usage)
 
     def _best(self) -> list[int]:
         """The sequences to return: all, or of each prompt the likeliest, best first."""

@@ -5,29 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from server.run.choice import ChoiceEvent, TokenInfo
-
-
-@dataclass(slots=True)
-class Usage:
-    """Tokens of a request; ``cached`` of the prompt's were found in the prefix cache."""
-
-    prompt: int = 0
-    completion: int = 0
-    cached: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """As it is sent."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
+from server.keys.store.store import Usage
+from server.run.output import TextPart, TokenInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape(ABC):
+class Dialect(ABC):
     """How answers look: the whole one, and the chunks of a streamed one.
 
     Attributes:
@@ -59,7 +42,7 @@ class Shape(ABC):
         """A choice's text and log probabilities in a whole answer."""
 
     @abstractmethod
-    def delta(self, event: ChoiceEvent) -> dict[str, Any]:
+    def delta(self, event: TextPart) -> dict[str, Any]:
         """A choice's text and log probabilities in a chunk."""
 
     @abstractmethod
@@ -72,7 +55,7 @@ class Shape(ABC):
 
     def answer(self, choices: Any, usage: Usage) -> dict[str, Any]:
         """The whole answer."""
-        return self._head(self.whole, choices, self.warnings) | {"usage": usage.as_dict()}
+        return self._head(self.whole, choices, self.warnings) | {"usage": _usage(usage)}
 
     def chunk(
         self,
@@ -88,11 +71,11 @@ class Shape(ABC):
         chunk = self._head(self.part, [choice], self.warnings if first else ())
         if not self.include_usage:
             return chunk
-        return chunk | {"usage": usage.as_dict() if self.continuous_usage else None}
+        return chunk | {"usage": _usage(usage) if self.continuous_usage else None}
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The last chunk, when usage was asked for."""
-        return self._head(self.part, [], ()) | {"usage": usage.as_dict()}
+        return self._head(self.part, [], ()) | {"usage": _usage(usage)}
 
     def _head(self, kind: str, choices: Any, warnings: tuple[str, ...]) -> dict[str, Any]:
         head = {
@@ -103,3 +86,12 @@ class Shape(ABC):
             "choices": choices,
         }
         return head | {"warnings": list(warnings)} if warnings else head
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }

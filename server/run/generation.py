@@ -24,14 +24,14 @@ from inferneo_jax import (
     SamplingParams,
 )
 from server.http.alarm import Alarm
-from server.run.choice import Choice, ChoiceEvent, Prompt, TextOptions
-from server.run.dialect import Usage
+from server.keys.store.store import Usage
+from server.run.output import OutputProcessor, Prompt, TextOptions, TextPart
 from server.run.portions import Arrived, portions
 
 if TYPE_CHECKING:
     from inferneo_jax import Engine, Tokenizer
     from server.observe.metrics import Meter
-    from server.run.admission import Place
+    from server.run.admission import Permit
 
 MAX_UNTAKEN = 64
 """Outputs of a choice that may wait for a reader that cannot keep up."""
@@ -156,7 +156,7 @@ class Generation:
     Attributes:
         usage: what it has taken so far; complete when the events are.
         on_end: told the usage once, when nothing more will be generated, if anything ever was.
-        place: whose deadline ends it; None: nothing does.
+        permit: whose deadline ends it; None: nothing does.
         meter: is told what comes when; None: nobody is.
     """
 
@@ -165,14 +165,14 @@ class Generation:
         self.usage = Usage(prompt=sum(len(prompt.ids) for prompt in plan.prompts))
         self.cancelled = False
         self.on_end: Callable[[Usage], None] | None = None
-        self.place: Place | None = None
+        self.permit: Permit | None = None
         self.meter: Meter | None = None
         self._submitted = False
         self._engine = engine
         self._mailbox: _Mailbox | None = None
         self._failure: Exception | None = None
         self.choices = [
-            Choice(i, tokenizer, plan.prompts[i // plan.num_choices], plan.text)
+            OutputProcessor(i, tokenizer, plan.prompts[i // plan.num_choices], plan.text)
             for i in range(len(plan.prompts) * plan.num_choices)
         ]
 
@@ -197,7 +197,7 @@ class Generation:
         if tell is not None and self._submitted:
             tell(self.usage)
 
-    async def events(self) -> AsyncGenerator[ChoiceEvent | None, None]:
+    async def events(self) -> AsyncGenerator[TextPart | None, None]:
         """Submit, then what comes, until every choice has finished; None after a long silence.
 
         Raises:
@@ -248,20 +248,20 @@ class Generation:
 
     def _expire_in_time(self, running: dict[int, str]) -> asyncio.TimerHandle | None:
         """Fail when the deadline has come, even while the reader is stuck and takes nothing."""
-        if (place := self.place) is None:
+        if (permit := self.permit) is None:
             return None
 
         def expire() -> None:
-            self._failure = place.too_late()
+            self._failure = permit.too_late()
             for request_id in running.values():
                 self._engine.abort(request_id)
             assert self._mailbox is not None
             self._mailbox.wake()
 
         # Of an empty context: a timer that is cancelled keeps it until it would have been due.
-        return asyncio.get_running_loop().call_at(place.deadline, expire, context=Context())
+        return asyncio.get_running_loop().call_at(permit.deadline, expire, context=Context())
 
-    def _commit(self, outputs: list[Arrived], running: dict[int, str]) -> list[ChoiceEvent]:
+    def _commit(self, outputs: list[Arrived], running: dict[int, str]) -> list[TextPart]:
         """Feed the choices; those that finish leave ``running``. A failure comes last."""
         touched: dict[int, bool] = {}  # index: the engine is done with it
         for index, output, when in outputs:
@@ -294,6 +294,9 @@ class Generation:
         return events
 
     def _count(self) -> None:
-        self.usage.completion = sum(choice.num_tokens for choice in self.choices)
         first = self.choices[:: self.plan.num_choices]  # the others share its prompt's pages
-        self.usage.cached = sum(choice.cached_tokens for choice in first)
+        self.usage = Usage(
+            prompt=self.usage.prompt,
+            completion=sum(choice.num_tokens for choice in self.choices),
+            cached=sum(choice.cached_tokens for choice in first),
+        )

@@ -1,6 +1,6 @@
 """From a request body to an answer that only needs to be run: validate, tokenize, fit.
 
-All of this may run in a thread of :class:`~server.prompt.cpu_pool.TextWork`.
+All of this may run in a thread of :class:`~server.prompt.cpu_pool.CpuPool`.
 """
 
 import secrets
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from inferneo_jax import SamplingParams
-from server.api.openai.chat import ChatBody, ChatShape
+from server.api.openai.chat import ChatBody, ChatDialect
 from server.api.openai.common import Body, GenerationBody
-from server.api.openai.completions import CompletionBody, CompletionShape
+from server.api.openai.completions import CompletionBody, CompletionDialect
 from server.http.errors import as_api_error, bad_request
 from server.keys.caller import cache_salt, owner
 from server.prompt.prompts import check_scores, completion_prompt, fit, infill_tokens
 from server.prompt.templates import conversation_ids
 from server.run.answer import Answer
-from server.run.choice import Prompt, TextOptions
-from server.run.dialect import Shape
+from server.run.dialect import Dialect
 from server.run.generation import Generation, Plan
+from server.run.output import Prompt, TextOptions
 
 if TYPE_CHECKING:
     from inferneo_jax import LanguageModel
@@ -84,7 +84,7 @@ def prepare_completion(registry: "Registry", fields: Any, *, strict: bool) -> An
     return _answer(
         model,
         body,
-        CompletionShape,
+        CompletionDialect,
         "cmpl",
         warnings,
         [completion_prompt(model, body, prompt, i, infill) for i, prompt in enumerate(body.prompt)],
@@ -110,7 +110,7 @@ def prepare_chat(registry: "Registry", fields: Any, *, strict: bool) -> Answer:
     return _answer(
         model,
         body,
-        ChatShape,
+        ChatDialect,
         "chatcmpl",
         warnings,
         [Prompt(ids=ids, max_tokens=max_tokens)],
@@ -122,7 +122,7 @@ def prepare_chat(registry: "Registry", fields: Any, *, strict: bool) -> Answer:
 def _answer(
     model: "LanguageModel",
     body: GenerationBody,
-    shape: type[Shape],
+    dialect: type[Dialect],
     prefix: str,
     warnings: list[str],
     prompts: Sequence[Prompt],
@@ -163,7 +163,7 @@ def _answer(
     )
     return Answer(
         generation=Generation(model.engine, model.tokenizer, plan),
-        shape=shape(
+        dialect=dialect(
             id=answer_id,
             created=int(time.time()),
             model=body.model,

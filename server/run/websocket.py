@@ -23,11 +23,11 @@ from server.http.pieces import Json
 from server.http.socket_connection import current_socket
 from server.keys.caller import owner
 from server.keys.limits import Charge
+from server.keys.store.store import Usage
 from server.observe.access_log import AccessLogEntry
 from server.observe.tracing import WEBSOCKET
 from server.prompt.cpu_pool import INLINE_BYTES
 from server.run.admission import TIMEOUT_HEADER, admit
-from server.run.dialect import Usage
 from server.run.generation import Generation
 from server.run.prepare import Prepare, prepare_chat
 from server.services import Services
@@ -188,7 +188,7 @@ class _Session:
             frame = await current_socket().receive()
             if (size := len(frame)) > INLINE_BYTES:
                 charge = await self._services.limiter.enter()
-            message = await self._services.text.run(size, partial(parse_object, frame))
+            message = await self._services.cpu_pool.run(size, partial(parse_object, frame))
             name = message.get("id") if "type" in message else None
             name = name if isinstance(name, str) else None
             body = self._open(message, name)
@@ -292,19 +292,19 @@ class _Session:
         name: str | None,
         body: dict[str, Any],
     ) -> None:
-        """Answer a request, in a place that ``held`` gives back."""
+        """Answer a request, in a permit that ``held`` gives back."""
         services = self._services
         timeout = websocket.headers.get(TIMEOUT_HEADER)
-        place = held.enter_context(services.admission.enter(owner(), timeout))
+        permit = held.enter_context(services.admission.enter(owner(), timeout))
         await services.guard.recheck()
         running.charge = charge = running.charge or await services.limiter.enter()
         prepare = partial(self._prepare, services.registry, body, strict=self._strict)
         inline = self._prepare is not prepare_chat
-        answer = await services.text.run(running.size, prepare, place=place, inline=inline)
+        answer = await services.cpu_pool.run(running.size, prepare, permit=permit, inline=inline)
         running.generation = answer.generation
         if running.cancelled:
             answer.generation.cancel()
-        await admit(services, place, charge, answer, entry)
+        await admit(services, permit, charge, answer, entry)
         if not answer.stream:
             await self._send(await answer.whole(), name)
             return

@@ -11,7 +11,7 @@ from fake_engine import logprob_of
 from harness import Rig, running
 
 from inferneo_jax import GenerationOutput, GenerationRequest, Tokenizer
-from server.run.choice import Choice, ChoiceEvent, Prompt, TextOptions
+from server.run.output import OutputProcessor, Prompt, TextOptions, TextPart
 from tests.serving import CHAT_MODEL
 
 pytestmark = pytest.mark.real
@@ -68,7 +68,7 @@ def test_a_hundred_texts_streamed_are_the_plain_ones(
     writes_number(real_rig, real_tokenizer, spelled)
     real_rig.engine.batch = batch
     for start in range(0, len(TEXTS), 20):
-        # Choice i has the seed i above the first.
+        # OutputProcessor i has the seed i above the first.
         wanted = dict(enumerate(TEXTS[start : start + 20]))
         assert whole_texts(ask(real_rig, path, seed=start, n=20)) == wanted
         assert joined(stream(real_rig, path, seed=start, n=20)) == wanted
@@ -93,9 +93,9 @@ def test_stop_strings_at_every_offset_cut_the_same_streamed_or_not(
 
 def events_of(
     tokenizer: Tokenizer, ids: list[int], size: int, options: TextOptions
-) -> list[ChoiceEvent]:
-    choice = Choice(0, tokenizer, Prompt(ids=(1,), max_tokens=len(ids)), options)
-    events: list[ChoiceEvent] = []
+) -> list[TextPart]:
+    choice = OutputProcessor(0, tokenizer, Prompt(ids=(1,), max_tokens=len(ids)), options)
+    events: list[TextPart] = []
     for start in range(0, len(ids), size):
         piece = tuple(ids[start : start + size])
         choice.feed(

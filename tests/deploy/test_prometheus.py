@@ -19,7 +19,7 @@ from fake_engine import FakeEmbedder, FakeEngine, writes
 from harness import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
 
 from inferneo_jax import EngineStats, GenerationOutput
-from server.keys.sockets import SocketPlaces
+from server.keys.sockets import SocketAdmission
 from server.observe.metrics import Metrics
 from server.run.admission import Admission
 from tests.clients.tools import program
@@ -71,7 +71,7 @@ def known() -> dict[str, set[str]]:
     engine = FakeEngine(lambda _: ())
     model = models_of(engine, FakeEmbedder(), make_tokenizer())[CHAT]()
     found: dict[str, set[str]] = {name: set() for name in OF_PROMETHEUS}
-    metrics = Metrics(lambda: [model], Admission(1, 1.0), SocketPlaces(1))
+    metrics = Metrics(lambda: [model], Admission(1, 1.0), SocketAdmission(1))
     for collector in set(metrics.registry._collector_to_names):
         labels = set(getattr(collector, "_labelnames", ()))
         for family in collector.collect():

@@ -4,17 +4,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from server.keys.key import Limits
-from server.keys.store.store import Call, Spent, Standing, UsageRow
+from server.keys.store.store import QuotaStatus, Reservation, Usage, UsageRow
 
 
 @dataclass
 class Entry:
     key: str
-    call: Call
+    reservation: Reservation
     at: float
     lease: float
     tokens: int
-    spent: Spent | None = None  # None: it runs
+    usage: Usage | None = None  # None: it runs
 
 
 class ReferenceStore:
@@ -23,26 +23,30 @@ class ReferenceStore:
 
     def sweep(self, now: float) -> None:
         for entry in self.entries:
-            if entry.spent is None and entry.lease <= now:
-                entry.spent = Spent(prompt=entry.call.prompt, completion=entry.call.completion)
+            if entry.usage is None and entry.lease <= now:
+                entry.usage = Usage(
+                    prompt=entry.reservation.prompt, completion=entry.reservation.completion
+                )
 
-    def standing(self, key: str, now: float) -> Standing:
+    def quota_status(self, key: str, now: float) -> QuotaStatus:
         mine = [entry for entry in self.entries if entry.key == key]
         recent = [entry for entry in mine if entry.at > now - 60]
-        return Standing(
+        return QuotaStatus(
             now=now,
             requests=len(recent),
             tokens=sum(entry.tokens for entry in recent),
             day_requests=sum(entry.at // 86400 == now // 86400 for entry in mine),
-            running=sum(entry.spent is None and entry.lease > now for entry in mine),
+            running=sum(entry.usage is None and entry.lease > now for entry in mine),
             reset=max((entry.at + 60 for entry in recent), default=now),
         )
 
-    def reserve(self, key: str, limits: Limits, call: Call, now: float) -> Standing:
+    def reserve(
+        self, key: str, limits: Limits, reservation: Reservation, now: float
+    ) -> QuotaStatus:
         self.sweep(now)
-        before = self.standing(key, now)
+        before = self.quota_status(key, now)
         recent = [entry for entry in self.entries if entry.key == key and entry.at > now - 60]
-        tokens = call.prompt + call.completion
+        tokens = reservation.prompt + reservation.completion
         if limits.tokens is not None:
             tokens = min(tokens, limits.tokens)
         if limits.day_requests is not None and before.day_requests >= limits.day_requests:
@@ -60,28 +64,28 @@ class ReferenceStore:
                     wait = entry.at + 60 - now
                     break
             return replace(before, refusal="tokens", retry=wait)
-        self.entries.append(Entry(key, call, now, now + 60, tokens))
-        return self.standing(key, now)
+        self.entries.append(Entry(key, reservation, now, now + 60, tokens))
+        return self.quota_status(key, now)
 
-    def _running(self, key: str, call_id: str) -> Entry | None:
+    def _running(self, key: str, reservation_id: str) -> Entry | None:
         for entry in self.entries:
-            if (entry.key, entry.call.id) == (key, call_id) and entry.spent is None:
+            if (entry.key, entry.reservation.id) == (key, reservation_id) and entry.usage is None:
                 return entry
         return None
 
-    def settle(self, key: str, call_id: str, spent: Spent | None, now: float) -> None:
+    def settle(self, key: str, reservation_id: str, usage: Usage | None, now: float) -> None:
         self.sweep(now)
-        if (entry := self._running(key, call_id)) is None:
+        if (entry := self._running(key, reservation_id)) is None:
             return
-        if spent is None:
+        if usage is None:
             self.entries.remove(entry)
         else:
-            entry.spent, entry.tokens = spent, spent.prompt + spent.completion
+            entry.usage, entry.tokens = usage, usage.prompt + usage.completion
 
     def renew(self, calls: Iterable[tuple[str, str]], now: float) -> None:
         self.sweep(now)
-        for key, call_id in calls:
-            if (entry := self._running(key, call_id)) is not None:
+        for key, reservation_id in calls:
+            if (entry := self._running(key, reservation_id)) is not None:
                 entry.lease = now + 60
 
     def usage(self, key: str) -> list[UsageRow]:
@@ -91,7 +95,7 @@ class ReferenceStore:
                 days.setdefault(int(entry.at // 86400), []).append(entry)
         rows = []
         for day, entries in sorted(days.items()):
-            ended = [entry.spent for entry in entries if entry.spent is not None]
+            ended = [entry.usage for entry in entries if entry.usage is not None]
             prompt, completion = sum(s.prompt for s in ended), sum(s.completion for s in ended)
             cached = sum(s.cached for s in ended)
             rows.append(UsageRow(key, day, "m", len(entries), prompt, completion, cached))

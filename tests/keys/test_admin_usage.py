@@ -17,17 +17,17 @@ from rigs import KeyRig, bearer, key_rig
 from inferneo_jax import Tokenizer
 from server.keys.key import Key, Limits
 from server.keys.keyring import Keyring, KeyringError
-from server.keys.store.store import DAY_SECONDS, Call, Spent
+from server.keys.store.store import DAY_SECONDS, Reservation, Usage
 
 __all__ = ["ask", "rig"]
 
 
 def charge(rig: KeyRig, key: Key, model: str, day: int, tokens: int) -> None:
     """A call of the past."""
-    call = Call(id=f"{key.id}{model}{day}", model=model, prompt=tokens, completion=1)
+    call = Reservation(id=f"{key.id}{model}{day}", model=model, prompt=tokens, completion=1)
     at = day * DAY_SECONDS + 60.0
     rig.store.reserve(key.id, key.limits, call, at)
-    rig.store.settle(key.id, call.id, Spent(prompt=tokens, completion=1), at)
+    rig.store.settle(key.id, call.id, Usage(prompt=tokens, completion=1), at)
 
 
 def test_usage_is_told_of_each_key_and_all_between_two_days(rig: KeyRig, ask: Ask) -> None:

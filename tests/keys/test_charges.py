@@ -96,7 +96,7 @@ def test_a_server_that_cannot_read_the_text_charges_nothing(
         raise unavailable("full", "overloaded", 1)
 
     headers = rig.headers(Limits(requests=1, day_requests=1))
-    monkeypatch.setattr("server.prompt.cpu_pool.TextWork.run", refuse)
+    monkeypatch.setattr("server.prompt.cpu_pool.CpuPool.run", refuse)
     for _ in range(3):
         assert post(rig, headers, COMPLETIONS, BODY).status_code == 503
     assert total(rig, headers) == (0, 0)

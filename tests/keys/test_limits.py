@@ -34,7 +34,7 @@ def usage(rig: KeyRig, headers: dict[str, str]) -> dict[str, int]:
 def settled(rig: KeyRig, key_id: str) -> dict[str, int]:
     """The same, once nothing of the key's is running."""
     end = time.monotonic() + 10
-    while rig.store.standing(key_id, None).running:
+    while rig.store.quota_status(key_id, None).running:
         assert time.monotonic() < end
         time.sleep(0.005)
     (row,) = rig.store.usage(key_id)

@@ -8,13 +8,13 @@ from server.http.errors import ApiError
 from server.keys.sockets import (
     MAX_UNIDENTIFIED,
     MAX_UNIDENTIFIED_OF_ADDRESS,
-    SocketPlace,
-    SocketPlaces,
+    SocketAdmission,
+    SocketPermit,
     network_of,
 )
 
 
-def fill(places: SocketPlaces, owner: str | None) -> list[SocketPlace]:
+def fill(places: SocketAdmission, owner: str | None) -> list[SocketPermit]:
     """All the places that one owner can have."""
     taken = []
     with suppress(ApiError):
@@ -24,7 +24,7 @@ def fill(places: SocketPlaces, owner: str | None) -> list[SocketPlace]:
 
 
 def test_one_key_leaves_places_for_every_other() -> None:
-    places = SocketPlaces(60)
+    places = SocketAdmission(60)
     mine = fill(places, "flood")
     assert (len(mine), len(fill(places, "second")), len(fill(places, "third"))) == (30, 15, 8)
     assert [len(fill(places, f"late {i}")) for i in range(20)] == [4, 2, 1] + [1] * 17
@@ -39,12 +39,12 @@ def test_one_key_leaves_places_for_every_other() -> None:
 
 
 def test_without_keys_all_places_can_be_had() -> None:
-    places = SocketPlaces(5)
+    places = SocketAdmission(5)
     assert len(fill(places, None)) == 5
 
 
 def test_unidentified_sockets_take_no_place_of_the_others() -> None:
-    places = SocketPlaces(5)
+    places = SocketAdmission(5)
     waiting = [places.wait(f"10.0.0.{i % 8}") for i in range(MAX_UNIDENTIFIED)]
     with pytest.raises(ApiError) as no:
         places.wait("10.0.0.9")

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from reference import ReferenceStore
 
 from server.keys.key import Limits, encode_fields, new_key
-from server.keys.store.store import LEASE_SECONDS, Call, Spent, Store, StoreError, open_store
+from server.keys.store.store import LEASE_SECONDS, Reservation, Store, StoreError, Usage, open_store
 
 NOON = 1_700_000_000.0 // 86400 * 86400 + 43200
 ROOT = Path(__file__).parents[2]
 IDS = itertools.count()
 
 
-def call(prompt: int = 1, completion: int = 0, model: str = "m|x") -> Call:
-    return Call(id=f"call{next(IDS)}", model=model, prompt=prompt, completion=completion)
+def call(prompt: int = 1, completion: int = 0, model: str = "m|x") -> Reservation:
+    return Reservation(id=f"call{next(IDS)}", model=model, prompt=prompt, completion=completion)
 
 
 def test_a_minute_never_holds_more_than_the_limit(store: Store) -> None:
@@ -46,8 +46,8 @@ def test_tokens_are_reserved_at_most_and_settled_as_spent(store: Store) -> None:
     assert store.reserve("k", limits, first, NOON).tokens == 100  # capped: else never admitted
     refused = store.reserve("k", limits, call(1), NOON + 6)
     assert (refused.refusal, refused.retry) == ("tokens", 54)
-    store.settle("k", first.id, Spent(prompt=30, completion=10, cached=16), NOON + 6)
-    store.settle("k", first.id, Spent(prompt=99, completion=99), NOON + 6)
+    store.settle("k", first.id, Usage(prompt=30, completion=10, cached=16), NOON + 6)
+    store.settle("k", first.id, Usage(prompt=99, completion=99), NOON + 6)
     assert store.reserve("k", limits, call(60), NOON + 7).tokens == 100
     (row,) = store.usage("k")
     assert (row.requests, row.prompt, row.completion, row.cached) == (2, 30, 10, 16)
@@ -69,8 +69,13 @@ def test_what_never_ran_is_forgotten(store: Store) -> None:
         refused = call(5)
         assert store.reserve("k", limits, refused, NOON).refusal is None
         store.settle("k", refused.id, None, NOON)
-    standing = store.standing("k", NOON)
-    assert (standing.requests, standing.tokens, standing.day_requests, standing.running) == (0,) * 4
+    status = store.quota_status("k", NOON)
+    assert (
+        status.requests,
+        status.tokens,
+        status.day_requests,
+        status.running,
+    ) == (0,) * 4
     assert store.usage("k") == []
 
 
@@ -79,7 +84,7 @@ def test_concurrent_requests_are_bounded_until_they_end(store: Store) -> None:
     first = call()
     assert store.reserve("k", limits, first, NOON).running == 1
     assert store.reserve("k", limits, call(), NOON).refusal == "concurrent"
-    store.settle("k", first.id, Spent(), NOON)
+    store.settle("k", first.id, Usage(), NOON)
     assert store.reserve("k", limits, call(), NOON).refusal is None
 
 
@@ -91,10 +96,10 @@ def test_a_renewed_lease_lasts_and_another_is_charged_as_reserved(store: Store) 
     for each in (kept, lost):
         store.reserve(key.id, limits, each, NOON)
     store.renew([(key.id, kept.id), (key.id, "unknown")], NOON + 30)
-    assert store.standing(key.id, NOON + LEASE_SECONDS).running == 1
+    assert store.quota_status(key.id, NOON + LEASE_SECONDS).running == 1
     assert store.reserve(key.id, limits, call(0), NOON + LEASE_SECONDS).refusal is None
-    store.settle(key.id, lost.id, Spent(prompt=1), NOON + LEASE_SECONDS)
-    store.settle(key.id, kept.id, Spent(prompt=3, completion=4), NOON + 80)
+    store.settle(key.id, lost.id, Usage(prompt=1), NOON + LEASE_SECONDS)
+    store.settle(key.id, kept.id, Usage(prompt=3, completion=4), NOON + 80)
     (row,) = store.usage(key.id)
     assert (row.requests, row.prompt, row.completion) == (3, 8, 64)
 
@@ -108,10 +113,10 @@ def test_a_killed_process_frees_its_slot_and_its_usage_is_kept(
     code = (
         "import sys, time\n"
         "from server.keys.key import Limits\n"
-        "from server.keys.store.store import Call, open_store\n"
+        "from server.keys.store.store import Reservation, open_store\n"
         "store = open_store(sys.argv[1])\n"
         "for i in range(int(sys.argv[4])):\n"
-        "    call = Call(id=str(i), model='m', prompt=7, completion=100)\n"
+        "    call = Reservation(id=str(i), model='m', prompt=7, completion=100)\n"
         "    store.reserve(sys.argv[2], Limits(), call, float(sys.argv[3]))\n"
         "print('reserved', flush=True)\n"
         "time.sleep(600)\n"
@@ -123,9 +128,9 @@ def test_a_killed_process_frees_its_slot_and_its_usage_is_kept(
         assert process.stdout is not None
         assert process.stdout.readline() == "reserved\n"
         process.send_signal(signal.SIGKILL)
-    assert store.standing(key.id, NOON + 59).running == times
+    assert store.quota_status(key.id, NOON + 59).running == times
     store.sweep(NOON + LEASE_SECONDS)
-    assert store.standing(key.id, NOON + LEASE_SECONDS).running == 0
+    assert store.quota_status(key.id, NOON + LEASE_SECONDS).running == 0
     (row,) = store.usage(key.id)
     assert (row.requests, row.prompt, row.completion) == (times, 7 * times, 100 * times)
 
@@ -134,10 +139,10 @@ ADMIT = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from server.keys.key import Limits
-from server.keys.store.store import Call, open_store
+from server.keys.store.store import Reservation, open_store
 store = open_store(sys.argv[1])
 def admit(i):
-    call = Call(id=f"{sys.argv[2]}-{i}", model="m", prompt=1, completion=1)
+    call = Reservation(id=f"{sys.argv[2]}-{i}", model="m", prompt=1, completion=1)
     return store.reserve("k", Limits(), call, None).refusal
 store.has_keys()
 print("up", flush=True)
@@ -169,7 +174,7 @@ def test_four_processes_admit_exactly_the_limit(store: Store, location: str) -> 
     answers = [process.communicate(timeout=50)[0] for process in processes]
     assert sum(map(int, answers)) == 60
     assert sum(row.requests for row in store.usage("k")) == 60
-    assert store.standing("k", None).requests == 60
+    assert store.quota_status("k", None).requests == 60
 
 
 def test_keys_are_kept_and_changed(store: Store) -> None:
@@ -288,7 +293,7 @@ def test_every_history_is_that_of_the_reference(
     keys = {name: new_key(b"", name=name, created=NOON)[0] for name in "ab"}
     for key in keys.values():
         store.add_key(key)
-    calls: list[tuple[str, Call]] = []
+    calls: list[tuple[str, Reservation]] = []
     for action, *details in actions:
         if action == "sleep":
             now += details[0]
@@ -297,7 +302,9 @@ def test_every_history_is_that_of_the_reference(
             reference.sweep(now)
         elif action == "reserve":
             name, prompt, completion = details
-            wanted = Call(id=f"{run}-{len(calls)}", model="m", prompt=prompt, completion=completion)
+            wanted = Reservation(
+                id=f"{run}-{len(calls)}", model="m", prompt=prompt, completion=completion
+            )
             calls.append((keys[name].id, wanted))
             ours = store.reserve(keys[name].id, limits, wanted, now)
             assert ours == reference.reserve(keys[name].id, limits, wanted, now)
@@ -307,11 +314,11 @@ def test_every_history_is_that_of_the_reference(
                 store.renew([(key_id, known.id)], now)
                 reference.renew([(key_id, known.id)], now)
             else:
-                spent = Spent(prompt=known.prompt, completion=details[1]) if details[2] else None
-                store.settle(key_id, known.id, spent, now)
-                reference.settle(key_id, known.id, spent, now)
+                usage = Usage(prompt=known.prompt, completion=details[1]) if details[2] else None
+                store.settle(key_id, known.id, usage, now)
+                reference.settle(key_id, known.id, usage, now)
         for key in keys.values():
-            assert store.standing(key.id, now) == reference.standing(key.id, now)
+            assert store.quota_status(key.id, now) == reference.quota_status(key.id, now)
     store.sweep(now)
     reference.sweep(now)
     for key in keys.values():

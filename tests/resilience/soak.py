@@ -187,8 +187,8 @@ def run(minutes: float, seed: int) -> None:
             while time.monotonic() - started < minutes * 60:
                 asyncio.run(soak.burst(started))
             soak.check()
-            standing = store.standing(key.id, None)
-            assert standing.running == 0, standing
+            quota_status = store.quota_status(key.id, None)
+            assert quota_status.running == 0, quota_status
         store.close()
 
 

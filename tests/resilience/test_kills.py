@@ -144,7 +144,7 @@ def test_kills_leave_nobody_waiting_and_the_ledger_complete(
         later = time.time() + LEASE_SECONDS + 1
         store.sweep(later)
         for holder in holders:
-            assert store.standing(holder.key.id, later).running == 0
+            assert store.quota_status(holder.key.id, later).running == 0
             found = charged(store, holder.key)
             for name, received in holder.received.items():
                 assert found[name] >= received, (number, name)

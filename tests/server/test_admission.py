@@ -19,38 +19,38 @@ from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
 from server.http.errors import ApiError
-from server.run.admission import TIMEOUT_HEADER, Admission, Place
+from server.run.admission import TIMEOUT_HEADER, Admission, Permit
 
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}
 COMPLETIONS = "/v1/completions"
 SOON = {TIMEOUT_HEADER: "0.2"}
 
 
-def enter(admission: Admission, owner: str | None) -> Place | None:
+def enter(admission: Admission, owner: str | None) -> Permit | None:
     with suppress(ApiError):
         return admission.enter(owner, None)
     return None
 
 
-def fill(admission: Admission, owner: str | None) -> list[Place]:
-    """All the places that one owner can have."""
+def fill(admission: Admission, owner: str | None) -> list[Permit]:
+    """All the permits that one owner can have."""
     return list(iter(lambda: enter(admission, owner), None))
 
 
-async def test_there_are_as_many_places_as_there_are() -> None:
+async def test_there_are_as_many_permits_as_there_are() -> None:
     admission = Admission(10, 60.0)
-    places = fill(admission, None)
-    assert len(places) == 10
+    permits = fill(admission, None)
+    assert len(permits) == 10
     with pytest.raises(ApiError) as refused:
         admission.enter(None, None)
     assert (refused.value.status, refused.value.code) == (503, "overloaded")
-    for place in places[:3]:
-        place.__exit__()
+    for permit in permits[:3]:
+        permit.__exit__()
     assert len(fill(admission, None)) == 3
     assert not await admission.emptied(0.0)
 
 
-async def test_a_flood_of_one_key_leaves_places_for_every_other() -> None:
+async def test_a_flood_of_one_key_leaves_permits_for_every_other() -> None:
     admission = Admission(60, 60.0)
     assert len(fill(admission, "flood")) == 30
     assert len(fill(admission, "second")) == 15
@@ -58,52 +58,52 @@ async def test_a_flood_of_one_key_leaves_places_for_every_other() -> None:
     assert [len(fill(admission, f"late {i}")) for i in range(20)] == [4, 2, 1] + [1] * 17
 
 
-async def test_places_of_a_request_are_counted_by_its_sequences() -> None:
+async def test_permits_of_a_request_are_counted_by_its_sequences() -> None:
     admission = Admission(20, 60.0)
-    with admission.enter("a", None) as place:
-        place.widen(9)
+    with admission.enter("a", None) as permit:
+        permit.acquire(9)
         assert len(fill(admission, "b")) == 6
         with pytest.raises(ApiError, match="as many requests"):
-            admission.enter("a", None).widen(8)
-        place.widen(9)
+            admission.enter("a", None).acquire(8)
+        permit.acquire(9)
 
 
 async def test_a_large_request_is_served_to_whoever_has_no_other() -> None:
     admission = Admission(10, 60.0)
-    with admission.enter("a", None) as place:
-        place.widen(300)
+    with admission.enter("a", None) as permit:
+        permit.acquire(300)
         assert enter(admission, "b") is None
     assert await admission.emptied(0.0)
-    with admission.enter(None, None) as place:
-        place.widen(300)
+    with admission.enter(None, None) as permit:
+        permit.acquire(300)
         assert enter(admission, None) is None
     assert len(fill(admission, None)) == 10
 
 
 async def test_everything_comes_back() -> None:
     rng = np.random.default_rng(3)
-    admission, held = Admission(16, 60.0), list[Place]()
+    admission, held = Admission(16, 60.0), list[Permit]()
     for _ in range(5000):
         if held and rng.random() < 0.5:
             held.pop(int(rng.integers(len(held)))).__exit__()
-        elif place := enter(admission, rng.choice([None, "a", "b", "c"])):
-            held.append(place)
+        elif permit := enter(admission, rng.choice([None, "a", "b", "c"])):
+            held.append(permit)
             try:
-                place.widen(int(rng.integers(1, 6)))
+                permit.acquire(int(rng.integers(1, 6)))
             except ApiError:
                 held.pop().__exit__()
-    for place in held:
-        place.__exit__()
+    for permit in held:
+        permit.__exit__()
     assert await admission.emptied(0.0)
     assert len(fill(admission, None)) == 16
 
 
-async def test_who_is_refused_is_told_when_places_get_free() -> None:
+async def test_who_is_refused_is_told_when_permits_get_free() -> None:
     admission = Admission(40, 60.0)
     for _ in range(5):
-        with admission.enter(None, None) as place:
+        with admission.enter(None, None) as permit:
             await asyncio.sleep(0.15)
-            place.served = True
+            permit.served = True
     fill(admission, None)
     assert 2 <= retry_after(admission) <= 4  # a quarter of 40, at 0.15 s each
 
@@ -120,14 +120,14 @@ async def test_only_served_requests_and_busy_times_set_the_pace(
     monkeypatch.setattr("server.run.admission.time.monotonic", lambda: now)
     admission, now = Admission(40, 60.0), 100.0
     for _ in range(5):
-        with admission.enter(None, None) as place:
+        with admission.enter(None, None) as permit:
             now += 1.0
-            place.served = True
+            permit.served = True
     now += 1000.0  # nobody is there
-    places = fill(admission, None)
+    permits = fill(admission, None)
     for _ in range(64):  # these leave, and come, at once: they were refused
-        places.pop().__exit__()
-        places.append(admission.enter(None, None))
+        permits.pop().__exit__()
+        permits.append(admission.enter(None, None))
     now += 1.0
     assert retry_after(admission) == 10  # a quarter of 40, each after a second
 
@@ -147,13 +147,13 @@ def test_a_request_that_is_refused_was_not_served(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], served: bool
 ) -> None:
     left: Queue[bool] = Queue()
-    leave = Place.__exit__
+    leave = Permit.__exit__
 
-    def note(place: Place, *args: object) -> None:
-        left.put(place.served)
-        leave(place, *args)
+    def note(permit: Permit, *args: object) -> None:
+        left.put(permit.served)
+        leave(permit, *args)
 
-    monkeypatch.setattr(Place, "__exit__", note)
+    monkeypatch.setattr(Permit, "__exit__", note)
     assert (rig.post(path, body).status_code == 200) is served
     assert left.get(timeout=30) is served
 
@@ -175,7 +175,7 @@ async def test_a_timeout_is_bounded_by_the_servers_own() -> None:
 
 @pytest.fixture(scope="module")
 def small(tokenizer: Tokenizer) -> Iterator[Rig]:
-    """A server of four places, whose engine stops after five tokens until it is released."""
+    """A server of four permits, whose engine stops after five tokens until it is released."""
     with running(tokenizer, slots=2, max_waiting=2) as rig:
         rig.engine.script = writes(tokenizer, "go on ", end=False)
         yield rig
@@ -183,7 +183,7 @@ def small(tokenizer: Tokenizer) -> Iterator[Rig]:
 
 @pytest.fixture
 def full(small: Rig) -> Iterator[Rig]:
-    """The same, its places taken by streams."""
+    """The same, its permits held by streams."""
     small.engine.limit = 5
     small.engine.submitted.clear()
     with httpx.Client(base_url=small.url) as client, connect(small.ws + COMPLETIONS) as ws:

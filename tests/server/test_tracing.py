@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 from werkzeug.datastructures import Headers
 
 from inferneo_jax import EngineFailedError, GenerationOutput, Tokenizer
-from server.keys.sockets import SocketPlaces
+from server.keys.sockets import SocketAdmission
 from server.observe.metrics import Metrics
 from server.observe.tracing import open_tracing
 from server.run.admission import Admission
@@ -117,7 +117,7 @@ def test_a_request_is_one_span_with_its_facts(traced: Rig, kept: Kept, stream: b
 
 
 def test_parts_are_cut_where_the_figures_are() -> None:
-    kept, metrics = Kept(), Metrics(tuple, Admission(1, 1.0), SocketPlaces(1))
+    kept, metrics = Kept(), Metrics(tuple, Admission(1, 1.0), SocketAdmission(1))
     trace = kept.tracing().begin("POST", "/v1/completions", Headers(), "id")
     meter = metrics.meter("m", trace)
     for index in range(20):

@@ -21,7 +21,7 @@ from server.keys.caller import caller, set_caller
 from server.keys.guard import bearer, check_scope, forbidden
 from server.keys.key import Key, Limits
 from server.keys.keyring import Keyring, KeyringError, describe
-from server.keys.usage import Days, key_list, key_standing, key_usage, usage_of
+from server.keys.usage import Days, key_list, key_status, key_usage, usage_of
 from server.run.prepare import validate
 from server.services import Services
 
@@ -97,7 +97,7 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.post("/keys")
     async def create_key() -> Response:
-        body, _ = await read_body(services.text, partial(validate, NewKeyBody, strict=True))
+        body, _ = await read_body(services.cpu_pool, partial(validate, NewKeyBody, strict=True))
 
         def create() -> Changed:
             key, text = keyring.create(
@@ -114,11 +114,11 @@ def blueprint(services: Services) -> Blueprint:
     @routes.get("/keys/<key_id>")
     async def get_key(key_id: str) -> Response:
         await threads.flush()
-        return json_response(await do(lambda: key_standing(store, keyring.get(key_id))))
+        return json_response(await do(lambda: key_status(store, keyring.get(key_id))))
 
     @routes.patch("/keys/<key_id>")
     async def change_key(key_id: str) -> Response:
-        body, _ = await read_body(services.text, partial(validate, ChangeKeyBody, strict=True))
+        body, _ = await read_body(services.cpu_pool, partial(validate, ChangeKeyBody, strict=True))
         work = partial(_change, keyring, key_id, body)
         return json_response(await change("key_changed", work))
 

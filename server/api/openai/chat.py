@@ -7,8 +7,8 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from server.api.openai.common import MAX_LOGPROBS, Body, GenerationBody
 from server.config.validation import FieldError, json_kind
-from server.run.choice import ChoiceEvent, NamedToken, TokenInfo
-from server.run.dialect import Shape
+from server.run.dialect import Dialect
+from server.run.output import NamedToken, TextPart, TokenInfo
 
 MAX_MESSAGES = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -163,7 +163,7 @@ class ChatBody(Conversation, GenerationBody):
         return self
 
 
-class ChatShape(Shape):
+class ChatDialect(Dialect):
     """Answers of ``/v1/chat/completions``."""
 
     whole = "chat.completion"
@@ -187,7 +187,7 @@ class ChatShape(Shape):
         """What each choice begins with, before any text."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def delta(self, event: ChoiceEvent) -> dict[str, Any]:
+    def delta(self, event: TextPart) -> dict[str, Any]:
         """A choice's text and log probabilities in a chunk."""
         logprobs = self._logprobs(self.columns(event.tokens))
         return {"delta": {"content": event.text}, "logprobs": logprobs}

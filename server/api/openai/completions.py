@@ -7,8 +7,8 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from server.api.openai.common import MAX_LOGPROBS, MAX_SEQUENCES, GenerationBody
 from server.config.validation import FieldError, json_kind
-from server.run.choice import ChoiceEvent, TokenInfo
-from server.run.dialect import Shape
+from server.run.dialect import Dialect
+from server.run.output import TextPart, TokenInfo
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -133,7 +133,7 @@ class CompletionBody(GenerationBody):
         return self.best_of or self.n
 
 
-class CompletionShape(Shape):
+class CompletionDialect(Dialect):
     """Answers of ``/v1/completions``."""
 
     whole = part = "text_completion"
@@ -151,7 +151,7 @@ class CompletionShape(Shape):
         """A choice's text and log probabilities in a whole answer."""
         return {"text": text, "logprobs": columns if self.with_logprobs else None}
 
-    def delta(self, event: ChoiceEvent) -> dict[str, Any]:
+    def delta(self, event: TextPart) -> dict[str, Any]:
         """A choice's text and log probabilities in a chunk."""
         return self.message(event.text, self.columns(event.tokens))
 

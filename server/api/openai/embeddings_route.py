@@ -14,8 +14,8 @@ from server.http.connection import current_request
 from server.http.errors import bad_request
 from server.http.pieces import Json
 from server.keys.caller import owner
+from server.keys.store.store import Usage
 from server.prompt.prompts import CONTEXT_IS
-from server.run.dialect import Usage
 from server.run.prepare import validate
 from server.services import Services
 
@@ -34,22 +34,22 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
     @blueprint.post("/embeddings")
     async def create_embeddings() -> Response:
         work = partial(_read, services.registry, strict=wants_strict())
-        body, model, ids, warnings = await read_body(services.text, work)
+        body, model, ids, warnings = await read_body(services.cpu_pool, work)
         current = current_request()
-        place, charge = current.place, current.charge
-        assert place is not None
+        permit, charge = current.permit, current.charge
+        assert permit is not None
         assert charge is not None
         num_tokens = sum(map(len, ids))
         current.log_entry.add(model=body.model, user=body.user, prompt_tokens=num_tokens)
         await charge.reserve(model.name, num_tokens, 0)
-        place.served = True
+        permit.served = True
         try:
             # Should the client leave, this is cancelled, and the future with it.
-            async with asyncio.timeout_at(place.deadline):
+            async with asyncio.timeout_at(permit.deadline):
                 vectors = await asyncio.wrap_future(model.embedder.embed(ids, owner() or ""))
         except TimeoutError:
             charge.settle(Usage(prompt=num_tokens))
-            raise place.too_late() from None
+            raise permit.too_late() from None
         except asyncio.CancelledError:
             charge.settle(Usage(prompt=num_tokens))
             raise
@@ -61,7 +61,7 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
                 embedding_answer(body.model, shortened, body.encoding_format, num_tokens, warnings)
             )
 
-        written = await services.text.run(vectors.nbytes, write, place=place)
+        written = await services.cpu_pool.run(vectors.nbytes, write, permit=permit)
         charge.settle(Usage(prompt=num_tokens))
         return long_response(written)
 

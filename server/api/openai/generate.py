@@ -26,7 +26,7 @@ def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: 
 
     async def create() -> Response:
         work = partial(prepare, services.registry, strict=wants_strict())
-        answer = await read_body(services.text, work, inline=prepare is not prepare_chat)
+        answer = await read_body(services.cpu_pool, work, inline=prepare is not prepare_chat)
         return await _respond(services, answer)
 
     async def socket() -> None:
@@ -39,9 +39,9 @@ def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: 
 async def _respond(services: Services, answer: Answer) -> Response:
     current, generation = current_request(), answer.generation
     current.cleanup.callback(lambda: current.log_entry.add_usage(generation.usage))
-    assert current.place is not None
+    assert current.permit is not None
     assert current.charge is not None
-    await admit(services, current.place, current.charge, answer, current.log_entry)
+    await admit(services, current.permit, current.charge, answer, current.log_entry)
     current.cleanup.callback(generation.end)  # should it never begin
     if not answer.stream:
         return long_response(Json(await answer.whole()))

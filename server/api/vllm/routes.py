@@ -10,8 +10,8 @@ from server.http.codec import long_response, read_body, wants_strict
 from server.http.connection import current_request
 from server.http.errors import bad_request
 from server.http.pieces import Json, JsonList
+from server.keys.store.store import Usage
 from server.prompt.templates import conversation_ids
-from server.run.dialect import Usage
 from server.run.prepare import validate
 from server.services import Services
 
@@ -36,12 +36,12 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
     @blueprint.post("/tokenize")
     async def tokenize() -> Response:
         work = partial(_tokenize, services.registry, strict=wants_strict())
-        return _respond(await read_body(services.text, work, inline=False))
+        return _respond(await read_body(services.cpu_pool, work, inline=False))
 
     @blueprint.post("/detokenize")
     async def detokenize() -> Response:
         work = partial(_detokenize, services.registry, strict=wants_strict())
-        return _respond(await read_body(services.text, work))
+        return _respond(await read_body(services.cpu_pool, work))
 
 
 def _respond(written: _Written) -> Response:

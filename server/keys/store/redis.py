@@ -12,14 +12,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import redis
 
 from server.keys.key import Key, Limits
-from server.keys.store.redis_scripts import ADD_TICKET, RENEW, RESERVE, SETTLE, STANDING
+from server.keys.store.redis_scripts import ADD_TICKET, QUOTA_STATUS, RENEW, RESERVE, SETTLE
 from server.keys.store.store import (
     LEASE_SECONDS,
-    Call,
+    QuotaStatus,
     Refusal,
-    Spent,
-    Standing,
+    Reservation,
     StoreError,
+    Usage,
     UsageRow,
 )
 
@@ -62,7 +62,7 @@ class RedisStore:
         )
         self._scripts = {
             text: self._redis.register_script(text)
-            for text in (RESERVE, SETTLE, RENEW, STANDING, ADD_TICKET)
+            for text in (RESERVE, SETTLE, RENEW, QUOTA_STATUS, ADD_TICKET)
         }
 
     def exists(self) -> bool:
@@ -101,40 +101,50 @@ class RedisStore:
         self._redis.hset(f"{_ROOT}key:{key_id}", mapping=dict(changes))
 
     @_telling
-    def reserve(self, key_id: str, limits: Limits, call: Call, now: float | None) -> Standing:
+    def reserve(
+        self, key_id: str, limits: Limits, reservation: Reservation, now: float | None
+    ) -> QuotaStatus:
         bounds = (limits.day_requests, limits.concurrent, limits.requests, limits.tokens)
-        return _standing(
+        return _quota_status(
             self._run(
                 RESERVE,
                 key_id,
                 now,
                 *(-1 if bound is None else bound for bound in bounds),
-                *(call.id, call.model, call.prompt, call.completion, call.tokens(limits)),
+                *(
+                    reservation.id,
+                    reservation.model,
+                    reservation.prompt,
+                    reservation.completion,
+                    reservation.tokens(limits),
+                ),
                 LEASE_SECONDS,
             )
         )
 
     @_telling
-    def settle(self, key_id: str, call_id: str, spent: Spent | None, now: float | None) -> None:
-        amounts = ("", "", "") if spent is None else (spent.prompt, spent.completion, spent.cached)
-        self._run(SETTLE, key_id, now, call_id, *amounts)
+    def settle(
+        self, key_id: str, reservation_id: str, usage: Usage | None, now: float | None
+    ) -> None:
+        amounts = ("", "", "") if usage is None else (usage.prompt, usage.completion, usage.cached)
+        self._run(SETTLE, key_id, now, reservation_id, *amounts)
 
     @_telling
     def renew(self, calls: Iterable[tuple[str, str]], now: float | None) -> None:
         by_key: dict[str, list[str]] = {}
-        for key_id, call_id in calls:
-            by_key.setdefault(key_id, []).append(call_id)
+        for key_id, reservation_id in calls:
+            by_key.setdefault(key_id, []).append(reservation_id)
         for key_id, ids in by_key.items():
             self._run(RENEW, key_id, now, LEASE_SECONDS, *ids)
 
     @_telling
-    def standing(self, key_id: str, now: float | None) -> Standing:
-        return _standing(self._run(STANDING, key_id, now))
+    def quota_status(self, key_id: str, now: float | None) -> QuotaStatus:
+        return _quota_status(self._run(QUOTA_STATUS, key_id, now))
 
     @_telling
     def sweep(self, now: float | None) -> None:
         for key_id in self._redis.smembers(_ROOT + "keys"):
-            self._run(STANDING, key_id, now)
+            self._run(QUOTA_STATUS, key_id, now)
 
     @_telling
     def usage(self, key_id: str) -> list[UsageRow]:
@@ -176,9 +186,9 @@ class RedisStore:
         return self._scripts[script](keys=names, args=[clock, *arguments])
 
 
-def _standing(answer: list[Any]) -> Standing:
+def _quota_status(answer: list[Any]) -> QuotaStatus:
     refusal, retry, now, requests, tokens, day, running, reset = answer
-    return Standing(
+    return QuotaStatus(
         now=float(now),
         requests=int(requests),
         tokens=int(tokens),

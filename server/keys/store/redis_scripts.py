@@ -153,4 +153,4 @@ return ''
 """
 """Of a key's unused tickets there is a sorted set, by when they expire; of each ticket a string."""
 
-STANDING = _COMMON + "\nreturn standing('', 0)\n"
+QUOTA_STATUS = _COMMON + "\nreturn standing('', 0)\n"

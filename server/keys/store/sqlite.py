@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from server.keys.key import Key, Limits
-from server.keys.store.sqlite_tables import charge, connect, expire, retry_of, standing_of
+from server.keys.store.sqlite_tables import charge, connect, expire, quota_status_of, retry_of
 from server.keys.store.store import (
     LEASE_SECONDS,
     WINDOW_SECONDS,
-    Call,
-    Spent,
-    Standing,
+    QuotaStatus,
+    Reservation,
     StoreError,
+    Usage,
     UsageRow,
     refusal_of,
 )
@@ -102,7 +102,9 @@ class SqliteStore:
             )
 
     @_telling
-    def reserve(self, key_id: str, limits: Limits, call: Call, now: float | None) -> Standing:
+    def reserve(
+        self, key_id: str, limits: Limits, reservation: Reservation, now: float | None
+    ) -> QuotaStatus:
         with self._transaction() as database:
             now = time.time() if now is None else now  # read under the lock: calls are in order
             expire(database, now)
@@ -110,40 +112,50 @@ class SqliteStore:
                 "DELETE FROM calls WHERE key = ? AND at <= ? AND NOT running",
                 (key_id, now - WINDOW_SECONDS),
             )
-            before = standing_of(database, key_id, now)
-            tokens = call.tokens(limits)
+            before = quota_status_of(database, key_id, now)
+            tokens = reservation.tokens(limits)
             if refusal := refusal_of(before, limits, tokens):
                 retry = retry_of(database, key_id, before, limits, tokens, refusal)
                 return dataclasses.replace(before, refusal=refusal, retry=retry)
             database.execute(
                 "INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, TRUE, ?)",
                 (
-                    *(call.id, key_id, now, tokens, call.prompt, call.completion, call.model),
+                    *(
+                        reservation.id,
+                        key_id,
+                        now,
+                        tokens,
+                        reservation.prompt,
+                        reservation.completion,
+                        reservation.model,
+                    ),
                     now + LEASE_SECONDS,
                 ),
             )
-            charge(database, key_id, now, call.model, 1, Spent())
-            return standing_of(database, key_id, now)
+            charge(database, key_id, now, reservation.model, 1, Usage())
+            return quota_status_of(database, key_id, now)
 
     @_telling
-    def settle(self, key_id: str, call_id: str, spent: Spent | None, now: float | None) -> None:
+    def settle(
+        self, key_id: str, reservation_id: str, usage: Usage | None, now: float | None
+    ) -> None:
         with self._transaction() as database:
             expire(database, time.time() if now is None else now)
             row = database.execute(
                 "SELECT at, model FROM calls WHERE id = ? AND key = ? AND running",
-                (call_id, key_id),
+                (reservation_id, key_id),
             ).fetchone()
             if row is None:
                 return
-            if spent is None:
-                database.execute("DELETE FROM calls WHERE id = ?", (call_id,))
-                charge(database, key_id, row[0], row[1], -1, Spent())
+            if usage is None:
+                database.execute("DELETE FROM calls WHERE id = ?", (reservation_id,))
+                charge(database, key_id, row[0], row[1], -1, Usage())
                 return
             database.execute(
                 "UPDATE calls SET running = FALSE, tokens = ? WHERE id = ?",
-                (spent.prompt + spent.completion, call_id),
+                (usage.prompt + usage.completion, reservation_id),
             )
-            charge(database, key_id, row[0], row[1], 0, spent)
+            charge(database, key_id, row[0], row[1], 0, usage)
 
     @_telling
     def renew(self, calls: Iterable[tuple[str, str]], now: float | None) -> None:
@@ -152,13 +164,13 @@ class SqliteStore:
             expire(database, now)
             database.executemany(
                 "UPDATE calls SET lease = ? WHERE key = ? AND id = ? AND running",
-                [(now + LEASE_SECONDS, key_id, call_id) for key_id, call_id in calls],
+                [(now + LEASE_SECONDS, key_id, reservation_id) for key_id, reservation_id in calls],
             )
 
     @_telling
-    def standing(self, key_id: str, now: float | None) -> Standing:
+    def quota_status(self, key_id: str, now: float | None) -> QuotaStatus:
         with self._transaction(write=False) as database:
-            return standing_of(database, key_id, time.time() if now is None else now)
+            return quota_status_of(database, key_id, time.time() if now is None else now)
 
     @_telling
     def sweep(self, now: float | None) -> None:

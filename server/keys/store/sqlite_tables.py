@@ -11,9 +11,9 @@ from server.keys.store.store import (
     BUSY_SECONDS,
     DAY_SECONDS,
     WINDOW_SECONDS,
+    QuotaStatus,
     Refusal,
-    Spent,
-    Standing,
+    Usage,
     token_wait,
 )
 
@@ -72,10 +72,10 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def charge(
-    database: sqlite3.Connection, key: str, at: float, model: str, requests: int, spent: Spent
+    database: sqlite3.Connection, key: str, at: float, model: str, requests: int, usage: Usage
 ) -> None:
     """Add to the usage of the day on which a call was admitted."""
-    amounts = (requests, spent.prompt, spent.completion, spent.cached)
+    amounts = (requests, usage.prompt, usage.completion, usage.cached)
     database.execute(_CHARGE, (key, int(at // DAY_SECONDS), model, *amounts))
 
 
@@ -87,10 +87,10 @@ def expire(database: sqlite3.Connection, now: float) -> None:
         (now,),
     ).fetchall()
     for key, at, model, prompt, completion in rows:
-        charge(database, key, at, model, 0, Spent(prompt=prompt, completion=completion))
+        charge(database, key, at, model, 0, Usage(prompt=prompt, completion=completion))
 
 
-def standing_of(database: sqlite3.Connection, key: str, now: float) -> Standing:
+def quota_status_of(database: sqlite3.Connection, key: str, now: float) -> QuotaStatus:
     """How the key stands."""
     requests, tokens, newest = database.execute(
         "SELECT COUNT(*), COALESCE(SUM(tokens), 0), MAX(at) FROM calls WHERE key = ? AND at > ?",
@@ -103,7 +103,7 @@ def standing_of(database: sqlite3.Connection, key: str, now: float) -> Standing:
         "SELECT COALESCE(SUM(requests), 0) FROM usage WHERE key = ? AND day = ?",
         (key, int(now // DAY_SECONDS)),
     ).fetchone()
-    return Standing(
+    return QuotaStatus(
         now=now,
         requests=requests,
         tokens=tokens,
@@ -116,13 +116,13 @@ def standing_of(database: sqlite3.Connection, key: str, now: float) -> Standing:
 def retry_of(
     database: sqlite3.Connection,
     key: str,
-    standing: Standing,
+    status: QuotaStatus,
     limits: Limits,
     tokens: int,
     refusal: Refusal,
 ) -> float:
     """Seconds until the limit that refused a call of so many tokens will admit it."""
-    now = standing.now
+    now = status.now
     if refusal == "day":
         return DAY_SECONDS - now % DAY_SECONDS
     if refusal == "concurrent":
@@ -132,6 +132,6 @@ def retry_of(
         (key, now - WINDOW_SECONDS),
     ).fetchall()
     if refusal == "tokens":
-        return token_wait(calls, standing.tokens + tokens - (limits.tokens or 0), now)
-    leaving = standing.requests - (limits.requests or 0)  # this one must have left, oldest first
+        return token_wait(calls, status.tokens + tokens - (limits.tokens or 0), now)
+    leaving = status.requests - (limits.requests or 0)  # this one must have left, oldest first
     return calls[leaving][0] + WINDOW_SECONDS - now if limits.requests else WINDOW_SECONDS

@@ -1,11 +1,11 @@
 """Where keys, limits and usage are kept: one interface, over SQLite and over Redis or Valkey.
 
 Everything here blocks, so the event loop calls it on threads. Rates are counted over the sixty
-seconds before a call, each call at the time it was admitted: no minute ever holds more than the
-limit. A day is a day of UTC.
+seconds before a reservation, each request at the time it was admitted: no minute ever holds more
+than the limit. A day is a day of UTC.
 
-A call is reserved with the most it can take and settled with what it took. Its reservation is a
-lease: if nobody renews it, because its server died, it ends, and is charged as reserved.
+A request reserves the most it can take and is settled with what it took. A reservation is a lease:
+if nobody renews it, because its server died, it ends, and is charged as reserved.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,8 +31,8 @@ class StoreError(InferneoError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """What a request will take at most, in tokens; ``id`` is unique."""
+class Reservation:
+    """The tokens that a request may take at most; ``id`` is unique."""
 
     id: str
     model: str
@@ -46,8 +46,8 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spent:
-    """Tokens that a request took; ``cached`` of the prompt's were not computed."""
+class Usage:
+    """Tokens that a request took; ``cached`` of the prompt's were found in the prefix cache."""
 
     prompt: int = 0
     completion: int = 0
@@ -55,15 +55,16 @@ class Spent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
+class QuotaStatus:
     """What a key has used of its limits, at the time ``now``.
 
     Attributes:
         requests: of the last sixty seconds; so are ``tokens``, those reserved included.
         day_requests: of this day.
         running: requests under way.
-        reset: when the last of the sixty seconds' calls will have left them.
-        refusal: the limit that a call would have broken; None: it was admitted, or there was none.
+        reset: when the last of the sixty seconds' requests will have left them.
+        refusal: the limit that a reservation would have exceeded; None: it was made, or none was
+            asked for.
         retry: seconds until that limit will allow it.
     """
 
@@ -123,17 +124,21 @@ class Store(Protocol):
     def change_key(self, key_id: str, changes: Mapping[str, str]) -> None:
         """Replace some of its encoded fields."""
 
-    def reserve(self, key_id: str, limits: Limits, call: Call, now: float | None) -> Standing:
-        """Admit the call, or say which limit refuses it; in one step that nobody else divides."""
+    def reserve(
+        self, key_id: str, limits: Limits, reservation: Reservation, now: float | None
+    ) -> QuotaStatus:
+        """Make the reservation, or say which limit refuses it, atomically."""
 
-    def settle(self, key_id: str, call_id: str, spent: Spent | None, now: float | None) -> None:
+    def settle(
+        self, key_id: str, reservation_id: str, usage: Usage | None, now: float | None
+    ) -> None:
         """Charge what it took; None: it never ran, forget it. Does nothing once it has ended."""
 
     def renew(self, calls: Iterable[tuple[str, str]], now: float | None) -> None:
         """Keep reservations, by the ids of key and call, for another lease."""
 
-    def standing(self, key_id: str, now: float | None) -> Standing:
-        """How the key stands, without a call."""
+    def quota_status(self, key_id: str, now: float | None) -> QuotaStatus:
+        """The key's quota status, without a reservation."""
 
     def sweep(self, now: float | None) -> None:
         """End the reservations whose lease has run out."""
@@ -157,13 +162,13 @@ class Store(Protocol):
         """Let go of connections."""
 
 
-def refusal_of(standing: Standing, limits: Limits, tokens: int) -> Refusal | None:
-    """The limit that one more call, of so many tokens, would break."""
+def refusal_of(status: QuotaStatus, limits: Limits, tokens: int) -> Refusal | None:
+    """The limit that one more request, of so many tokens, would exceed."""
     used: tuple[tuple[Refusal, int, int, int | None], ...] = (
-        ("day", standing.day_requests, 1, limits.day_requests),
-        ("concurrent", standing.running, 1, limits.concurrent),
-        ("requests", standing.requests, 1, limits.requests),
-        ("tokens", standing.tokens, tokens, limits.tokens),
+        ("day", status.day_requests, 1, limits.day_requests),
+        ("concurrent", status.running, 1, limits.concurrent),
+        ("requests", status.requests, 1, limits.requests),
+        ("tokens", status.tokens, tokens, limits.tokens),
     )
     for name, taken, more, limit in used:
         if limit is not None and taken + more > limit:

@@ -30,7 +30,7 @@ class TokenInfo(NamedToken):
 
 
 @dataclass(frozen=True, slots=True)
-class ChoiceEvent:
+class TextPart:
     """What is new in a choice. The texts of its events, joined, are its text."""
 
     index: int
@@ -70,7 +70,7 @@ class TextOptions:
     suffix: str = ""
 
 
-class Choice:
+class OutputProcessor:
     """Turns the engine's outputs for one sequence into events.
 
     Every token goes through decoder and stop matcher by itself, whatever came with it, so text,
@@ -128,11 +128,11 @@ class Choice:
         if self.finish_reason is None:
             self._flush("abort")
 
-    def take(self) -> ChoiceEvent | None:
+    def take(self) -> TextPart | None:
         """What is new since the last call; None when nothing is."""
         if not (self._text or self._tokens or self.finish_reason):
             return None
-        event = ChoiceEvent(self.index, "".join(self._text), self._tokens, self.finish_reason)
+        event = TextPart(self.index, "".join(self._text), self._tokens, self.finish_reason)
         self._text, self._tokens = [], []
         return event
 

@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax import GenerationOutput
-from server.run.choice import Choice, ChoiceEvent, Prompt, TextOptions
+from server.run.output import OutputProcessor, Prompt, TextOptions, TextPart
 
 TOKENIZER = make_tokenizer()
 PROMPT = Prompt(ids=(1,), max_tokens=100)
 texts = st.text(st.sampled_from("abEND\u00e9\U0001f600 "), max_size=30)
 
 
-def events_of(ids: list[int], cuts: list[int], options: TextOptions) -> list[ChoiceEvent]:
+def events_of(ids: list[int], cuts: list[int], options: TextOptions) -> list[TextPart]:
     """Feed ``ids`` in pieces of the sizes ``cuts``, the last with what is left."""
-    choice = Choice(0, TOKENIZER, PROMPT, options)
+    choice = OutputProcessor(0, TOKENIZER, PROMPT, options)
     events, rest = [], ids
     for size in [*cuts, len(ids)]:
         piece, rest = rest[:size], rest[size:]
@@ -71,7 +71,7 @@ def test_any_tokens_give_what_decoding_them_at_once_gives(ids: list[int]) -> Non
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_nothing_counts_after_the_end(cancelled: bool) -> None:
-    choice = Choice(0, TOKENIZER, PROMPT, TextOptions(stops=("b",)))
+    choice = OutputProcessor(0, TOKENIZER, PROMPT, TextOptions(stops=("b",)))
     choice.feed(GenerationOutput(token_ids=tuple(TOKENIZER.encode("a"))))
     if cancelled:
         choice.cancel()

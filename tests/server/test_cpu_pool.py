@@ -12,14 +12,14 @@ from quart import Quart
 from server.http.errors import ApiError
 from server.keys.caller import set_caller
 from server.keys.key import Key
-from server.prompt.cpu_pool import INLINE_BYTES, LARGE_BYTES, TextWork
+from server.prompt.cpu_pool import INLINE_BYTES, LARGE_BYTES, CpuPool
 from server.run.admission import Admission
 
 LONG = INLINE_BYTES + 1
 
 
 async def read(
-    text: TextWork, name: str | None, work: Callable[[], Any], size: int = LONG, **kwargs: Any
+    text: CpuPool, name: str | None, work: Callable[[], Any], size: int = LONG, **kwargs: Any
 ) -> Any:
     async with Quart("test").app_context():
         if name is not None:
@@ -31,7 +31,7 @@ def blocked(never: threading.Event) -> Callable[[], bool]:
     return lambda: never.wait(TIMEOUT)
 
 
-async def settled(text: TextWork) -> None:
+async def settled(text: CpuPool) -> None:
     """Nothing is held any more: both threads may be had, one of them for a large text."""
     both = threading.Barrier(2)
     async with asyncio.timeout(TIMEOUT):
@@ -43,7 +43,7 @@ async def settled(text: TextWork) -> None:
 
 
 async def test_the_long_texts_of_one_key_do_not_hold_up_another() -> None:
-    text, never = TextWork(), threading.Event()
+    text, never = CpuPool(), threading.Event()
     flood = [asyncio.create_task(read(text, "flood", blocked(never))) for _ in range(20)]
     await asyncio.sleep(0)
     async with asyncio.timeout(TIMEOUT):
@@ -57,7 +57,7 @@ async def test_the_long_texts_of_one_key_do_not_hold_up_another() -> None:
 
 
 async def test_the_large_texts_of_several_keys_leave_a_thread_for_small_ones() -> None:
-    text, never = TextWork(), threading.Event()
+    text, never = CpuPool(), threading.Event()
     large = LARGE_BYTES + 1
     floods = [
         asyncio.create_task(read(text, name, blocked(never), large)) for name in ("a", "b", "c")
@@ -74,7 +74,7 @@ async def test_the_large_texts_of_several_keys_leave_a_thread_for_small_ones() -
 
 
 async def test_without_keys_all_threads_are_used() -> None:
-    text, both = TextWork(), threading.Barrier(2)
+    text, both = CpuPool(), threading.Barrier(2)
     async with asyncio.timeout(TIMEOUT):
         await asyncio.gather(*(text.run(LONG, lambda: both.wait(TIMEOUT)) for _ in range(2)))
     await settled(text)
@@ -84,7 +84,7 @@ async def test_only_the_work_is_timed_and_not_the_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("server.prompt.cpu_pool.BUDGET_SECONDS", 0.05)
-    text, never = TextWork(), threading.Event()
+    text, never = CpuPool(), threading.Event()
     flood = [asyncio.create_task(read(text, f"{i}", blocked(never))) for i in range(2)]
     waiting = asyncio.create_task(read(text, "other", lambda: "read"))
     for task in flood:
@@ -102,7 +102,7 @@ async def test_only_the_work_is_timed_and_not_the_wait_for_it(
 async def test_a_turn_lasts_as_long_as_its_thread(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    text, never, begun = TextWork(), threading.Event(), asyncio.Event()
+    text, never, begun = CpuPool(), threading.Event(), asyncio.Event()
     loop, calls = asyncio.get_running_loop(), []
 
     def work() -> None:
@@ -135,7 +135,7 @@ async def test_a_queue_that_is_too_long_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("server.prompt.cpu_pool.MAX_QUEUED_BYTES", 3 * LONG)
-    text, never = TextWork(), threading.Event()
+    text, never = CpuPool(), threading.Event()
     flood = [asyncio.create_task(read(text, "flood", blocked(never))) for _ in range(4)]
     await asyncio.sleep(0)
     with pytest.raises(ApiError) as caught:
@@ -152,7 +152,7 @@ async def test_a_queue_that_is_too_long_is_refused_at_once(
 
 async def test_a_wait_that_is_too_long_is_an_overload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.prompt.cpu_pool.WAIT_SECONDS", 0.05)
-    text, never = TextWork(), threading.Event()
+    text, never = CpuPool(), threading.Event()
     first = asyncio.create_task(read(text, "a", blocked(never)))
     await asyncio.sleep(0)
     with pytest.raises(ApiError) as caught:
@@ -165,12 +165,12 @@ async def test_a_wait_that_is_too_long_is_an_overload(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("waits", [False, True])
 async def test_a_wait_and_the_work_end_with_the_deadline(waits: bool) -> None:
-    text, never = TextWork(), threading.Event()
+    text, never = CpuPool(), threading.Event()
     admission = Admission(10, 60.0)
     first = asyncio.create_task(read(text, "a" if waits else "b", blocked(never)))
     await asyncio.sleep(0)
-    with admission.enter(None, "0.05") as place, pytest.raises(ApiError) as caught:
-        await read(text, "a", blocked(never), place=place)
+    with admission.enter(None, "0.05") as permit, pytest.raises(ApiError) as caught:
+        await read(text, "a", blocked(never), permit=permit)
     assert (caught.value.status, caught.value.code) == (504, "deadline_exceeded")
     never.set()
     await first
@@ -178,7 +178,7 @@ async def test_a_wait_and_the_work_end_with_the_deadline(waits: bool) -> None:
 
 
 async def test_a_failure_is_the_callers_and_gives_everything_back() -> None:
-    text = TextWork()
+    text = CpuPool()
 
     def fail() -> None:
         raise ValueError("wrong")
@@ -190,7 +190,7 @@ async def test_a_failure_is_the_callers_and_gives_everything_back() -> None:
 
 
 async def test_small_work_that_may_block_is_done_in_a_thread() -> None:
-    text = TextWork()
+    text = CpuPool()
     names = [
         await text.run(INLINE_BYTES, lambda: threading.current_thread().name, inline=inline)
         for inline in (True, False)

@@ -60,8 +60,8 @@ class _Job:
 class Embedder:
     """Runs one encoder on a thread of its own, over a short list of batch sizes.
 
-    In a batch texts lie one behind the other, so their lengths are no shapes; each group of the
-    mesh's ``data`` axis has texts of its own. Owners take turns, and the requests of each, so that
+    In a batch texts lie one behind the other, so their lengths are no shapes; each data-
+    parallel rank has texts of its own. Owners take turns, and the requests of each, so that
     neither many nor a large one hold up the others.
     """
 
@@ -180,7 +180,7 @@ class Embedder:
         self._heartbeat.stop()
 
     def _step(self) -> Any:
-        """The jitted step; groups are split over the mesh."""
+        """The jitted step; data-parallel ranks are split over the mesh."""
         split = meshes.spec("rows")
         return jax.jit(
             jax.shard_map(
@@ -268,5 +268,5 @@ class Embedder:
             step = self._compiled[batch.tokens.shape[1]]
             batches.append((batch.places, step(self._weights, batch.tokens, batch.bounds)))
         for places, found in batches:
-            indices, groups, texts = map(list, zip(*places, strict=True))
-            job.vectors[indices] = np.asarray(found)[groups, texts]
+            indices, ranks, texts = map(list, zip(*places, strict=True))
+            job.vectors[indices] = np.asarray(found)[ranks, texts]

@@ -28,7 +28,8 @@ from inferneo_jax.request import (
     TokenLogprob,
 )
 from inferneo_jax.runner.runner import PendingStep, Runner
-from inferneo_jax.scheduler.data_parallel import Groups, Plans
+from inferneo_jax.scheduler.data_parallel import DataParallelScheduler
+from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.scheduler.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -44,15 +45,15 @@ class Engine:
     def __init__(self, runner: Runner) -> None:
         self.max_len, self._limits = runner.max_len, runner.limits
         self._runner = runner
-        self._groups = Groups(
-            runner.groups,
+        self._scheduler = DataParallelScheduler(
+            runner.dp_size,
             slots=runner.slots,
             num_pages=runner.num_pages,
             page_len=runner.page_len,
             shapes=runner.shapes,
         )
         self._forecast = Forecast(
-            runner.groups * runner.slots, runner.groups * runner.shapes.budget
+            runner.dp_size * runner.slots, runner.dp_size * runner.shapes.budget
         )
         self._in_flight: PendingStep | None = None
         self._idle = True  # the latest step found nothing to do
@@ -177,7 +178,7 @@ class Engine:
         if gives_up:
             return False
         for sequence in untouched:
-            self._groups.add(sequence)
+            self._scheduler.add(sequence)
         try:
             with self._heartbeat:
                 self._runner.reset()
@@ -201,7 +202,7 @@ class Engine:
     def _clear(self) -> None:
         """Forget what is scheduled: every sequence, page and step under way."""
         self._in_flight = None
-        self._groups.clear()
+        self._scheduler.clear()
         self._publish()
 
     def step(self) -> None:
@@ -211,12 +212,12 @@ class Engine:
         """
         started = time.monotonic()
         before = previous = self._in_flight
-        if previous and (previous.drafted or self._groups.may_draft(self._runner.drafts)):
+        if previous and (previous.drafted or self._scheduler.may_draft(self._runner.drafts)):
             self._commit(previous, self._dispatch(None, previous)[1])
             previous = None
         self._take_inbox()
-        plans = self._groups.schedule(None if previous else self._runner.drafts)
-        pending, results = self._dispatch(plans, previous)
+        scheduled = self._scheduler.schedule(None if previous else self._runner.drafts)
+        pending, results = self._dispatch(scheduled, previous)
         if previous:
             self._commit(previous, results)
         self._in_flight = pending
@@ -227,21 +228,21 @@ class Engine:
         self._publish()
 
     def _dispatch(
-        self, plans: Plans | None, previous: PendingStep | None
+        self, scheduled: SchedulerOutputs | None, previous: PendingStep | None
     ) -> tuple[PendingStep | None, Results]:
         """Dispatch what is planned, then wait for the results of the step before it."""
         with self._heartbeat:
             # Asked for in here: ``fail`` closes the inbox, then condemns the step under way.
             if self._inbox.end:
                 return None, (None, None)
-            step = self._runner.run(plans) if plans else None
+            step = self._runner.run(scheduled) if scheduled else None
             return step, previous.wait() if previous else (None, None)
 
     def _take_inbox(self) -> None:
         """Do what other threads asked for since the last step."""
         submitted, changes = self._inbox.take()
         for sequence in submitted:
-            self._groups.add(sequence)
+            self._scheduler.add(sequence)
         for sequence, change in changes:
             if sequence.finished:
                 continue  # it ended before it could be changed
@@ -252,18 +253,18 @@ class Engine:
 
     def _publish(self) -> None:
         """Show ``stats`` what it is like now."""
-        self._figures = self._groups.counts(), dataclasses.replace(self._totals)
+        self._figures = self._scheduler.counts(), dataclasses.replace(self._totals)
 
     def _commit(self, step: PendingStep, results: Results) -> None:
         """Hand out the results of a step to the requests that still want them."""
         self._totals.steps += 1
-        for found in results_of(step.plans, *results):
+        for found in results_of(step.scheduled, *results):
             self._totals.prompt_tokens += found.prefilled
             if found.drafted:
                 self._totals.drafted_tokens += found.drafted
                 self._totals.accepted_tokens += len(found.tokens) - 1
                 cost = self._runner.drafts.cost if self._runner.drafts else 0.0
-                self._groups.accept(found.sequence, found.drafted, len(found.tokens) - 1, cost)
+                self._scheduler.accept(found.sequence, found.drafted, len(found.tokens) - 1, cost)
             if found.sequence.finished:
                 continue  # it ended while this step was under way
             if found.tokens:
@@ -293,7 +294,7 @@ class Engine:
         logprobs: tuple[TokenLogprob, ...] | None = None,
     ) -> None:
         """Free what the sequence holds, then deliver its last output."""
-        self._groups.remove(sequence)
+        self._scheduler.remove(sequence)
         if sequence.output and reason != "abort":
             self._forecast.finished(len(sequence.output))
         self._inbox.discard(sequence)

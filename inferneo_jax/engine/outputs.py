@@ -7,7 +7,7 @@ from inferneo_jax.engine.scores import keep_prompt_scores, token_logprob
 from inferneo_jax.layers.sampler import Scores
 from inferneo_jax.models.steps import Sampled
 from inferneo_jax.request import TokenLogprob
-from inferneo_jax.scheduler.data_parallel import Plans
+from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import accepted
 
@@ -45,18 +45,20 @@ class Result:
         return tuple(token_logprob(self.scores, at, token, num_top) for token, at in found)
 
 
-def results_of(plans: Plans, decode: Sampled | None, prefill: Sampled | None) -> Iterator[Result]:
+def results_of(
+    scheduled: SchedulerOutputs, decode: Sampled | None, prefill: Sampled | None
+) -> Iterator[Result]:
     """The results of a step, read; a prompt's scores are added to its sequence's.
 
     Args:
-        plans: of the step, a group after the other, each with as many rows of the results.
+        scheduled: what the step ran; the rows of the results are split evenly over its ranks.
         decode: ids ``[rows]``, or ``[rows, tokens]`` where drafts were verified.
         prefill: of the rows that ran prompts.
     """
     if decode:
         ids = decode.ids.tolist()
-        for group, plan in enumerate(plans):
-            for i, row in enumerate(plan.decode, start=group * (len(ids) // len(plans))):
+        for rank, work in enumerate(scheduled):
+            for i, row in enumerate(work.decode, start=rank * (len(ids) // len(scheduled))):
                 if isinstance(ids[i], int):
                     yield Result(row.sequence, [ids[i]], decode.scores, [(i,)])
                     continue
@@ -65,8 +67,8 @@ def results_of(plans: Plans, decode: Sampled | None, prefill: Sampled | None) ->
                 yield Result(row.sequence, tokens, decode.scores, places, drafted=len(row.draft))
     if prefill:
         ids = prefill.ids.tolist()
-        for group, plan in enumerate(plans):
-            for i, chunk in enumerate(plan.prefill, start=group * (len(ids) // len(plans))):
+        for rank, work in enumerate(scheduled):
+            for i, chunk in enumerate(work.prefill, start=rank * (len(ids) // len(scheduled))):
                 keep_prompt_scores(chunk, prefill.prompt_scores, i)
                 yield Result(
                     chunk.sequence,

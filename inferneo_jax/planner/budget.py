@@ -42,10 +42,10 @@ class Budget:
         self.weights = local_bytes(flat(weight_shapes(wish.model, mesh, self.formats)))
         context_length = wish.model.context_length
         max_len = min(wish.engine.max_len or context_length, context_length)
-        groups = meshes.parts(mesh, "slots")
+        dp_size = meshes.parts(mesh, "slots")
         # Of every slot its tokens, biases and the rest of its sampling parameters.
         each = 4 * max_len + 8 * wish.engine.max_logit_bias + 256
-        self.state = wish.engine.slots // groups * each
+        self.state = wish.engine.slots // dp_size * each
         reserve = int(_RESERVE * wish.topology.chip.memory_bytes)
         self.kv = wish.topology.chip.memory_bytes - self.weights - self.state - reserve
         least = self.token_bytes * wish.context
@@ -67,7 +67,7 @@ class Work:
 
 
 def work_of(wish: Wish, mesh: Mesh, token_bytes: int, rows: int, tokens: int) -> Work:
-    """Of ``rows`` rows of a group with ``tokens`` new tokens each, behind ``context`` others."""
+    """The work of a rank's ``rows`` rows of ``tokens`` new tokens each, after ``context``."""
     model = meshes.parts(mesh, "kv_heads")
     fitted = fit(wish.model, model)
     shapes = weight_shapes(wish.model, mesh, formats_for(wish.engine, mesh))

@@ -183,7 +183,7 @@ def _read_step(wish: Wish, programs: Programs, key: Key, compiled: list[Any]) ->
     )
     return Step(
         kind=kind,
-        tokens=programs.groups * rows * tokens,
+        tokens=programs.dp_size * rows * tokens,
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         cache_bytes=programs.cache_bytes,

@@ -37,12 +37,12 @@ def make_programs(
             leaves its size open.
 
     Raises:
-        ConfigError: the longest sequence does not fit the cache, or the groups do not divide the
+        ConfigError: the longest sequence does not fit the cache, or the mesh does not divide the
             slots.
     """
-    groups = meshes.parts(mesh, "slots")
-    if config.slots % groups:
-        raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={groups}")
+    dp_size = meshes.parts(mesh, "slots")
+    if config.slots % dp_size:
+        raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={dp_size}")
     fitted = fit(model, meshes.parts(mesh, "kv_heads"))
     device = mesh.devices.flat[0]
     page_len = config.page_len or (64 if device.platform == "tpu" else 16)
@@ -59,11 +59,11 @@ def make_programs(
 
 
 def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int]:
-    """The longest sequence, in tokens, and the pages of one group's cache.
+    """The longest sequence, in tokens, and the pages of one data-parallel rank's cache.
 
     The programs given have a cache of one page.
     """
-    config, groups, page_len = programs.config, programs.groups, programs.page_len
+    config, dp_size, page_len = programs.config, programs.dp_size, programs.page_len
     token_bytes = programs.cache_bytes // page_len
     context_length = programs.model.context_length
     if config.max_len is not None and config.max_len > context_length:
@@ -74,15 +74,15 @@ def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int
         )
     longest = min(config.max_len or context_length, context_length)
     if config.kv_tokens:
-        tokens = config.kv_tokens // groups
+        tokens = config.kv_tokens // dp_size
     else:
-        tokens = min(config.slots // groups * longest, budget() // token_bytes)
+        tokens = min(config.slots // dp_size * longest, budget() // token_bytes)
     max_len = longest if config.max_len else min(longest, tokens)
     pages = tokens // page_len
     if max_len > pages * page_len or max_len < 2:
         raise ConfigError(
             f"max_len is {max_len} tokens but the KV cache of "
-            f"{'each group' if groups > 1 else 'the model'} holds {pages * page_len} "
+            f"{'each data-parallel rank' if dp_size > 1 else 'the model'} holds {pages * page_len} "
             f"({token_bytes} bytes each on a device); lower max_len or raise kv_tokens"
         )
     return max_len, pages

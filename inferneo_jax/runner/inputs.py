@@ -1,7 +1,7 @@
-"""What the host hands to a step: plans and requests written out as numpy arrays.
+"""What the host passes to a step: scheduled work and requests, written out as numpy arrays.
 
-Each array holds as many rows of every group of devices, group after group; slots and pages are
-counted from 0 within a group.
+Each array holds the same number of rows for every data-parallel rank, rank after rank; slots and
+pages are counted from 0 within a rank.
 """
 
 from collections.abc import Iterable
@@ -26,8 +26,8 @@ class RowBuilder:
     """Sizes of everything that is handed over; they never change while a model is loaded.
 
     Attributes:
-        groups: of devices, on the mesh's ``data`` axis.
-        slots: of one group.
+        dp_size: number of data-parallel ranks, the size of the mesh's ``data`` axis.
+        slots: of one rank.
         max_len: tokens of the longest sequence.
         max_pages: pages of the longest sequence.
         vocab_size: of the model.
@@ -35,7 +35,7 @@ class RowBuilder:
         max_stops: stop tokens of one request.
     """
 
-    groups: int
+    dp_size: int
     slots: int
     max_len: int
     max_pages: int
@@ -45,12 +45,12 @@ class RowBuilder:
     _page_tables: "_PageTables" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        tables = _PageTables(self.groups, self.slots, self.max_pages)
+        tables = _PageTables(self.dp_size, self.slots, self.max_pages)
         object.__setattr__(self, "_page_tables", tables)
 
     def empty_state(self) -> SlotState:
         """All slots without tokens, greedy and with no sampling feature in use."""
-        return self._unused(self.groups * self.slots)
+        return self._unused(self.dp_size * self.slots)
 
     def _unused(self, rows: int) -> SlotState:
 
@@ -86,54 +86,54 @@ class RowBuilder:
         tokens[: sequence.num_known] = sequence.tokens
         return SlotState(tokens, self._sampling_row(sequence.request))
 
-    def admit(self, groups: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:
-        """The sequences that each group admits: their slots, and what to put there."""
-        slots: Any = np.full(self.groups * bucket, self.slots, np.int32)
-        rows = self._unused(self.groups * bucket)
+    def admit(self, ranks: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:
+        """The sequences that each rank admits: their slots, and what to put there."""
+        slots: Any = np.full(self.dp_size * bucket, self.slots, np.int32)
+        rows = self._unused(self.dp_size * bucket)
         arrays = _arrays(rows)
-        for group, sequences in enumerate(groups):
-            for i, sequence in enumerate(sequences, start=group * bucket):
+        for rank, sequences in enumerate(ranks):
+            for i, sequence in enumerate(sequences, start=rank * bucket):
                 slots[i] = sequence.slot
                 for array, value in zip(arrays, _arrays(self.slot_row(sequence)), strict=True):
                     array[i] = value
         return slots, rows
 
-    def decode(self, groups: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeRows:
-        """Rows of a decode step; each group's are padded to the bucket with rows without a slot."""
-        total = self.groups * bucket
+    def decode(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeRows:
+        """Rows of a decode step; each rank's are padded to the bucket with rows without a slot."""
+        total = self.dp_size * bucket
         slots: Any = np.full(total, self.slots, np.int32)
         positions: Any = np.zeros(total, np.int32)
         tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
-        for group, rows in enumerate(groups):
-            for i, row in enumerate(rows, start=group * bucket):
+        for rank, rows in enumerate(ranks):
+            for i, row in enumerate(rows, start=rank * bucket):
                 slots[i] = row.sequence.slot
                 positions[i] = row.position
                 tables[i] = self._page_tables.of(row.sequence)
         return DecodeRows(slots, positions, tables)
 
-    def verify(self, groups: Iterable[Iterable[DecodeRow]], bucket: int, most: int) -> VerifyRows:
+    def verify(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, most: int) -> VerifyRows:
         """Rows of a decode step with drafts of up to ``most`` tokens."""
-        total = self.groups * bucket
+        total = self.dp_size * bucket
         drafts: Any = np.zeros((total, most), np.int32)
         num_drafted: Any = np.zeros(total, np.int32)
-        of_groups = [tuple(rows) for rows in groups]
-        for group, rows in enumerate(of_groups):
-            for i, row in enumerate(rows, start=group * bucket):
+        by_rank = [tuple(rows) for rows in ranks]
+        for rank, rows in enumerate(by_rank):
+            for i, row in enumerate(rows, start=rank * bucket):
                 num_drafted[i] = len(row.draft)
                 drafts[i, : len(row.draft)] = row.draft
-        return VerifyRows(*self.decode(of_groups, bucket), drafts, num_drafted)
+        return VerifyRows(*self.decode(by_rank, bucket), drafts, num_drafted)
 
-    def prefill(self, groups: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillRows:
+    def prefill(self, ranks: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillRows:
         """Rows of a prefill step, padded like those of a decode step."""
-        total = self.groups * bucket
+        total = self.dp_size * bucket
         slots: Any = np.full(total, self.slots, np.int32)
         start: Any = np.zeros(total, np.int32)
         length: Any = np.ones(total, np.int32)
         sample: Any = np.zeros(total, np.bool_)
         scored: Any = np.zeros(total, np.bool_)
         tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
-        for group, chunks in enumerate(groups):
-            for i, chunk in enumerate(chunks, start=group * bucket):
+        for rank, chunks in enumerate(ranks):
+            for i, chunk in enumerate(chunks, start=rank * bucket):
                 slots[i] = chunk.sequence.slot
                 start[i], length[i], sample[i] = chunk.start, chunk.length, chunk.sample
                 scored[i] = chunk.sequence.request.prompt_logprobs is not None
@@ -193,14 +193,14 @@ class _PageTables:
     has another list.
     """
 
-    def __init__(self, groups: int, slots: int, max_pages: int) -> None:
-        self._rows = np.full((groups, slots, max_pages), NO_PAGE, np.int32)
+    def __init__(self, dp_size: int, slots: int, max_pages: int) -> None:
+        self._rows = np.full((dp_size, slots, max_pages), NO_PAGE, np.int32)
         self._written: dict[tuple[int, int], tuple[list[int], int]] = {}
 
     def of(self, sequence: Sequence) -> Any:
         """A sequence's table, for now."""
         assert sequence.slot is not None
-        place, pages = (sequence.group, sequence.slot), sequence.pages
+        place, pages = (sequence.dp_rank, sequence.slot), sequence.pages
         row = self._rows[place]
         source, done = self._written.get(place, (None, 0))
         if source is not pages:

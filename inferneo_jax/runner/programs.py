@@ -1,7 +1,7 @@
 """The compiled programs of a model on a mesh: what the runner runs, and what a plan looks at.
 
 Each step is one ``jax.shard_map`` over the whole mesh, whatever its size: weights split by their
-logical axes, the cache by page and KV head, slots and rows by group (``data``). Everything here is
+logical axes, the cache by page and KV head, slots and rows by data-parallel rank. All of this is
 abstract, shapes and shardings only, so the same programs are compiled for hardware that is there
 and for hardware that is not.
 """
@@ -29,8 +29,8 @@ from inferneo_jax.sharding.padding import fit
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 Key = tuple[str, int, int]
-"""A program: ``decode``, ``verify``, ``prefill``, ``admit`` or ``sample``, its rows in one group
-and the tokens of each."""
+"""A program: ``decode``, ``verify``, ``prefill``, ``admit`` or ``sample``, its rows on one
+data-parallel rank and the tokens of each."""
 
 MAX_STOP_IDS = 32
 """Most stop token ids of one request."""
@@ -51,7 +51,7 @@ class Programs:
         formats: of the weights.
         attention: how the cache is kept and read.
         max_len: tokens of the longest sequence.
-        num_pages: of one group's cache, page 0 included.
+        num_pages: of one data-parallel rank's cache, page 0 included.
     """
 
     model: DecoderConfig
@@ -68,16 +68,16 @@ class Programs:
         return self.attention.page_len
 
     @property
-    def groups(self) -> int:
-        """Groups of devices that each serve requests of their own."""
+    def dp_size(self) -> int:
+        """Number of data-parallel ranks, each of which serves requests of its own."""
         return meshes.parts(self.mesh, "slots")
 
     @property
     def rows(self) -> RowBuilder:
         """What the host hands to the programs."""
         return RowBuilder(
-            groups=self.groups,
-            slots=self.config.slots // self.groups,
+            dp_size=self.dp_size,
+            slots=self.config.slots // self.dp_size,
             max_len=self.max_len,
             max_pages=-(-self.max_len // self.page_len),
             vocab_size=self.model.vocab_size,
@@ -92,14 +92,14 @@ class Programs:
 
     @property
     def row_buckets(self) -> list[int]:
-        """Rows of one group for which decode is compiled, rising."""
-        slots = self.config.slots // self.groups
+        """Rows of one data-parallel rank for which decode is compiled, rising."""
+        slots = self.config.slots // self.dp_size
         buckets = [b for b in self.config.row_buckets if b < slots]
         return [*buckets, next(b for b in self.config.row_buckets if b >= slots)]
 
     @property
     def draft_buckets(self) -> list[int]:
-        """Rows of one group for which drafts can be verified, rising."""
+        """Rows of one data-parallel rank for which drafts can be verified, rising."""
         if self.config.speculation == "off":
             return []
         return [bucket for bucket in self.row_buckets if bucket <= self.config.draft_rows]
@@ -107,7 +107,7 @@ class Programs:
     @property
     def prefill_shapes(self) -> PrefillShapes:
         """For which prefill is compiled."""
-        slots = self.config.slots // self.groups
+        slots = self.config.slots // self.dp_size
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         overhead = _CPU_OVERHEAD if on_cpu else _OVERHEAD
         padding = self.formats.linear.padding_cost
@@ -135,7 +135,7 @@ class Programs:
         ]
 
     def empty_cache(self) -> Callable[[], KVCache]:
-        """A function that makes the cache of all groups, where it belongs."""
+        """A function that makes the cache of all ranks, where it belongs."""
         return jax.jit(self._init_cache())
 
     def _init_cache(self) -> Callable[[], KVCache]:
@@ -158,7 +158,7 @@ class Programs:
     def host_arguments(self, key: Key) -> tuple[Any, ...]:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""
         kind, rows, tokens = key
-        nothing = ((),) * self.groups
+        nothing = ((),) * self.dp_size
         if kind == "decode":
             return (self.rows.decode(nothing, rows),)
         if kind == "verify":
@@ -179,7 +179,7 @@ class Programs:
         slots = np.minimum(np.arange(rows, dtype=np.int32), self.rows.slots - 1)
         (nothing,) = arguments
         every = np.full_like(nothing.slots, tokens)
-        busy = nothing._replace(slots=np.tile(slots, self.groups))
+        busy = nothing._replace(slots=np.tile(slots, self.dp_size))
         if kind == "prefill":
             busy = busy._replace(length=every)
         if kind == "verify":
@@ -200,7 +200,7 @@ class Programs:
         }
 
     def place(self, arguments: Any, axis: str = "rows") -> Any:
-        """Numpy arrays of all groups as arguments of a program, split by their leading axis.
+        """Numpy arrays of all ranks as arguments of a program, split by their leading axis.
 
         Processes that hold only a part of the mesh must each be given the same ones.
         """
@@ -255,8 +255,8 @@ class Programs:
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
 
     def _sample_rows(self, rows: int) -> SampleRows:
-        """Shapes of all groups' rows to be sampled."""
-        rows *= self.groups
+        """Shapes of all ranks' rows to be sampled."""
+        rows *= self.dp_size
         logits: Any = jax.ShapeDtypeStruct((rows, self.model.vocab_size), np.float32)
         each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
         return SampleRows(logits, each, each, each)

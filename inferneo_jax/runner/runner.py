@@ -27,7 +27,7 @@ from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.model_info import ModelFacts, facts_of
 from inferneo_jax.runner.programs import MAX_STOP_IDS, Key
 from inferneo_jax.runner.wire import Wire
-from inferneo_jax.scheduler.data_parallel import Plans
+from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.scheduler.speculation import Drafts
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.convert import Progress
@@ -43,37 +43,37 @@ class PendingStep:
     Those of decode and prefill are each with the program that they come from.
     """
 
-    plans: Plans
+    scheduled: SchedulerOutputs
     decode: tuple[Key, Sampled] | None
     prefill: tuple[Key, Sampled] | None
 
     @property
     def drafted(self) -> bool:
         """Whether it verifies drafts: then how far it comes is known when it is read."""
-        return any(plan.drafted for plan in self.plans)
+        return any(rank.drafted for rank in self.scheduled)
 
     def wait(self) -> tuple[Sampled | None, Sampled | None]:
         """The results of decode and prefill as numpy arrays, once they are there."""
-        read = [each and _read(*each, len(self.plans)) for each in (self.decode, self.prefill)]
+        read = [each and _read(*each, len(self.scheduled)) for each in (self.decode, self.prefill)]
         return read[0], read[1]
 
 
-def _read(key: Key, sampled: Sampled, groups: int) -> Sampled:
+def _read(key: Key, sampled: Sampled, dp_size: int) -> Sampled:
     """The results of a program's own rows, as numpy arrays; of drafts ``[rows, tokens]``."""
     kind, rows, tokens = key
-    shape = (groups * rows, tokens) if kind == "verify" else (groups * rows,)
+    shape = (dp_size * rows, tokens) if kind == "verify" else (dp_size * rows,)
 
     def own(array: Any) -> Any:
         padded = np.asarray(array)
-        of_groups = padded.reshape(groups, -1, *padded.shape[1:])
-        return of_groups[:, : math.prod(shape) // groups].reshape(*shape, *padded.shape[1:])
+        by_rank = padded.reshape(dp_size, -1, *padded.shape[1:])
+        return by_rank[:, : math.prod(shape) // dp_size].reshape(*shape, *padded.shape[1:])
 
     ids, scores = jax.tree.map(own, (sampled.ids, sampled.scores))
     return Sampled(ids, scores, jax.tree.map(np.asarray, sampled.prompt_scores))
 
 
 class Runner:
-    """Runs planned steps of one decoder.
+    """Runs the scheduled steps of one decoder.
 
     Every shape it may meet is compiled by ``compile``; after that it calls executables only, so a
     shape that was not foreseen raises instead of compiling.
@@ -113,8 +113,8 @@ class Runner:
         self.config = config = self._programs.config
         self.page_len = self._programs.page_len
         self.max_len, self.num_pages = self._programs.max_len, self._programs.num_pages
-        self.groups = self._programs.groups
-        self.slots = config.slots // self.groups
+        self.dp_size = self._programs.dp_size
+        self.slots = config.slots // self.dp_size
         self.shapes = self._programs.prefill_shapes
         self._weights = weights
         self._rows = self._programs.rows
@@ -167,7 +167,7 @@ class Runner:
 
     def _allocate(self) -> None:
         vars(self).pop("_cache", None)  # freed first: there may be no room for two
-        what = f"the KV cache of {self.groups * self.num_pages * self.page_len} tokens"
+        what = f"the KV cache of {self.dp_size * self.num_pages * self.page_len} tokens"
         require(self._programs.cache_bytes * sharing(self._mesh), what)
         with compiles.expected(), explained(f"{what} was allocated"):
             self._cache = self._make_cache()
@@ -225,29 +225,29 @@ class Runner:
         )
         return 1.1 * verify / plain
 
-    def run(self, plans: Plans) -> PendingStep:
-        """Dispatch a planned step and return at once."""
-        if most := max(len(plan.admitted) for plan in plans):
+    def run(self, scheduled: SchedulerOutputs) -> PendingStep:
+        """Dispatch a scheduled step and return at once."""
+        if most := max(len(rank.admitted) for rank in scheduled):
             rows = 1 if most == 1 else self.shapes.max_rows
-            admitted = self._rows.admit((plan.admitted for plan in plans), rows)
+            admitted = self._rows.admit((rank.admitted for rank in scheduled), rows)
             self._step(("admit", rows, 0), admitted)
         decode = prefill = None
-        if most := max(len(plan.decode) for plan in plans):
-            decode = self._decode(plans, most)
-        if shape := next((plan.shape for plan in plans if plan.shape), None):
-            chunks = self._rows.prefill((plan.prefill for plan in plans), shape[0])
+        if most := max(len(rank.decode) for rank in scheduled):
+            decode = self._decode(scheduled, most)
+        if shape := next((rank.shape for rank in scheduled if rank.shape), None):
+            chunks = self._rows.prefill((rank.prefill for rank in scheduled), shape[0])
             prefill = self._step(("prefill", *shape), (chunks,))
-        return PendingStep(plans, decode, prefill)
+        return PendingStep(scheduled, decode, prefill)
 
-    def _decode(self, plans: Plans, most: int) -> tuple[Key, Sampled] | None:
-        """A decode step of up to so many rows in a group, which verifies their drafts."""
-        groups = [plan.decode for plan in plans]
-        if not any(plan.drafted for plan in plans):
+    def _decode(self, scheduled: SchedulerOutputs, most: int) -> tuple[Key, Sampled] | None:
+        """A decode step of up to so many rows of a rank, which verifies their drafts."""
+        ranks = [rank.decode for rank in scheduled]
+        if not any(rank.drafted for rank in scheduled):
             bucket = next(b for b in self._programs.row_buckets if b >= most)
-            return self._step(("decode", bucket, 1), (self._rows.decode(groups, bucket),))
+            return self._step(("decode", bucket, 1), (self._rows.decode(ranks, bucket),))
         bucket = next(b for b in self._programs.draft_buckets if b >= most)
         length = self.config.draft_tokens
-        drafted = self._rows.verify(groups, bucket, length)
+        drafted = self._rows.verify(ranks, bucket, length)
         return self._step(("verify", bucket, length + 1), (drafted,))
 
     def _step(self, key: Key, arguments: tuple[Any, ...]) -> tuple[Key, Sampled] | None:

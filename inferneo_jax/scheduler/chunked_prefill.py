@@ -14,7 +14,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class PrefillShapes:
-    """The shapes of one group's prefill steps.
+    """The shapes of one data-parallel rank's prefill steps.
 
     Attributes:
         shapes: rising in tokens.

@@ -1,4 +1,4 @@
-"""What one step runs, as the scheduler plans it and the runner carries it out."""
+"""What one step runs: made by the scheduler, carried out by the runner."""
 
 from dataclasses import dataclass
 
@@ -27,8 +27,8 @@ class DecodeRow:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step runs in one group.
+class SchedulerOutput:
+    """What one step runs on one data-parallel rank.
 
     Attributes:
         admitted: just got their slots, and must be put there first.
@@ -49,3 +49,7 @@ class StepPlan:
 
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)
+
+
+SchedulerOutputs = tuple[SchedulerOutput, ...]
+"""What one step runs, by data-parallel rank."""

@@ -24,9 +24,9 @@ class Batch(NamedTuple):
     """Texts as an encoder takes them.
 
     Attributes:
-        tokens: ``[groups, size]``: ids of one text after the other, then zeros.
-        bounds: ``[groups, texts + 1]``: where each text begins, and the last one ends.
-        places: for each text its number, its group, and its place among the texts of that.
+        tokens: ``[dp_size, size]``: ids of one text after the other, then zeros.
+        bounds: ``[dp_size, texts + 1]``: where each text begins, and the last one ends.
+        places: for each text its number, its rank, and its place among the texts of that rank.
     """
 
     tokens: Ints
@@ -40,12 +40,12 @@ class Packer:
 
     Attributes:
         max_tokens: of a text.
-        groups: that have texts of their own in every batch.
+        dp_size: number of data-parallel ranks, which have texts of their own in every batch.
         padding_cost: of a token of padding, in other tokens.
     """
 
     max_tokens: int
-    groups: int
+    dp_size: int
     padding_cost: float
 
     @property
@@ -61,8 +61,8 @@ class Packer:
         """A batch without texts."""
         texts = max(1, size // _MEAN_LENGTH)
         return Batch(
-            np.zeros((self.groups, size), np.int32),
-            np.zeros((self.groups, texts + 1), np.int32),
+            np.zeros((self.dp_size, size), np.int32),
+            np.zeros((self.dp_size, texts + 1), np.int32),
             [],
         )
 
@@ -78,19 +78,19 @@ class Packer:
 
         size = max(self.sizes, key=worth)
         batch = self.empty(size)
-        for group in range(self.groups):
+        for rank in range(self.dp_size):
             taken = _fitting(texts, order, size)
             del order[len(order) - len(taken) :]
             ends = list(accumulate((len(texts[i]) for i in taken), initial=0))
-            batch.bounds[group] = ends[-1]
-            batch.bounds[group, : len(ends)] = ends
-            batch.tokens[group, : ends[-1]] = [token for i in taken for token in texts[i]]
-            batch.places.extend((i, group, place) for place, i in enumerate(taken))
+            batch.bounds[rank] = ends[-1]
+            batch.bounds[rank, : len(ends)] = ends
+            batch.tokens[rank, : ends[-1]] = [token for i in taken for token in texts[i]]
+            batch.places.extend((i, rank, place) for place, i in enumerate(taken))
         return batch
 
 
 def _fitting(texts: Sequence[Ids], order: Sequence[int], size: int) -> list[int]:
-    """The longest texts that are left, as many as a group of this size holds."""
+    """The longest texts that are left, as many as a rank of this size holds."""
     longest = order[: -max(1, size // _MEAN_LENGTH) - 1 : -1]
     ends = accumulate(len(texts[i]) for i in longest)
     return [i for i, end in zip(longest, ends, strict=True) if end <= size]

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from inferneo_jax.scheduler.block_pool import PagePool
 from inferneo_jax.scheduler.chunked_prefill import PrefillShapes, Shape
-from inferneo_jax.scheduler.output import DecodeRow, PrefillChunk, StepPlan
+from inferneo_jax.scheduler.output import DecodeRow, PrefillChunk, SchedulerOutput
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import Drafts
 
@@ -76,11 +76,11 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
 
-    def schedule(self, shape: Shape | None = None, drafts: Drafts | None = None) -> StepPlan:
+    def schedule(self, shape: Shape | None = None, drafts: Drafts | None = None) -> SchedulerOutput:
         """Plan the next step, on the assumption that it will be run.
 
         Args:
-            shape: of its prefill, when another group has chosen one.
+            shape: of its prefill, when another rank has chosen one.
             drafts: how to make them; None: for no row. Every sampled token must be known.
         """
         claimant = self._make_room()
@@ -90,7 +90,7 @@ class Scheduler:
         crowded = self.num_preemptions > preemptions
         admitted = () if crowded else self._admit(claimant)
         shape, prefill = self._plan_prefill(shape)
-        return StepPlan(admitted, prefill, shape, decode)
+        return SchedulerOutput(admitted, prefill, shape, decode)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others share the pages that are full of known, computed tokens."""

@@ -28,8 +28,8 @@ class Sequence:
         sink: receives its outputs.
         order: arrival number, unique.
         output: generated tokens that the host knows.
-        group: of devices that serves it.
-        slot: row of its group's state; None while waiting.
+        dp_rank: the data-parallel rank that serves it.
+        slot: row of its rank's state; None while waiting.
         pages: of the KV cache, in order of position.
         prefill_len: tokens that prefill computes: all that were known when it got its slot.
         num_computed: leading tokens whose keys and values are written, or will be by a step
@@ -49,7 +49,7 @@ class Sequence:
     sink: OutputSink
     order: int
     output: list[int] = field(default_factory=list)
-    group: int = 0
+    dp_rank: int = 0
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     prefill_len: int = 0

@@ -5,7 +5,7 @@ from collections import Counter
 from inferneo_jax.request import GenerationRequest
 from inferneo_jax.scheduler.block_pool import PagePool
 from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
-from inferneo_jax.scheduler.output import StepPlan
+from inferneo_jax.scheduler.output import SchedulerOutput
 from inferneo_jax.scheduler.scheduler import Scheduler
 from inferneo_jax.scheduler.sequence import Sequence
 
@@ -23,7 +23,7 @@ class House:
         self.tokens: Counter[str] = Counter()
         self.rows: list[int] = []
         self.chunks: list[int] = []
-        self._in_flight: StepPlan | None = None
+        self._in_flight: SchedulerOutput | None = None
 
     def add(
         self,
@@ -50,26 +50,26 @@ class House:
     def step(self, times: int = 1) -> None:
         """As the engine does it: a step is read when the next one is on its way."""
         for _ in range(times):
-            plan = self.scheduler.schedule()
-            self._check(plan)
+            output = self.scheduler.schedule()
+            self._check(output)
             if self._in_flight:
                 self._commit(self._in_flight)
-            self._in_flight = plan
+            self._in_flight = output
 
-    def _check(self, plan: StepPlan) -> None:
+    def _check(self, output: SchedulerOutput) -> None:
         """What is prefilled beside decoding rows stays within the budget, and fits its shape."""
-        self.rows.append(len(plan.decode))
-        self.chunks.append(len(plan.prefill))
-        assert sum(chunk.length for chunk in plan.prefill) <= SHAPES.budget
-        if plan.prefill:
-            assert plan.shape in SHAPES.shapes
-            rows, tokens = plan.shape
-            assert len(plan.prefill) <= rows
-            assert all(0 < chunk.length <= tokens for chunk in plan.prefill)
+        self.rows.append(len(output.decode))
+        self.chunks.append(len(output.prefill))
+        assert sum(chunk.length for chunk in output.prefill) <= SHAPES.budget
+        if output.prefill:
+            assert output.shape in SHAPES.shapes
+            rows, tokens = output.shape
+            assert len(output.prefill) <= rows
+            assert all(0 < chunk.length <= tokens for chunk in output.prefill)
 
-    def _commit(self, plan: StepPlan) -> None:
-        rows = [row.sequence for row in plan.decode]
-        rows += [chunk.sequence for chunk in plan.prefill if chunk.sample]
+    def _commit(self, output: SchedulerOutput) -> None:
+        rows = [row.sequence for row in output.decode]
+        rows += [chunk.sequence for chunk in output.prefill if chunk.sample]
         for sequence in rows:
             if not sequence.finished:
                 self.tokens[sequence.request.owner] += 1

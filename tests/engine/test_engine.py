@@ -15,7 +15,8 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.request import SamplingParams
 from inferneo_jax.runner.runner import PendingStep, Runner
-from inferneo_jax.scheduler.data_parallel import Groups, Plans
+from inferneo_jax.scheduler.data_parallel import DataParallelScheduler
+from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.scheduler.scheduler import Scheduler
 from tests.support import MIXED, Collected, MakeEngine, close, prompt, submit
 
@@ -242,19 +243,19 @@ def test_what_is_asked_while_a_step_is_planned_is_not_forgotten(
     engine = tiny_engine()
     paused = submit(engine, prompt(6), 40)
     paused.wait_for_tokens(1)
-    schedule, asked, late = Groups.schedule, threading.Event(), []
+    schedule, asked, late = DataParallelScheduler.schedule, threading.Event(), []
 
-    def ask_late(groups: Groups, *args: Any) -> Plans | None:
-        plans = schedule(groups, *args)
-        if plans is None and engine._in_flight is None and not asked.is_set():
+    def ask_late(scheduler: DataParallelScheduler, *args: Any) -> SchedulerOutputs | None:
+        scheduled = schedule(scheduler, *args)
+        if scheduled is None and engine._in_flight is None and not asked.is_set():
             if change == "submit":
                 late.append(submit(engine, prompt(5)))
             else:
                 getattr(engine, change)(paused.request.id)
             asked.set()
-        return plans
+        return scheduled
 
-    monkeypatch.setattr(Groups, "schedule", ask_late)
+    monkeypatch.setattr(DataParallelScheduler, "schedule", ask_late)
     engine.pause(paused.request.id)
     assert asked.wait(60)
     reason = {"resume": "length", "abort": "abort"}
@@ -269,14 +270,14 @@ def test_nobody_waits_for_a_step_to_be_planned(
 ) -> None:
     engine = tiny_engine()
     long = submit(engine, prompt(6), 50)
-    schedule, planning, go_on = Groups.schedule, threading.Event(), threading.Event()
+    schedule, planning, go_on = DataParallelScheduler.schedule, threading.Event(), threading.Event()
 
-    def plan_slowly(groups: Groups, *args: Any) -> Plans | None:
+    def plan_slowly(scheduler: DataParallelScheduler, *args: Any) -> SchedulerOutputs | None:
         planning.set()
         assert go_on.wait(120)
-        return schedule(groups, *args)
+        return schedule(scheduler, *args)
 
-    monkeypatch.setattr(Groups, "schedule", plan_slowly)
+    monkeypatch.setattr(DataParallelScheduler, "schedule", plan_slowly)
     with ThreadPoolExecutor(1) as pool:
         try:
             other = submit(engine, prompt(5))
@@ -295,17 +296,17 @@ def test_no_step_is_run_after_the_engine_has_failed(
     tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = tiny_engine()
-    schedule, run, late = Groups.schedule, Runner.run, []
+    schedule, run, late = DataParallelScheduler.schedule, Runner.run, []
 
-    def fail_first(groups: Groups, *args: Any) -> Plans | None:
+    def fail_first(scheduler: DataParallelScheduler, *args: Any) -> SchedulerOutputs | None:
         engine.fail("the device is gone")
-        return schedule(groups, *args)
+        return schedule(scheduler, *args)
 
-    def note(runner: Runner, plans: Plans) -> PendingStep:
-        late.append(plans)
-        return run(runner, plans)
+    def note(runner: Runner, scheduled: SchedulerOutputs) -> PendingStep:
+        late.append(scheduled)
+        return run(runner, scheduled)
 
-    monkeypatch.setattr(Groups, "schedule", fail_first)
+    monkeypatch.setattr(DataParallelScheduler, "schedule", fail_first)
     monkeypatch.setattr(Runner, "run", note)
     assert submit(engine, prompt(5)).finish_reason == "error"
     engine.stop()

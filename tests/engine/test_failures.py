@@ -27,7 +27,7 @@ from inferneo_jax.platform import memory
 from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import GenerationOutput, GenerationRequest
 from inferneo_jax.runner.runner import PendingStep, Runner
-from inferneo_jax.scheduler.data_parallel import Plans
+from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.weights.convert import convert
 from tests.calibration import Machine
 from tests.support import GREEDY, ONE_DEVICE, TINY, MakeEngine, prompt, submit, tiny_weights
@@ -44,11 +44,11 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
     expected = submit(engine, prompt(9), 20).tokens
     run = Runner.run
 
-    def explode_once(self: Runner, plans: Plans) -> PendingStep:
-        if len(plans[0].decode) == 4:
+    def explode_once(self: Runner, scheduled: SchedulerOutputs) -> PendingStep:
+        if len(scheduled[0].decode) == 4:
             monkeypatch.setattr(Runner, "run", run)
             raise RuntimeError("the device hiccups")
-        return run(self, plans)
+        return run(self, scheduled)
 
     monkeypatch.setattr(Runner, "run", explode_once)
     lost = [submit(engine, prompt(5, seed=i), 50) for i in range(4)]

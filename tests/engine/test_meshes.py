@@ -55,7 +55,7 @@ def _engine(config: DecoderConfig, shape: MeshShape, engine: EngineConfig = TINY
 
 
 def _outputs(engine: Engine) -> list[Collected]:
-    """Requests of every kind, more than there are slots in a group, some sharing a prefix."""
+    """Requests of every kind, more than a rank has slots, some sharing a prefix."""
     first = [submit(engine, prompt(9 + i, seed=i // 2), **MIXED[i]) for i in range(len(MIXED))]
     again = [submit(engine, prompt(9, seed=i % 3), 20) for i in range(6)]
     return [collected.wait() for collected in first + again]

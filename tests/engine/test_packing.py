@@ -9,27 +9,27 @@ LENGTHS = [(1,), (16,), (100,) * 32, (1,) * 700, tuple(range(1, 257, 5)), (2000,
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: str(len(lengths)))
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dp_size", [1, 3])
 @pytest.mark.parametrize("padding_cost", [0.0, 1.0])
 def test_every_text_is_packed_once(
-    lengths: tuple[int, ...], groups: int, padding_cost: float
+    lengths: tuple[int, ...], dp_size: int, padding_cost: float
 ) -> None:
     rng = np.random.default_rng(0)
     texts = [rng.integers(1, 1000, length).tolist() for length in lengths]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    packer = Packer(max(lengths), groups, padding_cost)
+    packer = Packer(max(lengths), dp_size, padding_cost)
     seen = []
     while order:
         batch = packer.take(texts, order)
         assert batch.tokens.shape[1] in packer.sizes
         assert batch.bounds.shape == packer.empty(batch.tokens.shape[1]).bounds.shape
         assert (np.diff(batch.bounds) >= 0).all()
-        for number, group, place in batch.places:
-            begin, end = batch.bounds[group, place : place + 2]
-            assert batch.tokens[group, begin:end].tolist() == texts[number]
+        for number, rank, place in batch.places:
+            begin, end = batch.bounds[rank, place : place + 2]
+            assert batch.tokens[rank, begin:end].tolist() == texts[number]
             seen.append(number)
-        for group, used in enumerate(batch.bounds[:, -1]):
-            assert not batch.tokens[group, used:].any()
+        for rank, used in enumerate(batch.bounds[:, -1]):
+            assert not batch.tokens[rank, used:].any()
     assert sorted(seen) == list(range(len(texts)))
 
 

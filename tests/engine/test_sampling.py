@@ -18,7 +18,7 @@ from inferneo_jax.scheduler.sequence import Sequence
 
 VOCAB, MAX_LEN = 300, 16
 BUILDER = RowBuilder(
-    groups=1, slots=4, max_len=MAX_LEN, max_pages=1, vocab_size=VOCAB, max_bias=8, max_stops=4
+    dp_size=1, slots=4, max_len=MAX_LEN, max_pages=1, vocab_size=VOCAB, max_bias=8, max_stops=4
 )
 
 

@@ -41,7 +41,7 @@ FRAMEWORKS := tests/clients/frameworks
 
 test-clients: $(VENV)/.installed-test frameworks
 	$(BIN)/inferneo pull $(MODELS)
-	REQUIRE_CLIENTS=1 $(BIN)/pytest tests/clients
+	REQUIRE_CLIENTS=1 $(BIN)/pytest tests/clients tests/docs/test_docs_examples.py
 
 frameworks: $(FRAMEWORKS)/.venv/.installed
 
@@ -69,7 +69,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m server.cli.reference docs/reference
 
 screenshots: $(VENV)/.installed-test
-	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/pages/test_chat_real.py tests/pages/test_dashboard_real.py
+	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/web/test_chat_real.py tests/web/test_dashboard_real.py
 
 install: $(VENV)/.installed
 

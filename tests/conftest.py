@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-for _package in ("layers", "models", "cache", "sampling", "steps", "embedder"):
+for _package in ("layers", "models", "engine.embedder"):
     install_import_hook(f"inferneo_jax.{_package}", "beartype.beartype")
 
 from inferneo_jax.config import EngineConfig
@@ -30,9 +30,20 @@ from inferneo_jax.models import REFERENCE
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
-from tests.calibration import Machine
-from tests.serving import CHAT_MODEL, EMBEDDING_MODEL, real_server
-from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
+from tests.support.fixtures import rig, shared_rig, tokenizer
+from tests.support.machine_speed import Machine
+from tests.support.model_files import made
+from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, real_server
+from tests.support.tiny_model import (
+    NATIVE,
+    NATIVE_ENGINE,
+    ONE_DEVICE,
+    TINY,
+    TINY_ENGINE,
+    tiny_weights,
+)
+
+__all__ = ["made", "rig", "shared_rig", "tokenizer"]
 
 # A machine that does other things too is no fault of the code.
 hypothesis.settings.register_profile("any time", deadline=None)

@@ -12,8 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import inferneo_jax
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 ENGINE = ROOT / "inferneo_jax"
 SOURCES = sorted([*ENGINE.rglob("*.py"), *(ROOT / "server").rglob("*.py")])
 

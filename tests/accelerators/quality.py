@@ -21,9 +21,9 @@ import numpy as np
 from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.model import LanguageModel, load_model
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
-from tests.support import submit
+from tests.support.paths import ROOT
+from tests.support.tiny_model import submit
 
-ROOT = Path(__file__).parents[2]
 TEXTS = (
     "README.md",
     "LICENSE",

@@ -22,7 +22,7 @@ import psutil
 
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from server.keys.key import Limits
-from tests.accelerators.ray_cluster import Replicas, replicas
+from tests.support.ray_cluster import Replicas, replicas
 
 CLIENTS = 6
 LIMIT = 12

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CHAT, EMBED, REPLY, Rig
-from tools import node_modules, program, run, run_on_page
+
+from tests.support.fake_server import CHAT, EMBED, REPLY, Rig
+from tests.support.programs import node_modules, program, run, run_on_page
 
 PAGE_SCRIPT = """
 (async () => {

@@ -1,4 +1,4 @@
-"""The official Python client beyond what ``tests/server/test_api_openai.py`` asks of it."""
+"""The official Python client beyond what ``tests/api/test_api_openai.py`` asks of it."""
 
 import asyncio
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from fake_engine import writes
-from harness import CHAT, EMBED, REPLY, Rig
 
 from inferneo_jax import EngineFailedError, Tokenizer
+from tests.support.fake_engine import writes
+from tests.support.fake_server import CHAT, EMBED, REPLY, Rig
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from harness import REPLY, Rig
-from rigs import KeyRig, key_rig
-from tools import FRAMEWORKS, framework_python, run
 
 from inferneo_jax import Tokenizer
 from server.keys.key import Limits
+from tests.support.fake_server import REPLY, Rig
+from tests.support.keyed_server import KeyRig, key_rig
+from tests.support.programs import FRAMEWORKS, framework_python, run
 
 BEGINNING = REPLY[: REPLY.index("END")]
 VECTOR = 8

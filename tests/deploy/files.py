@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 DEPLOY = ROOT / "docs" / "deploy"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 

@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from files import ROOT, SCRIPTS, check, read
+
+from tests.deploy.files import SCRIPTS, check, read
+from tests.support.paths import ROOT
 
 CONFIG = ROOT / ".pre-commit-config.yaml"
 HOOKS = {hook["id"]: hook for repo in read(CONFIG)["repos"] for hook in repo["hooks"]}

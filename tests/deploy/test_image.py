@@ -9,11 +9,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from files import DEPLOY, ROOT, SCRIPTS, check, read
 
 from inferneo_jax import __version__
 from server.config.settings import PREFIX, Settings
 from server.keys.store.store import open_store
+from tests.deploy.files import DEPLOY, SCRIPTS, check, read
+from tests.support.paths import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
 COMPOSE = read(ROOT / "compose.yaml")

@@ -8,24 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import promql_parser
 import pytest
 import yaml
-from fake_engine import FakeEmbedder, FakeEngine, writes
-from harness import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
 
 from inferneo_jax import EngineStats, GenerationOutput
 from server.keys.sockets import SocketAdmission
 from server.observe.metrics import Metrics
 from server.run.admission import Admission
-from tests.clients.tools import program
-from tests.serving import free_address
+from tests.support.fake_engine import FakeEmbedder, FakeEngine, writes
+from tests.support.fake_server import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
+from tests.support.paths import ROOT
+from tests.support.programs import program
+from tests.support.server_process import free_address
 
-ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
 GRAFANA = DEPLOY / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "inferneo.json").read_text(encoding="utf-8"))

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from files import DEPLOY, check
-from harness import CHAT, Rig, make_tokenizer, running
 from websockets.sync.client import connect
 
 from server.config.settings import Settings
-from tests.clients.tools import program
-from tests.serving import free_address
+from tests.deploy.files import DEPLOY, check
+from tests.support.fake_server import CHAT, Rig, make_tokenizer, running
+from tests.support.programs import program
+from tests.support.server_process import free_address
 
 NAME = "inferneo.example.com"
 PATIENCE = 10.0

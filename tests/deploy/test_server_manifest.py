@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from files import DEPLOY, ROOT, SCRIPTS, check, read_all
 
 from server.app import app
+from tests.deploy.files import DEPLOY, SCRIPTS, check, read_all
+from tests.support.paths import ROOT
 
 MANIFESTS = sorted(DEPLOY.glob("*.yaml"))
 OBJECTS = {each["kind"]: each for each in read_all(DEPLOY / "server.yaml")}

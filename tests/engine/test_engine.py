@@ -18,7 +18,7 @@ from inferneo_jax.runner.runner import PendingStep, Runner
 from inferneo_jax.scheduler.data_parallel import DataParallelScheduler
 from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.scheduler.scheduler import Scheduler
-from tests.support import MIXED, Collected, MakeEngine, close, prompt, submit
+from tests.support.tiny_model import MIXED, Collected, MakeEngine, close, prompt, submit
 
 with_kernels = pytest.mark.parametrize("kernels", ["xla", "native"])
 

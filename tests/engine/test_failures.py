@@ -29,10 +29,18 @@ from inferneo_jax.request import GenerationOutput, GenerationRequest
 from inferneo_jax.runner.runner import PendingStep, Runner
 from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.weights.convert import convert
-from tests.calibration import Machine
-from tests.support import GREEDY, ONE_DEVICE, TINY, MakeEngine, prompt, submit, tiny_weights
+from tests.support.machine_speed import Machine
+from tests.support.paths import FAMILIES
+from tests.support.tiny_model import (
+    GREEDY,
+    ONE_DEVICE,
+    TINY,
+    MakeEngine,
+    prompt,
+    submit,
+    tiny_weights,
+)
 
-FAMILIES = Path(__file__).parents[1] / "golden" / "families"
 SOON = 0.4
 """Seconds after which a step hangs."""
 

@@ -7,7 +7,7 @@ import pytest
 from inferneo_jax.engine.forecast import Forecast
 from inferneo_jax.request import EngineTotals, GenerationRequest
 from inferneo_jax.scheduler.sequence import Sequence
-from tests.support import MakeEngine, prompt, submit
+from tests.support.tiny_model import MakeEngine, prompt, submit
 
 SLOTS, BUDGET = 4, 16
 STEP = 0.01

@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from fixtures import rig, tokenizer
-from harness import Rig, running
 
 from inferneo_jax import Tokenizer
+from tests.support.fake_server import Rig, running
 
-__all__ = ["rig", "shared_rig", "tokenizer"]
 CONTEXT = 100_000
 
 

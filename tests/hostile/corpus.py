@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from harness import CHAT, EMBED
+from tests.support.fake_server import CHAT, EMBED
 
 HI = [{"role": "user", "content": "Hi"}]
 GOOD: dict[str, dict[str, Any]] = {

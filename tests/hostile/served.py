@@ -15,8 +15,8 @@ import httpx
 
 from server.keys.key import SCOPES, Limits, new_key
 from server.keys.store.store import open_store
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PATH = "/v1/chat/completions"
 TEXT, BINARY = 0x81, 0x82
 _HANDSHAKE = (
@@ -82,7 +82,7 @@ def serving(folder: Path, **settings: str) -> Iterator[Served]:
     store.close()
     env = {k: v for k, v in os.environ.items() if not k.startswith("INFERNEO_")}
     env |= {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'server'}",
+        "PYTHONPATH": str(ROOT),
         "INFERNEO_KEYS_DB": location,
         "INFERNEO_CHECKPOINTS": str(folder),
         "INFERNEO_PORT": "0",
@@ -90,7 +90,7 @@ def serving(folder: Path, **settings: str) -> Iterator[Served]:
         "INFERNEO_REQUIRE_KEY": "true",
         **settings,
     }
-    command = [sys.executable, str(ROOT / "tests" / "server" / "serve_fakes.py")]
+    command = [sys.executable, "-m", "tests.support.serve_fakes"]
     with log.open("wb") as file, subprocess.Popen(command, stderr=file, env=env) as process:
         try:
             deadline = time.monotonic() + 60

@@ -6,7 +6,6 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import h2.config
@@ -15,15 +14,16 @@ import h2.events
 import h2.exceptions
 import httpx
 import pytest
-from fake_engine import FakeEmbedder
-from harness import CHAT, EMBED, Server, wait_ready
 from websockets.asyncio.client import connect
 
 from inferneo_jax import EmbeddingModel, EngineConfig, LanguageModel, load_model
 from inferneo_jax.weights.convert import convert
-from tests.calibration import Machine
+from tests.support.fake_engine import FakeEmbedder
+from tests.support.fake_server import CHAT, EMBED, Server, wait_ready
+from tests.support.machine_speed import Machine
+from tests.support.paths import FAMILIES
 
-SOURCE = Path(__file__).parents[1] / "golden" / "families" / "llama-tied"
+SOURCE = FAMILIES / "llama-tied"
 ROUNDS = 500
 PATIENCE = 30.0
 PATH = "/v1/completions"

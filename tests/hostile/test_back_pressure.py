@@ -9,12 +9,12 @@ from typing import Any
 import orjson
 import psutil
 import pytest
-from fake_engine import writes
-from harness import CHAT, Rig
 from websockets.sync.client import ClientConnection, connect
 
 from inferneo_jax import Tokenizer
-from tests.calibration import Machine
+from tests.support.fake_engine import writes
+from tests.support.fake_server import CHAT, Rig
+from tests.support.machine_speed import Machine
 
 TOKENS = 60_000
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": TOKENS, "stream": True, "logprobs": 5}

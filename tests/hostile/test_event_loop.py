@@ -6,14 +6,14 @@ from typing import Any
 
 import orjson
 import pytest
-from corpus import GOOD, LARGE
-from fake_engine import writes
-from harness import Rig
-from loop import CallbackMeter
-from resident import PeakMemory, resident
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
+from tests.hostile.corpus import GOOD, LARGE
+from tests.hostile.loop import CallbackMeter
+from tests.hostile.resident import PeakMemory, resident
+from tests.support.fake_engine import writes
+from tests.support.fake_server import Rig
 
 JSON = {"Content-Type": "application/json"}
 LONGEST = 0.05

@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from corpus import GOOD, SQUEEZED, fields, raw_bodies
-from harness import CHAT, Rig
-from loop import LagMeter
-from resident import resident
 from websockets.sync.client import connect
 
-from tests.calibration import Machine
+from tests.hostile.corpus import GOOD, SQUEEZED, fields, raw_bodies
+from tests.hostile.loop import LagMeter
+from tests.hostile.resident import resident
+from tests.support.fake_server import CHAT, Rig
+from tests.support.machine_speed import Machine
 
 JSON = {"Content-Type": "application/json"}
 MIB = 2**20

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from served import PATH, Served, Socket, frame, serving, socket_to
 
 from server.http.socket_connection import CLOSE_SECONDS
 from server.keys.key import new_text
 from server.keys.socket_auth import FIRST_FRAME_SECONDS, PROTOCOL
 from server.keys.sockets import MAX_UNIDENTIFIED, MAX_UNIDENTIFIED_OF_ADDRESS
+from tests.hostile.served import PATH, Served, Socket, frame, serving, socket_to
 
 FRAME = 16 * 1024 * 1024
 CHUNK = "\U0001f600".encode() + b"x" * 65_532  # one emoji, and Python takes four bytes for each

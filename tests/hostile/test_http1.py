@@ -5,8 +5,9 @@ import socket
 from typing import Any
 
 import pytest
-from harness import CHAT, Rig
 from structlog.testing import capture_logs
+
+from tests.support.fake_server import CHAT, Rig
 
 HOST = b"Host: localhost\r\n"
 JSON = b"Content-Type: application/json\r\n"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import orjson
 import pytest
-from frames import Frames, Header
-from harness import CHAT, Rig, running
 from hyperframe.frame import ContinuationFrame, HeadersFrame, RstStreamFrame
 
 from inferneo_jax import Tokenizer
 from server.http.http2 import MAX_RESETS
+from tests.hostile.frames import Frames, Header
+from tests.support.fake_server import CHAT, Rig, running
 
 PROTOCOL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 1, 8, 11
 GET: dict[str, str | bytes] = {

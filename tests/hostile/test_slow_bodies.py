@@ -11,13 +11,13 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from harness import CHAT
-from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server import application
 from server.keys.key import Limits
 from server.run.admission import Admission
+from tests.support.fake_server import CHAT
+from tests.support.keyed_server import KeyRig, bearer, key_rig
 
 PATH = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 10}

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from variants import VARIANTS
 
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.errors import ConfigError
@@ -23,7 +22,8 @@ from inferneo_jax.models import REFERENCE
 from inferneo_jax.runner.backends import cache_dtype_for
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.sharding.mesh import make_mesh
-from tests.support import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY
+from tests.kernels.variants import VARIANTS
+from tests.support.tiny_model import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY
 
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 3e-6}

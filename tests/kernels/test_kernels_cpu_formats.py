@@ -14,7 +14,16 @@ from inferneo_jax.layers.quantization import Int8, Plain
 from inferneo_jax.runner.backends import formats_for
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
-from tests.support import MIXED, ONE_DEVICE, TINY, TINY_ENGINE, close, prompt, submit, tiny_weights
+from tests.support.tiny_model import (
+    MIXED,
+    ONE_DEVICE,
+    TINY,
+    TINY_ENGINE,
+    close,
+    prompt,
+    submit,
+    tiny_weights,
+)
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 

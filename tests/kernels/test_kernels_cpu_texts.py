@@ -18,7 +18,7 @@ from inferneo_jax.layers.quantization import After, Plain
 from inferneo_jax.layers.segments import TextAttention, Texts
 from inferneo_jax.runner.backends import encoder_formats_for
 from inferneo_jax.sharding.mesh import make_mesh
-from tests.support import ONE_DEVICE
+from tests.support.tiny_model import ONE_DEVICE
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

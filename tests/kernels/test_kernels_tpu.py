@@ -12,7 +12,7 @@ from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.tpu.attention import TpuPagedAttention
 from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
 from inferneo_jax.layers.quantization import quantize
-from tests.support import TINY
+from tests.support.tiny_model import TINY
 
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "int8": 2e-2}

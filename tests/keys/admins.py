@@ -1,22 +1,20 @@
 """An administrator of a server, over a store of each kind."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from harness import CHAT
-from rigs import KeyRig, key_rig
 
 from inferneo_jax import Tokenizer
+from tests.support.fake_server import CHAT
+from tests.support.keyed_server import KeyRig, key_rig
 
 KEYS = "/admin/keys"
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
 Ask = Callable[..., httpx.Response]
 ADMIN = frozenset({"admin"})
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import writes
-from fixtures import tokenizer
-from harness import CHAT, EMBED, REPLY
-from rigs import KeyRig, key_rig
-from stores import location, redis_url, store
 
 from inferneo_jax import Tokenizer
+from tests.support.fake_engine import writes
+from tests.support.fake_server import CHAT, EMBED, REPLY
+from tests.support.key_stores import location, redis_url, store
+from tests.support.keyed_server import KeyRig, key_rig
 
-__all__ = ["location", "redis_url", "store", "tokenizer"]
+__all__ = ["location", "redis_url", "store"]
 
 
 @pytest.fixture(scope="module")

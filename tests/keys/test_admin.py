@@ -6,12 +6,12 @@ from typing import Any
 
 import orjson
 import pytest
-from admins import ADMIN, BODY, CHATS, KEYS, Ask, ask, rig
-from harness import CHAT, EMBED
-from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server.observe import log
+from tests.keys.admins import ADMIN, BODY, CHATS, KEYS, Ask, ask, rig
+from tests.support.fake_server import CHAT, EMBED
+from tests.support.keyed_server import KeyRig, bearer, key_rig
 
 __all__ = ["ask", "rig"]
 

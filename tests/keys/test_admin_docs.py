@@ -9,11 +9,11 @@ from pathlib import Path
 
 import orjson
 import pytest
-from rigs import key_rig
 
 from inferneo_jax import Tokenizer
+from tests.support.keyed_server import key_rig
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PRINTED = "http://127.0.0.1:8000"
 
 

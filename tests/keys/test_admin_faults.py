@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server.keys.store.redis import RedisStore
 from server.keys.store.sqlite import SqliteStore
 from server.observe import log
+from tests.support.keyed_server import KeyRig, bearer, key_rig
 
 KEYS = "/admin/keys"
 ADMIN = frozenset({"admin"})

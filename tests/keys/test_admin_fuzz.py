@@ -4,11 +4,11 @@ import copy
 from typing import Any
 
 import pytest
-from fuzz import Report, run
-from rigs import KeyRig, bearer
 
 from server.api.openapi import document
 from server.keys.key import Key
+from tests.support.keyed_server import KeyRig, bearer
+from tests.support.schema_fuzz import Report, run
 
 
 def of_admin(kept: list[Key], ended: list[Key]) -> dict[str, Any]:

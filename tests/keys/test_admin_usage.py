@@ -10,14 +10,15 @@ from typing import Any
 
 import orjson
 import pytest
-from admins import ADMIN, BODY, CHATS, KEYS, ROOT, Ask, ask, rig
-from harness import CHAT
-from rigs import KeyRig, bearer, key_rig
 
 from inferneo_jax import Tokenizer
 from server.keys.key import Key, Limits
 from server.keys.keyring import Keyring, KeyringError
 from server.keys.store.store import DAY_SECONDS, Reservation, Usage
+from tests.keys.admins import ADMIN, BODY, CHATS, KEYS, Ask, ask, rig
+from tests.support.fake_server import CHAT
+from tests.support.keyed_server import KeyRig, bearer, key_rig
+from tests.support.paths import ROOT
 
 __all__ = ["ask", "rig"]
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import websockets
-from harness import CHAT, EMBED
-from rigs import KeyRig, bearer, closing_code
 from websockets.sync.client import connect
 
 from server.app import create_app
@@ -17,8 +15,10 @@ from server.config.settings import Settings
 from server.keys.guard import OPEN_ENDPOINTS, SCOPE_OF
 from server.keys.key import digest, new_text
 from server.observe import log
+from tests.support.fake_server import CHAT, EMBED
+from tests.support.keyed_server import KeyRig, bearer, closing_code
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}

@@ -5,16 +5,15 @@ from typing import Any
 
 import pytest
 import websockets
-from harness import CHAT
-from rigs import KeyRig, bearer, key_rig
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
 from server.app import create_app
 from server.config.settings import Settings
 from server.keys.key import new_text
+from tests.support.fake_server import CHAT
+from tests.support.keyed_server import KeyRig, bearer, key_rig
 
-ROOT = Path(__file__).parents[2]
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}

@@ -5,22 +5,20 @@ import socket
 import time
 import weakref
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 import pytest
 import websockets
-from harness import CHAT, REPLY
-from rigs import KeyRig, bearer, closing_code
 from websockets.sync.client import connect
 
 from server.http.frames import FrameMemory, Inbox, take_over
 from server.keys.guard import MAX_TICKETS
 from server.keys.key import TICKET_SECONDS, new_text
+from tests.support.fake_server import CHAT, REPLY
+from tests.support.keyed_server import KeyRig, bearer, closing_code
 
-ROOT = Path(__file__).parents[2]
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}

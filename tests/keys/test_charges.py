@@ -6,14 +6,14 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from fake_engine import TIMEOUT, writes
-from harness import CHAT, EMBED
-from rigs import KeyRig, bearer
 from websockets.sync.client import connect
 
 from inferneo_jax import RequestError, Tokenizer
 from server.http.errors import unavailable
 from server.keys.key import Limits
+from tests.support.fake_engine import TIMEOUT, writes
+from tests.support.fake_server import CHAT, EMBED
+from tests.support.keyed_server import KeyRig, bearer
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 3}

@@ -9,14 +9,14 @@ import openai
 import orjson
 import pytest
 import websockets
-from fake_engine import writes
-from harness import CHAT, EMBED, parse_events
-from rigs import KeyRig, bearer, key_rig
 from websockets.sync.client import connect
 
 from inferneo_jax import EngineFailedError, OverloadedError, Tokenizer
 from server.keys.key import Limits
 from server.keys.limits import duration
+from tests.support.fake_engine import writes
+from tests.support.fake_server import CHAT, EMBED, parse_events
+from tests.support.keyed_server import KeyRig, bearer, key_rig
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 100}

@@ -4,13 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
-from admins import Ask, ask, rig
 from typer.testing import CliRunner
 
 from server.cli.main import app
 from server.keys.key import new_key
 from server.keys.store.store import open_store
 from server.observe.visible import escaped, hidden_in
+from tests.keys.admins import Ask, ask, rig
 
 __all__ = ["ask", "rig"]
 HIDDEN = {

@@ -14,13 +14,13 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import ReferenceStore
 
 from server.keys.key import Limits, encode_fields, new_key
 from server.keys.store.store import LEASE_SECONDS, Reservation, Store, StoreError, Usage, open_store
+from tests.keys.reference import ReferenceStore
+from tests.support.paths import ROOT
 
 NOON = 1_700_000_000.0 // 86400 * 86400 + 43200
-ROOT = Path(__file__).parents[2]
 IDS = itertools.count()
 
 

@@ -8,12 +8,12 @@ import h2.config
 import h2.connection
 import h2.events
 import pytest
-from harness import CHAT, EMBED
-from rigs import KeyRig
 
 from server.app import create_app
 from server.config.settings import Settings
 from server.keys.guard import OPEN_ENDPOINTS
+from tests.support.fake_server import CHAT, EMBED
+from tests.support.keyed_server import KeyRig
 
 PATHS = sorted(
     {

@@ -1,9 +1,9 @@
 """A whole server on tiny random models, in a process of its own."""
 
 import pytest
-from stores import location, redis_url
 
-from tests.tiny import tiny_checkpoints
+from tests.support.key_stores import location, redis_url
+from tests.support.tiny_checkpoints import tiny_checkpoints
 
 __all__ = ["location", "redis_url"]
 

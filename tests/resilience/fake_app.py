@@ -3,11 +3,10 @@
 import time
 from typing import Any
 
-from fake_engine import FakeEmbedder, FakeEngine, writes
-from harness import make_tokenizer, models_of
-
 from server.app import create_app
 from server.config.settings import Settings
+from tests.support.fake_engine import FakeEmbedder, FakeEngine, writes
+from tests.support.fake_server import make_tokenizer, models_of
 
 
 class PacedEngine(FakeEngine):

@@ -4,9 +4,8 @@ import asyncio
 from collections import Counter
 from pathlib import Path
 
-from clients import Ending, body, plain
-
-from tests.serving import Process, process
+from tests.support.raw_clients import Ending, body, plain
+from tests.support.server_process import Process, process
 
 SLOTS, PLACES = 8, 40
 TOKENS, STEP_SECONDS = 100, 0.02

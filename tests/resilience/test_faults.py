@@ -9,11 +9,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from clients import Ending, body, plain, socketed, stream, until
 
-from tests.calibration import Machine
-from tests.serving import Process, process, stats_of
-from tests.tiny import CHAT
+from tests.support.machine_speed import Machine
+from tests.support.raw_clients import Ending, body, plain, socketed, stream, until
+from tests.support.server_process import Process, process, stats_of
+from tests.support.tiny_checkpoints import CHAT
 
 LONG = 30_000
 AT_MOST = 5.0

@@ -14,13 +14,13 @@ from typing import Any
 
 import httpx
 import websockets
-from harness import CHAT, EMBED
-from rigs import FREE, bearer
 
 from server.keys.key import Key, new_key
 from server.keys.store.store import LEASE_SECONDS, Store, open_store
-from tests.calibration import Machine
-from tests.serving import Process, process
+from tests.support.fake_server import CHAT, EMBED
+from tests.support.keyed_server import FREE, bearer
+from tests.support.machine_speed import Machine
+from tests.support.server_process import Process, process
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "6"))
 """Of each store; more find what is rarer."""

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.calibration import Machine
-from tests.serving import Process, process
-from tests.tiny import CHAT
+from tests.support.machine_speed import Machine
+from tests.support.server_process import Process, process
+from tests.support.tiny_checkpoints import CHAT
 
 DEADLINE = 10.0
 TOKENS = 1000

@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import CHAT as FAKE_CHAT
-from rigs import FREE, bearer
 
 from server.keys.key import Limits, new_key
 from server.keys.store.store import Store, open_store
-from tests.serving import Process, process, stats_of
-from tests.tiny import CHAT
+from tests.support.fake_server import CHAT as FAKE_CHAT
+from tests.support.keyed_server import FREE, bearer
+from tests.support.server_process import Process, process, stats_of
+from tests.support.tiny_checkpoints import CHAT
 
 CALLS, LIMIT = 200, 60
 PATH = "/v1/completions"

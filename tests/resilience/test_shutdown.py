@@ -6,11 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from clients import body, plain, socketed, stream, stuck, until
 
-from tests.calibration import Machine
-from tests.serving import Process, process, stats_of
-from tests.tiny import CHAT
+from tests.support.machine_speed import Machine
+from tests.support.raw_clients import body, plain, socketed, stream, stuck, until
+from tests.support.server_process import Process, process, stats_of
+from tests.support.tiny_checkpoints import CHAT
 
 SHORT, LONG = 400, 30_000
 

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,8 +8,8 @@ from inferneo_jax.errors import TemplateError
 from inferneo_jax.text.chat_template import ChatTemplate
 from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.sources.gguf_tokenizer import gguf_tokenizer
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CHATS = json.loads((GOLDEN / "tokens.json").read_text())["chats"]
 HELLO = [{"role": "user", "content": "Hello!"}]
 tiny = Tokenizer.from_directory(GOLDEN / "families" / "llama-tied")

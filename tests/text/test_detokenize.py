@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,8 +5,8 @@ from hypothesis import strategies as st
 from inferneo_jax.errors import TokenizerError
 from inferneo_jax.text.detokenize import IncrementalDecoder
 from inferneo_jax.text.tokenizer import Tokenizer
+from tests.support.paths import FAMILIES
 
-FAMILIES = Path(__file__).parents[1] / "golden" / "families"
 tiny = Tokenizer.from_directory(FAMILIES / "llama-tied")
 
 some_ids = st.lists(st.integers(0, tiny.vocab_size + 5))

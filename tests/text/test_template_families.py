@@ -1,6 +1,6 @@
 """Templates in the idioms of the known families give what transformers gives, byte by byte.
 
-The templates are our own; tests/golden/compare_templates.py compares those of real models.
+The templates are our own; tests/tools/compare_templates.py compares those of real models.
 """
 
 # ruff: noqa: E501  (a template's lines are part of what it writes)
@@ -9,7 +9,7 @@ import jinja2.defaults
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tests.template_reference import by_transformers, by_us, cases
+from tests.support.template_reference import by_transformers, by_us, cases
 
 CHATML = """
 {%- if tools %}

@@ -15,8 +15,8 @@ import pytest
 from inferneo_jax.errors import EngineError
 from inferneo_jax.text import template_pool, template_protocol
 from inferneo_jax.text.template_pool import TemplatePool, WorkerEndedError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 ENDLESS = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

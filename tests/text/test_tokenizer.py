@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from inferneo_jax.errors import RequestError, TokenizerError
 from inferneo_jax.text.tokenizer import Tokenizer
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = GOLDEN / "families" / "llama-tied"
 TINY_ENCODER = GOLDEN / "families" / "bert"
 CASES = json.loads((GOLDEN / "tokens.json").read_text())["cases"]

@@ -23,7 +23,7 @@ from typing import Any
 from inferneo_jax.errors import InferneoError
 from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.convert import read_model
-from tests.weights import conftest as made
+from tests.support import model_files as made
 from tests.weights.mutations import Folder, Gguf, broken_gguf, sentencepiece
 
 SECONDS = 1.0

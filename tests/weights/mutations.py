@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.weights import conftest as made
+from tests.support import model_files as made
 
 NUMBERS = [
     *(0, 1, 2, 3, 5, 7, 8, 9, 31, 33, 127, 255, 256, 65535, 65536, 10**6),

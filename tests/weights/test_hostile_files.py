@@ -26,7 +26,7 @@ from inferneo_jax.weights.catalog import load_catalog
 from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.convert import convert, read_model
 from server.cli.main import main
-from tests.weights.conftest import LLAMA
+from tests.support.model_files import LLAMA
 from tests.weights.fuzz import SECONDS
 from tests.weights.mutations import (
     TEMPLATE,

@@ -5,15 +5,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inferneo_jax.errors import CheckpointError, InferneoError
+from tests.support.paths import ROOT
 from tests.weights.fuzz import BYTES, SECONDS
 
-ROOT = Path(__file__).parents[2]
 FILES = int(os.environ.get("FUZZ_FILES", "600"))
 """How many broken files are loaded in all; the first so many of an endless, fixed sequence."""
 SHARES = {"gguf": 0.4, "safetensors": 0.2, "tokenizer": 0.2, "config": 0.2}

@@ -19,7 +19,7 @@ from inferneo_jax.model import load_weights
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights import cache
 from inferneo_jax.weights.checkpoint import read_info, write_checkpoint
-from tests.support import ONE_DEVICE, TINY
+from tests.support.tiny_model import ONE_DEVICE, TINY
 
 F32 = np.dtype("float32")
 INT8 = Formats.int8(F32, 1, "int8")

@@ -1,0 +1,138 @@
+"""``/v1/models``, ``/health`` and ``/ready``, before the models are loaded and after."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from inferneo_jax import Tokenizer
+from server.config.settings import Settings
+from server.models.sources import Source, load_from_disk
+from tests.support.fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
+from tests.support.fake_server import CHAT, EMBED, Rig, Server, models_of, wait_ready
+
+
+def test_the_list_has_every_model(rig: Rig) -> None:
+    cards = [
+        {"id": CHAT, "object": "model", "created": 1700000000, "owned_by": "inferneo"},
+        {"id": EMBED, "object": "model", "created": 1700000001, "owned_by": "inferneo"},
+    ]
+    assert rig.client.get("/v1/models").json() == {"object": "list", "data": cards}
+
+
+def test_a_model_is_found_by_id_and_by_alias(rig: Rig) -> None:
+    card = rig.client.get(f"/v1/models/{CHAT}").json()
+    assert card == {
+        "id": CHAT,
+        "object": "model",
+        "created": 1700000000,
+        "owned_by": "inferneo",
+        "permission": [],
+        "root": CHAT,
+        "parent": None,
+    }
+    assert rig.client.get("/v1/models/gpt-4o").json() == card | {"id": "gpt-4o"}
+
+
+@pytest.mark.parametrize("name", ["none", "org/none", "org/tiny-chat/more"])
+def test_an_unknown_model_is_not_found(rig: Rig, name: str) -> None:
+    response = rig.client.get(f"/v1/models/{name}")
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (
+        404,
+        "model_not_found",
+        "model",
+    )
+
+
+def test_ready_tells_what_a_model_can_hold(rig: Rig) -> None:
+    state = rig.client.get("/ready").json()
+    assert state["status"] == "ready"
+    assert state["compiles_after_ready"] == 0
+    chat, embed = state["models"]
+    assert (chat["id"], chat["slots"], chat["slots_used"]) == (CHAT, 4, 0)
+    assert (chat["pages"], chat["kv_tokens"], chat["max_len"]) == (64, 1024, 512)
+    assert embed == {"id": EMBED, "kind": "encoder", "max_tokens": 32, "dimensions": 8}
+    assert rig.client.get("/health").json() == {"status": "ok"}
+
+
+def test_while_models_load_the_server_says_so(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(writes(tokenizer, "x"))
+    models = models_of(engine, FakeEmbedder(), tokenizer)
+    go_on, compiling = threading.Event(), threading.Barrier(3)  # both models' threads, and this
+
+    def loader(source: Any, settings: Any, progress: Any) -> Any:
+        progress("compile", 3, 20)
+        compiling.wait(TIMEOUT)
+        assert go_on.wait(TIMEOUT)
+        return models[source.id]()
+
+    with Server(loader) as server, httpx.Client(base_url=server.url) as client:
+        compiling.wait(TIMEOUT)
+        assert client.get("/health").status_code == 200
+        response = client.get("/ready")
+        assert (response.status_code, response.json()["status"]) == (503, "loading")
+        assert int(response.headers["Retry-After"]) > 0
+        assert response.json()["models"] == [
+            {"id": CHAT, "stage": "compile", "done": 3, "total": 20},
+            {"id": EMBED, "stage": "compile", "done": 3, "total": 20},
+        ]
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions")):
+            response = client.request(method, path, json={})
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "model_loading"
+            assert "Retry-After" in response.headers
+        assert client.get("/v1/none").status_code == 404
+        go_on.set()
+        wait_ready(client)
+
+
+def test_stopping_while_models_load_does_not_wait_for_them(tokenizer: Tokenizer) -> None:
+    entered, ended = threading.Event(), threading.Event()
+
+    def loader(source: Any, settings: Any, progress: Any) -> Any:
+        entered.set()
+        try:
+            while True:
+                progress("compile", 0, 0)
+        finally:
+            ended.set()
+
+    with Server(loader):
+        assert entered.wait(TIMEOUT)
+    assert ended.is_set()
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_what_was_converted_is_loaded_and_the_rest_pulled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: bool
+) -> None:
+    pulled: list[str] = []
+
+    def pull(name: str, checkpoints: Path, progress: Any) -> Path:
+        pulled.append(name)
+        return checkpoints / name
+
+    monkeypatch.setattr("inferneo_jax.weights.fetch.pull", pull)
+    monkeypatch.setattr("inferneo_jax.load_model", lambda path, config, **_: path)
+    if converted:
+        (tmp_path / "mine").mkdir()
+    settings = Settings(checkpoints=tmp_path)
+    loaded: Any = load_from_disk(Source("mine"), settings, lambda *_: None)
+    assert loaded == tmp_path / "mine"
+    assert pulled == ([] if converted else ["mine"])
+
+
+def test_an_engine_that_failed_is_not_ready(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(writes(tokenizer, "x"))
+    models = models_of(engine, FakeEmbedder(), tokenizer)
+    with (
+        Server(lambda source, *_: models[source.id]()) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        wait_ready(client)
+        engine.stop()
+        response = client.get("/ready")
+        assert (response.status_code, response.json()["status"]) == (503, "failed")

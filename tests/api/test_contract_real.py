@@ -1,0 +1,242 @@
+"""What parameters mean, on the real model: one request each, over a real socket."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from inferneo_jax import Tokenizer
+from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL
+
+pytestmark = pytest.mark.real
+
+ASK = [{"role": "user", "content": "What is the capital of France?"}]
+HARD = [
+    "Repeat after me: \U0001f600\U0001f680 caf\u00e9 na\u00efve",
+    "Translate to Chinese: hello world \u4f60\u597d",
+    "\u3053\u3093\u306b\u3061\u306f\u3001\u5143\u6c17\u3067\u3059\u304b",
+    "e\u0301 a\u0308 o\u0302 are written with combining marks, as are",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 means",
+    "\U0001f1eb\U0001f1f7 \u2764\ufe0f \U0001f468\u200d\U0001f469\u200d\U0001f467",
+]
+
+
+@pytest.fixture(scope="module")
+def api(address: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://{address}/v1", timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(real_checkpoints: Path) -> Tokenizer:
+    return Tokenizer.from_directory(real_checkpoints / CHAT_MODEL)
+
+
+def complete(api: httpx.Client, **fields: Any) -> Any:
+    body = {"model": CHAT_MODEL, "prompt": "The sky is", "temperature": 0, "max_tokens": 8}
+    response = api.post("/completions", json=body | fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def chat(api: httpx.Client, **fields: Any) -> Any:
+    body = {"model": CHAT_MODEL, "messages": ASK, "temperature": 0, "max_tokens": 12}
+    response = api.post("/chat/completions", json=body | fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def texts(answer: Any) -> list[str]:
+    return [choice["text"] for choice in answer["choices"]]
+
+
+def streamed(api: httpx.Client, **fields: Any) -> list[Any]:
+    body = {"model": CHAT_MODEL, "temperature": 0, "max_tokens": 8, "stream": True}
+    response = api.post("/completions", json=body | fields)
+    blocks = response.text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+def joined(chunks: list[Any]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
+    return found
+
+
+def test_created_is_the_checkpoints_whatever_the_process(
+    api: httpx.Client, real_checkpoints: Path
+) -> None:
+    for card in api.get("/models").json()["data"]:
+        manifest = json.loads((real_checkpoints / card["id"] / "inferneo.json").read_text())
+        assert card["created"] == manifest["created"]
+        assert api.get(f"/models/{card['id']}").json()["created"] == card["created"]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("prompt", HARD)
+def test_streamed_text_joined_is_the_plain_text(api: httpx.Client, prompt: str, seed: int) -> None:
+    # Sampled hot, so that rare characters and their halves come up; the seeds repeat it. One at a
+    # time and from no cached pages, so that both are computed in the same order.
+    asked: dict[str, Any] = {"prompt": prompt, "max_tokens": 16, "seed": seed}
+    asked |= {"temperature": 1.8, "logprobs": 0, "ignore_eos": True}
+    (choice,) = complete(api, **asked, cache_salt="plain")["choices"]
+    chunks = streamed(api, **asked, cache_salt="streamed")
+    assert joined(chunks)[0] == choice["text"]
+    merged: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "text_offset": []}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            if part["logprobs"]:
+                for name, values in merged.items():
+                    values += part["logprobs"][name]
+    assert merged["tokens"] == choice["logprobs"]["tokens"]
+    assert merged["text_offset"] == choice["logprobs"]["text_offset"]
+    wanted = choice["logprobs"]["token_logprobs"]
+    assert merged["token_logprobs"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_stops_cut_a_generation_where_they_first_complete(api: httpx.Client) -> None:
+    whole = texts(complete(api, max_tokens=16))[0]
+    for start in range(1, len(whole) - 3, 14):
+        stop = whole[start : start + 3]
+        cut = complete(api, max_tokens=16, stop=stop)["choices"][0]
+        assert (cut["text"], cut["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+        assert (
+            joined(streamed(api, prompt="The sky is", max_tokens=16, stop=stop))[0] == cut["text"]
+        )
+
+
+def test_echo_scores_what_the_generation_scored(api: httpx.Client) -> None:
+    for prompt in HARD[:3]:
+        made = complete(api, prompt=prompt, logprobs=3, echo=True)["choices"][0]
+        scores = made["logprobs"]
+        assert scores["token_logprobs"][0] is None
+        assert all(value <= 0 for value in scores["token_logprobs"][1:])
+        if "\ufffd" in made["text"]:
+            continue  # ends within a character, which a text cannot give back
+        again = complete(api, prompt=made["text"], logprobs=3, echo=True, max_tokens=0)
+        assert again["usage"]["completion_tokens"] == 0
+        rescored = again["choices"][0]["logprobs"]
+        if rescored["tokens"] == scores["tokens"]:  # else the text is spelled in other tokens
+            assert rescored["text_offset"] == scores["text_offset"]
+            wanted = scores["token_logprobs"][1:]
+            assert rescored["token_logprobs"][1:] == pytest.approx(wanted, abs=2e-3)
+
+
+def test_prompts_of_ids_equal_prompts_of_text(api: httpx.Client, real_tokenizer: Tokenizer) -> None:
+    prompts = ["The sky is", "One, two, three,", "caf\u00e9 \U0001f600"]
+    ids = [real_tokenizer.encode(prompt) for prompt in prompts]
+    one, other = complete(api, prompt=prompts), complete(api, prompt=ids)
+    assert texts(one) == texts(other)
+    assert one["usage"]["prompt_tokens"] == other["usage"]["prompt_tokens"]
+    assert texts(one) == [texts(complete(api, prompt=prompt))[0] for prompt in prompts]
+
+
+def test_logit_bias_forbids_and_forces(api: httpx.Client, real_tokenizer: Tokenizer) -> None:
+    first = complete(api, max_tokens=1, logprobs=0)["choices"][0]
+    (token,) = first["logprobs"]["tokens"]
+    (banned,) = real_tokenizer.encode(token)
+    other = complete(api, max_tokens=1, logit_bias={str(banned): -100})["choices"][0]
+    assert other["text"] != first["text"]
+    forced = complete(api, max_tokens=3, logit_bias={str(banned): 100})["choices"][0]
+    assert forced["text"] == token * 3
+    for wrong in ({"49152": 1}, {"-1": 1}, {"x": 1}, {"5": 101}):
+        response = api.post(
+            "/completions", json={"model": CHAT_MODEL, "prompt": "x", "logit_bias": wrong}
+        )
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "logit_bias")
+
+
+def test_min_tokens_keeps_the_end_away(api: httpx.Client) -> None:
+    short = chat(api, max_tokens=40)
+    sampled = short["usage"]["completion_tokens"]
+    assert short["choices"][0]["finish_reason"] == "stop"
+    longer = chat(api, max_tokens=40, min_tokens=sampled + 5)
+    assert longer["usage"]["completion_tokens"] >= sampled + 5
+    endless = chat(api, max_tokens=40, ignore_eos=True)
+    assert endless["usage"]["completion_tokens"] == 40
+    assert endless["choices"][0]["finish_reason"] == "length"
+    # Beyond the default of 16 it cannot be kept.
+    body = {"model": CHAT_MODEL, "prompt": "x", "min_tokens": 17}
+    response = api.post("/completions", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "min_tokens")
+
+
+def test_penalties_make_repetition_dearer(api: httpx.Client) -> None:
+    asked: dict[str, Any] = {"prompt": "one two " * 8, "max_tokens": 12}
+    plain = texts(complete(api, **asked))[0].split()
+    assert len(set(plain)) < len(plain)
+    for penalty in ({"frequency_penalty": 2}, {"presence_penalty": 2}, {"repetition_penalty": 2}):
+        got = texts(complete(api, **asked, **penalty))[0].split()
+        assert len(got) - len(set(got)) < len(plain) - len(set(plain))
+
+
+def test_the_smallest_nuclei_are_greedy(api: httpx.Client) -> None:
+    greedy = texts(complete(api))
+    for nucleus in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert texts(complete(api, temperature=1.5, **nucleus)) == greedy
+
+
+def test_seeds_repeat_and_choices_differ(api: httpx.Client) -> None:
+    asked = {"temperature": 1.2, "seed": 3, "n": 4}
+    one, again = complete(api, **asked), complete(api, **asked, prompt=["The sky is", "Another"])
+    assert texts(one) == texts(again)[:4]
+    assert len(set(texts(one))) > 1
+
+
+def test_best_of_returns_the_likeliest_of_what_n_samples(api: httpx.Client) -> None:
+    asked = {"temperature": 1.3, "seed": 9, "logprobs": 0, "ignore_eos": True}
+    every = complete(api, **asked, n=4)
+    best = complete(api, **asked, n=2, best_of=4)
+
+    def mean(choice: Any) -> float:
+        return float(sum(choice["logprobs"]["token_logprobs"]))
+
+    ranked = sorted(every["choices"], key=mean, reverse=True)
+    assert texts(best) == [choice["text"] for choice in ranked[:2]]
+    assert best["usage"]["completion_tokens"] == every["usage"]["completion_tokens"] == 32
+
+
+def test_chat_log_probabilities_are_the_completions(api: httpx.Client) -> None:
+    answer = chat(api, logprobs=True, top_logprobs=2)["choices"][0]
+    content = answer["logprobs"]["content"]
+    assert b"".join(bytes(e["bytes"]) for e in content).decode() == answer["message"]["content"]
+    for entry in content:
+        assert len(entry["top_logprobs"]) == 2
+        # Greedy: the token is the likeliest.
+        assert entry["top_logprobs"][0]["token"] == entry["token"]
+        assert entry["top_logprobs"][0]["logprob"] == pytest.approx(entry["logprob"])
+
+
+def test_a_message_can_be_continued(api: httpx.Client) -> None:
+    begun = [*ASK, {"role": "assistant", "content": "The capital of France is"}]
+    answer = chat(api, messages=begun, continue_final_message=True, max_tokens=3)
+    assert answer["choices"][0]["message"]["content"].startswith(" Paris")
+
+
+def test_a_developer_is_the_system_to_a_template_that_knows_no_other(api: httpx.Client) -> None:
+    def told(role: str) -> Any:
+        return chat(api, messages=[{"role": role, "content": "Answer in French."}, *ASK])
+
+    one, other = told("developer"), told("system")
+    assert one["choices"][0]["message"] == other["choices"][0]["message"]
+    assert one["usage"]["prompt_tokens"] == other["usage"]["prompt_tokens"]
+
+
+def test_embeddings_come_as_asked(api: httpx.Client) -> None:
+    def embed(**fields: Any) -> Any:
+        answer = api.post("/embeddings", json={"model": EMBEDDING_MODEL, "input": "hi"} | fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    vector = embed()["data"][0]["embedding"]
+    assert len(vector) == 384
+    assert sum(value * value for value in vector) == pytest.approx(1, abs=1e-4)
+    short = embed(dimensions=16)["data"][0]["embedding"]
+    norm = sum(value * value for value in vector[:16]) ** 0.5
+    assert short == pytest.approx([value / norm for value in vector[:16]], abs=1e-4)

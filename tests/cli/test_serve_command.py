@@ -1,0 +1,273 @@
+"""`inferneo serve`: its flags, what it shows, and how it ends."""
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from server.cli.main import app
+from server.cli.progress import ModelProgress
+from server.config.schema import setting_docs
+from tests.support.machine_speed import Machine
+from tests.support.paths import ROOT
+
+FAKES = [sys.executable, "-m", "tests.support.serve_fakes"]
+INFERNEO = [sys.executable, "-m", "server.cli", "serve"]
+SECONDS = 30.0
+
+
+def environment(tmp_path: Path, **changes: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("INFERNEO_", "COLUMNS"))}
+    own = {
+        "PYTHONPATH": str(ROOT),
+        "INFERNEO_KEYS_DB": str(tmp_path / "keys.db"),
+        "INFERNEO_CHECKPOINTS": str(tmp_path),
+        "INFERNEO_PORT": "0",
+        "TERM": "xterm",
+    }
+    return kept | own | changes
+
+
+class Terminal:
+    """A program on a pseudo-terminal of 80 columns."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self._ours, theirs = pty.openpty()
+        self.popen = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=env | {"COLUMNS": "80"},
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.text = ""
+
+    def until(self, words: str) -> str:
+        """All that it has written, once that holds ``words``."""
+        deadline = time.monotonic() + SECONDS
+        while not re.search(words, self.text):
+            assert time.monotonic() < deadline, self.text
+            if select.select([self._ours], [], [], 0.1)[0]:
+                try:
+                    data = os.read(self._ours, 65_536)
+                except OSError:  # it has ended (Linux)
+                    data = b""
+                assert data, f"it ended:\n{self.text}"
+                # Without what moves the cursor, colours and erases.
+                self.text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode())
+        return self.text
+
+    def ended(self) -> int:
+        """Its exit code."""
+        while True:  # or it would wait for somebody to read
+            try:
+                self.text += os.read(self._ours, 65_536).decode()
+            except OSError:
+                return self.popen.wait(SECONDS)
+
+    def close(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        os.close(self._ours)
+
+
+@contextmanager
+def terminal(command: list[str], env: dict[str, str]) -> Iterator[Terminal]:
+    opened = Terminal(command, env)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def outcome(arguments: list[str], env: dict[str, str]) -> tuple[int, str]:
+    done = subprocess.run(
+        [*INFERNEO, *arguments], env=env, capture_output=True, text=True, timeout=SECONDS, cwd=ROOT
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_help_shows_every_flag_and_default() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "240"}).output
+    for setting in setting_docs():
+        if setting.flag:
+            line = next(line for line in shown.splitlines() if f"{setting.flag} " in line)
+            assert f" {setting.form} " in line
+        if setting.name != "job_token":
+            assert setting.default in shown, setting
+            assert setting.description.split(".")[0] in shown, setting
+    assert "--job-token" not in shown
+    assert "inferneo serve --config inferneo.toml" in shown
+
+
+def test_a_terminal_sees_how_it_loads_and_where_it_is(tmp_path: Path) -> None:
+    with terminal(FAKES, environment(tmp_path)) as shown:
+        text = shown.until("Ctrl-C ends it")
+        url = re.search(r"at (http://127\.0\.0\.1:\d+)", text)[1]
+        assert "org/tiny-chat" in text
+        for words in (
+            "ready after",
+            f"{url}/ ",
+            f"{url}/dashboard ",
+            f"{url}/v1 ",
+            f"{url}/docs ",
+            "org/tiny-chat (chat), tiny-embed (embeddings)",
+            "none yet, so only this machine is served; inferneo keys create",
+        ):
+            assert words in text
+        assert "loading" not in text  # the log's words for it
+        assert max(map(len, re.split("[\r\n]+", text))) <= 80
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        assert "route=/v1/models" in shown.until("route=/v1/models")
+        shown.popen.send_signal(signal.SIGINT)
+        shown.until("Ending: requests that run have 25 s")
+        assert shown.ended() == 0
+        assert "Traceback" not in shown.text
+
+
+def test_progress_says_what_is_done_and_how_far() -> None:
+    rows = [
+        {"id": "a" * 60, "stage": "downloading", "done": 25_000_000, "total": 93_000_000},
+        {"id": "b", "stage": "compile", "done": 3, "total": 19},
+        {"id": "c", "stage": "ready", "done": 1, "total": 1},
+    ]
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with ModelProgress(console, lambda: rows):
+        pass
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\r", console.file.getvalue())
+    first, second, third, _ = text.split("\n")[:4]
+    assert "downloading" in first
+    assert first.rstrip().endswith("25 of 93 MB")
+    assert re.search(r"b +compiling programs +\S+ +3 of 19", second)
+    assert re.search("c +ready", third)
+    assert max(map(len, re.split("[\r\n]", text))) <= 80
+    quiet = Console(file=io.StringIO(), width=80)
+    with ModelProgress(quiet, lambda: rows):
+        pass
+    assert quiet.file.getvalue() == ""
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path: Path, machine: Machine) -> None:
+    with terminal(FAKES, environment(tmp_path)) as shown:
+        url = re.search(r"at (http\S+)", shown.until("Ctrl-C ends it"))[1]
+        body = {"model": "org/tiny-chat", "prompt": "x", "max_tokens": 9, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            parts = response.iter_bytes()
+            next(parts)  # the fake says no more, and whoever lets go of them has gone
+            shown.popen.send_signal(signal.SIGINT)
+            shown.until("Ctrl-C again ends at once")
+            told = time.monotonic()
+            while shown.popen.poll() is None:
+                shown.popen.send_signal(signal.SIGINT)
+                time.sleep(0.1)
+            assert time.monotonic() - told < machine.seconds(5)
+        assert shown.ended() == -signal.SIGINT, shown.text
+
+
+def test_a_terminal_is_told_what_failed(tmp_path: Path) -> None:
+    with terminal(FAKES, environment(tmp_path, FAKES="broken")) as shown:
+        shown.until("error: broken: its weights cannot be read; pull it again")
+        assert shown.ended() == 1
+        assert "Traceback" not in shown.text
+
+
+def test_elsewhere_it_logs_and_drains(tmp_path: Path) -> None:
+    env = environment(tmp_path, INFERNEO_DRAIN_SECONDS="0.5")
+    process = subprocess.Popen(FAKES, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if '"event": "ready"' in line:
+                break
+        url = re.search(r"http://[0-9.]+:\d+", "".join(lines))[0]
+        body = {"model": "org/tiny-chat", "prompt": "x", "max_tokens": 9, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            parts = response.iter_text()
+            next(parts)
+            process.send_signal(signal.SIGTERM)
+            assert "overloaded" in "".join(parts)  # told, not cut
+        rest = process.communicate(timeout=SECONDS)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, rest
+    assert '"event": "draining"' in rest
+
+
+def test_a_failure_is_an_exit_code_elsewhere_too(tmp_path: Path) -> None:
+    env = environment(tmp_path, FAKES="broken")
+    done = subprocess.run(FAKES, env=env, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 1
+    assert "broken: its weights cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        other.settimeout(SECONDS)
+        code, said = outcome(["--port", str(port)], environment(tmp_path))
+    assert code == 1
+    assert f"port {port} of 127.0.0.1 is taken by another program" in said
+    assert "--port 0" in said
+
+
+def test_a_server_of_ours_at_the_port_is_recognized(tmp_path: Path) -> None:
+    with terminal(FAKES, environment(tmp_path)) as first:
+        port = re.search(r"at http\S+:(\d+)", first.until("Ctrl-C ends it"))[1]
+        code, said = outcome(["--port", port], environment(tmp_path))
+    assert code == 1
+    assert f"port {port} of 127.0.0.1 is taken by an Inferneo server, which is ready" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "192.0.2.1"], "--host is '192.0.2.1', no address of this machine"),
+        (["--host", "no.such.invalid"], "--host is 'no.such.invalid', no address of this machine"),
+        (["--slots", "0"], "--slots is '0'; it must be at least 1."),
+        (["--config", "/nowhere"], "--config names /nowhere, which cannot be read"),
+        (["a", "a"], "MODEL names two models that would be called 'a'"),
+        (["./nowhere"], "MODEL names ./nowhere, where there is no folder"),
+        (["--keys-db", "mysql://x"], "--keys-db begins with mysql://"),
+        (["nosuch"], "no model 'nosuch' in the catalog; there are smollm2-135m-instruct"),
+    ],
+)
+def test_what_cannot_be_served_is_a_sentence(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    env = environment(tmp_path)
+    if "--keys-db" in arguments:
+        del env["INFERNEO_KEYS_DB"]
+    code, said = outcome(arguments, env)
+    assert code == 1
+    assert words in said
+
+
+def test_the_command_line_brings_in_no_server_before_it_serves() -> None:
+    code = (
+        "import sys, server.cli.main; "
+        "print([m for m in ('jax', 'quart', 'hypercorn', 'numpy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout == "[]\n", found.stderr

@@ -1,0 +1,31 @@
+"""The notebooks, run from top to bottom as their readers do."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.support.paths import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_runs(
+    file: Path, real_checkpoints: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in list(os.environ):
+        if name.startswith("INFERNEO_") or name == "XLA_FLAGS":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("INFERNEO_CHECKPOINTS", str(real_checkpoints))
+    monkeypatch.setenv("PYTHONPATH", str(file.parents[1]))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    notebook = nbformat.read(file, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "clear its outputs first"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert {"quickstart": "Paris", "tpu_vm": "tokens in", "plan": "all-reduce"}[file.stem] in said

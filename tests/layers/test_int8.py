@@ -1,0 +1,200 @@
+"""int8 weights, keys and values: exact against their definition, close to what they stand for."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inferneo_jax import models
+from inferneo_jax.config import EngineConfig, MeshShape
+from inferneo_jax.engine.engine import Engine
+from inferneo_jax.errors import ConfigError
+from inferneo_jax.kernels import attention_for
+from inferneo_jax.layers.cache import PagedAttention
+from inferneo_jax.layers.quantization import Formats, Int8
+from inferneo_jax.runner.backends import cache_dtype_for, formats_for
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.sharding.mesh import make_mesh
+from inferneo_jax.weights.placement import weight_shapes
+from tests.support.tiny_model import (
+    MIXED,
+    ONE_DEVICE,
+    TINY,
+    TINY_ENGINE,
+    Collected,
+    close,
+    prompt,
+    submit,
+    tiny_weights,
+)
+
+F32 = jnp.dtype("float32")
+
+
+def _random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+def _int8(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    scales = np.abs(x).max(axis=axis, keepdims=True) / np.float32(127)
+    return np.rint(x / scales), scales
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_product_is_the_product_of_what_both_sides_are_rounded_to(rows: int, table: bool) -> None:
+    x, matrix = _random(rows, 40), _random(40, 24)
+    form = Int8(F32)
+    stored = tuple(map(jnp.asarray, form.encode(matrix.T if table else matrix, table=table)))
+    (xs, x_scales), (ws, w_scales) = _int8(x, 1), _int8(matrix, 0)
+    wanted = (xs @ ws) * x_scales * w_scales
+    got = form.product(jnp.asarray(x), stored, table=table)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    weights_only = dataclasses.replace(form, products="float")
+    got = weights_only.product(jnp.asarray(x), stored, table=table)
+    np.testing.assert_allclose(got, x @ (ws * w_scales), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_of_a_table_are_those_that_it_multiplies_with() -> None:
+    table = _random(24, 40)
+    form = Int8(F32)
+    stored = tuple(map(jnp.asarray, form.encode(table, table=True)))
+    ids = jnp.asarray([[3, 0], [23, 3]])
+    values, scales = _int8(table, 1)
+    np.testing.assert_allclose(form.take(stored, ids), (values * scales)[ids], rtol=1e-6)
+
+
+def test_zeros_stay_zeros() -> None:
+    stored = tuple(map(jnp.asarray, Int8(F32).encode(np.zeros((8, 4), np.float32), table=False)))
+    product = Int8(F32).product(jnp.zeros((2, 8)), stored, table=False)
+    assert not np.asarray(product).any()
+
+
+def _by_weight(shape: MeshShape, formats: Formats) -> dict[str, list[jax.Array]]:
+    """The tiny model's arrays on a mesh, by the weight that they make up."""
+    arrays = iter(tiny_weights(TINY, shape, formats))
+    shapes = weight_shapes(TINY, make_mesh(shape), formats)
+    return {name: list(itertools.islice(arrays, len(each))) for name, each in shapes.items()}
+
+
+@pytest.mark.parametrize("shape", [MeshShape(1, 1), MeshShape(1, 8), MeshShape(2, 4)], ids=str)
+def test_each_device_has_the_scales_of_its_own_part(shape: MeshShape) -> None:
+    parts = make_mesh(shape).shape["model"]
+    plain = _by_weight(shape, models.REFERENCE)
+    for name, arrays in _by_weight(shape, Formats.int8(F32, parts, "int8")).items():
+        if len(arrays) == 1:
+            continue  # a vector
+        values, scales = arrays
+        assert values.dtype == jnp.int8
+        for got, factor, wanted in zip(
+            values.addressable_shards,
+            scales.addressable_shards,
+            plain[name][0].addressable_shards,
+            strict=True,
+        ):
+            scale = np.asarray(factor.data).T if name == "embed.table" else np.asarray(factor.data)
+            error = np.abs(np.asarray(got.data, np.float32) * scale - np.asarray(wanted.data))
+            assert (error <= scale * 0.501).all()
+
+
+def _engine(shape: MeshShape = ONE_DEVICE, **changes: Any) -> Engine:
+    config = dataclasses.replace(
+        TINY_ENGINE,
+        slots=8,
+        kv_tokens=640,
+        prefill_chunks=(8,),
+        row_buckets=(8,),
+        dtype="float32",
+        mesh=shape,
+        **changes,
+    )
+    formats = formats_for(config, make_mesh(shape))
+    runner = Runner(TINY, tiny_weights(TINY, shape, formats), config, formats)
+    runner.compile()
+    return Engine(runner)
+
+
+def _outputs(engine: Engine, *, together: bool = True) -> list[Collected]:
+    found: list[Collected] = []
+    for i, fields in enumerate(MIXED):
+        found.append(submit(engine, prompt(9 + i, seed=i), **fields))
+        if not together:
+            found[-1].wait()
+    return [each.wait() for each in found]
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_alone_is_batched_in_int8(kv_dtype: str) -> None:
+    engine = _engine(quantization="int8", kv_dtype=kv_dtype)
+    try:
+        alone = _outputs(engine, together=False)
+        for got, wanted in zip(_outputs(engine), alone, strict=True):
+            close(got, wanted)
+        stats = engine.stats()
+        assert (stats.slots_used, stats.pages_used, stats.compiles_after_ready) == (0, 0, 0)
+    finally:
+        engine.stop()
+
+
+@pytest.mark.parametrize("shape", [ONE_DEVICE, MeshShape(2, 4)], ids=str)
+def test_int8_scores_a_prompt_nearly_as_float32_does(shape: MeshShape) -> None:
+    scores = {}
+    for name, changes in {
+        "float": {},
+        "int8": {"quantization": "int8", "kv_dtype": "int8"},
+    }.items():
+        engine = _engine(shape, **changes)
+        try:
+            sent = [submit(engine, prompt(40, seed=i), 1, prompt_logprobs=0) for i in range(4)]
+            outputs = [each.wait().outputs[0].prompt_logprobs for each in sent]
+        finally:
+            engine.stop()
+        scores[name] = np.array([[p.logprob for p in each[1:]] for each in outputs])
+    change = scores["int8"] - scores["float"]
+    assert change.any()
+    assert abs(change.mean()) < 0.05
+    assert np.corrcoef(scores["int8"].ravel(), scores["float"].ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "float32"),
+        ({"kv_dtype": "int8"}, "int8"),
+        ({"kv_dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_the_cache_has_the_numbers_that_are_asked_for(
+    changes: dict[str, Any], expected: str
+) -> None:
+    config = EngineConfig(mesh=ONE_DEVICE, **changes)
+    assert cache_dtype_for(config, jax.devices()[0], native=False) == jnp.dtype(expected)
+
+
+def test_products_are_of_int8_where_the_chip_has_them() -> None:
+    def products(platform: str, **more: str) -> str:
+        device = SimpleNamespace(platform=platform, **more)
+        mesh: Any = SimpleNamespace(
+            devices=np.array([[device]], dtype=object), shape={"data": 1, "model": 1}
+        )
+        form = formats_for(EngineConfig(quantization="int8"), mesh).linear
+        assert isinstance(form, Int8)
+        return form.products
+
+    assert products("tpu", device_kind="TPU v5 lite") == "int8"
+    assert products("tpu", device_kind="TPU v3") == "float"
+    assert products("cuda", compute_capability="9.0") == "int8"
+    assert products("cuda", compute_capability="7.0") == "float"
+
+
+def test_kernels_that_there_are_not_are_refused() -> None:
+    old: Any = SimpleNamespace(platform="cuda", compute_capability="7.0", device_kind="Tesla V100")
+    sizes = {"head_dim": 64, "page_len": 16}
+    assert attention_for(old, "auto", **sizes) is PagedAttention
+    with pytest.raises(ConfigError, match="there are none for Tesla V100; set auto or xla"):
+        attention_for(old, "native", **sizes)

@@ -1,0 +1,167 @@
+"""Programs kept on disk: the next start runs the very same, and nothing wrong is ever run."""
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from inferneo_jax.config import EngineConfig, MeshShape
+from inferneo_jax.engine.engine import Engine
+from inferneo_jax.models import REFERENCE
+from inferneo_jax.runner.compile_cache import ExecutableStore
+from inferneo_jax.runner.programs import Programs
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.sharding.mesh import make_mesh
+from tests.support.tiny_model import MIXED, ONE_DEVICE, TINY, TINY_ENGINE, Collected, prompt, submit
+from tests.support.tiny_model import tiny_weights as weights
+
+
+def _lower() -> jax.stages.Lowered:
+    return jax.jit(lambda x: x * 2, donate_argnums=0).lower(jnp.zeros(4))
+
+
+def _never() -> jax.stages.Lowered:
+    raise AssertionError("lowered again")
+
+
+def _store(folder: Path, *facts: object) -> ExecutableStore:
+    return ExecutableStore(folder, make_mesh(ONE_DEVICE), *facts)
+
+
+def _made_again(store: ExecutableStore, key: str = "double") -> bool:
+    made = []
+
+    def lower() -> jax.stages.Lowered:
+        made.append(key)
+        return _lower()
+
+    double = store.compile_all({key: lower}, None)[key]
+    assert double(jnp.ones(4)).tolist() == [2.0] * 4
+    return bool(made)
+
+
+@pytest.mark.parametrize("shape", [ONE_DEVICE, MeshShape(2, 4)], ids=str)
+def test_the_next_start_lowers_nothing_and_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: MeshShape
+) -> None:
+    config = dataclasses.replace(
+        TINY_ENGINE,
+        slots=8,
+        prefill_chunks=(8,),
+        kv_tokens=640,
+        row_buckets=(8,),
+        mesh=shape,
+        compilation_cache=str(tmp_path),
+    )
+
+    def outputs() -> list[Collected]:
+        runner = Runner(TINY, weights(TINY, shape), config, REFERENCE)
+        runner.compile()
+        engine = Engine(runner)
+        try:
+            sent = [submit(engine, prompt(5 + i, i), **fields) for i, fields in enumerate(MIXED)]
+            return [each.wait() for each in sent]
+        finally:
+            engine.stop()
+
+    first = outputs()
+    monkeypatch.setattr(Programs, "lower", lambda *_: _never())
+    for old, new in zip(first, outputs(), strict=True):
+        assert (old.tokens, old.logprobs) == (new.tokens, new.logprobs)
+
+
+def test_what_a_program_is_made_of_tells_it_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = EngineConfig(slots=1), EngineConfig(slots=2)
+    assert _made_again(_store(tmp_path, small))
+    assert not _made_again(_store(tmp_path, EngineConfig(slots=1)))
+    assert _made_again(_store(tmp_path, large))
+    assert _made_again(_store(tmp_path, small), "another")
+    assert _made_again(ExecutableStore(tmp_path, make_mesh(MeshShape(1, 2)), small))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other")
+    assert _made_again(_store(tmp_path, small))
+    monkeypatch.setattr("inferneo_jax.runner.compile_cache.source_hash", lambda: "changed")
+    assert _made_again(_store(tmp_path, small))
+
+
+def test_the_same_is_known_in_another_process(tmp_path: Path) -> None:
+    code = (
+        "from inferneo_jax.config import *; from inferneo_jax.sharding.mesh import make_mesh; "
+        "from inferneo_jax.runner.compile_cache import ExecutableStore as S;"
+        "from tests.support.tiny_model import TINY;"
+        "from inferneo_jax.models import REFERENCE as R;"
+        "print(S('x', make_mesh(MeshShape(1, 1)), TINY, EngineConfig(), R)._file('key').name)"
+    )
+
+    def run(seed: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+
+    assert run("1") == run("2") != ""
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[: len(content) // 2], id="cut"),
+        pytest.param(lambda content: b"nothing of ours" + content, id="strange"),
+    ],
+)
+def test_what_cannot_be_loaded_is_compiled_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
+) -> None:
+    assert _made_again(_store(tmp_path))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert _made_again(_store(tmp_path))
+    assert "cannot be loaded and is compiled again" in caplog.text
+    assert not _made_again(_store(tmp_path))
+    assert [file] == list(tmp_path.iterdir())
+
+
+def test_what_jax_read_from_its_own_cache_is_not_kept(tmp_path: Path) -> None:
+    class Known:
+        def compile(self) -> jax.stages.Compiled:
+            jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
+            return _lower().compile()
+
+    _store(tmp_path).compile_all({"double": Known}, None)
+    assert not [*tmp_path.iterdir()]
+    assert _made_again(_store(tmp_path))
+    assert not _made_again(_store(tmp_path))
+
+
+def test_what_nobody_asks_for_is_removed(tmp_path: Path) -> None:
+    assert _made_again(_store(tmp_path, "old"))
+    (old,) = tmp_path.iterdir()
+    other = tmp_path / "not-ours"
+    other.touch()
+    long_ago = time.time() - 40 * 86_400
+    for file in (old, other):
+        os.utime(file, (long_ago, long_ago))
+    assert _made_again(_store(tmp_path, "new"))
+    assert not old.exists()
+    assert other.exists()
+    assert not _made_again(_store(tmp_path, "new"))
+
+
+@pytest.mark.parametrize("folder", [None, Path("/dev/null/nowhere")], ids=["none", "unwritable"])
+def test_programs_are_compiled_where_none_can_be_kept(folder: Path | None) -> None:
+    assert _made_again(ExecutableStore(folder, make_mesh(ONE_DEVICE)))

@@ -1,0 +1,38 @@
+"""What is said of a loaded model and of its devices."""
+
+import jax
+
+from inferneo_jax import device_memory, models
+from inferneo_jax.runner.runner import Runner
+from inferneo_jax.sharding.mesh import make_mesh
+from tests.support.tiny_model import ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
+
+
+class Device:
+    """An accelerator, as JAX shows it."""
+
+    def __init__(self, number: int, stats: dict[str, int] | None, platform: str = "gpu") -> None:
+        self.id, self.platform, self._stats = number, platform, stats
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return self._stats
+
+
+def test_a_model_says_what_it_is_made_of() -> None:
+    weights = tiny_weights()
+    facts = Runner(TINY, weights, TINY_ENGINE, models.REFERENCE, make_mesh(ONE_DEVICE)).facts()
+    assert (facts.dtype, facts.quantization, facts.kernels) == ("float32", "none", "xla")
+    assert (facts.mesh, facts.device) == ("data=1,model=1", "cpu")
+    assert facts.weight_bytes == sum(each.nbytes for each in jax.tree.leaves(weights))
+    token_bytes = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
+    pages = 160 // 4 + 1  # page 0 is nobody's
+    assert facts.cache_bytes == pages * 4 * token_bytes
+
+
+def test_memory_is_told_of_accelerators_that_tell_theirs() -> None:
+    known = {"bytes_in_use": 3, "bytes_limit": 7, "peak_bytes_in_use": 5}
+    devices = [Device(0, known), Device(1, None), Device(2, {}), Device(3, known, "cpu")]
+    assert [(each.device, each.used, each.limit) for each in device_memory(devices)] == [
+        ("gpu:0", 3, 7)
+    ]
+    assert device_memory() == []  # CPUs

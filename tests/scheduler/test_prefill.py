@@ -1,0 +1,148 @@
+"""Prompts are prefilled several at a time, none twice, within a budget."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferneo_jax.models import REFERENCE
+from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
+from inferneo_jax.sharding.mesh import make_mesh
+from tests.scheduler.house import SHAPES, House
+from tests.support.tiny_model import MIXED, TINY, TINY_ENGINE, MakeEngine, close, prompt, submit
+
+
+def test_each_chunk_has_one_row_or_as_many_as_the_longest_holds() -> None:
+    shapes = PrefillShapes.of((32, 128, 256), slots=32, overhead=32)
+    assert shapes.shapes == ((1, 32), (1, 128), (1, 256), (2, 128), (8, 32))
+    assert (shapes.budget, shapes.max_rows) == (256, 8)
+    assert PrefillShapes.of((32, 256), slots=4, overhead=32).shapes == ((1, 32), (4, 32), (1, 256))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        ([20], (1, 32)),
+        ([105], (1, 128)),
+        ([200], (1, 256)),
+        ([105] * 16, (2, 128)),
+        ([20] * 16, (8, 32)),
+        ([130] * 16, (8, 32)),
+        ([20] * 7 + [300], (8, 32)),
+        ([20, 20], (1, 32)),
+        ([3000], (1, 256)),
+        ([3000, 20, 20], (1, 256)),
+        ([20, 3000], (2, 128)),
+    ],
+)
+def test_the_shape_computes_most_for_its_cost(lengths: list[int], shape: tuple[int, int]) -> None:
+    assert PrefillShapes.of((32, 128, 256), slots=32, overhead=32).choose(lengths) == shape
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [([20], (1, 32)), ([105] * 16, (2, 128)), ([20, 20], (2, 128)), ([300], (1, 256))],
+)
+def test_where_padding_is_cheap_a_shape_may_have_more_of_it(
+    lengths: list[int], shape: tuple[int, int]
+) -> None:
+    shapes = PrefillShapes.of((32, 128, 256), slots=32, overhead=32, padding=0.125)
+    assert shapes.choose(lengths) == shape
+
+
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
+def test_the_first_in_line_always_gets_on(lengths: list[int]) -> None:
+    rows, tokens = SHAPES.choose(lengths)
+    assert rows * tokens <= SHAPES.budget
+
+
+def test_short_prompts_that_arrive_together_are_prefilled_together() -> None:
+    house = House()
+    for _ in range(4):
+        house.add("", 3, length=4)
+    house.step(2)
+    assert house.chunks == [2, 2]
+
+
+def test_no_row_is_computed_for_a_request_that_is_sure_to_be_over() -> None:
+    house = House()
+    tokens = [1, 2, 9, 30]
+    for each in tokens:
+        house.add("", each)
+    house.run()
+    assert sum(house.rows) == sum(tokens) - len(tokens)  # the first comes from the prefill
+
+
+def test_a_prompt_waits_for_the_pages_that_another_computes() -> None:
+    house = House(slots=5)
+    start = tuple(range(22))
+    for tail in range(4):
+        house.add("", 3, prompt=(*start, 50 + tail))
+    other = house.add("", 3, length=4)
+    house.run()
+    assert [sequence.cached_tokens for sequence in house.sequences] == [0, 20, 20, 20, 0]
+    assert other.finished
+
+
+def test_who_waits_for_pages_goes_on_when_they_do_not_come() -> None:
+    house = House()
+    start = tuple(range(40))
+    first, second = (house.add("", 3, prompt=(*start, 50 + i)) for i in range(2))
+    house.step(2)
+    assert (first.slot is None, second.slot is None) == (False, True)
+    house.end(first)
+    first.deliver(reason="abort")
+    house.run()
+    assert second.finished
+
+
+def test_prompts_that_begin_alike_and_arrive_together_are_computed_once(
+    tiny_engine: MakeEngine,
+) -> None:
+    engine, alone = tiny_engine(), tiny_engine(prefill_chunks=(64,))
+    prompts = [(*prompt(21), *prompt(3, seed=i)) for i in range(4)]
+    expected = [
+        submit(alone, ids, logprobs=1, cache_salt=bytes([i])) for i, ids in enumerate(prompts)
+    ]
+    together = [submit(engine, ids, logprobs=1) for ids in prompts]
+    for got, wanted in zip(together, expected, strict=True):
+        close(got, wanted)
+    assert [collected.outputs[0].cached_tokens for collected in together] == [0, 20, 20, 20]
+    assert engine.stats().prompt_tokens == 24 + 3 * 4
+
+
+def test_prompts_prefilled_together_equal_those_prefilled_alone(tiny_engine: MakeEngine) -> None:
+    engine, alone = tiny_engine(prefill_chunks=(4, 16)), tiny_engine()
+    prompts = [prompt(1 + 3 * i, seed=i) for i in range(len(MIXED))]
+    expected = [
+        submit(alone, ids, **fields).wait() for ids, fields in zip(prompts, MIXED, strict=True)
+    ]
+    together = [submit(engine, ids, **fields) for ids, fields in zip(prompts, MIXED, strict=True)]
+    for got, wanted in zip(together, expected, strict=True):
+        close(got, wanted)
+        if scores := wanted.outputs[0].prompt_logprobs:
+            others = got.outputs[0].prompt_logprobs
+            assert others is not None
+            for a, b in zip(scores[1:], others[1:], strict=True):
+                assert a is not None
+                assert b is not None
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+def test_times_are_taken_with_all_rows_at_work() -> None:
+    programs = make_programs(TINY, TINY_ENGINE, make_mesh(TINY_ENGINE.mesh), REFERENCE, lambda: 0)
+    for key in tuple(programs.keys()):
+        kind, _, tokens = key
+        busy = programs.busy_arguments(key)
+        idle = programs.host_arguments(key)
+        assert jax.tree.map(np.shape, busy) == jax.tree.map(np.shape, idle)
+        if kind != "admit":
+            (busy,) = busy
+            assert (busy.slots < TINY_ENGINE.slots).all()
+            assert not busy.tables.any()  # nothing is written that anybody reads
+        if kind == "verify":
+            assert (busy.num_drafted == tokens - 1).all()
+        if kind == "prefill":
+            assert (busy.length == tokens).all()

@@ -1,0 +1,118 @@
+"""One law: with drafts, requests get what they get without. And drafts are what came before."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferneo_jax.engine.engine import Engine
+from inferneo_jax.scheduler.speculation import Luck, NGrams, accepted
+from tests.support.tiny_model import MIXED, Collected, close, prompt, submit
+
+Make = Callable[..., Engine]
+SIZES: dict[str, Any] = {"slots": 4, "prefill_chunks": (8,), "row_buckets": (4,)}
+REPEATS = prompt(5) * 3 + prompt(3)
+
+
+def _outputs(engine: Engine, together: bool) -> list[Collected]:
+    found: list[Collected] = []
+    for i, fields in enumerate(MIXED):
+        found.append(submit(engine, REPEATS[i:], 24, **fields))
+        if not together:
+            found[-1].wait()
+    return [each.wait() for each in found]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_speculative_equals_plain(tiny_engine: Make, together: bool) -> None:
+    plain = tiny_engine(**SIZES, speculation="off")
+    drafted = tiny_engine(**SIZES, speculation="ngram")
+    for got, wanted in zip(_outputs(drafted, together), _outputs(plain, together), strict=True):
+        close(got, wanted)
+    stats, without = drafted.stats(), plain.stats()
+    assert stats.output_tokens == without.output_tokens
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert stats.steps < without.steps
+    assert (without.drafted_tokens, stats.compiles_after_ready) == (0, 0)
+
+
+def test_a_stop_token_inside_a_draft_ends_the_request(tiny_engine: Make) -> None:
+    engine = tiny_engine(**SIZES, speculation="ngram")
+    whole = submit(engine, REPEATS, 24).tokens
+    assert engine.stats().accepted_tokens
+    for stop in sorted(set(whole)):
+        got = submit(engine, REPEATS, 24, stop_token_ids=frozenset({stop}))
+        assert got.tokens == whole[: whole.index(stop) + 1]
+        assert got.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+def test_no_more_tokens_come_than_were_asked_for(tiny_engine: Make, most: int) -> None:
+    engine = tiny_engine(**SIZES, speculation="ngram")
+    whole = submit(engine, REPEATS, 24).tokens
+    assert submit(engine, REPEATS, most).tokens == whole[:most]
+
+
+def test_drafts_give_way_where_pages_are_short(tiny_engine: Make) -> None:
+    few = tiny_engine(**SIZES, speculation="ngram", kv_tokens=64)
+    plain = tiny_engine(**SIZES, speculation="off")
+    sent = [[submit(e, REPEATS[i:], 30) for i in range(4)] for e in (few, plain)]
+    for got, wanted in zip(*sent, strict=True):
+        close(got.wait(), wanted.wait())
+    assert few.stats().preemptions > 0
+
+
+def test_a_reader_that_stops_reading_gets_the_same(tiny_engine: Make) -> None:
+    engine = tiny_engine(**SIZES, speculation="ngram")
+    whole = submit(engine, REPEATS, 24)
+    whole.wait()
+    again = submit(engine, REPEATS, 24)
+    again.wait_for_tokens(3)
+    engine.pause(again.request.id)
+    engine.resume(again.request.id)
+    close(again, whole)
+
+
+def _looked_up(tokens: Sequence[int], most: int) -> list[int]:
+    """By reading all of it: where the newest tokens came last, and what followed."""
+    for size in (3, 2):
+        suffix = list(tokens[len(tokens) - size :])
+        for start in range(len(tokens) - size - 1, -1, -1):
+            if len(tokens) >= size and list(tokens[start : start + size]) == suffix:
+                draft = list(tokens)
+                for i in range(most):
+                    draft.append(draft[start + size + i])
+                return draft[len(tokens) :]
+    return []
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 6), st.integers(1, 9))
+def test_a_draft_is_what_followed_the_last_time(tokens: list[int], most: int, step: int) -> None:
+    grams = NGrams()
+    for end in range(1, len(tokens) + 1, step):
+        assert grams.draft(tokens[:end], most) == _looked_up(tokens[:end], most)
+
+
+def test_a_draft_is_accepted_as_far_as_it_is_sampled() -> None:
+    assert accepted([], [5]) == [5]
+    assert accepted([1, 2, 3], [1, 2, 3, 4]) == [1, 2, 3, 4]
+    assert accepted([1, 2, 3], [1, 7, 3, 4]) == [1, 7]
+    assert accepted([1, 2], [9, 2, 4, 0]) == [9]
+
+
+def test_drafts_that_do_not_pay_are_made_ever_less_often() -> None:
+    luck, rests = Luck(), []
+    for _ in range(100):
+        luck.learn(5, 0, cost=1.5)
+        if luck.rest:
+            rests.append(luck.rest)
+            luck.rest = 0
+    assert rests == sorted(rests)
+    assert rests[0] < rests[-1] == 256
+    for _ in range(5):
+        luck.learn(5, 5, cost=1.5)
+        assert luck.rest == 0
+    luck.learn(5, 0, cost=0.0)
+    assert luck.rest == 0

@@ -1,0 +1,65 @@
+"""Requests of both endpoints, over HTTP, events and WebSocket, and what their answers hold."""
+
+from typing import Any
+
+import orjson
+from websockets.sync.client import connect
+
+from tests.support.fake_server import CHAT, Rig
+
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+HI = [{"role": "user", "content": "Hi"}]
+BODIES: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"model": CHAT, "prompt": "Hi", "max_tokens": 100},
+    CHATS: {"model": CHAT, "messages": HI, "max_tokens": 100},
+}
+
+
+def ask(rig: Rig, path: str, headers: dict[str, str] | None = None, **changes: Any) -> Any:
+    """The whole answer."""
+    response = rig.post(path, BODIES[path] | changes, headers=headers)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(rig: Rig, path: str, headers: dict[str, str] | None = None, **changes: Any) -> Any:
+    """The error of a request that must be refused with 400."""
+    response = rig.post(path, BODIES[path] | changes, headers=headers)
+    assert response.status_code == 400, response.text
+    return response.json()["error"]
+
+
+def stream(rig: Rig, path: str, **changes: Any) -> list[Any]:
+    """The chunks of a stream, without ``[DONE]``."""
+    return rig.events(path, BODIES[path] | changes)
+
+
+def frames(rig: Rig, path: str, **changes: Any) -> list[Any]:
+    """The frames of a streamed answer over a WebSocket, without the done frame."""
+    with connect(rig.ws + path) as ws:
+        ws.send(orjson.dumps(BODIES[path] | changes | {"stream": True}).decode())
+        got = [orjson.loads(ws.recv(timeout=10))]
+        while got[-1].get("object") != "done":
+            got.append(orjson.loads(ws.recv(timeout=10)))
+    return got[:-1]
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    """The text of a choice, whole or a chunk's, of either endpoint."""
+    if "text" in choice:
+        return str(choice["text"])
+    return str(choice.get("message", choice.get("delta", {})).get("content") or "")
+
+
+def joined(chunks: list[Any]) -> dict[int, str]:
+    """The texts of a stream by their choice's index."""
+    texts: dict[int, str] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + text_of(choice)
+    return texts
+
+
+def whole_texts(answer: Any) -> dict[int, str]:
+    """The texts of a whole answer by their choice's index."""
+    return {choice["index"]: text_of(choice) for choice in answer["choices"]}

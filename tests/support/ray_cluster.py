@@ -1,0 +1,150 @@
+"""Replicas behind Ray Serve on this machine, with a Redis of their own, as processes of a test."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from server.keys.key import Limits, new_key
+from server.keys.store.store import open_store
+from tests.support.paths import ROOT
+from tests.support.server_process import Process
+
+SERVE = Path(sys.executable).with_name("serve")
+STOP_SECONDS = 45.0
+_LINE = re.compile(r"\(ServeReplica:\S+ pid=(\d+)\) (\{.*\})")
+
+
+class Replicas(Process):
+    """What ``serve run`` started; ``address`` is that of Serve's proxy."""
+
+    redis: str
+
+    def key(self, limits: Limits) -> dict[str, str]:
+        """The headers of a new key."""
+        store = open_store(self.redis)
+        key, text = new_key(store.pepper(), name="test", created=time.time(), limits=limits)
+        store.add_key(key)
+        store.close()
+        return {"Authorization": f"Bearer {text}"}
+
+    def tail(self) -> str:
+        """The end of what the replicas and Serve wrote."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(line for line in lines if "(pid=)" not in line)[-6000:]
+
+    def events(self, event: str) -> list[tuple[int, dict[str, Any]]]:
+        """Lines of the servers' logs so far: the process and what it said."""
+        found = []
+        for pid, text in _LINE.findall(self.log.read_text(errors="replace")):
+            with contextlib.suppress(ValueError):  # not whole yet
+                if (facts := json.loads(text)).get("event") == event:
+                    found.append((int(pid), facts))
+        return found
+
+    def ready_pids(self) -> list[int]:
+        """The processes that have been ready so far, in that order."""
+        return list(dict.fromkeys(pid for pid, _ in self.events("ready")))
+
+    def wait_replicas(self, count: int, seconds: float) -> None:
+        """Return once so many have become ready in all."""
+        deadline = time.monotonic() + seconds
+        while len(self.ready_pids()) < count:
+            assert self.popen.poll() is None, self.tail()
+            assert time.monotonic() < deadline, self.tail()
+            time.sleep(0.2)
+
+    def stop(self) -> int:
+        """End them all; how many processes had to be killed for it."""
+        family = _living(self.popen.pid)
+        self.popen.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(STOP_SECONDS)
+        _, left = psutil.wait_procs(family, timeout=5)
+        left = [each for each in left if each.is_running()]
+        for each in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(left, timeout=5)
+        return sum(each.is_running() and each.status() != "zombie" for each in left)
+
+
+def _living(pid: int) -> list[psutil.Process]:
+    try:
+        top = psutil.Process(pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """The URL of an empty Redis that keeps nothing."""
+    program = shutil.which("redis-server")
+    assert program is not None, "redis-server is not installed"
+    port = str(free_port())
+    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with subprocess.Popen([program, *options], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert any("eady to accept" in line for line in process.stdout)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def replicas(folder: Path, settings: dict[str, str]) -> Iterator[Replicas]:
+    """Two of them on CPU, being started; Serve listens on a loopback address."""
+    port = free_port()
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [{"name": "inferneo", "import_path": "server.process.replicas:app"}],
+    }
+    (folder / "serve.json").write_text(json.dumps(config))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("INFERNEO_")}
+    with redis_server(folder) as redis, tempfile.TemporaryDirectory() as ray:  # short: for sockets
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "RAY_TMPDIR": ray,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else it leaves one in the home folder
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_COLOR_PREFIX": "0",
+            "INFERNEO_LOG_FORMAT": "json",
+            "INFERNEO_REPLICAS": "2",
+            "INFERNEO_KEYS_DB": redis,
+        }
+        server = Replicas(
+            [str(SERVE), "run", str(folder / "serve.json")],
+            f"127.0.0.1:{port}",
+            folder / "log",
+            env=kept | environment | settings,
+        )
+        server.redis = redis
+        try:
+            yield server
+        finally:
+            assert server.stop() == 0

@@ -1,0 +1,28 @@
+"""`inferneo serve` on fake models, as a program of its own; a model named ``broken`` fails."""
+
+import os
+
+from inferneo_jax import CheckpointError
+from server.cli.main import main
+from server.cli.serve import run
+from server.config.settings import Settings
+from tests.support.fake_engine import FakeEmbedder, FakeEngine, writes
+from tests.support.fake_server import make_tokenizer, models_of
+
+tokenizer = make_tokenizer()
+engine = FakeEngine(writes(tokenizer, "x", end=False), limit=1)
+models = models_of(engine, FakeEmbedder(), tokenizer)
+
+
+def load(source, settings, progress):
+    if source.id == "broken":
+        raise CheckpointError("its weights cannot be read; pull it again")
+    progress("compile", 1, 2)
+    return models[source.id]()
+
+
+def serve() -> None:
+    run(Settings.load({"models": os.environ.get("FAKES", ",".join(models))}), load)
+
+
+main(serve)

@@ -1,0 +1,146 @@
+"""The server on the real models, in a process of its own."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from server.process.child import listener
+from tests.support.paths import ROOT
+
+CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
+READY_SECONDS = 400.0
+
+
+class Process:
+    """A server in a process of its own.
+
+    Attributes:
+        address: ``host:port``.
+        log: what it wrote.
+    """
+
+    def __init__(self, command: list[str], address: str, log: Path, **popen: Any) -> None:
+        self.address = address
+        self.url, self.ws = f"http://{address}", f"ws://{address}"
+        self.log = log
+        with log.open("a") as out:
+            self.popen = subprocess.Popen(command, stdout=out, stderr=out, **popen)
+
+    def wait_ready(self, seconds: float = READY_SECONDS) -> None:
+        """Return once it can serve."""
+        deadline = time.monotonic() + seconds
+        while not _ready(self.address):
+            assert self.popen.poll() is None, self.tail()
+            assert time.monotonic() < deadline, self.tail()
+            time.sleep(0.05)
+
+    def tail(self) -> str:
+        """The end of what it wrote."""
+        return self.log.read_text()[-4000:]
+
+    def family(self) -> list[psutil.Process]:
+        """It and its children."""
+        return _family(self.popen.pid)
+
+    def memory(self) -> int:
+        """Bytes of physical memory that it and its children have."""
+        top = psutil.Process(self.popen.pid)
+        return sum(each.memory_info().rss for each in (top, *top.children(recursive=True)))
+
+
+@contextlib.contextmanager
+def process(
+    log: Path,
+    settings: dict[str, str],
+    app: str = "server.app:app",
+    *,
+    workers: int = 1,
+    tracebacks: bool = False,
+    **popen: Any,
+) -> Iterator[Process]:
+    """A server of these settings; if it still runs at the end it must stop cleanly.
+
+    With ``tracebacks`` its log may hold some.
+    """
+    with listener() as opened:
+        number, address = opened.fileno(), f"127.0.0.1:{opened.getsockname()[1]}"
+        bind = f"fd://{number}"
+        command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", bind, app]
+        env = environment(settings)
+        server = Process(command, address, log, env=env, pass_fds=[number], **popen)
+    try:
+        yield server
+        if server.popen.poll() is None:
+            server.popen.terminate()
+            assert server.popen.wait(timeout=40) == 0, server.tail()
+    finally:
+        for each in _family(server.popen.pid):
+            each.kill()
+        server.popen.wait()
+    assert tracebacks or "Traceback" not in log.read_text(), server.tail()
+
+
+def free_address() -> str:
+    """``host:port`` where nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """Of a process with these settings and one device, as a user's machine without any has."""
+    dropped = ("INFERNEO_", "XLA_FLAGS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    found = {"PYTHONPATH": str(ROOT), "INFERNEO_LOG_FORMAT": "json"}
+    return kept | found | settings
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        top = psutil.Process(pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@contextlib.contextmanager
+def real_server(checkpoints: Path, log: Path) -> Iterator[str]:
+    """``host:port`` of a server with reference numerics, ready.
+
+    At the end it must hold nothing, have compiled nothing after it was ready, and stop cleanly.
+    """
+    settings = {
+        "INFERNEO_CHECKPOINTS": str(checkpoints),
+        "INFERNEO_DTYPE": "float32",
+        "INFERNEO_SLOTS": "16",
+    }
+    with process(log, settings) as server:
+        server.wait_ready()
+        yield server.address
+        stats = stats_of(server.address)
+        assert (stats["slots_used"], stats["pages_used"]) == (0, 0)
+        assert stats["compiles_after_ready"] == 0
+
+
+def stats_of(address: str, model: str = CHAT_MODEL) -> dict[str, Any]:
+    """What the server says about its chat model."""
+    models = httpx.get(f"http://{address}/ready").json()["models"]
+    return next(each for each in models if each["id"] == model)
+
+
+def _ready(address: str) -> bool:
+    try:
+        status = httpx.get(f"http://{address}/ready").status_code
+    except httpx.TransportError:
+        return False
+    assert status in (200, 503), status
+    return status == 200

@@ -1,0 +1,173 @@
+"""A tiny random model, and a way to gather what an engine sends."""
+
+import dataclasses
+import itertools
+import json
+import math
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from inferneo_jax import models
+from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
+from inferneo_jax.engine.engine import Engine
+from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.request import (
+    GenerationOutput,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprob,
+)
+from inferneo_jax.sharding.mesh import make_mesh
+from inferneo_jax.weights.placement import place_weights
+from tests.support.paths import GOLDEN
+
+TINY = DecoderConfig(
+    vocab_size=97,
+    hidden_size=24,
+    mlp_size=32,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=8,
+    context_length=64,
+    tie_embeddings=True,
+)
+ONE_DEVICE = MeshShape(data=1, model=1)
+TINY_ENGINE = EngineConfig(
+    slots=4,
+    page_len=4,
+    prefill_chunks=(4, 8),
+    kv_tokens=160,
+    row_buckets=(4,),
+    speculation="off",
+    mesh=ONE_DEVICE,
+)
+NATIVE = DecoderConfig.from_dict(TINY.to_dict() | {"head_dim": 16})
+NATIVE_ENGINE = dataclasses.replace(TINY_ENGINE, page_len=16, kernels="native", dtype="float32")
+"""What the CPU's own kernels can run: heads and pages of 16."""
+GREEDY = SamplingParams(temperature=0.0)
+MIXED: list[dict[str, Any]] = [
+    {"sampling": GREEDY},
+    {"sampling": SamplingParams(temperature=1.0, seed=1)},
+    {"sampling": SamplingParams(temperature=0.8, top_p=0.7, top_k=9, min_p=0.02, seed=2)},
+    {
+        "sampling": SamplingParams(
+            temperature=0.0,
+            frequency_penalty=0.7,
+            presence_penalty=0.3,
+            repetition_penalty=1.3,
+            logit_bias={3: 2.0, 90: -100.0},
+        )
+    },
+    {"sampling": SamplingParams(temperature=1.3, seed=2**63 + 5), "logprobs": 3},
+    {"sampling": GREEDY, "logprobs": 0, "prompt_logprobs": 2},
+]
+"""Fields of requests that use every feature of sampling."""
+MakeEngine = Callable[..., Engine]
+"""What the fixture ``tiny_engine`` gives: an engine with changes of its configuration."""
+_numbers = itertools.count()
+
+
+@cache
+def tiny_weights(
+    config: DecoderConfig = TINY,
+    shape: MeshShape = ONE_DEVICE,
+    formats: Formats = models.REFERENCE,
+) -> list[jax.Array]:
+    """Random weights, large enough that the next token depends on all before it."""
+    rng = np.random.default_rng(0)
+    weights = {
+        name: _random(rng, spec.shape).astype(np.float32)
+        for name, spec in models.declare(config).items()
+    }
+    return place_weights(weights, config, make_mesh(shape), formats)
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.normal(size=shape) * (0.5 if len(shape) > 1 else 1.0)
+
+
+def golden(name: str) -> list[dict[str, Any]]:
+    """The cases of a golden file."""
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))["cases"]
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random token ids of the tiny model."""
+    return tuple(np.random.default_rng(seed).integers(0, TINY.vocab_size, length).tolist())
+
+
+class Collected:
+    """A sink that keeps a request's outputs, and lets a test wait for them."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self.outputs: list[GenerationOutput] = []
+        self.ended_at = math.inf
+        self._changed = threading.Condition()
+
+    def __call__(self, output: GenerationOutput) -> None:
+        with self._changed:
+            self.outputs.append(output)
+            self.ended_at = time.monotonic() if output.finish_reason else self.ended_at
+            self._changed.notify_all()
+
+    def wait_for_tokens(self, count: int) -> None:
+        """Return once that many tokens are there, or it has ended."""
+        with self._changed:
+            enough = lambda: len(self._tokens()) >= count or self._ended()  # noqa: E731
+            assert self._changed.wait_for(enough, timeout=120)
+
+    def wait(self, seconds: float = 300) -> "Collected":
+        """Return itself once its last output is there."""
+        with self._changed:
+            assert self._changed.wait_for(self._ended, seconds), "no last output came"
+        return self
+
+    def count(self) -> int:
+        """Tokens so far."""
+        with self._changed:
+            return len(self._tokens())
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.wait()._tokens()
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [entry for output in self.wait().outputs for entry in output.logprobs or ()]
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.wait().outputs[-1].finish_reason
+
+    def _tokens(self) -> list[int]:
+        return [token for output in self.outputs for token in output.token_ids]
+
+    def _ended(self) -> bool:
+        return bool(self.outputs) and self.outputs[-1].finish_reason is not None
+
+
+def submit(engine: Engine, ids: tuple[int, ...], max_tokens: int = 12, **fields: Any) -> Collected:
+    """Submit a request, greedy unless it says otherwise."""
+    fields.setdefault("sampling", GREEDY)
+    fields.setdefault("id", f"request-{next(_numbers)}")
+    collected = Collected(GenerationRequest(prompt=ids, max_tokens=max_tokens, **fields))
+    engine.submit(collected.request, collected)
+    return collected
+
+
+def close(a: Collected, b: Collected) -> None:
+    """Equal tokens, and log probabilities as equal as float32 sums in another order allow."""
+    assert a.tokens == b.tokens
+    assert a.finish_reason == b.finish_reason
+    for x, y in zip(a.logprobs, b.logprobs, strict=True):
+        assert x.logprob == pytest.approx(y.logprob, abs=1e-4)
+        assert [i for i, _ in x.top] == [i for i, _ in y.top]

@@ -27,6 +27,7 @@ from server.config.settings import Settings, unknown_variables
 from server.http import connection
 from server.http.codec import json_response
 from server.http.connection import current_request
+from server.http.deadline import TIMEOUT_HEADER
 from server.http.errors import as_api_error
 from server.http.frames import patch_websockets
 from server.http.socket_connection import current_socket, install_sockets
@@ -46,7 +47,7 @@ from server.observe.tracing import open_tracing
 from server.process.exit import end_orderly, exit_failed
 from server.process.shutdown import drain, end_if_lost, held_up
 from server.prompt.cpu_pool import CpuPool
-from server.run.admission import TIMEOUT_HEADER, Admission
+from server.run.admission import Admission
 from server.run.websocket import end_refused
 from server.services import Services, attach
 from server.web import pages

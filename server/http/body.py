@@ -3,15 +3,13 @@
 import asyncio
 from collections.abc import Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quart.wrappers.request import Body
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from server.http.deadline import Deadline
 from server.http.errors import ApiError
-
-if TYPE_CHECKING:
-    from server.run.admission import Permit
 
 DRAIN_SECONDS = 5.0
 """How long an error waits for a body to arrive that nobody wants."""
@@ -29,7 +27,7 @@ class LimitedBody(Body):
     that says why.
 
     Attributes:
-        permit: what the request holds while the body arrives, whose deadline counts here too.
+        deadline: of the request, by which the body must have arrived too; None: it has none.
         stalled: it was given up because it came too slowly.
     """
 
@@ -45,7 +43,7 @@ class LimitedBody(Body):
         self._answered = False
         self._ended = asyncio.Event()
         self._received = 0
-        self.permit: Permit | None = None
+        self.deadline: Deadline | None = None
         self.stalled = False
 
     @property
@@ -95,7 +93,7 @@ class LimitedBody(Body):
         Time is counted in looks, not read from a clock: a machine that stood still for a while has
         not let its clients send either.
         """
-        loop, permit = asyncio.get_running_loop(), self.permit
+        deadline = self.deadline
         budget, seen = STALL_SECONDS, self._received
         while not (self._complete.is_set() or self._must_raise):
             with suppress(TimeoutError):
@@ -105,10 +103,10 @@ class LimitedBody(Body):
             earned = (self._received - seen) / BODY_BYTES_PER_SECOND
             budget, seen = min(STALL_SECONDS, budget + earned), self._received
             budget -= _LOOK_SECONDS
-            late = permit is not None and loop.time() >= permit.deadline
+            late = deadline is not None and deadline.remaining() <= 0
             self.stalled = late or budget <= 0
-            if late and permit is not None:
-                raise permit.too_late()
+            if late and deadline is not None:
+                raise deadline.missed()
             if self.stalled:
                 raise ApiError(
                     408,

@@ -1,18 +1,14 @@
 """JSON in and out."""
 
 import re
-from collections.abc import AsyncGenerator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 import orjson
 from quart import Response, request
 
-from server.http.connection import current_request
 from server.http.errors import ApiError, bad_request
 from server.http.pieces import PIECE, Json
-from server.prompt.cpu_pool import CpuPool
-
-Result = TypeVar("Result")
 
 _JSON_TYPE = re.compile(r"application/([\w.+-]+\+)?json", re.IGNORECASE)
 STRICT_HEADER = "X-Inferneo-Strict"
@@ -85,16 +81,11 @@ def _is_intricate(raw: bytes) -> bool:
     return False
 
 
-async def read_body(
-    cpu_pool: CpuPool, work: Callable[[dict[str, Any]], Result], *, inline: bool = True
-) -> Result:
-    """What ``work`` makes of the request's body.
-
-    The size of the body decides whether that happens on the event loop, for all of it: parsing,
-    validation, and whatever ``work`` computes. ``inline`` is that of :meth:`CpuPool.run`.
+async def read_json() -> bytes:
+    """The current request's body, which is said to be JSON.
 
     Raises:
-        ApiError: the body has another content type or encoding, or is no JSON object.
+        ApiError: the body has another content type or encoding, or came too slowly.
     """
     # A missing content type is refused too: a browser may send such a request from any page.
     if not _JSON_TYPE.fullmatch(request.mimetype or ""):
@@ -109,11 +100,7 @@ async def read_body(
             f"The content encoding {coding[:40]!r} is not supported; send the JSON as it is.",
             code="unsupported_media_type",
         )
-    raw = await request.get_data(cache=False, as_text=False)
-    permit = current_request().permit
-    return await cpu_pool.run(
-        len(raw), lambda: work(parse_object(raw)), permit=permit, inline=inline
-    )
+    return cast(bytes, await request.get_data(cache=False, as_text=False))
 
 
 def wants_strict() -> bool:

@@ -62,7 +62,8 @@ class ApiRequest(Request):
 
     def hold(self, permit: "Permit") -> None:
         """Hold a permit until the request is over."""
-        self.permit = self.body.permit = self.cleanup.enter_context(permit)
+        self.permit = self.cleanup.enter_context(permit)
+        self.body.deadline = permit.deadline
 
 
 def current_request() -> ApiRequest:

@@ -16,7 +16,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.typing import H11SendableEvent
 
 from server.http.errors import bad_request
-from server.keys.locality import is_host
+from server.http.locality import is_host
 
 log = structlog.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from hypercorn.events import Closed, RawData, Updated
 from hypercorn.events import Event as WireEvent
 from hypercorn.protocol.h2 import H2Protocol
 
-from server.keys.locality import is_host
+from server.http.locality import is_host
 
 log = structlog.get_logger(__name__)
 

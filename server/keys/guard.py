@@ -13,9 +13,9 @@ from quart.wrappers.base import BaseRequestWebsocket
 from server.config.settings import Settings
 from server.http.connection import current_request
 from server.http.errors import ApiError
+from server.http.locality import is_local_name, is_near, name_of, proxy_header
 from server.keys.caller import caller, set_caller
 from server.keys.key import TICKET_SECONDS, Key, digest, id_of, is_ticket, new_ticket
-from server.keys.locality import is_local_name, is_near, name_of, proxy_header
 from server.keys.lookup import KeyLookup
 from server.keys.store.threads import StoreThreads
 

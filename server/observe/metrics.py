@@ -21,7 +21,7 @@ from prometheus_client import (
 from inferneo_jax import GenerationOutput
 from server.keys.sockets import SocketAdmission
 from server.observe.collector import MODEL, StateCollector
-from server.observe.tracing import METHODS, Trace
+from server.observe.tracing import METHODS, Times, Trace
 from server.run.admission import Admission
 
 if TYPE_CHECKING:
@@ -160,22 +160,6 @@ class Metrics:
     def socket_ended(self, rule: str, code: str) -> None:
         """A WebSocket ended: with this status or close code of the server, or by its ``client``."""
         self._sockets.labels(rule, code).inc()
-
-
-class Times:
-    """When a sequence was given to the engine, got a slot, its first and its last token.
-
-    In seconds of ``time.monotonic``.
-    """
-
-    __slots__ = ("admitted", "first", "last", "started", "tokens")
-
-    def __init__(self, started: float) -> None:
-        self.started = started
-        self.admitted: float | None = None
-        self.first: float | None = None
-        self.last = started
-        self.tokens = 0
 
 
 class Meter:

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
 
-    from server.observe.metrics import Times
-    from server.run.generation import Plan
+    from inferneo_jax import SamplingParams
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +60,22 @@ _ATTRIBUTES = {
 """What a fact of a log line is called in a span. What is not listed stays out of it."""
 
 
+class Times:
+    """When a sequence was given to the engine, got a slot, its first and its last token.
+
+    In seconds of ``time.monotonic``.
+    """
+
+    __slots__ = ("admitted", "first", "last", "started", "tokens")
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.admitted: float | None = None
+        self.first: float | None = None
+        self.last = started
+        self.tokens = 0
+
+
 class Trace:
     """The span of one request, and those of its sequences. Calls cost next to nothing unsampled.
 
@@ -82,22 +97,29 @@ class Trace:
             "span_id": format_span_id(context.span_id),
         }
 
-    def planned(self, plan: "Plan", model: str) -> None:
-        """Say what will be generated, by which model."""
+    def planned(
+        self,
+        id: str,  # noqa: A002
+        model: str,
+        max_tokens: int,
+        sampling: "SamplingParams",
+        num_choices: int,
+    ) -> None:
+        """Add what will be generated, by which model, and how each choice is sampled."""
         if not self._span.is_recording():
             return
         self._span.set_attributes(
             {
-                "gen_ai.response.id": plan.id,
+                "gen_ai.response.id": id,
                 "gen_ai.response.model": model,
-                "gen_ai.request.max_tokens": max(prompt.max_tokens for prompt in plan.prompts),
-                "gen_ai.request.temperature": plan.sampling.temperature,
-                "gen_ai.request.top_p": plan.sampling.top_p,
-                "gen_ai.request.choice.count": plan.num_choices,
+                "gen_ai.request.max_tokens": max_tokens,
+                "gen_ai.request.temperature": sampling.temperature,
+                "gen_ai.request.top_p": sampling.top_p,
+                "gen_ai.request.choice.count": num_choices,
             }
         )
 
-    def sequence(self, index: int, reason: str, times: "Times") -> None:
+    def sequence(self, index: int, reason: str, times: Times) -> None:
         """A sequence has ended: its time in the queue, in prefill and in decode."""
         if not self._span.is_recording():
             return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from inferneo_jax import ConfigError
 from server.config.settings import Settings
-from server.keys.locality import is_loopback
+from server.http.locality import is_loopback
 
 BACKLOG = 100
 _ANSWER_SECONDS = 2.0

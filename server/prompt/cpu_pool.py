@@ -6,14 +6,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
+from server.http.deadline import Deadline
 from server.http.errors import bad_request, unavailable
 from server.keys.caller import owner
-
-if TYPE_CHECKING:
-    from server.run.admission import Permit
 
 INLINE_BYTES = 2000
 """Smaller bodies are handled on the event loop: that takes less time than a thread's answer."""
@@ -50,7 +48,7 @@ class CpuPool:
         size: int,
         work: Callable[[], Result],
         *,
-        permit: "Permit | None" = None,
+        deadline: Deadline | None = None,
         inline: bool = True,
     ) -> Result:
         """Do ``work`` for a request, in a thread unless the request is small.
@@ -58,7 +56,7 @@ class CpuPool:
         Args:
             size: bytes of the whole body, or of what is to be written.
             work: sees the caller's context.
-            permit: whose deadline ends the wait and the work; None: the request has none.
+            deadline: of the request, which ends the wait and the work; None: it has none.
             inline: small work may run on the event loop. False: it may block.
 
         Raises:
@@ -67,7 +65,7 @@ class CpuPool:
         """
         if inline and size <= INLINE_BYTES:
             return work()
-        held = await self._turn(size, permit)
+        held = await self._turn(size, deadline)
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._pool, copy_context().run, work)
 
@@ -78,21 +76,21 @@ class CpuPool:
 
         future.add_done_callback(end)
         until = loop.time() + BUDGET_SECONDS
-        if permit is not None:
-            until = min(until, permit.deadline)
+        if deadline is not None:
+            until = min(until, deadline.at)
         try:
             async with asyncio.timeout_at(until):
                 return await asyncio.shield(future)
         except TimeoutError:
-            if permit is not None and until == permit.deadline:
-                raise permit.too_late() from None
+            if deadline is not None and until == deadline.at:
+                raise deadline.missed() from None
             raise bad_request(
                 f"The text was not read within {BUDGET_SECONDS:.0f} seconds; shorten it."
             ) from None
         finally:
             del future  # a failure's traceback would keep it, and it the failure: a cycle
 
-    async def _turn(self, size: int, permit: "Permit | None") -> ExitStack:
+    async def _turn(self, size: int, deadline: Deadline | None) -> ExitStack:
         """Wait for the key's turn and a thread; closing the result gives both back."""
         name = owner()
         if self._queued[name] and self._queued[name] + size > MAX_QUEUED_BYTES:
@@ -104,8 +102,8 @@ class CpuPool:
             locks.append(self._large)
         locks.append(self._threads)
         until = asyncio.get_running_loop().time() + WAIT_SECONDS
-        if permit is not None:
-            until = min(until, permit.deadline)
+        if deadline is not None:
+            until = min(until, deadline.at)
         self._queued[name] += size
         try:
             with ExitStack() as held:
@@ -115,8 +113,8 @@ class CpuPool:
                         held.callback(lock.release)
                 return held.pop_all()
         except TimeoutError:
-            if permit is not None and until == permit.deadline:
-                raise permit.too_late() from None
+            if deadline is not None and until == deadline.at:
+                raise deadline.missed() from None
             raise self._overloaded() from None
         finally:
             self._queued[name] -= size

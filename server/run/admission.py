@@ -8,12 +8,12 @@ and what was admitted is finished. A body that stalls gives its permit back
 
 import asyncio
 import math
-import re
 import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Self
 
-from server.http.errors import ApiError, bad_request, shutting_down, unavailable
+from server.http.deadline import TIMEOUT_HEADER, Deadline
+from server.http.errors import ApiError, shutting_down, unavailable
 
 if TYPE_CHECKING:
     from server.keys.limits import Charge
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from server.run.answer import Answer
     from server.services import Services
 
-TIMEOUT_HEADER = "X-Request-Timeout"
-_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _LONGEST_RETRY = 30
 _MARGIN = 1.25
 """What an estimate is multiplied by: it is rather low, and the machine may become slower."""
@@ -34,18 +32,17 @@ class Permit:
     """Leave to be served, for one request; a context manager that gives it back.
 
     Attributes:
-        deadline: in the event loop's time.
+        deadline: of the request.
         served: whether work for the request has begun; what was refused before does not count when
             it is estimated how fast permits are released.
     """
 
-    def __init__(self, admission: "Admission", owner: str | None, seconds: float) -> None:
+    def __init__(self, admission: "Admission", owner: str | None, deadline: Deadline) -> None:
         self._admission = admission
         self._owner = owner
         self._taken = 1
-        self._seconds = seconds
         self.served = False
-        self.deadline = asyncio.get_running_loop().time() + seconds
+        self.deadline = deadline
 
     def __enter__(self) -> Self:
         return self
@@ -74,27 +71,16 @@ class Permit:
         """
         if seconds is None:
             return
-        needed = seconds * _MARGIN
-        if 0 < self.deadline - asyncio.get_running_loop().time() < needed:
+        needed, total = seconds * _MARGIN, self.deadline.seconds
+        if 0 < self.deadline.remaining() < needed:
             raise unavailable(
-                f"The server is too busy to finish this request within {self._seconds:g} s: beside "
+                f"The server is too busy to finish this request within {total:g} s: beside "
                 f"the work already accepted, at the speed measured now, it would take about "
                 f"{needed:.1f} s. Send it again later, ask for fewer tokens, or allow it more time "
                 f"with the header {TIMEOUT_HEADER}.",
                 "overloaded",
-                max(1, min(_LONGEST_RETRY, math.ceil(needed - self._seconds))),
+                max(1, min(_LONGEST_RETRY, math.ceil(needed - total))),
             )
-
-    def too_late(self) -> ApiError:
-        """What a request is told whose time is up."""
-        return ApiError(
-            504,
-            f"The request was not finished within {self._seconds:g} s. Allow it more time with the "
-            f"header {TIMEOUT_HEADER}, or ask for fewer tokens.",
-            kind="server_error",
-            code="deadline_exceeded",
-            headers={"X-Should-Retry": "false"},
-        )
 
 
 class Admission:
@@ -135,9 +121,9 @@ class Admission:
         """
         if self.closed.is_set():
             raise shutting_down()
-        seconds = self._seconds(timeout)
+        deadline = Deadline.parse(timeout, self._longest)
         self._take(owner, 1)
-        return Permit(self, owner, seconds)
+        return Permit(self, owner, deadline)
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -151,17 +137,6 @@ class Admission:
         except TimeoutError:
             return False
         return True
-
-    def _seconds(self, timeout: str | None) -> float:
-        if timeout is None:
-            return self._longest
-        if not _SECONDS.fullmatch(timeout) or not float(timeout) > 0:
-            raise bad_request(
-                f"The header {TIMEOUT_HEADER} must be a number of seconds above 0, such as 30 or "
-                "2.5.",
-                TIMEOUT_HEADER,
-            )
-        return min(float(timeout), self._longest)
 
     def _take(self, owner: str | None, more: int, *, held: int = 0) -> None:
         """Give ``owner`` so many permits for a request that holds ``held`` of them already."""
@@ -224,11 +199,13 @@ async def admit(
     entry.add(model=answer.dialect.model, stream=answer.stream, user=answer.user)
     generation, trace = answer.generation, entry.trace
     permit.acquire(len(generation.choices))
-    generation.permit = permit
+    generation.deadline = permit.deadline
     model = services.registry.get(answer.dialect.model).name
     permit.expect(generation.forecast())
     await charge.reserve_answer(answer, model)
     if trace is not None:
-        trace.planned(generation.plan, model)
+        plan = generation.plan
+        max_tokens = max(prompt.max_tokens for prompt in plan.prompts)
+        trace.planned(plan.id, model, max_tokens, plan.sampling, plan.num_choices)
     generation.meter = services.metrics.meter(model, trace)
     permit.served = True

@@ -24,6 +24,7 @@ from inferneo_jax import (
     SamplingParams,
 )
 from server.http.alarm import Alarm
+from server.http.deadline import Deadline
 from server.keys.store.store import Usage
 from server.run.output import OutputProcessor, Prompt, TextOptions, TextPart
 from server.run.portions import Arrived, portions
@@ -31,7 +32,6 @@ from server.run.portions import Arrived, portions
 if TYPE_CHECKING:
     from inferneo_jax import Engine, Tokenizer
     from server.observe.metrics import Meter
-    from server.run.admission import Permit
 
 MAX_UNTAKEN = 64
 """Outputs of a choice that may wait for a reader that cannot keep up."""
@@ -156,7 +156,7 @@ class Generation:
     Attributes:
         usage: what it has taken so far; complete when the events are.
         on_end: told the usage once, when nothing more will be generated, if anything ever was.
-        permit: whose deadline ends it; None: nothing does.
+        deadline: by which it must end; None: it may take as long as it likes.
         meter: is told what comes when; None: nobody is.
     """
 
@@ -165,7 +165,7 @@ class Generation:
         self.usage = Usage(prompt=sum(len(prompt.ids) for prompt in plan.prompts))
         self.cancelled = False
         self.on_end: Callable[[Usage], None] | None = None
-        self.permit: Permit | None = None
+        self.deadline: Deadline | None = None
         self.meter: Meter | None = None
         self._submitted = False
         self._engine = engine
@@ -248,18 +248,18 @@ class Generation:
 
     def _expire_in_time(self, running: dict[int, str]) -> asyncio.TimerHandle | None:
         """Fail when the deadline has come, even while the reader is stuck and takes nothing."""
-        if (permit := self.permit) is None:
+        if (deadline := self.deadline) is None:
             return None
 
         def expire() -> None:
-            self._failure = permit.too_late()
+            self._failure = deadline.missed()
             for request_id in running.values():
                 self._engine.abort(request_id)
             assert self._mailbox is not None
             self._mailbox.wake()
 
         # Of an empty context: a timer that is cancelled keeps it until it would have been due.
-        return asyncio.get_running_loop().call_at(permit.deadline, expire, context=Context())
+        return asyncio.get_running_loop().call_at(deadline.at, expire, context=Context())
 
     def _commit(self, outputs: list[Arrived], running: dict[int, str]) -> list[TextPart]:
         """Feed the choices; those that finish leave ``running``. A failure comes last."""

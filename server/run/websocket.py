@@ -17,6 +17,7 @@ from quart import websocket
 
 from server.config.validation import json_kind
 from server.http.codec import STRICT_HEADER, is_strict, parse_object
+from server.http.deadline import TIMEOUT_HEADER
 from server.http.errors import ApiError, as_api_error, bad_request
 from server.http.frames import FrameError
 from server.http.pieces import Json
@@ -27,7 +28,7 @@ from server.keys.store.store import Usage
 from server.observe.access_log import AccessLogEntry
 from server.observe.tracing import WEBSOCKET
 from server.prompt.cpu_pool import INLINE_BYTES
-from server.run.admission import TIMEOUT_HEADER, admit
+from server.run.admission import admit
 from server.run.generation import Generation
 from server.run.prepare import Prepare, prepare_chat
 from server.services import Services
@@ -300,7 +301,9 @@ class _Session:
         running.charge = charge = running.charge or await services.limiter.enter()
         prepare = partial(self._prepare, services.registry, body, strict=self._strict)
         inline = self._prepare is not prepare_chat
-        answer = await services.cpu_pool.run(running.size, prepare, permit=permit, inline=inline)
+        answer = await services.cpu_pool.run(
+            running.size, prepare, deadline=permit.deadline, inline=inline
+        )
         running.generation = answer.generation
         if running.cancelled:
             answer.generation.cancel()

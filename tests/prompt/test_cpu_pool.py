@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from quart import Quart
 
+from server.http.deadline import Deadline
 from server.http.errors import ApiError
 from server.keys.caller import set_caller
 from server.keys.key import Key
 from server.prompt.cpu_pool import INLINE_BYTES, LARGE_BYTES, CpuPool
-from server.run.admission import Admission
 from tests.support.fake_engine import TIMEOUT
 
 LONG = INLINE_BYTES + 1
@@ -166,11 +166,10 @@ async def test_a_wait_that_is_too_long_is_an_overload(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("waits", [False, True])
 async def test_a_wait_and_the_work_end_with_the_deadline(waits: bool) -> None:
     text, never = CpuPool(), threading.Event()
-    admission = Admission(10, 60.0)
     first = asyncio.create_task(read(text, "a" if waits else "b", blocked(never)))
     await asyncio.sleep(0)
-    with admission.enter(None, "0.05") as permit, pytest.raises(ApiError) as caught:
-        await read(text, "a", blocked(never), permit=permit)
+    with pytest.raises(ApiError) as caught:
+        await read(text, "a", blocked(never), deadline=Deadline(0.05))
     assert (caught.value.status, caught.value.code) == (504, "deadline_exceeded")
     never.set()
     await first

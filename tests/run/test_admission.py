@@ -16,8 +16,9 @@ from websockets import InvalidStatus
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
+from server.http.deadline import TIMEOUT_HEADER
 from server.http.errors import ApiError
-from server.run.admission import TIMEOUT_HEADER, Admission, Permit
+from server.run.admission import Admission, Permit
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, EMBED, Rig, parse_events, running
 
@@ -170,7 +171,7 @@ async def test_a_timeout_that_is_none_is_refused(text: str) -> None:
 async def test_a_timeout_is_bounded_by_the_servers_own() -> None:
     admission, now = Admission(9, 60.0), asyncio.get_running_loop().time()
     for text, seconds in ((None, 60.0), ("2.5", 2.5), ("1000", 60.0)):
-        assert admission.enter(None, text).deadline == pytest.approx(now + seconds, abs=1.0)
+        assert admission.enter(None, text).deadline.at == pytest.approx(now + seconds, abs=1.0)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import structlog
 from quart import Blueprint, Response, request
 
 from server.api.admin.keys import ChangeKeyBody, LimitsBody, NewKeyBody
-from server.http.codec import json_response, read_body
+from server.http.codec import json_response
 from server.http.connection import current_request
 from server.http.errors import ApiError, bad_request
 from server.keys.caller import caller, set_caller
@@ -22,6 +22,7 @@ from server.keys.guard import bearer, check_scope, forbidden
 from server.keys.key import Key, Limits
 from server.keys.keyring import Keyring, KeyringError, describe
 from server.keys.usage import Days, key_list, key_status, key_usage, usage_of
+from server.prompt.body import read_body
 from server.run.prepare import validate
 from server.services import Services
 

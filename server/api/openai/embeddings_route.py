@@ -9,12 +9,13 @@ from quart import Blueprint, Response
 
 from server.api.openai.completions import PromptInput
 from server.api.openai.embeddings import EmbeddingBody, embedding_answer
-from server.http.codec import long_response, read_body, wants_strict
+from server.http.codec import long_response, wants_strict
 from server.http.connection import current_request
 from server.http.errors import bad_request
 from server.http.pieces import Json
 from server.keys.caller import owner
 from server.keys.store.store import Usage
+from server.prompt.body import read_body
 from server.prompt.prompts import CONTEXT_IS
 from server.run.prepare import validate
 from server.services import Services
@@ -45,11 +46,11 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         permit.served = True
         try:
             # Should the client leave, this is cancelled, and the future with it.
-            async with asyncio.timeout_at(permit.deadline):
+            async with asyncio.timeout_at(permit.deadline.at):
                 vectors = await asyncio.wrap_future(model.embedder.embed(ids, owner() or ""))
         except TimeoutError:
             charge.settle(Usage(prompt=num_tokens))
-            raise permit.too_late() from None
+            raise permit.deadline.missed() from None
         except asyncio.CancelledError:
             charge.settle(Usage(prompt=num_tokens))
             raise
@@ -61,7 +62,7 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
                 embedding_answer(body.model, shortened, body.encoding_format, num_tokens, warnings)
             )
 
-        written = await services.cpu_pool.run(vectors.nbytes, write, permit=permit)
+        written = await services.cpu_pool.run(vectors.nbytes, write, deadline=permit.deadline)
         charge.settle(Usage(prompt=num_tokens))
         return long_response(written)
 

@@ -5,9 +5,10 @@ from functools import partial
 from quart import Blueprint, Response
 
 from server.http import sse
-from server.http.codec import long_response, read_body, wants_strict
+from server.http.codec import long_response, wants_strict
 from server.http.connection import current_request
 from server.http.pieces import Json
+from server.prompt.body import read_body
 from server.run.admission import admit
 from server.run.answer import Answer
 from server.run.prepare import Prepare, prepare_chat, prepare_completion

@@ -12,7 +12,7 @@ from server.api.openapi.operation import HEADERS, Answer, Operation
 from server.api.openapi.operations import OPERATIONS
 from server.api.states import Error
 from server.http.codec import STRICT_HEADER
-from server.run.admission import TIMEOUT_HEADER
+from server.http.deadline import TIMEOUT_HEADER
 
 _REFERENCE = "#/components/schemas/{model}"
 

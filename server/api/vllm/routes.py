@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from quart import Blueprint, Response
 
 from server.api.vllm.tokenize import DetokenizeBody, TokenizeChatBody, TokenizeTextBody
-from server.http.codec import long_response, read_body, wants_strict
+from server.http.codec import long_response, wants_strict
 from server.http.connection import current_request
 from server.http.errors import bad_request
 from server.http.pieces import Json, JsonList
 from server.keys.store.store import Usage
+from server.prompt.body import read_body
 from server.prompt.templates import conversation_ids
 from server.run.prepare import validate
 from server.services import Services

@@ -24,10 +24,10 @@ from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.follower import follow
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.kernels import text_attention_for
+from inferneo_jax.kernels import segment_attention_for
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.quantization import EncodingError, Formats
-from inferneo_jax.layers.segments import TextAttention
+from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import explained, require
 from inferneo_jax.runner.backends import encoder_formats_for, formats_for
@@ -106,7 +106,7 @@ def load_model(
             mesh = make_mesh(shape, jax.local_devices())
             formats = encoder_formats_for(config, mesh)
             weights, _ = load_weights(info, mesh, [formats], config)
-            attention = text_attention_for(config, mesh)
+            attention = segment_attention_for(config, mesh)
             embedder = Embedder(
                 info.config,
                 weights,
@@ -125,7 +125,9 @@ def load_model(
                 tokenizer=tokenizer,
                 embedder=embedder,
                 max_tokens=embedder.max_tokens,
-                facts=facts_of(weights, formats, mesh, native=type(attention) is not TextAttention),
+                facts=facts_of(
+                    weights, formats, mesh, native=type(attention) is not SegmentAttention
+                ),
             )
         runner = load_runner(info, config, progress, job)
     facts = runner.facts()

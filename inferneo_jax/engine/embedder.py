@@ -27,7 +27,7 @@ from inferneo_jax.errors import (
     RequestError,
 )
 from inferneo_jax.layers.quantization import Formats
-from inferneo_jax.layers.segments import TextAttention
+from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.platform.watchdog import PATIENCE, Heartbeat
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.scheduler.packing import Packer
@@ -70,7 +70,7 @@ class Embedder:
         model: EncoderConfig,
         weights: list[Array],
         formats: Formats,
-        attention: TextAttention,
+        attention: SegmentAttention,
         mesh: Mesh,
         max_len: int | None = None,
         step_seconds: float = EngineConfig.step_seconds,
@@ -105,7 +105,7 @@ class Embedder:
 
         def lower(size: int) -> jax.stages.Lowered:
             batch = self._packer.empty(size)
-            return step.lower(self._weights, batch.tokens, batch.bounds)
+            return step.lower(self._weights, batch.tokens, batch.cu_seqlens)
 
         self._compiled = self._store.compile_all(
             {size: partial(lower, size) for size in self._packer.sizes}, progress
@@ -119,8 +119,8 @@ class Embedder:
         for size, step in self._compiled.items():
             started = time.perf_counter()
             batch = self._packer.empty(size)
-            batch.bounds[:, 1:] = size  # one text
-            jax.block_until_ready(step(self._weights, batch.tokens, batch.bounds))
+            batch.cu_seqlens[:, 1:] = size  # one text
+            jax.block_until_ready(step(self._weights, batch.tokens, batch.cu_seqlens))
             slowest = max(slowest, time.perf_counter() - started)
         return max(self._step_seconds, PATIENCE * _ROUND_BATCHES * slowest)
 
@@ -196,10 +196,10 @@ class Embedder:
         self,
         weights: list[Array],
         tokens: Int[Array, "1 tokens"],
-        bounds: Int[Array, "1 texts_and_one"],
+        cu_seqlens: Int[Array, "1 segments_and_one"],
     ) -> Float32[Array, "1 texts embed"]:
         model: Any = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
-        return model(tokens[0], bounds[0], self._attention)[None]
+        return model(tokens[0], cu_seqlens[0], self._attention)[None]
 
     def _run(self) -> None:
         """The embedder's thread: a round of each owner in turn."""
@@ -266,7 +266,7 @@ class Embedder:
                 break
             batch = self._packer.take(job.texts, job.order)
             step = self._compiled[batch.tokens.shape[1]]
-            batches.append((batch.places, step(self._weights, batch.tokens, batch.bounds)))
+            batches.append((batch.places, step(self._weights, batch.tokens, batch.cu_seqlens)))
         for places, found in batches:
             indices, ranks, texts = map(list, zip(*places, strict=True))
             job.vectors[indices] = np.asarray(found)[ranks, texts]

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.layers.cache import PagedAttention
-from inferneo_jax.layers.segments import TextAttention
+from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.runner.backends import compute_capability, has_products
 
 Kernels = Literal["auto", "xla", "native"]
@@ -55,10 +55,10 @@ def attention_for(
     return PagedAttention
 
 
-def text_attention_for(config: EngineConfig, mesh: Mesh) -> TextAttention:
-    """Attention within texts: native on one CPU that has kernels, else the reference."""
+def segment_attention_for(config: EngineConfig, mesh: Mesh) -> SegmentAttention:
+    """Attention within segments: native on one CPU that has kernels, else the reference."""
     if not has_products(config, mesh):
-        return TextAttention()
-    from inferneo_jax.kernels.cpu.dense import CpuTextAttention
+        return SegmentAttention()
+    from inferneo_jax.kernels.cpu.dense import CpuSegmentAttention
 
-    return CpuTextAttention()
+    return CpuSegmentAttention()

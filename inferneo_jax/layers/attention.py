@@ -1,15 +1,15 @@
-"""Self-attention blocks: causal over the paged cache, and bidirectional within each text."""
+"""Self-attention blocks: causal over the paged cache, and bidirectional within each segment."""
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from inferneo_jax.config import DecoderConfig, EncoderConfig
-from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.norm import LayerNorm, RMSNorm
 from inferneo_jax.layers.quantization import MatrixFormat
-from inferneo_jax.layers.segments import TextAttention, Texts
+from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 
 class CausalAttention(nnx.Module):
@@ -45,19 +45,19 @@ class CausalAttention(nnx.Module):
         rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         attention: PagedAttention,
         cache: LayerCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
         """``x`` and what ``norm(x)`` finds in the context."""
         fused = self.qkv(x, prologue=norm)
         if hasattr(self, "q_norm"):
             queries, keys = self.q_norm(fused[..., :-2, :]), self.k_norm(fused[..., -2:-1, :])
             fused = jnp.concatenate([queries, keys, fused[..., -1:, :]], axis=-2)
-        mixed, cache = attention.step(fused, rope, cache, view)
+        mixed, cache = attention.step(fused, rope, cache, metadata)
         return self.out(mixed, residual=x), cache
 
 
 class BidirectionalAttention(nnx.Module):
-    """Every token attends to all tokens of its text (arXiv:1706.03762)."""
+    """Every token attends to all tokens of its segment (arXiv:1706.03762)."""
 
     def __init__(self, config: EncoderConfig, format: MatrixFormat) -> None:
         embed, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
@@ -72,9 +72,9 @@ class BidirectionalAttention(nnx.Module):
         self,
         x: Float[Array, "tokens embed"],
         norm: LayerNorm,
-        attention: TextAttention,
-        texts: Texts,
+        attention: SegmentAttention,
+        segments: Segments,
     ) -> Float[Array, "tokens embed"]:
-        """``norm`` of ``x`` and what it finds in its text."""
-        mixed = attention.attend(self.qkv(x, narrow=True, live=texts.live), texts)
-        return self.out(mixed, residual=x, epilogue=norm, live=texts.live)
+        """``norm`` of ``x`` and what it finds in its segment."""
+        mixed = attention.attend(self.qkv(x, narrow=True, live=segments.live), segments)
+        return self.out(mixed, residual=x, epilogue=norm, live=segments.live)

@@ -39,21 +39,24 @@ class LayerCache(NamedTuple):
 KVCache = list[LayerCache]
 
 
-class PageView(NamedTuple):
-    """Where the tokens of a step live.
+class AttentionMetadata(NamedTuple):
+    """Where the tokens of a step lie in the cache: all that attention knows of a batch.
 
-    ``tables`` gives the pages of each row, 0 where none is held; ``positions`` the position of each
-    token in its sequence. A token sees the keys at its own position and before. What lies behind
-    the first ``lengths`` tokens of a row is padding (None: there is none): whatever is made of it
-    is never read.
+    A token attends to the keys at its own position and before.
+
+    Attributes:
+        block_tables: the pages of each row in order of position, 0 where it holds none.
+        positions: of each token in its sequence.
+        lengths: how many tokens of each row are not padding; None if none is. Results of padding
+            are never read.
     """
 
-    tables: Int[Array, "rows max_pages"]
+    block_tables: Int[Array, "rows max_pages"]
     positions: Int[Array, "rows tokens"]
     lengths: Int[Array, " rows"] | None = None
 
     def live(self) -> Bool[Array, "rows tokens"]:
-        """Which tokens are no padding."""
+        """Which tokens are not padding."""
         tokens = self.positions.shape[1]
         if self.lengths is None:
             return jnp.ones(self.positions.shape, bool)
@@ -96,27 +99,27 @@ class PagedAttention:
         fused: Float[Array, "rows tokens kv_heads entries head_dim"],
         rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         cache: LayerCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> tuple[Float[Array, "rows tokens kv_heads group head_dim"], LayerCache]:
         """Rotate queries and keys, write keys and values, and attend.
 
         The entries of a KV head are its group's queries, its key and its value.
         """
         queries, keys = rotate(fused[..., :-2, :], *rope), rotate(fused[..., -2, :], *rope)
-        cache = self.write(cache, keys, fused[..., -1, :], view)
-        return self.attend(queries, cache, view), cache
+        cache = self.write(cache, keys, fused[..., -1, :], metadata)
+        return self.attend(queries, cache, metadata), cache
 
     def write(
         self,
         cache: LayerCache,
         keys: Float[Array, "rows tokens kv_heads head_dim"],
         values: Float[Array, "rows tokens kv_heads head_dim"],
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> LayerCache:
         """Put each token's key and value at its position; in place when the cache is donated."""
-        index = view.positions // self.page_len
-        pages = jnp.take_along_axis(view.tables, index, axis=1, mode="fill", fill_value=0)
-        offsets = view.positions % self.page_len
+        index = metadata.positions // self.page_len
+        pages = jnp.take_along_axis(metadata.block_tables, index, axis=1, mode="fill", fill_value=0)
+        offsets = metadata.positions % self.page_len
         key_scales, value_scales = cache.key_scales, cache.value_scales
         if key_scales is not None and value_scales is not None:
             keys, new_key_scales = quantize(keys)
@@ -134,24 +137,28 @@ class PagedAttention:
         self,
         queries: Float[Array, "rows tokens kv_heads group head_dim"],
         cache: LayerCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
         """Softmax of scaled products over all keys at or before each token's position."""
         rows, tokens, kv_heads, group, head_dim = queries.shape
         heads_first = queries.transpose(0, 2, 3, 1, 4) * head_dim**-0.5
         queries = heads_first.reshape(rows, kv_heads, group * tokens, head_dim)
-        last_seen = jnp.tile(view.positions, (1, group))[:, None, :, None]
+        last_seen = jnp.tile(metadata.positions, (1, group))[:, None, :, None]
 
-        pages_per_block = min(max(self.block_len // self.page_len, 1), view.tables.shape[1])
+        pages_per_block = min(
+            max(self.block_len // self.page_len, 1), metadata.block_tables.shape[1]
+        )
         block_len = pages_per_block * self.page_len
-        tables = _pad_to_multiple(view.tables, pages_per_block)
-        num_blocks = jnp.max(view.positions) // block_len + 1
+        block_tables = _pad_to_multiple(metadata.block_tables, pages_per_block)
+        num_blocks = jnp.max(metadata.positions) // block_len + 1
 
         def block(
             i: Int[Array, ""], carry: tuple[Array, Array, Array]
         ) -> tuple[Array, Array, Array]:
             peak, total, mixed = carry
-            ids = lax.dynamic_slice_in_dim(tables, i * pages_per_block, pages_per_block, axis=1)
+            ids = lax.dynamic_slice_in_dim(
+                block_tables, i * pages_per_block, pages_per_block, axis=1
+            )
             keys = _gather(cache.keys, cache.key_scales, ids)
             values = _gather(cache.values, cache.value_scales, ids)
             scores = jnp.einsum("rkqd,rkpd->rkqp", queries, keys)
@@ -186,5 +193,5 @@ def _gather(
     return gathered * of_tokens.reshape(rows, kv_heads, -1, 1)
 
 
-def _pad_to_multiple(tables: Int[Array, "rows pages"], of: int) -> Int[Array, "rows padded"]:
-    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % of)))
+def _pad_to_multiple(block_tables: Int[Array, "rows pages"], of: int) -> Int[Array, "rows padded"]:
+    return jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % of)))

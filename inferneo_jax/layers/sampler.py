@@ -19,7 +19,7 @@ _BLOCK = 256
 _NEVER = -1e30
 
 
-class SamplingRows(NamedTuple):
+class SamplingParamsBatch(NamedTuple):
     """Sampling parameters, one row per request; also the form in which slots keep them.
 
     ``prompt_len`` splits a row's history into prompt and output; before ``min_len`` tokens in all,
@@ -63,7 +63,7 @@ class Sampler:
     def __call__(
         self,
         logits: Float[Array, "rows vocab"],
-        params: SamplingRows,
+        params: SamplingParamsBatch,
         history: Int[Array, "rows max_len"],
         lengths: Int[Array, " rows"],
     ) -> tuple[Int[Array, " rows"], Scores]:
@@ -113,7 +113,7 @@ class Sampler:
 
 
 def needs_more(
-    params: SamplingRows, lengths: Int[Array, " rows"], vocab: int
+    params: SamplingParamsBatch, lengths: Int[Array, " rows"], vocab: int
 ) -> Bool[Array, " rows"]:
     """Which rows want more than their most likely token: a draw, other logits, log probabilities.
 
@@ -142,7 +142,7 @@ def argmax(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
 
 def _penalize(
     logits: Float[Array, "rows vocab"],
-    params: SamplingRows,
+    params: SamplingParamsBatch,
     history: Int[Array, "rows max_len"],
     lengths: Int[Array, " rows"],
 ) -> Float[Array, "rows vocab"]:
@@ -163,7 +163,7 @@ def _penalize(
     return lax.cond(_penalized(params).any(), apply, lambda: logits)
 
 
-def _penalized(params: SamplingRows) -> Bool[Array, " rows"]:
+def _penalized(params: SamplingParamsBatch) -> Bool[Array, " rows"]:
     return (
         (params.frequency_penalty != 0)
         | (params.presence_penalty != 0)
@@ -172,7 +172,7 @@ def _penalized(params: SamplingRows) -> Bool[Array, " rows"]:
 
 
 def _bias(
-    logits: Float[Array, "rows vocab"], params: SamplingRows, lengths: Int[Array, " rows"]
+    logits: Float[Array, "rows vocab"], params: SamplingParamsBatch, lengths: Int[Array, " rows"]
 ) -> Float[Array, "rows vocab"]:
     row = jnp.arange(logits.shape[0])[:, None]
     vocab = logits.shape[1]
@@ -191,7 +191,7 @@ def _bias(
 
 
 def _draw(
-    logits: Float[Array, "rows vocab"], params: SamplingRows, lengths: Int[Array, " rows"]
+    logits: Float[Array, "rows vocab"], params: SamplingParamsBatch, lengths: Int[Array, " rows"]
 ) -> Int[Array, " rows"]:
     """Sample the tempered, truncated distribution by inverting its cumulative sum."""
     temperature = jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
@@ -203,7 +203,7 @@ def _draw(
 
 
 def _truncate(
-    weights: Float[Array, "rows vocab"], params: SamplingRows
+    weights: Float[Array, "rows vocab"], params: SamplingParamsBatch
 ) -> Float[Array, "rows vocab"]:
     """Zero what top-k, then top-p of what is left, then min-p remove.
 

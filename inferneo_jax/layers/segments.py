@@ -1,4 +1,4 @@
-"""Texts that lie one behind the other in a row of tokens, and attention within each of them."""
+"""Segments packed one after the other into a row of tokens, and attention within each of them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,74 +15,77 @@ _NOTHING = -1e30
 """The score of a key that a query does not see."""
 
 
-class Texts(NamedTuple):
-    """Where texts lie in a row of tokens.
+class Segments(NamedTuple):
+    """Which tokens of a packed row belong to which segment.
 
     Attributes:
-        bounds: where each begins; behind them, where the last one ends. Those that there are not
-            are empty. What lies behind the last is padding: what is made of it is never read.
-        owners: the text of each token; for padding, the number of texts.
-        places: of each token in its text.
+        cu_seqlens: cumulative lengths: the first token of each segment, then the end of the last
+            one. Unused segments are empty. Tokens after the last segment are padding, whose
+            results are never read.
+        segment_ids: the segment of each token; the number of segments for padding.
+        positions: the position of each token within its segment.
     """
 
-    bounds: Int[Array, " texts_and_one"]
-    owners: Int[Array, " tokens"]
-    places: Int[Array, " tokens"]
+    cu_seqlens: Int[Array, " segments_and_one"]
+    segment_ids: Int[Array, " tokens"]
+    positions: Int[Array, " tokens"]
 
     @classmethod
-    def of(cls, bounds: Int[Array, " texts_and_one"], num_tokens: int) -> "Texts":
-        """Texts with these bounds in a row of so many tokens."""
+    def of(cls, cu_seqlens: Int[Array, " segments_and_one"], num_tokens: int) -> "Segments":
+        """Segments with these cumulative lengths in a row of ``num_tokens``."""
         tokens = jnp.arange(num_tokens, dtype=jnp.int32)
-        owners = (tokens[:, None] >= bounds[None, 1:]).sum(axis=1, dtype=jnp.int32)
-        return cls(bounds, owners, tokens - bounds[owners])
+        segment_ids = (tokens[:, None] >= cu_seqlens[None, 1:]).sum(axis=1, dtype=jnp.int32)
+        return cls(cu_seqlens, segment_ids, tokens - cu_seqlens[segment_ids])
 
     @property
     def live(self) -> Int[Array, ""]:
-        """Tokens that are no padding."""
-        return self.bounds[-1]
+        """How many tokens are not padding."""
+        return self.cu_seqlens[-1]
 
-    def mean(self, x: Float[Array, "tokens embed"]) -> Float[Array, "texts embed"]:
-        """The mean of each text's vectors; zeros where there is no text."""
-        names = jnp.arange(self.bounds.shape[0] - 1, dtype=jnp.int32)
-        own = (names[:, None] == self.owners[None, :]).astype(jnp.float32)
-        # Padding may be anything, and no number times zero is no number.
-        x = jnp.where(self.owners[:, None] < names.shape[0], x, 0.0)
+    def mean(self, x: Float[Array, "tokens embed"]) -> Float[Array, "segments embed"]:
+        """The mean of each segment's vectors; zeros for an empty segment."""
+        names = jnp.arange(self.cu_seqlens.shape[0] - 1, dtype=jnp.int32)
+        own = (names[:, None] == self.segment_ids[None, :]).astype(jnp.float32)
+        # Padding may hold NaN, and NaN times zero is NaN.
+        x = jnp.where(self.segment_ids[:, None] < names.shape[0], x, 0.0)
         sums = jnp.matmul(own, x, precision=lax.Precision.HIGHEST)
-        lengths = jnp.maximum(jnp.diff(self.bounds), 1).astype(jnp.float32)
+        lengths = jnp.maximum(jnp.diff(self.cu_seqlens), 1).astype(jnp.float32)
         return sums / lengths[:, None]
 
 
 @dataclass(frozen=True)
-class TextAttention:
-    """Attention within texts, in plain XLA operations: the reference, which runs on any device.
+class SegmentAttention:
+    """Attention within segments in plain XLA operations: the reference on any device.
 
-    Blocks of queries each run over the keys from their first text's beginning to their last one's
-    end, all blocks side by side: cost follows the lengths of texts, and shapes do not.
+    Each block of queries runs over the keys from the start of its first segment to the end of its
+    last one, all blocks in parallel. The cost follows the segments' lengths; the shapes do not.
     """
 
     def attend(
-        self, fused: Num[Array, "tokens 3 heads head_dim"], texts: Texts
+        self, fused: Num[Array, "tokens 3 heads head_dim"], segments: Segments
     ) -> Num[Array, "tokens heads head_dim"]:
-        """Softmax of scaled products of each query with the keys of its text, times their values.
+        """Softmax attention of each query over the keys and values of its segment.
 
         Args:
-            fused: queries, keys and values. Tokens are at most 128, or a multiple of that.
-            texts: where they lie.
+            fused: queries, keys and values of at most 128 tokens, or of a multiple of 128.
+            segments: of the same tokens.
         """
         queries, keys, values = jnp.moveaxis(fused.astype(jnp.float32), 1, 0)
         num_tokens, heads, head_dim = queries.shape
         block = min(_BLOCK, num_tokens)
         queries = queries.reshape(-1, block, heads, head_dim) * head_dim**-0.5
-        owners = texts.owners.reshape(-1, block)
-        bounds = jnp.append(texts.bounds, jnp.int32(num_tokens))  # padding as a last text
-        first, last = bounds[owners[:, 0]], bounds[owners[:, -1] + 1]
+        segment_ids = segments.segment_ids.reshape(-1, block)
+        cu_seqlens = jnp.append(
+            segments.cu_seqlens, jnp.int32(num_tokens)
+        )  # padding as a last segment
+        first, last = cu_seqlens[segment_ids[:, 0]], cu_seqlens[segment_ids[:, -1] + 1]
         places = jnp.arange(block, dtype=jnp.int32)
 
         def step(i: Int[Array, ""], sums: _Sums) -> _Sums:
             begin = first + i * block
             starts = jnp.minimum(begin, num_tokens - block)
             tokens = starts[:, None] + places[None, :]
-            seen = owners[:, :, None] == texts.owners[tokens][:, None, :]
+            seen = segment_ids[:, :, None] == segments.segment_ids[tokens][:, None, :]
             seen &= (tokens >= begin[:, None])[:, None, :]  # others were there before
             scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys[tokens])
             scores = jnp.where(seen[:, None], scores, _NOTHING)
@@ -96,7 +99,7 @@ class TextAttention:
                 sums.values * old + found,
             )
 
-        shape = owners.shape[0], heads, block
+        shape = segment_ids.shape[0], heads, block
         nothing = _Sums(
             jnp.full((*shape, 1), _NOTHING), jnp.zeros((*shape, 1)), jnp.zeros((*shape, head_dim))
         )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.layers import rope
 from inferneo_jax.layers.attention import CausalAttention
-from inferneo_jax.layers.cache import KVCache, LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, KVCache, LayerCache, PagedAttention
 from inferneo_jax.layers.linear import Embedding, Linear
 from inferneo_jax.layers.mlp import SwiGLU
 from inferneo_jax.layers.norm import RMSNorm
@@ -34,9 +34,9 @@ class DecoderLayer(nnx.Module):
         angles: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         attention: PagedAttention,
         cache: LayerCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
-        x, cache = self.attention(x, self.attention_norm, angles, attention, cache, view)
+        x, cache = self.attention(x, self.attention_norm, angles, attention, cache, metadata)
         return self.mlp(x, self.mlp_norm), cache
 
 
@@ -48,9 +48,9 @@ def _run_layer(
     x: Float[Array, "rows tokens embed"],
     angles: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
     cache: LayerCache,
-    view: PageView,
+    metadata: AttentionMetadata,
 ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
-    return nnx.merge(graphdef, weights)(x, angles, attention, cache, view)
+    return nnx.merge(graphdef, weights)(x, angles, attention, cache, metadata)
 
 
 class Decoder(nnx.Module):
@@ -73,7 +73,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "rows tokens"],
         attention: PagedAttention,
         cache: KVCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> tuple[Float[Array, "rows tokens embed"], KVCache]:
         """Run the layers over new tokens, whose keys and values join the cache.
 
@@ -81,12 +81,12 @@ class Decoder(nnx.Module):
         they are traced and lowered once, as calls of one function that XLA inlines.
         """
         # Padding is zeros: a kernel sees at a glance that it need not multiply them.
-        x = jnp.where(view.live()[..., None], self.embed(tokens), 0.0)
-        angles = rope.angles(view.positions, jnp.asarray(self.freqs, jnp.float32))
+        x = jnp.where(metadata.live()[..., None], self.embed(tokens), 0.0)
+        angles = rope.angles(metadata.positions, jnp.asarray(self.freqs, jnp.float32))
         written: KVCache = []
         for layer, old in zip(self.layers, cache, strict=True):
             graphdef, weights = nnx.split(layer)
-            x, new = _run_layer(graphdef, weights, attention, x, angles, old, view)
+            x, new = _run_layer(graphdef, weights, attention, x, angles, old, metadata)
             written.append(new)
         return x, written
 

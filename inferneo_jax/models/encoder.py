@@ -14,7 +14,7 @@ from inferneo_jax.layers.linear import Embedding, Linear
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
 from inferneo_jax.layers.quantization import Formats, MatrixFormat, Plain
-from inferneo_jax.layers.segments import TextAttention, Texts
+from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 
 class GeluMLP(nnx.Module):
@@ -43,10 +43,10 @@ class EncoderLayer(nnx.Module):
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def __call__(
-        self, x: Float[Array, "tokens embed"], attention: TextAttention, texts: Texts
+        self, x: Float[Array, "tokens embed"], attention: SegmentAttention, segments: Segments
     ) -> Float[Array, "tokens embed"]:
-        x = self.attention(x, self.attention_norm, attention, texts)
-        return self.mlp(x, self.mlp_norm, texts.live)
+        x = self.attention(x, self.attention_norm, attention, segments)
+        return self.mlp(x, self.mlp_norm, segments.live)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "attention"))
@@ -54,15 +54,15 @@ def _run_layer(
     graphdef: nnx.GraphDef[EncoderLayer],
     weights: nnx.State[Any, Any],
     x: Float[Array, "tokens embed"],
-    attention: TextAttention,
-    texts: Texts,
+    attention: SegmentAttention,
+    segments: Segments,
 ) -> Float[Array, "tokens embed"]:
     """One layer, as a function that is traced and lowered once for all layers."""
-    return nnx.merge(graphdef, weights)(x, attention, texts)
+    return nnx.merge(graphdef, weights)(x, attention, segments)
 
 
 class Encoder(nnx.Module):
-    """Token ids of whole texts to one vector per text."""
+    """Token ids of packed texts to one vector per text."""
 
     def __init__(self, config: EncoderConfig, formats: Formats) -> None:
         embed, plain = config.hidden_size, Plain(formats.dtype)
@@ -77,22 +77,22 @@ class Encoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, " tokens"],
-        bounds: Int[Array, " texts_and_one"],
-        attention: TextAttention,
-    ) -> Float[Array, "texts embed"]:
-        """Embed texts that lie one behind the other; empty ones give finite nonsense.
+        cu_seqlens: Int[Array, " segments_and_one"],
+        attention: SegmentAttention,
+    ) -> Float[Array, "segments embed"]:
+        """Embed packed texts, one per segment; an empty segment gives a finite, arbitrary vector.
 
         Args:
             tokens: their ids, then padding.
-            bounds: where each text begins; behind them, where the last one ends.
-            attention: within texts.
+            cu_seqlens: the first token of each segment, then the end of the last one.
+            attention: within segments.
         """
-        texts = Texts.of(bounds, tokens.shape[0])
-        x = self.embed(tokens) + self.position(texts.places)
+        segments = Segments.of(cu_seqlens, tokens.shape[0])
+        x = self.embed(tokens) + self.position(segments.positions)
         x = self.embed_norm(x + self.token_type(jnp.zeros_like(tokens)))
         for layer in self.layers:
-            x = _run_layer(*nnx.split(layer), x, attention, texts)
-        pooled = x[bounds[:-1]] if self.pooling == "cls" else texts.mean(x)
+            x = _run_layer(*nnx.split(layer), x, attention, segments)
+        pooled = x[cu_seqlens[:-1]] if self.pooling == "cls" else segments.mean(x)
         if not self.normalize:
             return pooled
         norm = jnp.linalg.norm(pooled, axis=-1, keepdims=True)

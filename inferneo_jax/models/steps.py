@@ -23,8 +23,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from inferneo_jax.layers.cache import KVCache, PagedAttention, PageView
-from inferneo_jax.layers.sampler import Sampler, SamplingRows, Scores, needs_more
+from inferneo_jax.layers.cache import AttentionMetadata, KVCache, PagedAttention
+from inferneo_jax.layers.sampler import Sampler, SamplingParamsBatch, Scores, needs_more
 from inferneo_jax.models.decoder import Decoder
 from inferneo_jax.sharding import mesh
 
@@ -38,10 +38,10 @@ class SlotState(NamedTuple):
     """What the device knows of every slot: its tokens so far and its sampling parameters."""
 
     tokens: Int[Array, "slots max_len"]
-    sampling: SamplingRows
+    sampling: SamplingParamsBatch
 
 
-class DecodeRows(NamedTuple):
+class DecodeInputs(NamedTuple):
     """The rows of one decode step. Padding rows have a slot beyond the last and no pages.
 
     ``positions`` is where the row's newest token lies, whose successor is to be found.
@@ -49,20 +49,20 @@ class DecodeRows(NamedTuple):
 
     slots: Int[Array, " rows"]
     positions: Int[Array, " rows"]
-    tables: Int[Array, "rows max_pages"]
+    block_tables: Int[Array, "rows max_pages"]
 
 
-class VerifyRows(NamedTuple):
+class VerifyInputs(NamedTuple):
     """The rows of a decode step that verifies drafts: the first ``num_drafted`` of each are one."""
 
     slots: Int[Array, " rows"]
     positions: Int[Array, " rows"]
-    tables: Int[Array, "rows max_pages"]
+    block_tables: Int[Array, "rows max_pages"]
     drafts: Int[Array, "rows most"]
     num_drafted: Int[Array, " rows"]
 
 
-class PrefillRows(NamedTuple):
+class PrefillInputs(NamedTuple):
     """The rows of one prefill step: ``length`` tokens from position ``start`` on.
 
     ``last`` rows end their prompt, so a token is sampled after it; of those that are ``scored``
@@ -74,10 +74,10 @@ class PrefillRows(NamedTuple):
     length: Int[Array, " rows"]
     last: Bool[Array, " rows"]
     scored: Bool[Array, " rows"]
-    tables: Int[Array, "rows max_pages"]
+    block_tables: Int[Array, "rows max_pages"]
 
 
-class SampleRows(NamedTuple):
+class SampleInputs(NamedTuple):
     """Rows after which a token is to be sampled, at position ``lengths``.
 
     It is written to the slots ``targets``. Rows of padding have no slot: one beyond the last.
@@ -92,7 +92,7 @@ class SampleRows(NamedTuple):
 class Sampled(NamedTuple):
     """What a step brings back to the host; prompt scores in prefill steps only.
 
-    Ids and scores are of all rows of :class:`SampleRows`, padding included.
+    Ids and scores are of all rows of :class:`SampleInputs`, padding included.
     """
 
     ids: Int[Array, "*rows"]
@@ -102,10 +102,10 @@ class Sampled(NamedTuple):
 
 Weights = list[Array]
 Tokens = Int[Array, "slots max_len"]
-Forward = tuple[KVCache, Tokens, SampleRows]
+Forward = tuple[KVCache, Tokens, SampleInputs]
 
 
-def sample_rows(count: int, buckets: Sequence[int]) -> int:
+def sample_bucket(count: int, buckets: Sequence[int]) -> int:
     """To how many rows so many are padded to be sampled; ``buckets`` are rising."""
     return next((bucket for bucket in buckets if bucket >= count), count)
 
@@ -130,16 +130,20 @@ class Steps:
         """Put requests into slots: their tokens and parameters. A slot beyond the last: none."""
         return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, rows)
 
-    def decode(self, weights: Weights, cache: KVCache, tokens: Tokens, rows: DecodeRows) -> Forward:
+    def decode(
+        self, weights: Weights, cache: KVCache, tokens: Tokens, rows: DecodeInputs
+    ) -> Forward:
         """Feed each row its newest token."""
         model = self._model(weights)
         newest = tokens.at[rows.slots, rows.positions].get(mode="clip")
-        view = _view(tokens, rows, rows.positions[:, None], jnp.ones_like(rows.slots))
-        hidden, cache = model(newest[:, None], self.attention, cache, view)
+        metadata = _metadata(tokens, rows, rows.positions[:, None], jnp.ones_like(rows.slots))
+        hidden, cache = model(newest[:, None], self.attention, cache, metadata)
         ends = self._ends(model, hidden[:, 0], rows.slots, rows.positions + 1, rows.slots)
         return cache, tokens, ends
 
-    def verify(self, weights: Weights, cache: KVCache, tokens: Tokens, rows: VerifyRows) -> Forward:
+    def verify(
+        self, weights: Weights, cache: KVCache, tokens: Tokens, rows: VerifyInputs
+    ) -> Forward:
         """Feed each row its newest token and its draft, after each of which one is sampled.
 
         What is sampled holds as far as the draft is the same, and for one token more. Whatever is
@@ -158,8 +162,8 @@ class Steps:
         places = jnp.where(steps[:, :most] < rows.num_drafted[:, None], slots, beyond)
         tokens = tokens.at[places, positions[:, 1:]].set(rows.drafts, mode="drop")
         inputs = tokens.at[slots, positions].get(mode="clip")
-        view = _view(tokens, rows, positions, rows.num_drafted + 1)
-        hidden, cache = model(inputs, self.attention, cache, view)
+        metadata = _metadata(tokens, rows, positions, rows.num_drafted + 1)
+        hidden, cache = model(inputs, self.attention, cache, metadata)
 
         flat = hidden.reshape(-1, hidden.shape[-1])
         each = jnp.repeat(rows.slots, most + 1)
@@ -168,8 +172,8 @@ class Steps:
         return cache, tokens, ends
 
     def prefill(
-        self, chunk: int, weights: Weights, cache: KVCache, tokens: Tokens, rows: PrefillRows
-    ) -> tuple[KVCache, Tokens, SampleRows, Scores]:
+        self, chunk: int, weights: Weights, cache: KVCache, tokens: Tokens, rows: PrefillInputs
+    ) -> tuple[KVCache, Tokens, SampleInputs, Scores]:
         """Run up to ``chunk`` (static) prompt tokens a row; sample where the prompt ends.
 
         Padding positions lie behind the live ones: they write to no page, or to places that are
@@ -181,8 +185,8 @@ class Steps:
         model = self._model(weights)
         positions = rows.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
         inputs = tokens.at[rows.slots[:, None], positions].get(mode="clip")
-        view = _view(tokens, rows, positions, rows.length)
-        hidden, cache = model(inputs, self.attention, cache, view)
+        metadata = _metadata(tokens, rows, positions, rows.length)
+        hidden, cache = model(inputs, self.attention, cache, metadata)
 
         final = jnp.take_along_axis(hidden, rows.length[:, None, None] - 1, axis=1)[:, 0]
         successors = tokens.at[rows.slots[:, None], positions + 1].get(mode="clip")
@@ -192,7 +196,7 @@ class Steps:
         ends = self._ends(model, final, rows.slots, rows.start + rows.length, targets)
         return cache, tokens, ends, _from_all(prompt_scores)
 
-    def sample(self, state: SlotState, rows: SampleRows) -> tuple[SlotState, Sampled]:
+    def sample(self, state: SlotState, rows: SampleInputs) -> tuple[SlotState, Sampled]:
         """Sample each row's token, and write it to where the next step reads it."""
 
         def of_rows(tree: Any) -> Any:
@@ -226,11 +230,11 @@ class Steps:
         slots: Int[Array, " rows"],
         lengths: Int[Array, " rows"],
         targets: Int[Array, " rows"],
-    ) -> SampleRows:
+    ) -> SampleInputs:
         """What is to be sampled after these, padded to one of the numbers of rows."""
-        padding = 0, sample_rows(len(slots), self.buckets) - len(slots)
+        padding = 0, sample_bucket(len(slots), self.buckets) - len(slots)
         beyond = np.iinfo(np.int32).max
-        return SampleRows(
+        return SampleInputs(
             jnp.pad(self._logits(model, hidden), (padding, (0, 0))),
             jnp.pad(slots, padding, constant_values=beyond),
             jnp.pad(lengths, padding),
@@ -267,14 +271,16 @@ class Steps:
         return jax.tree.map(lambda x: x.reshape(rows, chunk, *x.shape[2:]), scores)
 
 
-def _view(
+def _metadata(
     tokens: Tokens,
-    rows: DecodeRows | VerifyRows | PrefillRows,
+    rows: DecodeInputs | VerifyInputs | PrefillInputs,
     positions: Int[Array, "rows tokens"],
     lengths: Int[Array, " rows"],
-) -> PageView:
+) -> AttentionMetadata:
     """Where so many tokens of each row live; rows without a slot are all padding."""
-    return PageView(rows.tables, positions, jnp.where(rows.slots < tokens.shape[0], lengths, 0))
+    return AttentionMetadata(
+        rows.block_tables, positions, jnp.where(rows.slots < tokens.shape[0], lengths, 0)
+    )
 
 
 def _from_all(sampled: T) -> T:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from inferneo_jax.layers.sampler import SamplingRows
-from inferneo_jax.models.steps import DecodeRows, PrefillRows, SlotState, VerifyRows
+from inferneo_jax.layers.sampler import SamplingParamsBatch
+from inferneo_jax.models.steps import DecodeInputs, PrefillInputs, SlotState, VerifyInputs
 from inferneo_jax.request import GenerationRequest
 from inferneo_jax.scheduler.block_pool import NO_PAGE
 from inferneo_jax.scheduler.output import DecodeRow, PrefillChunk
@@ -22,7 +22,7 @@ from inferneo_jax.scheduler.sequence import Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowBuilder:
+class InputBuilder:
     """Sizes of everything that is handed over; they never change while a model is loaded.
 
     Attributes:
@@ -42,11 +42,11 @@ class RowBuilder:
     vocab_size: int
     max_bias: int
     max_stops: int
-    _page_tables: "_PageTables" = field(init=False, repr=False, compare=False)
+    _block_tables: "_BlockTables" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        tables = _PageTables(self.dp_size, self.slots, self.max_pages)
-        object.__setattr__(self, "_page_tables", tables)
+        block_tables = _BlockTables(self.dp_size, self.slots, self.max_pages)
+        object.__setattr__(self, "_block_tables", block_tables)
 
     def empty_state(self) -> SlotState:
         """All slots without tokens, greedy and with no sampling feature in use."""
@@ -62,7 +62,7 @@ class RowBuilder:
         bias_ids, bias, stop_ids = tiled
         seed: Any = np.zeros((rows, 2), np.uint32)
         tokens: Any = np.zeros((rows, self.max_len), np.int32)
-        sampling = SamplingRows(
+        sampling = SamplingParamsBatch(
             temperature=full(0, np.float32),
             top_k=full(0, np.int32),
             top_p=full(1, np.float32),
@@ -98,20 +98,20 @@ class RowBuilder:
                     array[i] = value
         return slots, rows
 
-    def decode(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeRows:
+    def decode(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeInputs:
         """Rows of a decode step; each rank's are padded to the bucket with rows without a slot."""
         total = self.dp_size * bucket
         slots: Any = np.full(total, self.slots, np.int32)
         positions: Any = np.zeros(total, np.int32)
-        tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
+        block_tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
         for rank, rows in enumerate(ranks):
             for i, row in enumerate(rows, start=rank * bucket):
                 slots[i] = row.sequence.slot
                 positions[i] = row.position
-                tables[i] = self._page_tables.of(row.sequence)
-        return DecodeRows(slots, positions, tables)
+                block_tables[i] = self._block_tables.of(row.sequence)
+        return DecodeInputs(slots, positions, block_tables)
 
-    def verify(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, most: int) -> VerifyRows:
+    def verify(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, most: int) -> VerifyInputs:
         """Rows of a decode step with drafts of up to ``most`` tokens."""
         total = self.dp_size * bucket
         drafts: Any = np.zeros((total, most), np.int32)
@@ -121,9 +121,9 @@ class RowBuilder:
             for i, row in enumerate(rows, start=rank * bucket):
                 num_drafted[i] = len(row.draft)
                 drafts[i, : len(row.draft)] = row.draft
-        return VerifyRows(*self.decode(by_rank, bucket), drafts, num_drafted)
+        return VerifyInputs(*self.decode(by_rank, bucket), drafts, num_drafted)
 
-    def prefill(self, ranks: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillRows:
+    def prefill(self, ranks: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillInputs:
         """Rows of a prefill step, padded like those of a decode step."""
         total = self.dp_size * bucket
         slots: Any = np.full(total, self.slots, np.int32)
@@ -131,16 +131,16 @@ class RowBuilder:
         length: Any = np.ones(total, np.int32)
         sample: Any = np.zeros(total, np.bool_)
         scored: Any = np.zeros(total, np.bool_)
-        tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
+        block_tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
         for rank, chunks in enumerate(ranks):
             for i, chunk in enumerate(chunks, start=rank * bucket):
                 slots[i] = chunk.sequence.slot
                 start[i], length[i], sample[i] = chunk.start, chunk.length, chunk.sample
                 scored[i] = chunk.sequence.request.prompt_logprobs is not None
-                tables[i] = self._page_tables.of(chunk.sequence)
-        return PrefillRows(slots, start, length, sample, scored, tables)
+                block_tables[i] = self._block_tables.of(chunk.sequence)
+        return PrefillInputs(slots, start, length, sample, scored, block_tables)
 
-    def _sampling_row(self, request: GenerationRequest) -> SamplingRows:
+    def _sampling_row(self, request: GenerationRequest) -> SamplingParamsBatch:
         params = request.sampling
         bias_ids, bias, stop_ids = self._tables(params.logit_bias, request.stop_token_ids)
 
@@ -154,7 +154,7 @@ class RowBuilder:
             return np.bool_(value)
 
         seed: Any = np.array([params.seed >> 32, params.seed & 0xFFFFFFFF], np.uint32)
-        return SamplingRows(
+        return SamplingParamsBatch(
             temperature=real(params.temperature),
             top_k=whole(min(params.top_k, self.vocab_size)),
             top_p=real(params.top_p),
@@ -186,8 +186,8 @@ def _arrays(state: SlotState) -> tuple[Any, ...]:
     return (state.tokens, *state.sampling)
 
 
-class _PageTables:
-    """Page tables of all slots, kept from step to step: a long one takes its time to write out.
+class _BlockTables:
+    """Block tables of all slots, kept from step to step: a long one takes its time to write out.
 
     A sequence's list of pages only grows while it holds its slot; the next time it gets one, it
     has another list.

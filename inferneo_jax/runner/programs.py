@@ -21,8 +21,8 @@ from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.layers.cache import KVCache, PagedAttention
 from inferneo_jax.layers.quantization import Formats
 from inferneo_jax.layers.sampler import Sampler
-from inferneo_jax.models.steps import SampleRows, Steps, sample_rows
-from inferneo_jax.runner.inputs import RowBuilder
+from inferneo_jax.models.steps import SampleInputs, Steps, sample_bucket
+from inferneo_jax.runner.inputs import InputBuilder
 from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.sharding.padding import fit
@@ -73,9 +73,9 @@ class Programs:
         return meshes.parts(self.mesh, "slots")
 
     @property
-    def rows(self) -> RowBuilder:
-        """What the host hands to the programs."""
-        return RowBuilder(
+    def inputs(self) -> InputBuilder:
+        """Builds what the host passes to the programs."""
+        return InputBuilder(
             dp_size=self.dp_size,
             slots=self.config.slots // self.dp_size,
             max_len=self.max_len,
@@ -117,7 +117,7 @@ class Programs:
         """The program that samples what another has computed."""
         kind, rows, tokens = key
         count = rows * tokens if kind == "verify" else rows
-        return "sample", sample_rows(count, self.config.row_buckets), 1
+        return "sample", sample_bucket(count, self.config.row_buckets), 1
 
     def sample_keys(self) -> list[Key]:
         """The programs that follow another one in every step."""
@@ -160,12 +160,12 @@ class Programs:
         kind, rows, tokens = key
         nothing = ((),) * self.dp_size
         if kind == "decode":
-            return (self.rows.decode(nothing, rows),)
+            return (self.inputs.decode(nothing, rows),)
         if kind == "verify":
-            return (self.rows.verify(nothing, rows, tokens - 1),)
+            return (self.inputs.verify(nothing, rows, tokens - 1),)
         if kind == "prefill":
-            return (self.rows.prefill(nothing, rows),)
-        return self.rows.admit(nothing, rows)
+            return (self.inputs.prefill(nothing, rows),)
+        return self.inputs.admit(nothing, rows)
 
     def busy_arguments(self, key: Key) -> tuple[Any, ...]:
         """As ``host_arguments``, but every row has all its tokens to compute, if no pages.
@@ -176,7 +176,7 @@ class Programs:
         arguments = self.host_arguments(key)
         if kind == "admit":
             return arguments
-        slots = np.minimum(np.arange(rows, dtype=np.int32), self.rows.slots - 1)
+        slots = np.minimum(np.arange(rows, dtype=np.int32), self.inputs.slots - 1)
         (nothing,) = arguments
         every = np.full_like(nothing.slots, tokens)
         busy = nothing._replace(slots=np.tile(slots, self.dp_size))
@@ -232,7 +232,7 @@ class Programs:
         in_weights = [each.sharding.spec for each in weights]
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
         in_state, everywhere = meshes.spec("slots"), PartitionSpec()
-        state = self._split(self.rows.empty_state(), "slots")
+        state = self._split(self.inputs.empty_state(), "slots")
         step: Callable[..., Any] = getattr(steps, kind)
         specs: tuple[Any, ...]
         out: Any
@@ -242,7 +242,7 @@ class Programs:
             arguments = state, *self._split(self.host_arguments(key), "rows")
             specs, out, donate = (in_state, in_rows, in_rows), in_state, (0,)
         elif kind == "sample":
-            arguments = state, self._split(self._sample_rows(num_rows), "rows")
+            arguments = state, self._split(self._sample_inputs(num_rows), "rows")
             specs, out, donate = (in_state, in_rows), (in_state, everywhere), (0,)
         else:
             rows = self._split(self.host_arguments(key), "rows")
@@ -254,12 +254,12 @@ class Programs:
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
 
-    def _sample_rows(self, rows: int) -> SampleRows:
+    def _sample_inputs(self, rows: int) -> SampleInputs:
         """Shapes of all ranks' rows to be sampled."""
         rows *= self.dp_size
         logits: Any = jax.ShapeDtypeStruct((rows, self.model.vocab_size), np.float32)
         each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
-        return SampleRows(logits, each, each, each)
+        return SampleInputs(logits, each, each, each)
 
     def _split(self, tree: Any, *axes: str) -> Any:
         """Shapes of a tree of arrays that are split by their leading logical axes."""

@@ -117,7 +117,7 @@ class Runner:
         self.slots = config.slots // self.dp_size
         self.shapes = self._programs.prefill_shapes
         self._weights = weights
-        self._rows = self._programs.rows
+        self._inputs = self._programs.inputs
         self._make_cache = self._programs.empty_cache()
         self._compiled: dict[Key, Any] = {}
         self.step_seconds = config.step_seconds
@@ -172,7 +172,7 @@ class Runner:
         with compiles.expected(), explained(f"{what} was allocated"):
             self._cache = self._make_cache()
             sharding = NamedSharding(self._mesh, meshes.spec("slots"))
-            empty = self._programs.place(self._rows.empty_state(), "slots")
+            empty = self._programs.place(self._inputs.empty_state(), "slots")
             self._state = jax.device_put(empty, sharding)
             jax.block_until_ready(self._cache)
 
@@ -229,13 +229,13 @@ class Runner:
         """Dispatch a scheduled step and return at once."""
         if most := max(len(rank.admitted) for rank in scheduled):
             rows = 1 if most == 1 else self.shapes.max_rows
-            admitted = self._rows.admit((rank.admitted for rank in scheduled), rows)
+            admitted = self._inputs.admit((rank.admitted for rank in scheduled), rows)
             self._step(("admit", rows, 0), admitted)
         decode = prefill = None
         if most := max(len(rank.decode) for rank in scheduled):
             decode = self._decode(scheduled, most)
         if shape := next((rank.shape for rank in scheduled if rank.shape), None):
-            chunks = self._rows.prefill((rank.prefill for rank in scheduled), shape[0])
+            chunks = self._inputs.prefill((rank.prefill for rank in scheduled), shape[0])
             prefill = self._step(("prefill", *shape), (chunks,))
         return PendingStep(scheduled, decode, prefill)
 
@@ -244,10 +244,10 @@ class Runner:
         ranks = [rank.decode for rank in scheduled]
         if not any(rank.drafted for rank in scheduled):
             bucket = next(b for b in self._programs.row_buckets if b >= most)
-            return self._step(("decode", bucket, 1), (self._rows.decode(ranks, bucket),))
+            return self._step(("decode", bucket, 1), (self._inputs.decode(ranks, bucket),))
         bucket = next(b for b in self._programs.draft_buckets if b >= most)
         length = self.config.draft_tokens
-        drafted = self._rows.verify(ranks, bucket, length)
+        drafted = self._inputs.verify(ranks, bucket, length)
         return self._step(("verify", bucket, length + 1), (drafted,))
 
     def _step(self, key: Key, arguments: tuple[Any, ...]) -> tuple[Key, Sampled] | None:

@@ -25,12 +25,12 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: ``[dp_size, size]``: ids of one text after the other, then zeros.
-        bounds: ``[dp_size, texts + 1]``: where each text begins, and the last one ends.
+        cu_seqlens: ``[dp_size, segments + 1]``: where each text begins, and the last one ends.
         places: for each text its number, its rank, and its place among the texts of that rank.
     """
 
     tokens: Ints
-    bounds: Ints
+    cu_seqlens: Ints
     places: list[tuple[int, int, int]]
 
 
@@ -82,8 +82,8 @@ class Packer:
             taken = _fitting(texts, order, size)
             del order[len(order) - len(taken) :]
             ends = list(accumulate((len(texts[i]) for i in taken), initial=0))
-            batch.bounds[rank] = ends[-1]
-            batch.bounds[rank, : len(ends)] = ends
+            batch.cu_seqlens[rank] = ends[-1]
+            batch.cu_seqlens[rank, : len(ends)] = ends
             batch.tokens[rank, : ends[-1]] = [token for i in taken for token in texts[i]]
             batch.places.extend((i, rank, place) for place, i in enumerate(taken))
         return batch

@@ -22,7 +22,7 @@ import numpy as np
 
 from inferneo_jax.kernels.cpu.attention import CpuPagedAttention
 from inferneo_jax.layers import rope
-from inferneo_jax.layers.cache import PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, PagedAttention
 
 KINDS = {
     "xla float32": (PagedAttention, "float32"),
@@ -41,18 +41,20 @@ def runs(kind: str, step: tuple[int, int, int], args: argparse.Namespace) -> Cal
     attention = make(args.kv_heads, args.head_dim, 16, jnp.dtype(dtype))
     rng = np.random.default_rng(0)
     max_pages = -(-(start + tokens) // 16)
-    tables = rng.permutation(np.arange(1, rows * max_pages + 1)).reshape(rows, max_pages)
+    block_tables = rng.permutation(np.arange(1, rows * max_pages + 1)).reshape(rows, max_pages)
     positions = np.full((rows, 1), start) + np.arange(tokens)
-    view = PageView(jnp.asarray(tables, jnp.int32), jnp.asarray(positions, jnp.int32))
+    metadata = AttentionMetadata(
+        jnp.asarray(block_tables, jnp.int32), jnp.asarray(positions, jnp.int32)
+    )
     freqs = jnp.asarray(rope.frequencies(args.head_dim, 1e4, None))
     shape = (rows, tokens, args.kv_heads, args.group + 2, args.head_dim)
     fused = jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     def layers(cache: Any) -> tuple[jax.Array, Any]:
-        cos, sin = rope.angles(view.positions, freqs)
+        cos, sin = rope.angles(metadata.positions, freqs)
         written = []
         for layer in cache:
-            mixed, layer = attention.step(fused, (cos, sin), layer, view)
+            mixed, layer = attention.step(fused, (cos, sin), layer, metadata)
             cos = cos + 0 * mixed[:1, :1, 0, 0, :1]
             written.append(layer)
         return mixed, written

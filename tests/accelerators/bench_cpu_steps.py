@@ -82,7 +82,7 @@ class Steps:
 
     def __init__(self, programs: Programs, weights: list[jax.Array]) -> None:
         self.programs, self.weights = programs, weights
-        self.cache, self.state = programs.empty_cache()(), programs.rows.empty_state()
+        self.cache, self.state = programs.empty_cache()(), programs.inputs.empty_state()
 
     def arguments(self, key: Key, **fields: Any) -> Any:
         """All rows at work, each in pages of its own."""

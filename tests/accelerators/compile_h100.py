@@ -34,7 +34,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
-from inferneo_jax.layers.cache import LayerCache, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, LayerCache
 from inferneo_jax.planner.h100 import TARGET
 
 PAGES, PAGE_LEN, MAX_PAGES = 4097, 16, 256
@@ -69,16 +69,16 @@ def compile_step(
     cache = LayerCache(pages, pages, scales, scales)
     new = array(by_token, jnp.float32, rows, tokens, kv_heads, head_dim)
     queries = array(by_token, jnp.float32, rows, tokens, kv_heads, group, head_dim)
-    tables = array(whole, jnp.int32, rows, MAX_PAGES)
-    view = PageView(tables, array(whole, jnp.int32, rows, tokens))
+    block_tables = array(whole, jnp.int32, rows, MAX_PAGES)
+    metadata = AttentionMetadata(block_tables, array(whole, jnp.int32, rows, tokens))
 
-    def step(cache, queries, keys, values, view):
-        cache = attention.write(cache, keys, values, view)
-        return attention.attend(queries, cache, view), cache
+    def step(cache, queries, keys, values, metadata):
+        cache = attention.write(cache, keys, values, metadata)
+        return attention.attend(queries, cache, metadata), cache
 
     specs = (by_head, by_token, by_token, by_token, whole)
     sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(by_token, by_head))
-    return jax.jit(sharded, donate_argnums=0).lower(cache, queries, new, new, view).compile()
+    return jax.jit(sharded, donate_argnums=0).lower(cache, queries, new, new, metadata).compile()
 
 
 def kernel_facts() -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from inferneo_jax.kernels.cpu import build
 from inferneo_jax.kernels.cpu.attention import CpuPagedAttention
 from inferneo_jax.kernels.cpu.build import Variant
 from inferneo_jax.layers import rope
-from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
 from inferneo_jax.models import REFERENCE
 from inferneo_jax.runner.backends import cache_dtype_for
 from inferneo_jax.runner.capacity import make_programs
@@ -56,36 +56,38 @@ CASES = [
 class Inputs(NamedTuple):
     """What four rows have seen, and what a step brings: one at a page border, one long, padding."""
 
-    context: tuple[jax.Array, jax.Array, PageView]
+    context: tuple[jax.Array, jax.Array, AttentionMetadata]
     fused: jax.Array
     angles: tuple[jax.Array, jax.Array]
-    view: PageView
+    metadata: AttentionMetadata
 
 
-def _view(tables: np.ndarray, starts: list[int], tokens: int) -> PageView:
+def _metadata(block_tables: np.ndarray, starts: list[int], tokens: int) -> AttentionMetadata:
     positions = np.asarray(starts)[:, None] + np.arange(tokens)
-    return PageView(jnp.asarray(tables, jnp.int32), jnp.asarray(positions, jnp.int32))
+    return AttentionMetadata(
+        jnp.asarray(block_tables, jnp.int32), jnp.asarray(positions, jnp.int32)
+    )
 
 
 def _inputs(sizes: Sizes, starts: tuple[int, ...] = (0, 47, 480, 0)) -> Inputs:
     rng = np.random.default_rng(sizes.head_dim + sizes.tokens)
     max_pages = -(-MAX_LEN // sizes.page_len)
-    tables = rng.permutation(np.arange(1, 3 * max_pages + 1)).reshape(3, max_pages)
-    for table, start in zip(tables, starts, strict=False):
+    block_tables = rng.permutation(np.arange(1, 3 * max_pages + 1)).reshape(3, max_pages)
+    for table, start in zip(block_tables, starts, strict=False):
         table[(start + sizes.tokens - 1) // sizes.page_len + 1 :] = 0
-    tables = np.concatenate([tables, np.zeros((1, max_pages), int)])
+    block_tables = np.concatenate([block_tables, np.zeros((1, max_pages), int)])
 
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     shape = (4, max(starts), sizes.kv_heads, sizes.head_dim)
-    view = _view(tables, list(starts), sizes.tokens)
+    metadata = _metadata(block_tables, list(starts), sizes.tokens)
     freqs = jnp.asarray(rope.frequencies(sizes.head_dim, 1e4, None))
     return Inputs(
-        (draw(*shape), draw(*shape), _view(tables, [0] * 4, max(starts))),
+        (draw(*shape), draw(*shape), _metadata(block_tables, [0] * 4, max(starts))),
         draw(4, sizes.tokens, sizes.kv_heads, sizes.group + 2, sizes.head_dim),
-        rope.angles(view.positions, freqs),
-        view,
+        rope.angles(metadata.positions, freqs),
+        metadata,
     )
 
 
@@ -102,7 +104,7 @@ def _empty(attention: PagedAttention, fill: float = 0.0) -> LayerCache:
 @partial(jax.jit, static_argnums=0)
 def _run(attention: PagedAttention, layer: LayerCache, inputs: Inputs) -> Any:
     layer = attention.write(layer, *inputs.context)
-    return attention.step(inputs.fused, inputs.angles, layer, inputs.view)
+    return attention.step(inputs.fused, inputs.angles, layer, inputs.metadata)
 
 
 @cache
@@ -140,16 +142,16 @@ def test_chunks_of_a_prompt_find_what_the_whole_finds(dtype: str) -> None:
     attention = _attention(CpuPagedAttention, sizes)
     rng = np.random.default_rng(0)
     fused = jnp.asarray(rng.normal(size=(1, 300, 3, 5, 64)), jnp.float32)
-    tables = rng.permutation(np.arange(1, 39))[None]
+    block_tables = rng.permutation(np.arange(1, 39))[None]
     freqs = jnp.asarray(rope.frequencies(64, 1e4, None))
     step = jax.jit(attention.step)
 
     def outputs(cuts: list[int]) -> np.ndarray:
         layer, found = _empty(attention), []
         for begin, end in zip(cuts, [*cuts[1:], 300], strict=True):
-            view = _view(tables, [begin], end - begin)
-            angles = rope.angles(view.positions, freqs)
-            mixed, layer = step(fused[:, begin:end], angles, layer, view)
+            metadata = _metadata(block_tables, [begin], end - begin)
+            angles = rope.angles(metadata.positions, freqs)
+            mixed, layer = step(fused[:, begin:end], angles, layer, metadata)
             found.append(mixed)
         return np.concatenate(found, axis=1)
 
@@ -164,7 +166,9 @@ def test_what_is_written_and_attended_to_apart_is_a_step() -> None:
     attention, inputs = _attention(CpuPagedAttention, sizes), _inputs(sizes)
     mixed, layer = _run(attention, _empty(attention), inputs)
     apart = attention.write(_empty(attention), *inputs.context)
-    again, other = PagedAttention.step(attention, inputs.fused, inputs.angles, apart, inputs.view)
+    again, other = PagedAttention.step(
+        attention, inputs.fused, inputs.angles, apart, inputs.metadata
+    )
     np.testing.assert_allclose(again, mixed, atol=1e-2)
     for a, b in zip(jax.tree.leaves(layer), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.04)
@@ -236,4 +240,4 @@ def test_pages_that_do_not_belong_to_the_queries_are_refused() -> None:
     sizes = Sizes(64, 3, 3, 16, 1, "float32")
     attention, inputs = _attention(CpuPagedAttention, sizes), _inputs(sizes)
     with pytest.raises(jax.errors.JaxRuntimeError, match="attention: pages must be"):
-        attention.attend(inputs.fused[:, :, :2], _empty(attention), inputs.view)
+        attention.attend(inputs.fused[:, :, :2], _empty(attention), inputs.metadata)

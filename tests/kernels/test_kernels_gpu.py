@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from inferneo_jax.kernels.gpu import attention
 from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
-from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
 from inferneo_jax.layers.quantization import quantize
 
 F32, BF16, INT8 = map(jnp.dtype, ("float32", "bfloat16", "int8"))
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     attention: GpuPagedAttention
     queries: jax.Array
     cache: LayerCache
-    view: PageView
+    metadata: AttentionMetadata
     expected: jax.Array
 
 
@@ -39,27 +39,27 @@ def make_case(
     """Four rows: long, short, sharing all but the last page of the long one, and padding."""
     rng = np.random.default_rng(head_dim + group)
     max_pages = -(-max_len // page_len)
-    tables = np.zeros((4, max_pages), np.int32)
-    tables[:2] = rng.permutation(np.arange(1, 2 * max_pages + 1)).reshape(2, max_pages)
-    tables[2] = [*tables[0, :-1], 2 * max_pages + 1]
+    block_tables = np.zeros((4, max_pages), np.int32)
+    block_tables[:2] = rng.permutation(np.arange(1, 2 * max_pages + 1)).reshape(2, max_pages)
+    block_tables[2] = [*block_tables[0, :-1], 2 * max_pages + 1]
     starts = np.array([max_len - tokens, rng.integers(page_len), max_len - tokens - 3, 0])
     positions = starts[:, None] + np.arange(tokens)
-    tables[1, positions[1, -1] // page_len + 1 :] = 0
+    block_tables[1, positions[1, -1] // page_len + 1 :] = 0
 
     shape = (2 * max_pages + 2, kv_heads, page_len, head_dim)
     keys, values = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(2))
     queries = jnp.asarray(rng.normal(size=(4, tokens, kv_heads, group, head_dim)), F32)
-    view = PageView(jnp.asarray(tables), jnp.asarray(positions, jnp.int32))
+    metadata = AttentionMetadata(jnp.asarray(block_tables), jnp.asarray(positions, jnp.int32))
     reference = PagedAttention(kv_heads, head_dim, page_len, dtype)
-    expected = jax.jit(reference.attend)(queries, LayerCache(keys, values), view)
+    expected = jax.jit(reference.attend)(queries, LayerCache(keys, values), metadata)
 
     live = np.zeros((shape[0], 1, page_len, 1), bool)
-    for table, last in zip(tables, positions[:, -1], strict=True):
+    for table, last in zip(block_tables, positions[:, -1], strict=True):
         seen = np.arange(last + 1)
         live[table[seen // page_len], 0, seen % page_len] = True
     cache = LayerCache(*(jnp.where(live, x, jnp.asarray(np.nan, dtype)) for x in (keys, values)))
     attention = GpuPagedAttention(kv_heads, head_dim, page_len, dtype, interpret=True)
-    return Case(attention, queries, cache, view, expected)
+    return Case(attention, queries, cache, metadata, expected)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_equals_the_reference_and_reads_live_places_only(
     head_dim: int, kv_heads: int, group: int, page_len: int, tokens: int
 ) -> None:
     case = make_case(head_dim, kv_heads, group, page_len, tokens)
-    got = jax.jit(case.attention.attend)(case.queries, case.cache, case.view)
+    got = jax.jit(case.attention.attend)(case.queries, case.cache, case.metadata)
     assert got.dtype == F32
     np.testing.assert_allclose(got, case.expected, atol=2e-5)
 
@@ -89,7 +89,7 @@ def test_equals_the_reference_and_reads_live_places_only(
 @pytest.mark.parametrize("tokens", [1, 90])
 def test_equals_the_reference_in_bfloat16(tokens: int) -> None:
     case = make_case(128, 2, 4, 16, tokens, BF16)
-    got = jax.jit(case.attention.attend)(case.queries, case.cache, case.view)
+    got = jax.jit(case.attention.attend)(case.queries, case.cache, case.metadata)
     assert got.dtype == F32
     np.testing.assert_allclose(got, case.expected, atol=1e-2, rtol=1e-2)
 
@@ -100,9 +100,9 @@ def test_equals_the_reference_over_int8_with_scales(tokens: int) -> None:
     arrays = [jnp.nan_to_num(array) for array in case.cache[:2]]
     (keys, key_scales), (values, value_scales) = map(quantize, arrays)
     cache = LayerCache(keys, values, key_scales[:, :, None], value_scales[:, :, None])
-    expected = jax.jit(PagedAttention(2, 64, 16, INT8).attend)(case.queries, cache, case.view)
+    expected = jax.jit(PagedAttention(2, 64, 16, INT8).attend)(case.queries, cache, case.metadata)
     attention = dataclasses.replace(case.attention, dtype=INT8)
-    got = jax.jit(attention.attend)(case.queries, cache, case.view)
+    got = jax.jit(attention.attend)(case.queries, cache, case.metadata)
     np.testing.assert_allclose(got, expected, atol=1e-2, rtol=1e-2)
 
 
@@ -118,7 +118,7 @@ def test_split_over_two_devices_by_head_equals_the_whole() -> None:
         out_specs=heads,
         check_vma=False,  # which Pallas' interpreter cannot do
     )
-    got = jax.jit(attend)(case.queries, case.cache, case.view)
+    got = jax.jit(attend)(case.queries, case.cache, case.metadata)
     np.testing.assert_allclose(got, case.expected, atol=2e-5)
 
 
@@ -135,9 +135,9 @@ def test_lowers_to_triton_without_a_gpu(head_dim: int, dtype: np.dtype) -> None:
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
     pages = shape(dtype, 9, 3, 16, head_dim)
     for tokens in (1, 256):
-        view = PageView(shape(jnp.int32, 2, 8), shape(jnp.int32, 2, tokens))
+        metadata = AttentionMetadata(shape(jnp.int32, 2, 8), shape(jnp.int32, 2, tokens))
         queries = shape(F32, 2, tokens, 3, 3, head_dim)
-        traced = jax.jit(attention.attend).trace(queries, LayerCache(pages, pages), view)
+        traced = jax.jit(attention.attend).trace(queries, LayerCache(pages, pages), metadata)
         assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -145,7 +145,7 @@ def test_an_array_whose_offsets_overflow_is_left_to_the_reference() -> None:
     byte = jnp.dtype("float8_e4m3fn")
     attention = GpuPagedAttention(8, 128, 128, byte)
     pages = jax.ShapeDtypeStruct((2**14, 8, 128, 128), byte)
-    view = PageView(*(jax.ShapeDtypeStruct((1, size), jnp.int32) for size in (4, 1)))
+    metadata = AttentionMetadata(*(jax.ShapeDtypeStruct((1, size), jnp.int32) for size in (4, 1)))
     queries = jax.ShapeDtypeStruct((1, 1, 8, 4, 128), F32)
-    jaxpr = jax.make_jaxpr(attention.attend)(queries, LayerCache(pages, pages), view)
+    jaxpr = jax.make_jaxpr(attention.attend)(queries, LayerCache(pages, pages), metadata)
     assert "pallas_call" not in str(jaxpr)

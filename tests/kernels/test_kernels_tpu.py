@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.tpu.attention import TpuPagedAttention
-from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
 from inferneo_jax.layers.quantization import quantize
 from tests.support.tiny_model import TINY
 
@@ -26,18 +26,18 @@ def _pair(
     return PagedAttention(*sizes), TpuPagedAttention(*sizes, interpret=True)
 
 
-def _view(page_len: int, tokens: int) -> PageView:
+def _metadata(page_len: int, tokens: int) -> AttentionMetadata:
     """An empty row, one that continues shared pages, a longer one, and padding, in mixed pages."""
     pages = np.random.default_rng(1).permutation(np.arange(1, 4 * MAX_PAGES)).astype(np.int32)
-    tables = np.zeros((4, MAX_PAGES), np.int32)
-    tables[:3] = pages[: 3 * MAX_PAGES].reshape(3, MAX_PAGES)
-    tables[1, :2] = tables[0, :2]
+    block_tables = np.zeros((4, MAX_PAGES), np.int32)
+    block_tables[:3] = pages[: 3 * MAX_PAGES].reshape(3, MAX_PAGES)
+    block_tables[1, :2] = block_tables[0, :2]
     starts = [0, 2 * page_len, 3 * page_len - 1, 0]
     for row, start in enumerate(starts):
-        tables[row, (start + tokens - 1) // page_len + 1 :] = 0
-    tables[3] = 0
+        block_tables[row, (start + tokens - 1) // page_len + 1 :] = 0
+    block_tables[3] = 0
     positions = np.asarray(starts, np.int32)[:, None] + np.arange(tokens, dtype=np.int32)
-    return PageView(jnp.asarray(tables), jnp.asarray(positions))
+    return AttentionMetadata(jnp.asarray(block_tables), jnp.asarray(positions))
 
 
 def _draw(rng: np.random.Generator, *shape: int) -> jax.Array:
@@ -70,11 +70,14 @@ def _for_tpu(tpu: TpuPagedAttention, layer: LayerCache) -> LayerCache:
 
 @partial(jax.jit, static_argnums=0)
 def _step(
-    attention: PagedAttention, cache: LayerCache, new: tuple[jax.Array, ...], view: PageView
+    attention: PagedAttention,
+    cache: LayerCache,
+    new: tuple[jax.Array, ...],
+    metadata: AttentionMetadata,
 ) -> tuple[LayerCache, jax.Array]:
     keys, values, queries = new
-    cache = attention.write(cache, keys, values, view)
-    return cache, attention.attend(queries, cache, view)
+    cache = attention.write(cache, keys, values, metadata)
+    return cache, attention.attend(queries, cache, metadata)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +100,15 @@ def test_kernels_equal_the_reference(
     head_dim: int, kv_heads: int, group: int, page_len: int, tokens: int, dtype: str
 ) -> None:
     reference, tpu = _pair(head_dim, kv_heads, page_len, dtype)
-    rng, view = np.random.default_rng(0), _view(page_len, tokens)
+    rng, metadata = np.random.default_rng(0), _metadata(page_len, tokens)
     new = (
         _draw(rng, 4, tokens, kv_heads, head_dim),
         _draw(rng, 4, tokens, kv_heads, head_dim),
         _draw(rng, 4, tokens, kv_heads, group, head_dim),
     )
     layer = _filled(rng, reference)
-    expected_cache, expected = _step(reference, layer, new, view)
-    cache, mixed = _step(tpu, _for_tpu(tpu, layer), new, view)
+    expected_cache, expected = _step(reference, layer, new, metadata)
+    cache, mixed = _step(tpu, _for_tpu(tpu, layer), new, metadata)
 
     assert mixed.dtype == jnp.float32
     assert mixed.shape == expected.shape
@@ -120,23 +123,25 @@ def test_kernels_equal_the_reference(
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_only_live_pages_are_read(tokens: int) -> None:
     _, tpu = _pair(64, 2, 16, "float32", block_len=32)
-    rng, view = np.random.default_rng(2), _view(16, tokens)
+    rng, metadata = np.random.default_rng(2), _metadata(16, tokens)
     layer = tpu.init(ONE_LAYER, 4 * MAX_PAGES)[0]
     layer = layer._replace(keys=_draw(rng, *layer.keys.shape))
     queries = _draw(rng, 4, tokens, 2, 3, 64)
-    dead = np.setdiff1d(np.arange(4 * MAX_PAGES), view.tables)
+    dead = np.setdiff1d(np.arange(4 * MAX_PAGES), metadata.block_tables)
     spoiled = layer._replace(keys=layer.keys.at[dead].set(jnp.nan))
-    longer = view._replace(
-        tables=jnp.where(view.tables == 0, int(dead[0]), view.tables).at[3].set(0)
+    longer = metadata._replace(
+        block_tables=jnp.where(metadata.block_tables == 0, int(dead[0]), metadata.block_tables)
+        .at[3]
+        .set(0)
     )
     got = tpu.attend(queries, spoiled, longer)
-    np.testing.assert_array_equal(got, tpu.attend(queries, layer, view))
+    np.testing.assert_array_equal(got, tpu.attend(queries, layer, metadata))
 
 
 def test_a_shard_of_heads_is_attended_to_alone() -> None:
     _, tpu = _pair(64, 2, 16, "int8")
     _, shard = _pair(64, 1, 16, "int8")
-    rng, view = np.random.default_rng(3), _view(16, 1)
+    rng, metadata = np.random.default_rng(3), _metadata(16, 1)
     layer = _for_tpu(tpu, _filled(rng, _pair(64, 2, 16, "int8")[0]))
     new = (_draw(rng, 4, 1, 2, 64), _draw(rng, 4, 1, 2, 64), _draw(rng, 4, 1, 2, 3, 64))
     heads, tokens = PartitionSpec(None, "model"), PartitionSpec(None, None, "model")
@@ -148,8 +153,8 @@ def test_a_shard_of_heads_is_attended_to_alone() -> None:
         check_vma=False,
     )
     for got, wanted in zip(
-        jax.tree.leaves(jax.jit(sharded)(layer, new, view)),
-        jax.tree.leaves(_step(tpu, layer, new, view)),
+        jax.tree.leaves(jax.jit(sharded)(layer, new, metadata)),
+        jax.tree.leaves(_step(tpu, layer, new, metadata)),
         strict=True,
     ):
         np.testing.assert_array_equal(got, wanted)
@@ -165,19 +170,19 @@ def test_int8_keys_and_values_are_within_half_a_step_of_the_given_ones() -> None
 
 
 def test_int8_attention_is_near_that_over_floats() -> None:
-    rng, view = np.random.default_rng(5), _view(16, 8)
+    rng, metadata = np.random.default_rng(5), _metadata(16, 8)
     new = (_draw(rng, 4, 8, 2, 64), _draw(rng, 4, 8, 2, 64), _draw(rng, 4, 8, 2, 3, 64))
     mixed = []
     for dtype in ("float32", "int8"):
         attention = _pair(64, 2, 16, dtype)[0]
         layer = attention.init(ONE_LAYER, 4 * MAX_PAGES)[0]
-        mixed.append(_step(attention, layer, new, view)[1][0])
+        mixed.append(_step(attention, layer, new, metadata)[1][0])
     np.testing.assert_allclose(mixed[1], mixed[0], atol=0.03)
 
 
 def test_page_tables_that_do_not_fit_are_refused() -> None:
     _, tpu = _pair(64, 1, 16, "float32")
-    view = PageView(jnp.zeros((32, 8192), jnp.int32), jnp.zeros((32, 1), jnp.int32))
+    metadata = AttentionMetadata(jnp.zeros((32, 8192), jnp.int32), jnp.zeros((32, 1), jnp.int32))
     layer = tpu.init(ONE_LAYER, 2)[0]
     with pytest.raises(ValueError, match=r"32 rows x 8192 pages .* raise page_len \(16\)"):
-        tpu.attend(jnp.zeros((32, 1, 1, 1, 64), jnp.float32), layer, view)
+        tpu.attend(jnp.zeros((32, 1, 1, 1, 64), jnp.float32), layer, metadata)

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inferneo_jax.layers.sampler import Sampler, SamplingRows, argmax
+from inferneo_jax.layers.sampler import Sampler, SamplingParamsBatch, argmax
 from inferneo_jax.request import GenerationRequest, SamplingParams
-from inferneo_jax.runner.inputs import RowBuilder
+from inferneo_jax.runner.inputs import InputBuilder
 from inferneo_jax.scheduler.output import PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
 
 VOCAB, MAX_LEN = 300, 16
-BUILDER = RowBuilder(
+BUILDER = InputBuilder(
     dp_size=1, slots=4, max_len=MAX_LEN, max_pages=1, vocab_size=VOCAB, max_bias=8, max_stops=4
 )
 
@@ -27,7 +27,7 @@ def _sampler() -> Any:
     return jax.jit(Sampler(num_top=5).__call__)
 
 
-def _rows(requests: list[GenerationRequest]) -> SamplingRows:
+def _rows(requests: list[GenerationRequest]) -> SamplingParamsBatch:
     rows = [BUILDER.slot_row(Sequence(r, lambda _: None, 0)).sampling for r in requests]
     return jax.tree.map(lambda *parts: jnp.stack([jnp.asarray(p) for p in parts]), *rows)
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, RopeScaling
-from inferneo_jax.layers.cache import PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, PagedAttention
 from inferneo_jax.layers.quantization import Formats
 from inferneo_jax.layers.rope import frequencies
 from inferneo_jax.model import load_model
@@ -50,11 +50,11 @@ def test_decoder_families_equal_the_reference(converted: Path, name: str) -> Non
     case = CASES[name]
     attention = PagedAttention(config.num_kv_heads, config.head_dim, 4, F32, block_len=8)
     tokens = jnp.asarray([case["ids"]], jnp.int32)
-    view = PageView(
+    metadata = AttentionMetadata(
         jnp.asarray([[3, 1, 5, 2, 6]], jnp.int32),
         jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :],
     )
-    hidden, _ = model(tokens, attention, attention.init(config, 7), view)
+    hidden, _ = model(tokens, attention, attention.init(config, 7), metadata)
     logits = np.asarray(model.logits(hidden[0]))
     # CPUs add up in different orders, which shows in proportion to a logit's size.
     rounding = 16 * float(np.finfo(np.float32).eps)
@@ -116,10 +116,12 @@ def test_attention_reads_its_own_pages_only() -> None:
     layer = attention.init(DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1}), 9)[0]
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     keys, values = draw(1, 5, 1, 4), draw(1, 5, 1, 4)
-    view = PageView(jnp.asarray([[8, 2, 5, 0]], jnp.int32), jnp.arange(5, dtype=jnp.int32)[None, :])
-    layer = attention.write(layer, keys, values, view)
+    metadata = AttentionMetadata(
+        jnp.asarray([[8, 2, 5, 0]], jnp.int32), jnp.arange(5, dtype=jnp.int32)[None, :]
+    )
+    layer = attention.write(layer, keys, values, metadata)
     queries = draw(1, 5, 1, 3, 4)
-    got = attention.attend(queries, layer, view)
+    got = attention.attend(queries, layer, metadata)
 
     scores = jnp.einsum("tgd,pd->tgp", queries[0, :, 0], keys[0, :, 0]) / 2
     causal = jnp.tril(jnp.ones((5, 5), bool))[:, None, :]
@@ -128,4 +130,4 @@ def test_attention_reads_its_own_pages_only() -> None:
     np.testing.assert_allclose(got[0, :, 0], expected, atol=1e-6)
 
     spoiled = layer._replace(keys=layer.keys.at[jnp.array([1, 3, 4, 6, 7])].set(1e4))
-    np.testing.assert_array_equal(attention.attend(queries, spoiled, view), got)
+    np.testing.assert_array_equal(attention.attend(queries, spoiled, metadata), got)

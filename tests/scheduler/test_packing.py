@@ -22,13 +22,13 @@ def test_every_text_is_packed_once(
     while order:
         batch = packer.take(texts, order)
         assert batch.tokens.shape[1] in packer.sizes
-        assert batch.bounds.shape == packer.empty(batch.tokens.shape[1]).bounds.shape
-        assert (np.diff(batch.bounds) >= 0).all()
+        assert batch.cu_seqlens.shape == packer.empty(batch.tokens.shape[1]).cu_seqlens.shape
+        assert (np.diff(batch.cu_seqlens) >= 0).all()
         for number, rank, place in batch.places:
-            begin, end = batch.bounds[rank, place : place + 2]
+            begin, end = batch.cu_seqlens[rank, place : place + 2]
             assert batch.tokens[rank, begin:end].tolist() == texts[number]
             seen.append(number)
-        for rank, used in enumerate(batch.bounds[:, -1]):
+        for rank, used in enumerate(batch.cu_seqlens[:, -1]):
             assert not batch.tokens[rank, used:].any()
     assert sorted(seen) == list(range(len(texts)))
 

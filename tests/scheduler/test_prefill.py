@@ -141,7 +141,7 @@ def test_times_are_taken_with_all_rows_at_work() -> None:
         if kind != "admit":
             (busy,) = busy
             assert (busy.slots < TINY_ENGINE.slots).all()
-            assert not busy.tables.any()  # nothing is written that anybody reads
+            assert not busy.block_tables.any()  # nothing is written that anybody reads
         if kind == "verify":
             assert (busy.num_drafted == tokens - 1).all()
         if kind == "prefill":

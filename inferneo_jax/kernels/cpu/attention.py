@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.cpu.build import Variant, chosen
-from inferneo_jax.layers.cache import KVCache, LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, KVCache, LayerCache, PagedAttention
 
 BLOCK = 16
 """Positions, and numbers of a head, that the kernels take together."""
@@ -62,45 +62,45 @@ class CpuPagedAttention(PagedAttention):
         fused: Float[Array, "rows tokens kv_heads entries head_dim"],
         rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         cache: LayerCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> tuple[Float[Array, "rows tokens kv_heads group head_dim"], LayerCache]:
         """Rotate queries and keys, write keys and values, and attend."""
-        return self._step(fused, rope, cache, view)
+        return self._step(fused, rope, cache, metadata)
 
     def write(
         self,
         cache: LayerCache,
         keys: Float[Array, "rows tokens kv_heads head_dim"],
         values: Float[Array, "rows tokens kv_heads head_dim"],
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> LayerCache:
         """Put each token's key and value at its position; in place when the cache is donated."""
-        _, cache = self._step(jnp.stack([keys, values], axis=3), _NO_ANGLES, cache, view)
+        _, cache = self._step(jnp.stack([keys, values], axis=3), _NO_ANGLES, cache, metadata)
         return cache
 
     def attend(
         self,
         queries: Float[Array, "rows tokens kv_heads group head_dim"],
         cache: LayerCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
         """Softmax of scaled products over all keys at or before each token's position."""
         return chosen(self.variant).call(
             "attention_attend",
             jax.ShapeDtypeStruct(queries.shape, jnp.float32),
             queries.astype(jnp.float32),
-            *_places(view),
+            *_places(metadata),
             _NO_ANGLES[0],
             *_arrays(cache),
         )
 
     def _step(
-        self, fused: Any, rope: Any, cache: LayerCache, view: PageView
+        self, fused: Any, rope: Any, cache: LayerCache, metadata: AttentionMetadata
     ) -> tuple[Array, LayerCache]:
         arrays = _arrays(cache)
         group = fused.shape[3] - 2
         mixed = (*fused.shape[:3], group, fused.shape[4])
-        places = _places(view)
+        places = _places(metadata)
         first = 1 + len(rope) + len(places)
         mixed, *written = chosen(self.variant).call(
             "attention_step",
@@ -123,9 +123,9 @@ _NO_ANGLES: Any = (np.zeros((0, 0, 0), np.float32),) * 2
 _NO_SCALES: Any = np.zeros(0, np.float32)
 
 
-def _places(view: PageView) -> tuple[Array, Array]:
-    """Page tables, and positions with -1 for padding: neither written nor attended with."""
-    return view.tables, jnp.where(view.live(), view.positions, -1)
+def _places(metadata: AttentionMetadata) -> tuple[Array, Array]:
+    """Page block_tables, and positions with -1 for padding: neither written nor attended with."""
+    return metadata.block_tables, jnp.where(metadata.live(), metadata.positions, -1)
 
 
 def _arrays(cache: LayerCache) -> list[Array]:

@@ -21,7 +21,7 @@ from inferneo_jax.layers.quantization import (
     Prologue,
     Stored,
 )
-from inferneo_jax.layers.segments import TextAttention, Texts
+from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 _BLOCK = 32
 """Outputs that lie together."""
@@ -114,11 +114,11 @@ class Packed(MatrixFormat):
 
 
 @dataclass(frozen=True)
-class CpuTextAttention(TextAttention):
+class CpuSegmentAttention(SegmentAttention):
     """The reference's results from one call a layer, which computes nothing for padding.
 
     Products are of the numbers it gets, float32 or bfloat16, and summed in float32; scores and
-    softmax are float32. What a text gives does not depend on the others.
+    softmax are float32. What a segment gives does not depend on the others.
 
     Attributes:
         variant: of the kernels.
@@ -127,14 +127,14 @@ class CpuTextAttention(TextAttention):
     variant: Variant = "native"
 
     def attend(
-        self, fused: Num[Array, "tokens 3 heads head_dim"], texts: Texts
+        self, fused: Num[Array, "tokens 3 heads head_dim"], segments: Segments
     ) -> Num[Array, "tokens heads head_dim"]:
-        """Each query's softmax over the keys of its text, times their values."""
+        """Each query's softmax over the keys of its segment, times their values."""
         tokens, _, heads, head_dim = fused.shape
         mixed: Array = chosen(self.variant).call(
-            "text_attention",
+            "segment_attention",
             jax.ShapeDtypeStruct((tokens, heads, head_dim), fused.dtype),
             fused,
-            texts.bounds,
+            segments.cu_seqlens,
         )
         return mixed

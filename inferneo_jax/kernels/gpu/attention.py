@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from inferneo_jax.layers.cache import LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
 
 _MASKED = -1e30
 """Finite, so that a program whose keys are all masked gives numbers and not NaN."""
@@ -45,14 +45,16 @@ class GpuPagedAttention(PagedAttention):
         self,
         queries: Float[Array, "rows tokens kv_heads group head_dim"],
         cache: LayerCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
         """Softmax of scaled products over all keys at or before each token's position."""
         if cache.keys.dtype.itemsize == 1 and cache.keys.size >= 2**31:
             # Up to 4 GiB an array is indexed by signed 32-bit integers, which such a one overflows.
-            return super().attend(queries, cache, view)
+            return super().attend(queries, cache, metadata)
         rows, tokens, kv_heads, group, _ = queries.shape
-        blocks = _cut(queries.shape, cache.keys.dtype, view.tables.shape[1] * self.page_len)
+        blocks = _cut(
+            queries.shape, cache.keys.dtype, metadata.block_tables.shape[1] * self.page_len
+        )
         shape = (blocks.splits, *queries.shape)
         varies = jax.typeof(queries).mat
         outputs, log_totals = pl.pallas_call(
@@ -65,7 +67,14 @@ class GpuPagedAttention(PagedAttention):
             compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
             interpret=self.interpret,
             name="paged_attention",
-        )(view.tables, view.positions, queries, cache.keys, cache.values, *_scales(cache))
+        )(
+            metadata.block_tables,
+            metadata.positions,
+            queries,
+            cache.keys,
+            cache.values,
+            *_scales(cache),
+        )
         return _join(outputs, log_totals)
 
 
@@ -109,7 +118,7 @@ def _scales(cache: LayerCache) -> tuple[Float[Array, "pages kv_heads page_len"],
     return tuple(array.squeeze(2) for array in scales if array is not None)
 
 
-def _attend(blocks: _Blocks, tables: Any, positions: Any, queries: Any, *rest: Any) -> None:
+def _attend(blocks: _Blocks, block_tables: Any, positions: Any, queries: Any, *rest: Any) -> None:
     """The kernel: one block of one row's queries over one split of its positions.
 
     All are references to whole arrays. Writes the block's ``outputs``, each normalized over its
@@ -131,7 +140,7 @@ def _attend(blocks: _Blocks, tables: Any, positions: Any, queries: Any, *rest: A
     query = plt.load(queries.at[place], mask=real[:, None] & inside, other=0.0)
     query = query.astype(product_dtype)
     last_seen = plt.load(positions.at[row, token], mask=real, other=0)
-    length = jnp.minimum(jnp.max(last_seen) + 1, tables.shape[1] * page_len)
+    length = jnp.minimum(jnp.max(last_seen) + 1, block_tables.shape[1] * page_len)
     num_blocks = pl.cdiv(length, blocks.positions)
     share = pl.cdiv(num_blocks, blocks.splits)
 
@@ -140,7 +149,7 @@ def _attend(blocks: _Blocks, tables: Any, positions: Any, queries: Any, *rest: A
 
     def pages_of(i: Array) -> Array:
         position = positions_of(i)
-        at = tables.at[row, lax.div(position, page_len)]
+        at = block_tables.at[row, lax.div(position, page_len)]
         return plt.load(at, mask=position < length, other=0)
 
     # Pages are looked up a turn ahead, so that Triton can copy keys and values ahead of their use.

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
-from inferneo_jax.layers.cache import PageView
+from inferneo_jax.layers.cache import AttentionMetadata
 
 _MASKED = -1e30
 _MAX_ROWS = 1024
@@ -20,7 +20,7 @@ _MAX_ROWS = 1024
 _BLOCK_BYTES = 1 << 20
 """Most bytes of one block of keys in VMEM; there are two, and as many of values."""
 _TABLE_BYTES = 1_000_000
-"""Most bytes of all page tables, which lie in the 1 MiB of memory for scalars."""
+"""Most bytes of all block tables, which lie in the 1 MiB of memory for scalars."""
 
 Ref = Any  # Pallas gives its references no public type.
 
@@ -51,22 +51,22 @@ class Plan:
         queries: tuple[int, ...],
         group: int,
         pages: Num[Array, "pages kv_heads page_len lanes"],
-        view: PageView,
+        metadata: AttentionMetadata,
         block_len: int,
     ) -> Self:
         """Fit steps over ``queries`` [rows, kv_heads, tokens * group, head_dim] into VMEM.
 
         Raises:
-            ValueError: the page tables do not fit.
+            ValueError: the block tables do not fit.
         """
         rows, kv_heads, query_rows, _ = queries
         page_len, lanes = pages.shape[2:]
-        max_pages = view.tables.shape[1]
+        max_pages = metadata.block_tables.shape[1]
         if 4 * rows * max_pages > _TABLE_BYTES:
             raise ValueError(
-                f"page tables of {rows} rows x {max_pages} pages take {4 * rows * max_pages} bytes "
-                f"but a TPU kernel has room for {_TABLE_BYTES}: raise page_len ({page_len}) or "
-                f"lower slots or max_len"
+                f"block tables of {rows} rows x {max_pages} pages take {4 * rows * max_pages} "
+                f"bytes but a TPU kernel has room for {_TABLE_BYTES}: raise page_len "
+                f"({page_len}) or lower slots or max_len"
             )
         pages_per_block = min(max(block_len // page_len, 1), max_pages)
         tokens = block_tokens = query_rows // group
@@ -103,7 +103,7 @@ def attend_pages(
     plan: Plan,
     queries: Float[Array, "rows kv_heads query_rows lanes"],
     cache: tuple[list[Array], list[Array]],
-    view: PageView,
+    metadata: AttentionMetadata,
     *,
     interpret: bool,
 ) -> Float[Array, "rows kv_heads query_rows lanes"]:
@@ -124,7 +124,7 @@ def attend_pages(
         for array in scales
     ]
     column = pltpu.VMEM((heads, query_rows, 1), jnp.float32)
-    held = jnp.maximum((view.tables != 0).sum(axis=1, dtype=jnp.int32), 1)
+    held = jnp.maximum((metadata.block_tables != 0).sum(axis=1, dtype=jnp.int32), 1)
     call = pl.pallas_call(
         partial(_kernel, plan, len(buffers)),
         out_shape=jax.ShapeDtypeStruct(queries.shape, jnp.float32),
@@ -146,13 +146,15 @@ def attend_pages(
         interpret=pltpu.InterpretParams() if interpret else False,
         name="attend_pages",
     )
-    return call(view.tables.reshape(-1), view.positions[:, 0], held, queries, *data, *scales)
+    return call(
+        metadata.block_tables.reshape(-1), metadata.positions[:, 0], held, queries, *data, *scales
+    )
 
 
 def _kernel(
     plan: Plan,
     num_arrays: int,
-    tables: Ref,
+    block_tables: Ref,
     starts: Ref,
     held: Ref,
     queries: Ref,
@@ -185,7 +187,7 @@ def _kernel(
 
         @pl.loop(0, count)
         def _(i: Array) -> None:
-            page = tables[row * plan.max_pages + first + i]
+            page = block_tables[row * plan.max_pages + first + i]
             for array, buffer in zip(arrays, buffers, strict=True):
                 if buffer.ndim == 4:
                     offset = pl.multiple_of(i * plan.page_len, plan.page_len)

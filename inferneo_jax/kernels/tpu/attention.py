@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.tpu.attend import Plan, attend_pages
 from inferneo_jax.kernels.tpu.write import write_pages
-from inferneo_jax.layers.cache import KVCache, LayerCache, PagedAttention, PageView
+from inferneo_jax.layers.cache import AttentionMetadata, KVCache, LayerCache, PagedAttention
 from inferneo_jax.layers.quantization import quantize
 
 _LANES = 128
@@ -52,7 +52,7 @@ class TpuPagedAttention(PagedAttention):
         cache: LayerCache,
         keys: Float[Array, "rows tokens kv_heads head_dim"],
         values: Float[Array, "rows tokens kv_heads head_dim"],
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> LayerCache:
         """Put each token's key and value at its position; in place when the cache is donated.
 
@@ -68,7 +68,7 @@ class TpuPagedAttention(PagedAttention):
         data, scales = write_pages(
             (data, old_scales),
             ([_pad_lanes(new) for new in both], scales),
-            view,
+            metadata,
             interpret=self.interpret,
         )
         keys, values = (data[0], cache.values) if self.packed else data
@@ -78,7 +78,7 @@ class TpuPagedAttention(PagedAttention):
         self,
         queries: Float[Array, "rows tokens kv_heads group head_dim"],
         cache: LayerCache,
-        view: PageView,
+        metadata: AttentionMetadata,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
         """Softmax of scaled products over all keys at or before each token's position.
 
@@ -90,8 +90,10 @@ class TpuPagedAttention(PagedAttention):
         scaled = (queries.astype(jnp.float32) * head_dim**-0.5).astype(dtype)
         flat = scaled.transpose(0, 2, 1, 3, 4).reshape(rows, kv_heads, tokens * group, head_dim)
         data, scales = self._arrays(cache)
-        plan = Plan.make(flat.shape, group, data[0], view, self.block_len)
-        mixed = attend_pages(plan, _pad_lanes(flat), (data, scales), view, interpret=self.interpret)
+        plan = Plan.make(flat.shape, group, data[0], metadata, self.block_len)
+        mixed = attend_pages(
+            plan, _pad_lanes(flat), (data, scales), metadata, interpret=self.interpret
+        )
         first = head_dim if self.packed else 0
         mixed = mixed[..., first : first + head_dim]
         return mixed.reshape(rows, kv_heads, tokens, group, head_dim).transpose(0, 2, 1, 3, 4)

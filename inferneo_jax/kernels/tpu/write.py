@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
-from inferneo_jax.layers.cache import PageView
+from inferneo_jax.layers.cache import AttentionMetadata
 
 _TILE_BYTES = 32
 """Bytes of one lane of a tile: 8 positions of float32, 16 of bfloat16, 32 of int8."""
@@ -29,7 +29,7 @@ Ref = Any  # Pallas gives its references no public type.
 def write_pages(
     cache: tuple[list[Array], list[Array]],
     new: tuple[list[Array], list[Array]],
-    view: PageView,
+    metadata: AttentionMetadata,
     *,
     interpret: bool,
 ) -> tuple[list[Array], list[Array]]:
@@ -40,15 +40,17 @@ def write_pages(
     lanes]`` and ``[rows, tokens, kv_heads]``.
     """
     (data, scales), (new_data, new_scales) = cache, new
-    rows, tokens = view.positions.shape
+    rows, tokens = metadata.positions.shape
     _, kv_heads, page_len, lanes = data[0].shape
     tile = math.gcd(_TILE_BYTES // data[0].dtype.itemsize, page_len)
     unit = page_len if tokens >= page_len else tile
     per_page = page_len // unit
     units = _num_units(tokens, unit)
-    starts = view.positions[:, 0]
+    starts = metadata.positions[:, 0]
     index = starts[:, None] // unit + jnp.arange(units, dtype=jnp.int32)[None, :]
-    pages = jnp.take_along_axis(view.tables, index // per_page, axis=1, mode="fill", fill_value=0)
+    pages = jnp.take_along_axis(
+        metadata.block_tables, index // per_page, axis=1, mode="fill", fill_value=0
+    )
     head_bytes = unit * lanes * data[0].dtype.itemsize
     heads = max(
         n

@@ -30,9 +30,9 @@ inline ffi::Error refuse(const char* why) {
 // Fresh entries are [rows, tokens, kv_heads, entries, head_dim]: a group's queries, then, where
 // they are to be written, its key and value. Without angles ([0, 0, 0]) nothing is rotated.
 inline ffi::Error run_call(ffi::ThreadPool& pool, int64_t group, const Array5& fresh,
-                           const Array3& cos, const Array3& sin, const Table& tables,
+                           const Array3& cos, const Array3& sin, const Table& block_tables,
                            const Table& positions, const Pages& pages, float* out) {
-  const auto f = fresh.dimensions(), k = pages.keys.dimensions(), t = tables.dimensions();
+  const auto f = fresh.dimensions(), k = pages.keys.dimensions(), t = block_tables.dimensions();
   const auto at = positions.dimensions(), angles = cos.dimensions();
   const bool rotates = cos.element_count() > 0, scaled = pages.key_scales.element_count() > 0;
   if (k.size() != 4 || k[1] != f[2] || k[3] != f[4] || k[2] % kBlock ||
@@ -40,7 +40,7 @@ inline ffi::Error run_call(ffi::ThreadPool& pool, int64_t group, const Array5& f
     return refuse("attention: pages must be [pages, kv_heads, 16 n, 16 m], m at most 64");
   }
   if (k[0] < 1 || t[0] != f[0] || at[0] != f[0] || at[1] != f[1]) {
-    return refuse("attention: tables must be [rows, max_pages], positions [rows, tokens]");
+    return refuse("attention: block tables must be [rows, max_pages], positions [rows, tokens]");
   }
   if (f[3] != group && f[3] != group + 2) return refuse("attention: entries must be the group's");
   if (rotates && (angles[0] != f[0] || angles[1] != f[1] || angles[2] * 2 != f[4])) {
@@ -57,7 +57,7 @@ inline ffi::Error run_call(ffi::ThreadPool& pool, int64_t group, const Array5& f
   const Call call{
       size(f[0]), size(f[1]), size(f[2]), size(group), size(f[4]), size(k[2]), size(k[0]),
       size(t[1]), fresh.typed_data(), size(f[3]), rotates ? cos.typed_data() : nullptr,
-      rotates ? sin.typed_data() : nullptr, tables.typed_data(), positions.typed_data(),
+      rotates ? sin.typed_data() : nullptr, block_tables.typed_data(), positions.typed_data(),
       pages.keys.untyped_data(), pages.values.untyped_data(),
       scaled ? pages.key_scales.typed_data<float>() : nullptr,
       scaled ? pages.value_scales.typed_data<float>() : nullptr, out};
@@ -72,7 +72,7 @@ inline ffi::Error run_call(ffi::ThreadPool& pool, int64_t group, const Array5& f
 
 // Writes fresh keys and values into the pages, given and given back, and attends to them.
 inline ffi::Error step_call(ffi::ThreadPool pool, Array5 fresh, Array3 cos, Array3 sin,
-                            Table tables, Table positions, ffi::AnyBuffer keys,
+                            Table block_tables, Table positions, ffi::AnyBuffer keys,
                             ffi::AnyBuffer values, ffi::AnyBuffer key_scales,
                             ffi::AnyBuffer value_scales, ffi::Result<Array5> out,
                             ffi::Result<ffi::AnyBuffer> new_keys,
@@ -85,17 +85,17 @@ inline ffi::Error step_call(ffi::ThreadPool pool, Array5 fresh, Array3 cos, Arra
       value_scales.untyped_data() != new_value_scales->untyped_data()) {
     return refuse("attention: pages must be written in place");
   }
-  return run_call(pool, group, fresh, cos, sin, tables, positions,
+  return run_call(pool, group, fresh, cos, sin, block_tables, positions,
                         {keys, values, key_scales, value_scales}, out->typed_data());
 }
 
 // Attends to what the pages hold.
-inline ffi::Error attend_call(ffi::ThreadPool pool, Array5 queries, Table tables, Table positions,
+inline ffi::Error attend_call(ffi::ThreadPool pool, Array5 queries, Table block_tables, Table positions,
                               Array3 none, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                               ffi::AnyBuffer key_scales, ffi::AnyBuffer value_scales,
                               ffi::Result<Array5> out) {
   const int64_t group = queries.dimensions()[3];
-  return run_call(pool, group, queries, none, none, tables, positions,
+  return run_call(pool, group, queries, none, none, block_tables, positions,
                         {keys, values, key_scales, value_scales}, out->typed_data());
 }
 

@@ -1,11 +1,11 @@
-// Products with floats and attention of texts as XLA calls them: shapes are checked, and buffers
+// Products with floats and attention of segments as XLA calls them: shapes are checked, and buffers
 // taken apart.
 #pragma once
 
 #include <cstdint>
 
 #include "dense.h"
-#include "text_attention.h"
+#include "segment_attention.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -84,19 +84,19 @@ inline ffi::Error linear_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
   return whole ? ffi::Error::Success() : refuse("the weights do not fit x, or a type is unknown");
 }
 
-// `fused` is [tokens, 3, heads, dims], `bounds` [texts + 1], the result [tokens, heads, dims].
-inline ffi::Error texts_call(ffi::ThreadPool pool, ffi::AnyBuffer fused, Integers32 bounds,
+// `fused` is [tokens, 3, heads, dims], `cu_seqlens` [segments + 1], the result [tokens, heads, dims].
+inline ffi::Error segments_call(ffi::ThreadPool pool, ffi::AnyBuffer fused, Integers32 cu_seqlens,
                              ffi::Result<ffi::AnyBuffer> out) {
   const auto f = fused.dimensions();
   if (f.size() != 4 || f[1] != 3 || out->element_count() * 3 != fused.element_count() ||
-      out->element_type() != fused.element_type() || bounds.element_count() < 1) {
-    return refuse("attention of texts: fused must be [tokens, 3, heads, dims], bounds [texts + 1]");
+      out->element_type() != fused.element_type() || cu_seqlens.element_count() < 1) {
+    return refuse("attention of segments: fused must be [tokens, 3, heads, dims], cu_seqlens [segments + 1]");
   }
   const auto run = [&](auto format) {
     using F = decltype(format);
     using Number = typename F::Stored;
-    attend_texts<F>(pool, {(const Number*)fused.untyped_data(), bounds.typed_data(), f[0],
-                           (int64_t)bounds.element_count() - 1, f[2], f[3],
+    attend_segments<F>(pool, {(const Number*)fused.untyped_data(), cu_seqlens.typed_data(), f[0],
+                           (int64_t)cu_seqlens.element_count() - 1, f[2], f[3],
                            (Number*)out->untyped_data()});
   };
   if (fused.element_type() == ffi::BF16) {
@@ -104,7 +104,7 @@ inline ffi::Error texts_call(ffi::ThreadPool pool, ffi::AnyBuffer fused, Integer
   } else if (fused.element_type() == ffi::F32) {
     run(Float32{});
   } else {
-    return refuse("attention of texts: neither float32 nor bfloat16");
+    return refuse("attention of segments: neither float32 nor bfloat16");
   }
   return ffi::Error::Success();
 }
@@ -126,7 +126,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dense_linear, dense::linear_call,
                                   .Attr<float>("eps")
                                   .Ret<xla::ffi::AnyBuffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(text_attention, dense::texts_call,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(segment_attention, dense::segments_call,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -19,7 +19,7 @@ struct Call {
   const float* fresh;  // [rows, tokens, kv_heads, entries, head_dim]
   int entries;         // the group's queries, then a key and a value if they are to be written
   const float *cos, *sin;            // [rows, tokens, head_dim / 2]: queries and keys are rotated
-  const int32_t* tables;             // [rows, max_pages]
+  const int32_t* block_tables;       // [rows, max_pages]
   const int32_t* positions;          // [rows, tokens]
   void *keys, *values;               // [pages, kv_heads, page_len, head_dim], as pages.h says
   float *key_scales, *value_scales;  // [pages, kv_heads, page_len]
@@ -43,7 +43,7 @@ struct Call {
   int page(int row, int position) const {
     const int index = position / page_len;
     if (position < 0 || index >= max_pages) return 0;
-    return std::clamp(tables[(int64_t)row * max_pages + index], 0, num_pages - 1);
+    return std::clamp(block_tables[(int64_t)row * max_pages + index], 0, num_pages - 1);
   }
 
   // Where a head's numbers of a page begin, counted in positions.

@@ -1,4 +1,4 @@
-// Attention of texts that lie one behind the other: every token attends to all of its own text.
+// Attention of segments that lie one behind the other: every token attends to all of its own segment.
 #pragma once
 
 #include <vector>
@@ -13,17 +13,17 @@ namespace dense {
 constexpr int64_t kFewProducts = 100000;
 
 template <class F>
-struct Texts {
+struct Segments {
   using Number = typename F::Stored;
 
   const Number* fused;    // [tokens, 3, heads, dims]: queries, keys, values
-  const int32_t* bounds;  // [texts + 1]: where each begins, and the last one ends
-  int64_t tokens, texts, heads, dims;
+  const int32_t* cu_seqlens;  // [segments + 1]: where each begins, and the last one ends
+  int64_t tokens, count, heads, dims;
   Number* out;  // [tokens, heads, dims]
 
-  int64_t begin(int64_t text) const { return std::clamp<int64_t>(bounds[text], 0, tokens); }
-  int64_t length(int64_t text) const {
-    return std::max<int64_t>(begin(text + 1) - begin(text), 0);
+  int64_t begin(int64_t segment) const { return std::clamp<int64_t>(cu_seqlens[segment], 0, tokens); }
+  int64_t length(int64_t segment) const {
+    return std::max<int64_t>(begin(segment + 1) - begin(segment), 0);
   }
   const Number* entry(int64_t token, int kind, int64_t head) const {
     return fused + ((token * 3 + kind) * heads + head) * dims;
@@ -46,32 +46,32 @@ struct Scratch {
 
 // One head's keys as a matrix of dims x length, or its values as one of length x dims.
 template <class F>
-void pack_keys(const Texts<F>& texts, int64_t begin, int64_t length, int64_t head,
+void pack_keys(const Segments<F>& segments, int64_t begin, int64_t length, int64_t head,
                typename F::Stored* to) {
-  const int64_t dims = whole_packs<F>(texts.dims);
+  const int64_t dims = whole_packs<F>(segments.dims);
   std::fill_n(to, round_up(length, kOutputs) * dims, typename F::Stored{});
   for (int64_t k = 0; k < length; ++k) {
-    const typename F::Stored* key = texts.entry(begin + k, 1, head);
+    const typename F::Stored* key = segments.entry(begin + k, 1, head);
     typename F::Stored* column = to + k / kOutputs * kOutputs * dims + k % kOutputs * F::kPack;
     int64_t d = 0;
-    for (; d + F::kPack <= texts.dims; d += F::kPack) {
+    for (; d + F::kPack <= segments.dims; d += F::kPack) {
       std::memcpy(column + d * kOutputs, key + d, F::kPack * sizeof *key);
     }
-    for (; d < texts.dims; ++d) column[d * kOutputs] = key[d];
+    for (; d < segments.dims; ++d) column[d * kOutputs] = key[d];
   }
 }
 
 template <class F>
-void pack_values(const Texts<F>& texts, int64_t begin, int64_t length, int64_t head,
+void pack_values(const Segments<F>& segments, int64_t begin, int64_t length, int64_t head,
                  typename F::Stored* to) {
   const int64_t positions = whole_packs<F>(length);
-  std::fill_n(to, positions * round_up(texts.dims, kOutputs), typename F::Stored{});
+  std::fill_n(to, positions * round_up(segments.dims, kOutputs), typename F::Stored{});
   for (int64_t k = 0; k < length; ++k) {
-    const typename F::Stored* value = texts.entry(begin + k, 2, head);
-    for (int64_t first = 0; first < texts.dims; first += kOutputs) {
+    const typename F::Stored* value = segments.entry(begin + k, 2, head);
+    for (int64_t first = 0; first < segments.dims; first += kOutputs) {
       typename F::Stored* row =
           to + first * positions + k / F::kPack * kOutputs * F::kPack + k % F::kPack;
-      const int64_t count = std::min(kOutputs, texts.dims - first);
+      const int64_t count = std::min(kOutputs, segments.dims - first);
       for (int64_t d = 0; d < count; ++d) row[d * F::kPack] = value[first + d];
     }
   }
@@ -94,11 +94,11 @@ float weigh(const float* scores, int64_t length, typename F::Operand* weights) {
   return 1.0f / sum_of(sums);
 }
 
-// One head of one text.
+// One head of one segment.
 template <class F>
-void attend_text(const Texts<F>& texts, int64_t text, int64_t head) {
+void attend_segment(const Segments<F>& segments, int64_t segment, int64_t head) {
   thread_local Scratch<F> scratch;
-  const int64_t begin = texts.begin(text), length = texts.length(text), dims = texts.dims;
+  const int64_t begin = segments.begin(segment), length = segments.length(segment), dims = segments.dims;
   const int64_t packed_dims = whole_packs<F>(dims), positions = whole_packs<F>(length);
   const int64_t width = round_up(length, kOutputs);
   auto* const keys = scratch.room(scratch.keys, width * packed_dims);
@@ -106,14 +106,14 @@ void attend_text(const Texts<F>& texts, int64_t text, int64_t head) {
   auto* const queries = scratch.room(scratch.queries, kMostRows * packed_dims);
   auto* const weights = scratch.room(scratch.weights, kMostRows * width);
   auto* const scores = scratch.room(scratch.scores, kMostRows * width);
-  pack_keys(texts, begin, length, head, keys);
-  pack_values(texts, begin, length, head, values);
+  pack_keys(segments, begin, length, head, keys);
+  pack_values(segments, begin, length, head, values);
   const Vector factor = splat(1.44269504f / std::sqrt((float)dims));
 
   for (int64_t first = 0; first < length; first += kMostRows) {
     const int64_t rows = std::min<int64_t>(kMostRows, length - first);
     for (int64_t r = 0; r < rows; ++r) {
-      put_operands<F>(texts.entry(begin + first + r, 0, head), dims, queries + r * packed_dims);
+      put_operands<F>(segments.entry(begin + first + r, 0, head), dims, queries + r * packed_dims);
     }
     float totals[kMostRows][kOutputs];
     for (int64_t k = 0; k < width; k += kOutputs) {
@@ -137,7 +137,7 @@ void attend_text(const Texts<F>& texts, int64_t text, int64_t head) {
       const int64_t count = std::min(kOutputs, dims - d);
       for (int64_t r = 0; r < rows; ++r) {
         typename F::Stored* const to =
-            texts.out + ((begin + first + r) * texts.heads + head) * dims + d;
+            segments.out + ((begin + first + r) * segments.heads + head) * dims + d;
         for (int64_t i = 0; i < kOutputs; i += kLanes) {
           store(totals[r] + i, load(totals[r] + i) * inverse[r]);
         }
@@ -152,16 +152,16 @@ void attend_text(const Texts<F>& texts, int64_t text, int64_t head) {
 }
 
 template <class F>
-void attend_texts(xla::ffi::ThreadPool& pool, const Texts<F>& texts) {
+void attend_segments(xla::ffi::ThreadPool& pool, const Segments<F>& segments) {
   int64_t products = 0;
-  for (int64_t text = 0; text < texts.texts; ++text) {
-    products += texts.length(text) * texts.length(text) * texts.dims * texts.heads;
+  for (int64_t segment = 0; segment < segments.count; ++segment) {
+    products += segments.length(segment) * segments.length(segment) * segments.dims * segments.heads;
   }
   const auto work = [&](int64_t task) {
-    const int64_t text = task / texts.heads;
-    if (texts.length(text)) attend_text(texts, text, task % texts.heads);
+    const int64_t segment = task / segments.heads;
+    if (segments.length(segment)) attend_segment(segments, segment, task % segments.heads);
   };
-  const int64_t tasks = texts.texts * texts.heads;
+  const int64_t tasks = segments.count * segments.heads;
   if (products < kFewProducts) {
     for (int64_t task = 0; task < tasks; ++task) work(task);
   } else {

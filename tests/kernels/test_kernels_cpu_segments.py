@@ -1,4 +1,4 @@
-"""Native products of floats and attention within texts, against the reference's operations."""
+"""Native products of floats and attention within segments, against the reference's operations."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.kernels import text_attention_for
+from inferneo_jax.kernels import segment_attention_for
 from inferneo_jax.kernels.cpu.build import Variant, library
-from inferneo_jax.kernels.cpu.dense import CpuTextAttention, Packed
+from inferneo_jax.kernels.cpu.dense import CpuSegmentAttention, Packed
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
 from inferneo_jax.layers.quantization import After, Plain
-from inferneo_jax.layers.segments import TextAttention, Texts
+from inferneo_jax.layers.segments import SegmentAttention, Segments
 from inferneo_jax.runner.backends import encoder_formats_for
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.support.tiny_model import ONE_DEVICE
@@ -112,9 +112,9 @@ def test_gelu_is_exact_to_a_float_in_a_million() -> None:
     assert np.abs(got - wanted).max() < 1e-6
 
 
-def _texts(lengths: Sequence[int], size: int, empty: int = 3) -> Texts:
-    bounds = [0, *itertools.accumulate(lengths)]
-    return Texts.of(jnp.asarray(bounds + [bounds[-1]] * empty, jnp.int32), size)
+def _segments(lengths: Sequence[int], size: int, empty: int = 3) -> Segments:
+    cu_seqlens = [0, *itertools.accumulate(lengths)]
+    return Segments.of(jnp.asarray(cu_seqlens + [cu_seqlens[-1]] * empty, jnp.int32), size)
 
 
 def _softmax_over_own_text(fused: jax.Array, lengths: Sequence[int]) -> np.ndarray:
@@ -134,10 +134,10 @@ LENGTHS = [(16,), (1, 2, 3), (100, 1, 17, 90), (200, 129, 300), (640,), (1,) * 4
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_the_reference_attends_within_texts(lengths: tuple[int, ...]) -> None:
+def test_the_reference_attends_within_segments(lengths: tuple[int, ...]) -> None:
     size = 16 if sum(lengths) <= 16 else 640
     fused = _random(size, 3, 2, 8)
-    got = np.asarray(TextAttention().attend(fused, _texts(lengths, size)))
+    got = np.asarray(SegmentAttention().attend(fused, _segments(lengths, size)))
     wanted = _softmax_over_own_text(fused, lengths)
     np.testing.assert_allclose(got[: sum(lengths)], wanted, atol=1e-5)
     assert np.isfinite(got).all()
@@ -152,8 +152,8 @@ def test_native_attention_equals_the_reference(
     for lengths in LENGTHS:
         size = 16 if sum(lengths) <= 16 else 640
         fused = _random(size, 3, 2, head_dim).astype(dtype)
-        attention = CpuTextAttention(variant)
-        got = attention.attend(fused, _texts(lengths, size))
+        attention = CpuSegmentAttention(variant)
+        got = attention.attend(fused, _segments(lengths, size))
         assert got.dtype == dtype
         wanted = _softmax_over_own_text(fused.astype(F32), lengths)
         error = np.abs(np.asarray(got.astype(F32))[: sum(lengths)] - wanted)
@@ -165,15 +165,15 @@ def test_native_attention_equals_the_reference(
 def test_a_text_gives_the_same_bits_whatever_texts_are_beside_it(dtype: jnp.dtype) -> None:
     lengths = (100, 1, 17, 90)
     fused = _random(256, 3, 2, 32).astype(dtype)
-    together = np.asarray(CpuTextAttention().attend(fused, _texts(lengths, 256)).astype(F32))
+    together = np.asarray(CpuSegmentAttention().attend(fused, _segments(lengths, 256)).astype(F32))
     for i, length in enumerate(lengths):
         own = slice(sum(lengths[:i]), sum(lengths[: i + 1]))
-        alone = CpuTextAttention().attend(fused[own], _texts([length], length))
+        alone = CpuSegmentAttention().attend(fused[own], _segments([length], length))
         np.testing.assert_array_equal(np.asarray(alone.astype(F32)), together[own])
 
 
 def test_padding_that_is_no_number_stays_out_of_the_mean() -> None:
-    texts = _texts((2, 3), 8)
+    texts = _segments((2, 3), 8)
     x = jnp.arange(16.0).reshape(8, 2).at[5:].set(jnp.nan)
     np.testing.assert_allclose(texts.mean(x)[:2], [[1.0, 2.0], [6.0, 7.0]], rtol=1e-6)
     np.testing.assert_array_equal(texts.mean(x)[2:], 0.0)
@@ -190,7 +190,7 @@ def test_an_encoder_has_native_kernels_where_a_cpu_has(
     config = EngineConfig(mesh=ONE_DEVICE, **changes)  # type: ignore[arg-type]
     mesh = make_mesh(config.mesh)
     assert isinstance(encoder_formats_for(config, mesh).linear, Packed if native else Plain)
-    assert isinstance(text_attention_for(config, mesh), CpuTextAttention) == native
+    assert isinstance(segment_attention_for(config, mesh), CpuSegmentAttention) == native
     split = make_mesh(MeshShape(1, 2))
     assert isinstance(encoder_formats_for(config, split).linear, Plain)
-    assert type(text_attention_for(config, split)) is TextAttention
+    assert type(segment_attention_for(config, split)) is SegmentAttention

@@ -69,7 +69,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m server.cli.reference docs/reference
 
 screenshots: $(VENV)/.installed-test
-	INFERNEO_DOCS_IMAGES=docs/images $(BIN)/pytest tests/web/test_chat_real.py tests/web/test_dashboard_real.py
+	$(BIN)/python -m tests.tools.screenshots docs/images
 
 install: $(VENV)/.installed
 

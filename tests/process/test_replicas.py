@@ -17,8 +17,8 @@ import websockets
 from server.app import create_app
 from server.config.settings import Settings
 from server.keys.key import Limits
-from tests.accelerators.two_replicas import LIMIT, Load, share_limit
 from tests.support.ray_cluster import Replicas, replicas
+from tests.support.replica_load import LIMIT, Load, share_limit
 from tests.support.tiny_checkpoints import CHAT, tiny_checkpoints
 
 pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")

@@ -1,5 +1,6 @@
 """What tests of the web pages share: a browser whose every complaint fails the test."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +26,9 @@ _FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """It ends with its file: while it lives a loop runs here, and no other test may run one."""
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """The system's Chromium without a window."""
     executable = program("chromium", "chromium-browser", "google-chrome")
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=executable, args=_FLAGS)
@@ -81,9 +82,9 @@ class Visit:
         assert found["passes"]
 
 
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
-    """Opens an address in a new profile; what the browser complains of fails the test."""
+@contextlib.contextmanager
+def visiting(browser: Browser) -> Iterator[Callable[..., Visit]]:
+    """Opens an address in a new profile; what the browser complains of is an error at the end."""
     visits: list[Visit] = []
 
     def go(url: str, *, dark: bool = False, **options: Any) -> Visit:
@@ -104,3 +105,17 @@ def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
         each.page.context.close()
     for each in visits:
         assert each.unexpected() == []
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """It ends with its file: while it lives a loop runs here, and no other test may run one."""
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
+    """Opens an address in a new profile; what the browser complains of fails the test."""
+    with visiting(browser) as go:
+        yield go

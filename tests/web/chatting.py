@@ -49,6 +49,12 @@ class Chat:
         expect(self.button("Send")).to_be_visible()
         expect(self.page.locator(".answer.running")).to_have_count(0)
 
+    def be_greedy(self) -> None:
+        """Set the temperature to 0."""
+        self.button("Settings").click()
+        self.set("Temperature", "0")
+        self.button("Settings").click()
+
     def said(self) -> list[str]:
         """The messages and answers that are shown, in order."""
         return self.page.locator(".message .said, .answer .prose").all_inner_texts()

@@ -26,11 +26,11 @@ from inferneo_jax.engine.follower import follow
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels import segment_attention_for
 from inferneo_jax.kernels.cpu.build import start_building
-from inferneo_jax.layers.quantization import EncodingError, Formats
+from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import explained, require
-from inferneo_jax.runner.backends import encoder_formats_for, formats_for
+from inferneo_jax.runner.backends import encoder_quantization_for, quantization_for
 from inferneo_jax.runner.model_info import ModelFacts, facts_of
 from inferneo_jax.runner.runner import Runner, sharing
 from inferneo_jax.sharding.mesh import make_mesh
@@ -104,13 +104,13 @@ def load_model(
             # A small model: where there are several hosts, the devices of this one are plenty.
             shape = config.mesh if jax.process_count() == 1 else MeshShape()
             mesh = make_mesh(shape, jax.local_devices())
-            formats = encoder_formats_for(config, mesh)
-            weights, _ = load_weights(info, mesh, [formats], config)
+            quantization = encoder_quantization_for(config, mesh)
+            weights, _ = load_weights(info, mesh, [quantization], config)
             attention = segment_attention_for(config, mesh)
             embedder = Embedder(
                 info.config,
                 weights,
-                formats,
+                quantization,
                 attention,
                 mesh,
                 config.max_len,
@@ -126,7 +126,7 @@ def load_model(
                 embedder=embedder,
                 max_tokens=embedder.max_tokens,
                 facts=facts_of(
-                    weights, formats, mesh, native=type(attention) is not SegmentAttention
+                    weights, quantization, mesh, native=type(attention) is not SegmentAttention
                 ),
             )
         runner = load_runner(info, config, progress, job)
@@ -177,9 +177,9 @@ def load_runner(
         job.take(info.path.name)
         agree(job.link, "model", _identity(info, config, mesh))
     # Where it was never in 4 bits, it cannot be now.
-    choices = formats_for(config, mesh, bits=4), formats_for(config, mesh)
-    weights, formats = load_weights(info, mesh, choices, config)
-    runner = Runner(info.config, weights, config, formats, mesh, job.link if job else None)
+    choices = quantization_for(config, mesh, bits=4), quantization_for(config, mesh)
+    weights, quantization = load_weights(info, mesh, choices, config)
+    runner = Runner(info.config, weights, config, quantization, mesh, job.link if job else None)
     with explained("the steps were compiled and first run"):
         runner.compile(progress)
     return runner
@@ -205,37 +205,37 @@ def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[st
 
 
 def load_weights(
-    info: CheckpointInfo, mesh: Mesh, choices: Iterable[Formats], config: EngineConfig
-) -> tuple[list[jax.Array], Formats]:
-    """The weights in the first of the formats that can hold them, and this.
+    info: CheckpointInfo, mesh: Mesh, choices: Iterable[QuantizationConfig], config: EngineConfig
+) -> tuple[list[jax.Array], QuantizationConfig]:
+    """The weights with the first of the quantizations that can represent them, and that one.
 
     Those that an earlier start has kept are taken as they are; else they are read and encoded.
     """
     model = info.config
     stores = {
-        formats: KeptWeights(config.compilation_cache, info.path, mesh, formats)
-        for formats in choices
+        quantization: KeptWeights(config.compilation_cache, info.path, mesh, quantization)
+        for quantization in choices
     }
 
     @contextmanager
-    def room(formats: Formats) -> Iterator[None]:
-        needed = local_bytes(flat(weight_shapes(model, mesh, formats)))
+    def room(quantization: QuantizationConfig) -> Iterator[None]:
+        needed = local_bytes(flat(weight_shapes(model, mesh, quantization)))
         require(needed * sharing(mesh), "the weights")
         with explained("the weights were loaded"):
             yield
 
-    for formats, store in stores.items():
+    for quantization, store in stores.items():
         if store.there:
-            with room(formats):
+            with room(quantization):
                 if kept := store.read():
-                    return place_weights({}, model, mesh, formats, kept), formats
-    shapes = {name: spec.shape for name, spec in models.declare(model).items()}
+                    return place_weights({}, model, mesh, quantization, kept), quantization
+    shapes = {name: spec.shape for name, spec in models.weight_specs(model).items()}
     sources = open_weights(info.path, shapes)
     refused: EncodingError | None = None
-    for formats, store in stores.items():
+    for quantization, store in stores.items():
         try:
-            with room(formats), store.writing() as keep:
-                return place_weights(sources, model, mesh, formats, keep=keep), formats
+            with room(quantization), store.writing() as keep:
+                return place_weights(sources, model, mesh, quantization, keep=keep), quantization
         except EncodingError as error:
             refused = error
     assert refused, "there is at least one choice"

@@ -26,7 +26,7 @@ from inferneo_jax.errors import (
     OverloadedError,
     RequestError,
 )
-from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.platform.watchdog import PATIENCE, Heartbeat
 from inferneo_jax.runner.compile_cache import ExecutableStore
@@ -69,7 +69,7 @@ class Embedder:
         self,
         model: EncoderConfig,
         weights: list[Array],
-        formats: Formats,
+        quantization: QuantizationConfig,
         attention: SegmentAttention,
         mesh: Mesh,
         max_len: int | None = None,
@@ -82,15 +82,15 @@ class Embedder:
         self.max_tokens = min(max_len or model.max_tokens, model.max_tokens)
         self._weights = weights
         fitted = fit(model, meshes.parts(mesh, "heads"))
-        self._graphdef, self._treedef = models.skeleton(fitted, formats)
+        self._graphdef, self._treedef = models.graphdef(fitted, quantization)
         self._attention = attention
         self._mesh = mesh
         self._packer = Packer(
-            self.max_tokens, meshes.parts(mesh, "rows"), formats.linear.padding_cost
+            self.max_tokens, meshes.parts(mesh, "rows"), quantization.linear.padding_cost
         )
-        self._store = ExecutableStore(compilation_cache, mesh, fitted, formats, attention)
+        self._store = ExecutableStore(compilation_cache, mesh, fitted, quantization, attention)
         self._weight_specs = [
-            each.sharding.spec for each in flat(weight_shapes(model, mesh, formats))
+            each.sharding.spec for each in flat(weight_shapes(model, mesh, quantization))
         ]
         self._compiled: dict[int, Any] = {}
         self._changed = threading.Condition()

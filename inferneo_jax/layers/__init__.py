@@ -1,1 +1,1 @@
-"""The parts that models are made of. Every one is pure: arrays in, arrays out."""
+"""The layers of models, in their reference form for any device: pure functions of arrays."""

@@ -8,7 +8,7 @@ from inferneo_jax.config import DecoderConfig, EncoderConfig
 from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.norm import LayerNorm, RMSNorm
-from inferneo_jax.layers.quantization import MatrixFormat
+from inferneo_jax.layers.quantization import QuantizationMethod
 from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 
@@ -20,18 +20,18 @@ class CausalAttention(nnx.Module):
     part holds all that its heads need.
     """
 
-    def __init__(self, config: DecoderConfig, format: MatrixFormat) -> None:
+    def __init__(self, config: DecoderConfig, method: QuantizationMethod) -> None:
         kv_heads, group, head_dim = config.num_kv_heads, config.group_size, config.head_dim
         self.qkv = Linear(
             (config.hidden_size, kv_heads, group + 2, head_dim),
             ("embed", "kv_heads", None, None),
-            format,
+            method,
             bias=config.qkv_bias,
         )
         self.out = Linear(
             (kv_heads, group, head_dim, config.hidden_size),
             ("kv_heads", None, None, "embed"),
-            format,
+            method,
             inputs=3,
         )
         if config.qk_norm:
@@ -59,13 +59,13 @@ class CausalAttention(nnx.Module):
 class BidirectionalAttention(nnx.Module):
     """Every token attends to all tokens of its segment (arXiv:1706.03762)."""
 
-    def __init__(self, config: EncoderConfig, format: MatrixFormat) -> None:
+    def __init__(self, config: EncoderConfig, method: QuantizationMethod) -> None:
         embed, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         self.qkv = Linear(
-            (embed, 3, heads, head_dim), ("embed", None, "heads", None), format, bias=True
+            (embed, 3, heads, head_dim), ("embed", None, "heads", None), method, bias=True
         )
         self.out = Linear(
-            (heads, head_dim, embed), ("heads", None, "embed"), format, inputs=2, bias=True
+            (heads, head_dim, embed), ("heads", None, "embed"), method, inputs=2, bias=True
         )
 
     def __call__(
@@ -77,4 +77,4 @@ class BidirectionalAttention(nnx.Module):
     ) -> Float[Array, "tokens embed"]:
         """``norm`` of ``x`` and what it finds in its segment."""
         mixed = attention.attend(self.qkv(x, narrow=True, live=segments.live), segments)
-        return self.out(mixed, residual=x, epilogue=norm, live=segments.live)
+        return self.out(mixed, residual=x, transform=norm, live=segments.live)

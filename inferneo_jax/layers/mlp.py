@@ -1,4 +1,4 @@
-"""Feed-forward blocks."""
+"""Feed-forward blocks and their activations."""
 
 import jax
 import jax.numpy as jnp
@@ -7,36 +7,36 @@ from jaxtyping import Array, Float
 
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.norm import RMSNorm
-from inferneo_jax.layers.quantization import MatrixFormat
+from inferneo_jax.layers.quantization import QuantizationMethod
 
 
 class SwiGLU(nnx.Module):
-    """``down(silu(gate(x)) * up(x))`` (arXiv:2002.05202); gate and up are one kernel."""
+    """``down(silu(gate(x)) * up(x))`` (arXiv:2002.05202); gate and up share one kernel."""
 
-    def __init__(self, embed: int, mlp: int, format: MatrixFormat) -> None:
-        self.format, self.num_gates = format, mlp
-        self.gate_up = Linear((embed, 2, mlp), ("embed", None, "mlp"), format)
-        self.down = Linear((mlp, embed), ("mlp", "embed"), format)
+    def __init__(self, embed: int, mlp: int, method: QuantizationMethod) -> None:
+        self.method, self.num_gates = method, mlp
+        self.gate_up = Linear((embed, 2, mlp), ("embed", None, "mlp"), method)
+        self.down = Linear((mlp, embed), ("mlp", "embed"), method)
 
     def __call__(
         self, x: Float[Array, "rows tokens embed"], norm: RMSNorm
     ) -> Float[Array, "rows tokens embed"]:
-        """``x`` and what is made of ``norm(x)``."""
+        """``x + mlp(norm(x))``."""
         gate_up, down = self.gate_up.kernel.get_value(), self.down.kernel.get_value()
         rows = x.reshape(-1, x.shape[-1])
-        made = self.format.feed_forward(rows, norm, gate_up, down, self.num_gates)
-        if made is not None:
-            return made.reshape(x.shape)
+        fused = self.method.feed_forward(rows, norm, gate_up, down, self.num_gates)
+        if fused is not None:
+            return fused.reshape(x.shape)
         both = self.gate_up(x, prologue=norm)
         return self.down(both.reshape(*x.shape[:-1], -1), prologue=gate, residual=x)
 
 
 def gate(both: Float[Array, "*rows both"]) -> Float[Array, "*rows half"]:
-    """``silu(gate) * up`` of vectors that hold the one and then the other."""
+    """``silu(gate) * up`` of rows that hold the gate and then ``up``."""
     gates, up = jnp.split(both, 2, axis=-1)
     return jax.nn.silu(gates) * up
 
 
 def gelu(x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-    """The exact GELU, of the error function (arXiv:1606.08415)."""
+    """The exact GELU, computed with the error function (arXiv:1606.08415)."""
     return jax.nn.gelu(x, approximate=False)

@@ -1,4 +1,4 @@
-"""Normalisations, in float32 whatever the dtype around them."""
+"""Normalisations, always computed in float32."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -36,5 +36,5 @@ class LayerNorm(nnx.Module):
 
 
 def _over_rows(vector: Float[Array, " size"], x: Float[Array, "*rows size"]) -> Float[Array, "..."]:
-    """The vector with the rank of ``x``: ranks are never promoted silently here."""
+    """The vector with the rank of ``x``, since implicit rank promotion raises here."""
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))

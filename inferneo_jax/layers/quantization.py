@@ -1,7 +1,11 @@
-"""How matrices lie on a device, and products with them: the one place that layers ask.
+"""Quantization methods: how a weight matrix is stored on a device, and how it is multiplied.
 
-A matrix is ``inputs x outputs``; a table of vectors, whose rows are also its outputs, is kept the
-other way round. What a format keeps of it is a tuple of arrays.
+Layers hold no numbers of their own format. Each asks its ``QuantizationMethod`` which arrays
+(parameters) store its matrix and what ``x @ matrix`` is. A method with kernels for one kind of
+device lives beside these kernels, such as ``kernels/cpu/linear.py``; the methods here run on any.
+
+A matrix is ``[inputs, outputs]``. A table of vectors (embeddings) is ``[rows, inputs]``: its rows
+are the outputs when it serves as an output layer, so it is stored transposed.
 """
 
 from abc import ABC, abstractmethod
@@ -17,52 +21,57 @@ from jaxtyping import Array, Float, Int, Num
 from inferneo_jax.sharding import mesh
 
 MIN_ROWS = 2
-"""XLA:CPU hands products of one row to a scalar loop, 10 times slower than those of two."""
+"""XLA:CPU computes a product of one row in a scalar loop, 10 times slower than one of two rows."""
 
 Stored = tuple[Array, ...]
+"""The parameters of one matrix on the device, in the order of ``QuantizationMethod.parameters``."""
 HostArray = np.ndarray[Any, np.dtype[Any]]
-Prologue = Callable[[Float[Array, "*rows n"]], Float[Array, "*rows inputs"]]
-"""What is done to the rows before they are multiplied: a normalisation, a gate."""
-Epilogue = Callable[[Float[Array, "*rows outputs"]], Float[Array, "*rows outputs"]]
-"""What is done to the sums in the end: an activation, a normalisation."""
+RowFunction = Callable[[Float[Array, "*rows n"]], Float[Array, "*rows m"]]
+"""A function applied to each row on its own, such as a normalisation, a gate or an activation."""
 
 
 class EncodingError(ValueError):
-    """A matrix that a format cannot hold."""
+    """A quantization method cannot represent a matrix."""
 
 
 @dataclass(frozen=True)
-class After:
-    """What is done to a product, in this order; what is None is left out.
+class Epilogue:
+    """What follows a matrix product, in the order of the attributes. None skips a step.
 
     Attributes:
-        bias: is added to every row.
-        residual: is added.
-        epilogue: makes another of each row.
-        dtype: that the result is rounded to, which is float32 otherwise.
+        bias: added to every row.
+        residual: added to the product.
+        transform: applied to every row, such as an activation or a normalisation.
+        dtype: the result is rounded to it; without one it stays float32.
     """
 
     bias: Float[Array, " outputs"] | None = None
     residual: Float[Array, "rows outputs"] | None = None
-    epilogue: Epilogue | None = None
+    transform: RowFunction | None = None
     dtype: jnp.dtype | None = None
 
     def __call__(self, product: Float[Array, "rows outputs"]) -> Float[Array, "rows outputs"]:
-        """All of it."""
+        """Apply all steps to a float32 product."""
         if self.bias is not None:
             product = product + self.bias[None, :]
         if self.residual is not None:
             product = self.residual + product
-        if self.epilogue:
-            product = self.epilogue(product)
+        if self.transform:
+            product = self.transform(product)
         return product if self.dtype is None else product.astype(self.dtype)
 
 
-NOTHING_AFTER = After()
+NO_EPILOGUE = Epilogue()
 
 
-class Piece(NamedTuple):
-    """One of the arrays that make up a matrix: its whole shape, and the logical axes it has."""
+class ParameterSpec(NamedTuple):
+    """One of the arrays that store a matrix.
+
+    Attributes:
+        shape: over all devices.
+        dtype: of its elements.
+        axes: the logical axis of each dimension, for the sharding rules; None is never split.
+    """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
@@ -70,53 +79,62 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MatrixFormat(ABC):
-    """A way to keep matrices and to multiply with them.
+class QuantizationMethod(ABC):
+    """One way to store matrices and to multiply by them.
 
-    Products may have further columns than the matrix, and rows of a table than it has inputs: what
-    a format pads. Layers cut them off.
+    A subclass says what it stores (``parameters``, ``encode``), and how it multiplies (``product``,
+    ``take``; ``multiply`` and ``feed_forward`` where one kernel does more than the product).
 
-    Padding of rows is left out in two ways, each where it lies. A batch of an encoder has all of it
-    behind the last text, so ``live``, a count, says where it begins. In a decoder's step it is
-    between live rows, at the end of each row of prompts; there it is rows of zeros, which kernels
-    notice while they round what they multiply.
+    A method may pad: products may have more columns than the matrix has outputs, and rows of a
+    table more elements than it has inputs. Layers cut them off.
+
+    Padded rows of ``x`` are skipped in one of two ways. In an encoder's batch, all padding follows
+    the last text, so ``live`` counts the rows before it. In a decoder's step, padding lies between
+    live rows, at the end of each prompt chunk; there the rows are zeros, which a kernel can detect
+    while it quantizes ``x``.
 
     Attributes:
-        dtype: in which what is not quantized is kept, and sums cross between devices.
-        padding_cost: time to multiply a row of zeros, as padding is, in that of another row.
+        dtype: of what is not quantized, and of sums exchanged between devices.
+        padding_cost: time to multiply a padded row, relative to any other row.
     """
 
     dtype: jnp.dtype
     padding_cost: ClassVar[float] = 1.0
 
     @property
-    def quantization(self) -> str:
-        """How its numbers are rounded, for people; ``none``: they are of ``dtype``."""
+    def name(self) -> str:
+        """The name of the number format in model information; ``none`` if numbers are ``dtype``."""
         return "none"
 
     @abstractmethod
-    def pieces(
+    def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
-    ) -> tuple[Piece, ...]:
-        """The arrays of a matrix of this shape; ``axes`` are those by which it is split."""
+    ) -> tuple[ParameterSpec, ...]:
+        """The arrays that store a matrix.
+
+        Args:
+            shape: of the matrix over all devices.
+            axes: the logical axis of each of its dimensions; None is never split.
+            table: whether it is a table of vectors.
+        """
 
     @abstractmethod
-    def encode(self, part: HostArray, *, table: bool) -> tuple[HostArray, ...]:
-        """The arrays of one device's part of a matrix.
+    def encode(self, shard: HostArray, *, table: bool) -> tuple[HostArray, ...]:
+        """Convert one device's shard of a matrix into that device's shards of the parameters.
 
         Raises:
-            EncodingError: the format holds some matrices only, and not this one.
+            EncodingError: the method cannot represent this matrix.
         """
 
     @abstractmethod
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
-        """``x`` times the matrix, float32."""
+        """``x @ matrix``, or ``x @ table.T``, in float32."""
 
     @abstractmethod
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
-        """Rows of a table, in ``dtype`` or float32; ids beyond it give any of its rows."""
+        """Rows of a table, in ``dtype`` or float32. An id out of range returns some valid row."""
 
     def multiply(
         self,
@@ -124,53 +142,54 @@ class MatrixFormat(ABC):
         stored: Stored,
         outputs: int,
         *,
-        prologue: Prologue | None = None,
-        after: After = NOTHING_AFTER,
+        prologue: RowFunction | None = None,
+        epilogue: Epilogue = NO_EPILOGUE,
         live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
-        """``after(prologue(x) @ matrix)``.
+        """``epilogue(prologue(x) @ matrix)``.
 
         Args:
-            x: rows.
-            stored: the matrix.
-            outputs: that it has, of those that the format holds.
-            prologue: what is done to rows before.
-            after: what is done to sums.
-            live: rows that matter; what those behind them become may be anything. None: all do.
+            x: the rows to multiply.
+            stored: the parameters of the matrix.
+            outputs: columns to keep; the method may have padded the matrix to more.
+            prologue: applied to the rows first.
+            epilogue: applied to the product.
+            live: number of leading rows whose results are used; the others may become anything.
+                None means all rows.
         """
-        del live  # all rows cost the same
+        del live  # This product costs the same for all rows.
         x = prologue(x) if prologue else x
-        return after(self.product(x, stored, table=False)[:, :outputs])
+        return epilogue(self.product(x, stored, table=False)[:, :outputs])
 
     def feed_forward(
         self,
         x: Float[Array, "rows embed"],
-        norm: Prologue,
+        norm: RowFunction,
         gate_up: Stored,
         down: Stored,
         num_gates: int,
     ) -> Float[Array, "rows embed"] | None:
-        """``x + gate(norm(x) @ gate_up) @ down`` in one call, float32.
+        """``x + gate(norm(x) @ gate_up) @ down`` in one call, in float32.
 
         Returns:
-            None where the format has no such call: then it takes two products.
+            None if the method has no such call; the caller then takes two products.
         """
         return None
 
 
 @dataclass(frozen=True)
-class Plain(MatrixFormat):
-    """Numbers as they are; products of ``dtype``, summed in float32."""
+class Unquantized(QuantizationMethod):
+    """Stores numbers of ``dtype``, multiplies in ``dtype`` and accumulates in float32."""
 
-    def pieces(
+    def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
-    ) -> tuple[Piece, ...]:
-        """The matrix."""
-        return (Piece(shape, self.dtype, axes),)
+    ) -> tuple[ParameterSpec, ...]:
+        """The matrix itself."""
+        return (ParameterSpec(shape, self.dtype, axes),)
 
-    def encode(self, part: HostArray, *, table: bool) -> tuple[HostArray, ...]:
-        """The part, cast."""
-        return (part.astype(self.dtype, copy=False),)
+    def encode(self, shard: HostArray, *, table: bool) -> tuple[HostArray, ...]:
+        """Cast the shard to ``dtype``."""
+        return (shard.astype(self.dtype, copy=False),)
 
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
@@ -183,48 +202,48 @@ class Plain(MatrixFormat):
 
 
 @dataclass(frozen=True)
-class Int8(MatrixFormat):
-    """Symmetric int8, with a float32 scale for each output.
+class Int8(QuantizationMethod):
+    """Symmetric int8 with a float32 scale for each output.
 
-    The rows that are multiplied are quantized too, each with a scale of its own, so that products
-    are of int8 and summed exactly in int32 (LLM.int8(), arXiv:2208.07339, without its outliers;
-    SmoothQuant, arXiv:2211.10438, calls it W8A8 with dynamic scales per token). Chips that
-    multiply no int8 multiply numbers of ``dtype``, made of the weights on the way.
+    The rows of ``x`` are quantized too, each with its own scale, so that products are int8 and sums
+    are exact in int32: LLM.int8() (arXiv:2208.07339) without its outliers, or W8A8 with dynamic
+    per-token scales in the terms of SmoothQuant (arXiv:2211.10438). Devices that do not multiply
+    int8 convert the weights to ``dtype`` on the fly and multiply in that.
 
-    Where inputs are split over devices, each has scales for its own part: none needs to know what
-    the others hold.
+    Where the inputs are split over devices, each shard has its own scales, so that no device needs
+    to see the values of another.
 
     Attributes:
-        parts: into how many the inputs of a matrix are split, where they are.
-        products: of ``int8``, or of ``dtype``.
+        shards: the number of shards of a matrix whose inputs are split.
+        products: ``int8``, or ``float`` to multiply in ``dtype``.
     """
 
-    parts: int = 1
+    shards: int = 1
     products: Literal["int8", "float"] = "int8"
 
     @property
-    def quantization(self) -> str:
-        """Always int8."""
+    def name(self) -> str:
+        """Always ``int8``."""
         return "int8"
 
-    def pieces(
+    def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
-    ) -> tuple[Piece, ...]:
-        """The matrix, and the scales of its outputs, ``[parts, outputs]``."""
+    ) -> tuple[ParameterSpec, ...]:
+        """The int8 matrix, and the scales of its outputs, ``[shards, outputs]``."""
         outputs, axis = shape[not table], axes[not table]
         inputs_axis = axes[int(table)]
-        groups = self.parts if inputs_axis in mesh.RULES else 1
+        shards = self.shards if inputs_axis in mesh.RULES else 1
         return (
-            Piece(shape, jnp.dtype("int8"), axes),
-            Piece((groups, outputs), jnp.dtype("float32"), (inputs_axis, axis)),
+            ParameterSpec(shape, jnp.dtype("int8"), axes),
+            ParameterSpec((shards, outputs), jnp.dtype("float32"), (inputs_axis, axis)),
         )
 
-    def encode(self, part: HostArray, *, table: bool) -> tuple[HostArray, ...]:
-        """The nearest multiples of each output's scale, and these."""
-        part = part.astype(np.float32, copy=False)
+    def encode(self, shard: HostArray, *, table: bool) -> tuple[HostArray, ...]:
+        """Round each output to multiples of its scale, ``absmax / 127``."""
+        shard = shard.astype(np.float32, copy=False)
         inputs = int(table)
-        scales = np.maximum(np.abs(part).max(axis=inputs, keepdims=True), 1e-30) / 127
-        return np.rint(part / scales).astype(np.int8), scales.reshape(1, -1)
+        scales = np.maximum(np.abs(shard).max(axis=inputs, keepdims=True), 1e-30) / 127
+        return np.rint(shard / scales).astype(np.int8), scales.reshape(1, -1)
 
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
@@ -244,40 +263,42 @@ class Int8(MatrixFormat):
 
 
 @dataclass(frozen=True)
-class Formats:
-    """How a model keeps its matrices.
+class QuantizationConfig:
+    """The quantization methods of one model's matrices.
 
     Attributes:
-        linear: those of its layers.
-        head: those that make logits, a table of embeddings that does so included.
+        linear: for the matrices of its layers.
+        head: for the matrix that computes logits, including a tied table of embeddings.
     """
 
-    linear: MatrixFormat
-    head: MatrixFormat
+    linear: QuantizationMethod
+    head: QuantizationMethod
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of tables that are only read from."""
+        """The dtype of tables that are only read by row."""
         return self.linear.dtype
 
     @classmethod
-    def plain(cls, dtype: Any) -> "Formats":
-        """Nothing is quantized."""
-        return cls(Plain(jnp.dtype(dtype)), Plain(jnp.dtype(dtype)))
+    def unquantized(cls, dtype: Any) -> "QuantizationConfig":
+        """Stores every matrix in ``dtype``."""
+        return cls(Unquantized(jnp.dtype(dtype)), Unquantized(jnp.dtype(dtype)))
 
     @classmethod
-    def int8(cls, dtype: Any, parts: int, products: Literal["int8", "float"]) -> "Formats":
-        """Every matrix of the layers and the head is of int8."""
-        made = Int8(jnp.dtype(dtype), parts, products)
-        return cls(made, made)
+    def int8(
+        cls, dtype: Any, shards: int, products: Literal["int8", "float"]
+    ) -> "QuantizationConfig":
+        """Stores every matrix of the layers and the head in int8; see ``Int8``."""
+        method = Int8(jnp.dtype(dtype), shards, products)
+        return cls(method, method)
 
 
 def quantize(
     x: Float[Array, "*batch n"],
 ) -> tuple[Int[Array, "*batch n"], Float[Array, "*batch"]]:
-    """Symmetric int8 along the last axis: the nearest multiples of ``absmax / 127``, and that."""
+    """Round ``x`` to int8 multiples of a scale per row, ``absmax / 127``; return both."""
     x = x.astype(jnp.float32)
-    # Some floor is needed: zeros have no scale of their own.
+    # A row of zeros would have the scale 0.
     scales = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
     return jnp.round(x / scales).astype(jnp.int8), scales.squeeze(-1)
 

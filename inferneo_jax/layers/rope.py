@@ -1,6 +1,6 @@
 """Rotary position embeddings (arXiv:2104.09864), in the layout of Hugging Face's checkpoints.
 
-There the head is split into halves and element i is rotated together with i + head_dim / 2.
+A head is split into halves: element i is rotated together with element i + head_dim / 2.
 """
 
 import math
@@ -22,7 +22,7 @@ def frequencies(
     if scaling.kind == "linear":
         return (plain / scaling.factor).astype(np.float32)
     # Llama 3.1: wavelengths longer than the original context are stretched by the factor, short
-    # ones are left, those between are blended.
+    # ones stay, and those in between are blended.
     turns = scaling.original_context_length * plain / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
@@ -32,7 +32,7 @@ def frequencies(
 def angles(
     positions: Int[Array, "rows tokens"], freqs: Float[Array, " half"]
 ) -> tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]]:
-    """Cosines and sines for each position, float32."""
+    """Cosines and sines of each position's angles, float32."""
     turned = positions[..., None].astype(jnp.float32) * freqs.reshape(1, 1, -1)
     return jnp.cos(turned), jnp.sin(turned)
 

@@ -15,18 +15,18 @@ from inferneo_jax.layers.cache import AttentionMetadata, KVCache, LayerCache, Pa
 from inferneo_jax.layers.linear import Embedding, Linear
 from inferneo_jax.layers.mlp import SwiGLU
 from inferneo_jax.layers.norm import RMSNorm
-from inferneo_jax.layers.quantization import Formats, Plain
+from inferneo_jax.layers.quantization import QuantizationConfig, Unquantized
 from inferneo_jax.sharding import mesh
 
 
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each after a norm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, formats: Formats) -> None:
+    def __init__(self, config: DecoderConfig, quantization: QuantizationConfig) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = CausalAttention(config, formats.linear)
+        self.attention = CausalAttention(config, quantization.linear)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, formats.linear)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, quantization.linear)
 
     def __call__(
         self,
@@ -56,17 +56,19 @@ def _run_layer(
 class Decoder(nnx.Module):
     """Token ids to hidden states over a paged KV cache, and hidden states to logits."""
 
-    def __init__(self, config: DecoderConfig, formats: Formats) -> None:
+    def __init__(self, config: DecoderConfig, quantization: QuantizationConfig) -> None:
         self.freqs = tuple(
             rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()
         )
-        table = formats.head if config.tie_embeddings else Plain(formats.dtype)
+        table = quantization.head if config.tie_embeddings else Unquantized(quantization.dtype)
         self.embed = Embedding(config.vocab_size, config.hidden_size, table, axis="vocab")
-        self.layers = nnx.List([DecoderLayer(config, formats) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [DecoderLayer(config, quantization) for _ in range(config.num_layers)]
+        )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             shape = config.hidden_size, config.vocab_size
-            self.head = Linear(shape, ("embed", "vocab"), formats.head)
+            self.head = Linear(shape, ("embed", "vocab"), quantization.head)
 
     def __call__(
         self,

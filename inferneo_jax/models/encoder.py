@@ -13,33 +13,33 @@ from inferneo_jax.layers.attention import BidirectionalAttention
 from inferneo_jax.layers.linear import Embedding, Linear
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
-from inferneo_jax.layers.quantization import Formats, MatrixFormat, Plain
+from inferneo_jax.layers.quantization import QuantizationConfig, QuantizationMethod, Unquantized
 from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 
 class GeluMLP(nnx.Module):
     """``down(gelu(up(x)))`` with the exact, error-function GELU."""
 
-    def __init__(self, config: EncoderConfig, format: MatrixFormat) -> None:
+    def __init__(self, config: EncoderConfig, method: QuantizationMethod) -> None:
         embed, mlp = config.hidden_size, config.mlp_size
-        self.up = Linear((embed, mlp), ("embed", "mlp"), format, bias=True)
-        self.down = Linear((mlp, embed), ("mlp", "embed"), format, bias=True)
+        self.up = Linear((embed, mlp), ("embed", "mlp"), method, bias=True)
+        self.down = Linear((mlp, embed), ("mlp", "embed"), method, bias=True)
 
     def __call__(
         self, x: Float[Array, "tokens embed"], norm: LayerNorm, live: Int[Array, ""]
     ) -> Float[Array, "tokens embed"]:
         """``norm`` of ``x`` and what is made of it."""
-        wide = self.up(x, epilogue=gelu, narrow=True, live=live)
-        return self.down(wide, residual=x, epilogue=norm, live=live)
+        wide = self.up(x, transform=gelu, narrow=True, live=live)
+        return self.down(wide, residual=x, transform=norm, live=live)
 
 
 class EncoderLayer(nnx.Module):
     """Attention and feed-forward, each added to the residual stream and then normalised."""
 
-    def __init__(self, config: EncoderConfig, formats: Formats) -> None:
-        self.attention = BidirectionalAttention(config, formats.linear)
+    def __init__(self, config: EncoderConfig, quantization: QuantizationConfig) -> None:
+        self.attention = BidirectionalAttention(config, quantization.linear)
         self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GeluMLP(config, formats.linear)
+        self.mlp = GeluMLP(config, quantization.linear)
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def __call__(
@@ -64,15 +64,17 @@ def _run_layer(
 class Encoder(nnx.Module):
     """Token ids of packed texts to one vector per text."""
 
-    def __init__(self, config: EncoderConfig, formats: Formats) -> None:
-        embed, plain = config.hidden_size, Plain(formats.dtype)
+    def __init__(self, config: EncoderConfig, quantization: QuantizationConfig) -> None:
+        embed, table = config.hidden_size, Unquantized(quantization.dtype)
         self.pooling = config.pooling
         self.normalize = config.normalize
-        self.embed = Embedding(config.vocab_size, embed, plain, axis="vocab")
-        self.position = Embedding(config.num_positions, embed, plain)
-        self.token_type = Embedding(config.num_token_types, embed, plain)
+        self.embed = Embedding(config.vocab_size, embed, table, axis="vocab")
+        self.position = Embedding(config.num_positions, embed, table)
+        self.token_type = Embedding(config.num_token_types, embed, table)
         self.embed_norm = LayerNorm(embed, config.norm_eps)
-        self.layers = nnx.List([EncoderLayer(config, formats) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [EncoderLayer(config, quantization) for _ in range(config.num_layers)]
+        )
 
     def __call__(
         self,

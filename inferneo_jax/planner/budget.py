@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.planner.chips import Chip, Topology
-from inferneo_jax.runner.backends import formats_for
+from inferneo_jax.runner.backends import quantization_for
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding import mesh as meshes
@@ -36,10 +36,10 @@ class Budget:
 
     def __init__(self, wish: Wish, mesh: Mesh) -> None:
         self._wish, self._mesh = wish, mesh
-        self.formats = formats_for(wish.engine, mesh)
+        self.quantization = quantization_for(wish.engine, mesh)
         one = self.programs(kv_tokens=wish.engine.slots * 256, max_len=2)
         self.token_bytes = one.cache_bytes // (one.num_pages * one.page_len)
-        self.weights = local_bytes(flat(weight_shapes(wish.model, mesh, self.formats)))
+        self.weights = local_bytes(flat(weight_shapes(wish.model, mesh, self.quantization)))
         context_length = wish.model.context_length
         max_len = min(wish.engine.max_len or context_length, context_length)
         dp_size = meshes.parts(mesh, "slots")
@@ -54,7 +54,9 @@ class Budget:
     def programs(self, **changes: Any) -> Programs:
         """The programs, with a cache as large as the memory lets it be."""
         config = dataclasses.replace(self._wish.engine, **changes)
-        return make_programs(self._wish.model, config, self._mesh, self.formats, lambda: self.kv)
+        return make_programs(
+            self._wish.model, config, self._mesh, self.quantization, lambda: self.kv
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,8 @@ def work_of(wish: Wish, mesh: Mesh, token_bytes: int, rows: int, tokens: int) ->
     """The work of a rank's ``rows`` rows of ``tokens`` new tokens each, after ``context``."""
     model = meshes.parts(mesh, "kv_heads")
     fitted = fit(wish.model, model)
-    shapes = weight_shapes(wish.model, mesh, formats_for(wish.engine, mesh))
-    specs = models.declare(fitted)
+    shapes = weight_shapes(wish.model, mesh, quantization_for(wish.engine, mesh))
+    specs = models.weight_specs(fitted)
     if not wish.model.tie_embeddings:
         del shapes["embed.table"], specs["embed.table"]  # a few rows of it are read
     weights = local_bytes(flat(shapes))

@@ -117,7 +117,7 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     plan = Plan(
         topology=str(wish.topology),
         mesh=MeshShape(data, model),
-        dtype=budget.formats.dtype.name,
+        dtype=budget.quantization.dtype.name,
         quantization=wish.engine.quantization,
         kv_dtype=cache_dtype_for(wish.engine, devices[0], native=True).name,
         slots=wish.engine.slots,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from inferneo_jax.config import EngineConfig
-from inferneo_jax.layers.quantization import Formats, Plain
+from inferneo_jax.layers.quantization import QuantizationConfig, Unquantized
 from inferneo_jax.platform import cpu
 from inferneo_jax.sharding import mesh as meshes
 
@@ -34,7 +34,9 @@ def cache_dtype_for(config: EngineConfig, device: Any, *, native: bool) -> jnp.d
     return jnp.dtype("float32" if wide else "bfloat16")
 
 
-def formats_for(config: EngineConfig, mesh: Mesh, bits: Literal[4, 8] = 8) -> Formats:
+def quantization_for(
+    config: EngineConfig, mesh: Mesh, bits: Literal[4, 8] = 8
+) -> QuantizationConfig:
     """How matrices are kept.
 
     Auto quantizes nothing, but for a CPU that has native kernels: there it is blocks of integers,
@@ -43,22 +45,22 @@ def formats_for(config: EngineConfig, mesh: Mesh, bits: Literal[4, 8] = 8) -> Fo
     Args:
         config: of the engine.
         mesh: of the devices.
-        bits: 4 to keep the layers' matrices in that many where blocks are chosen; such formats
+        bits: 4 to keep the layers' matrices in that many where blocks are chosen; such methods
             hold only what was quantized so before, and raise EncodingError for others.
     """
     device = mesh.devices.flat[0]
     dtype = dtype_for(config, device)
     if config.quantization == "auto" and config.dtype == "auto" and has_products(config, mesh):
-        from inferneo_jax.kernels.cpu.linear import Blocks
+        from inferneo_jax.kernels.cpu.linear import BlockQuantized
 
-        return Formats(Blocks(dtype, bits), Blocks(dtype))
+        return QuantizationConfig(BlockQuantized(dtype, bits), BlockQuantized(dtype))
     if config.quantization == "int8":
         products: Literal["int8", "float"] = "int8" if _multiplies_int8(device) else "float"
-        return Formats.int8(dtype, meshes.parts(mesh, "mlp"), products)
-    return Formats.plain(dtype)
+        return QuantizationConfig.int8(dtype, meshes.parts(mesh, "mlp"), products)
+    return QuantizationConfig.unquantized(dtype)
 
 
-def encoder_formats_for(config: EngineConfig, mesh: Mesh) -> Formats:
+def encoder_quantization_for(config: EngineConfig, mesh: Mesh) -> QuantizationConfig:
     """How an encoder's matrices are kept: as they are, for native kernels where a CPU has them.
 
     Blocks of integers were no faster where a batch is many rows, and their cosines to the float32
@@ -68,8 +70,8 @@ def encoder_formats_for(config: EngineConfig, mesh: Mesh) -> Formats:
     if has_products(config, mesh):
         from inferneo_jax.kernels.cpu.dense import Packed
 
-        return Formats(Packed(dtype), Plain(dtype))
-    return Formats.plain(dtype)
+        return QuantizationConfig(Packed(dtype), Unquantized(dtype))
+    return QuantizationConfig.unquantized(dtype)
 
 
 def has_products(config: EngineConfig, mesh: Mesh) -> bool:

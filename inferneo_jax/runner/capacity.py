@@ -10,7 +10,7 @@ from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.cache import PagedAttention
-from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.runner.backends import cache_dtype_for
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding import mesh as meshes
@@ -23,7 +23,7 @@ def make_programs(
     model: DecoderConfig,
     config: EngineConfig,
     mesh: Mesh,
-    formats: Formats,
+    quantization: QuantizationConfig,
     cache_budget: Callable[[], int],
 ) -> Programs:
     """The programs of a model, with a cache that fits.
@@ -32,7 +32,7 @@ def make_programs(
         model: not fitted to the mesh.
         config: of the engine.
         mesh: of the devices they run on.
-        formats: of the weights.
+        quantization: of the weights.
         cache_budget: bytes that one device can give the cache; asked where the configuration
             leaves its size open.
 
@@ -53,7 +53,7 @@ def make_programs(
         page_len=page_len,
         dtype=cache_dtype_for(config, device, native=kind is not PagedAttention),
     )
-    one_page = Programs(model, config, mesh, formats, attention, 1, 1)
+    one_page = Programs(model, config, mesh, quantization, attention, 1, 1)
     max_len, pages = _cache_size(one_page, cache_budget)
     return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
 

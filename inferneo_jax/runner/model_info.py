@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.layers.quantization import QuantizationConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class DeviceMemory:
 
 def facts_of(
     weights: Iterable[jax.Array],
-    formats: Formats,
+    quantization: QuantizationConfig,
     mesh: Mesh,
     *,
     native: bool,
@@ -55,8 +55,8 @@ def facts_of(
 ) -> ModelFacts:
     """The facts of a model whose weights and cache have been placed."""
     return ModelFacts(
-        dtype=str(formats.dtype),
-        quantization=formats.linear.quantization,
+        dtype=str(quantization.dtype),
+        quantization=quantization.linear.name,
         kv_dtype=kv_dtype,
         kernels="native" if native else "xla",
         mesh=",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),

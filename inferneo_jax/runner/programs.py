@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.layers.cache import KVCache, PagedAttention
-from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.sampler import Sampler
 from inferneo_jax.models.steps import SampleInputs, Steps, sample_bucket
 from inferneo_jax.runner.inputs import InputBuilder
@@ -48,7 +48,7 @@ class Programs:
         model: not fitted to the mesh.
         config: of the engine.
         mesh: of the devices they run on.
-        formats: of the weights.
+        quantization: of the weights.
         attention: how the cache is kept and read.
         max_len: tokens of the longest sequence.
         num_pages: of one data-parallel rank's cache, page 0 included.
@@ -57,7 +57,7 @@ class Programs:
     model: DecoderConfig
     config: EngineConfig
     mesh: Mesh
-    formats: Formats
+    quantization: QuantizationConfig
     attention: PagedAttention
     max_len: int
     num_pages: int
@@ -110,7 +110,7 @@ class Programs:
         slots = self.config.slots // self.dp_size
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         overhead = _CPU_OVERHEAD if on_cpu else _OVERHEAD
-        padding = self.formats.linear.padding_cost
+        padding = self.quantization.linear.padding_cost
         return PrefillShapes.of(self.config.prefill_chunks, slots, overhead, padding)
 
     def sampled_by(self, key: Key) -> Key:
@@ -188,7 +188,7 @@ class Programs:
 
     def described(self) -> dict[str, Any]:
         """All that makes these programs what they are, in JSON's types: to compare processes."""
-        weights = flat(weight_shapes(self.model, self.mesh, self.formats))
+        weights = flat(weight_shapes(self.model, self.mesh, self.quantization))
         return {
             "max_len": self.max_len,
             "num_pages": self.num_pages,
@@ -216,8 +216,8 @@ class Programs:
     def lower(self, key: Key) -> Any:
         """A program lowered for the mesh's devices; ``compile()`` it."""
         kind, num_rows, chunk = key
-        graphdef, treedef = models.skeleton(
-            fit(self.model, meshes.parts(self.mesh, "vocab")), self.formats
+        graphdef, treedef = models.graphdef(
+            fit(self.model, meshes.parts(self.mesh, "vocab")), self.quantization
         )
         sampler = Sampler(num_top=min(self.config.max_logprobs, self.model.vocab_size))
         steps = Steps(
@@ -228,7 +228,7 @@ class Programs:
             self.model.vocab_size,
             self.config.row_buckets,
         )
-        weights = flat(weight_shapes(self.model, self.mesh, self.formats))
+        weights = flat(weight_shapes(self.model, self.mesh, self.quantization))
         in_weights = [each.sharding.spec for each in weights]
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
         in_state, everywhere = meshes.spec("slots"), PartitionSpec()

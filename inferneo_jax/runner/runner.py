@@ -16,7 +16,7 @@ from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.distributed.process_group import Alone, Peers, agree
 from inferneo_jax.distributed.transport import Kind
 from inferneo_jax.layers.cache import KVCache, PagedAttention
-from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.models.steps import Sampled, SlotState
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import explained, free_memory, require, total_memory
@@ -82,7 +82,7 @@ class Runner:
         model: as its checkpoint describes it.
         weights: as ``place_weights`` lays them out.
         config: of the engine.
-        formats: of the weights.
+        quantization: of the weights.
         mesh: of the devices; None: over all of them, as the configuration says.
         peers: the processes that run the same model with this one; None: there are none.
 
@@ -100,14 +100,14 @@ class Runner:
         model: DecoderConfig,
         weights: list[Array],
         config: EngineConfig,
-        formats: Formats,
+        quantization: QuantizationConfig,
         mesh: Mesh | None = None,
         peers: Peers | None = None,
     ) -> None:
         self.model = model
         self._mesh = mesh or meshes.make_mesh(config.mesh)
         self._peers = peers or Alone()
-        self._programs = make_programs(model, config, self._mesh, formats, self._cache_budget)
+        self._programs = make_programs(model, config, self._mesh, quantization, self._cache_budget)
         agree(self._peers, "programs", self._programs.described())
         self.wire = Wire(self._programs) if peers else None
         self.config = config = self._programs.config
@@ -142,7 +142,7 @@ class Runner:
         attention = self._programs.attention
         return facts_of(
             self._weights,
-            self._programs.formats,
+            self._programs.quantization,
             self._mesh,
             native=type(attention) is not PagedAttention,
             cache=jax.tree.leaves(self._cache),

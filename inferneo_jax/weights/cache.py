@@ -1,7 +1,7 @@
 """Encoded weights, kept on disk between starts.
 
 Encoding a model takes longer than all else of a start. What came of it is one file for each
-checkpoint, format and mesh, which the next start reads straight into memory::
+checkpoint, quantization and mesh, which the next start reads straight into memory::
 
     arrays      each at a multiple of 64 bytes, where jax takes them without a copy
     index       JSON: what they were made of, and where each lies
@@ -33,7 +33,7 @@ import numpy as np
 import orjson
 from jax.sharding import Mesh
 
-from inferneo_jax.layers.quantization import Formats, HostArray, Plain
+from inferneo_jax.layers.quantization import HostArray, QuantizationConfig, Unquantized
 from inferneo_jax.platform.atomic import PARTIAL
 from inferneo_jax.platform.source import DEVICE_ROOMS, source_hash
 
@@ -62,19 +62,25 @@ class KeptWeights:
         folder: made if it is not there; None keeps nothing.
         checkpoint: the folder of the model.
         mesh: where the weights go.
-        formats: of the matrices. Where none of these encodes anything, nothing is kept.
+        quantization: of the matrices. If it encodes none of them, nothing is kept.
     """
 
     def __init__(
-        self, folder: str | Path | None, checkpoint: Path, mesh: Mesh, formats: Formats
+        self,
+        folder: str | Path | None,
+        checkpoint: Path,
+        mesh: Mesh,
+        quantization: QuantizationConfig,
     ) -> None:
-        encodes = not isinstance(formats.linear, Plain) or not isinstance(formats.head, Plain)
+        encodes = not isinstance(quantization.linear, Unquantized) or not isinstance(
+            quantization.head, Unquantized
+        )
         self._file: Path | None = None
         if folder is None or not encodes:
             return
         where = (
             str(checkpoint.absolute()),
-            formats,
+            quantization,
             (mesh.axis_names, mesh.devices.shape, [device.id for device in mesh.devices.flat]),
             (jax.process_index(), jax.process_count()),
         )

@@ -9,7 +9,7 @@ from typing import Any
 from inferneo_jax.config import ModelConfig
 from inferneo_jax.errors import CheckpointError, TokenizerError
 from inferneo_jax.models.families import Family, find_family
-from inferneo_jax.models.families.family import Recipe
+from inferneo_jax.models.families.family import WeightMapping
 from inferneo_jax.platform.atomic import refuse_existing
 from inferneo_jax.weights.checkpoint import write_checkpoint
 from inferneo_jax.weights.shapes import compare_shapes
@@ -55,14 +55,14 @@ class ConvertibleModel:
     source: SourceModel
     family: Family
     config: ModelConfig
-    recipes: Mapping[str, Recipe]
+    weight_map: Mapping[str, WeightMapping]
     names: Mapping[str, str]
 
     def weight(self, name: str) -> Array:
         """One of our weights, made of the source's tensors."""
-        recipe = self.recipes[name]
-        tensors = [self.source.tensors[self.names[part.name]] for part in recipe.parts]
-        array: Array = recipe.join(*[tensor.read() for tensor in tensors])
+        mapping = self.weight_map[name]
+        tensors = [self.source.tensors[self.names[tensor.name]] for tensor in mapping.tensors]
+        array: Array = mapping.join(*[tensor.read() for tensor in tensors])
         return array
 
 
@@ -73,10 +73,10 @@ def read_model(path: Path) -> ConvertibleModel:
         family = find_family(source.config)
         config = family.read_config(source.config)
         _check_tokenizer(source, config.vocab_size)
-        recipes = family.recipes(config)
-        names = _resolve(source, family, recipes)
-        _check(source, family.ignored(config), recipes, names)
-    return ConvertibleModel(source, family, config, recipes, names)
+        weight_map = family.weight_map(config)
+        names = _resolve(source, family, weight_map)
+        _check(source, family.ignored(config), weight_map, names)
+    return ConvertibleModel(source, family, config, weight_map, names)
 
 
 def convert(
@@ -111,10 +111,10 @@ def convert(
     refuse_existing(destination)
     model = read_model(path)
     weights: dict[str, Array] = {}
-    progress("converting", 0, len(model.recipes))
-    for done, name in enumerate(model.recipes, 1):
+    progress("converting", 0, len(model.weight_map))
+    for done, name in enumerate(model.weight_map, 1):
         weights[name] = model.weight(name)
-        progress("converting", done, len(model.recipes))
+        progress("converting", done, len(model.weight_map))
     source = model.source
     progress("writing", 0, 0)
     write_checkpoint(
@@ -148,11 +148,13 @@ def _check_tokenizer(source: SourceModel, vocab_size: int) -> None:
         )
 
 
-def _resolve(source: SourceModel, family: Family, recipes: Mapping[str, Recipe]) -> dict[str, str]:
-    """From the names in the recipes to the source's own, under the prefix that finds the most."""
-    parts = [part.name for recipe in recipes.values() for part in recipe.parts]
+def _resolve(
+    source: SourceModel, family: Family, weight_map: Mapping[str, WeightMapping]
+) -> dict[str, str]:
+    """Map the names in ``weight_map`` to the source's, with the prefix that matches most."""
+    wanted = [tensor.name for mapping in weight_map.values() for tensor in mapping.tensors]
     candidates = [
-        {part: source.tensor_name(prefix + part) for part in parts} for prefix in family.prefixes
+        {name: source.tensor_name(prefix + name) for name in wanted} for prefix in family.prefixes
     ]
     return max(candidates, key=lambda names: len(source.tensors.keys() & set(names.values())))
 
@@ -160,11 +162,11 @@ def _resolve(source: SourceModel, family: Family, recipes: Mapping[str, Recipe])
 def _check(
     source: SourceModel,
     ignored: tuple[str, ...],
-    recipes: Mapping[str, Recipe],
+    weight_map: Mapping[str, WeightMapping],
     names: Mapping[str, str],
 ) -> None:
     """Raises WeightsError unless each tensor is there, has its shape, and is used or ignored."""
-    wanted = {names[p.name]: p.shape for recipe in recipes.values() for p in recipe.parts}
+    wanted = {names[p.name]: p.shape for mapping in weight_map.values() for p in mapping.tensors}
     skip = re.compile("|".join(ignored) or r"(?!)")
     unused = [n for n in source.tensors if n not in wanted and not skip.fullmatch(n)]
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, ModelConfig
-from inferneo_jax.layers.quantization import Formats, HostArray
+from inferneo_jax.layers.quantization import HostArray, QuantizationConfig
 from inferneo_jax.layers.spec import WeightSpec
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.sharding.padding import FittedWeight, Index, Sliceable, fit
@@ -24,19 +24,21 @@ Shapes = tuple[jax.ShapeDtypeStruct, ...]
 """Of the arrays that one weight is kept in."""
 
 
-def weight_shapes(config: ModelConfig, mesh: Mesh, formats: Formats) -> dict[str, Shapes]:
+def weight_shapes(
+    config: ModelConfig, mesh: Mesh, quantization: QuantizationConfig
+) -> dict[str, Shapes]:
     """The weights of a model on a mesh, by name, in the order of the module's leaves."""
     fitted = fit(config, meshes.parts(mesh, "vocab"))
     return {
         name: tuple(
             jax.ShapeDtypeStruct(
-                piece.shape,
-                piece.dtype,
-                sharding=NamedSharding(mesh, meshes.spec(*piece.axes)),
+                parameter.shape,
+                parameter.dtype,
+                sharding=NamedSharding(mesh, meshes.spec(*parameter.axes)),
             )
-            for piece in spec.pieces
+            for parameter in spec.parameters
         )
-        for name, spec in models.declare(fitted, formats).items()
+        for name, spec in models.weight_specs(fitted, quantization).items()
     }
 
 
@@ -56,7 +58,7 @@ def place_weights(
     sources: Mapping[str, Sliceable],
     config: ModelConfig,
     mesh: Mesh,
-    formats: Formats,
+    quantization: QuantizationConfig,
     kept: EncodedParts | None = None,
     keep: Keep | None = None,
 ) -> list[Array]:
@@ -66,16 +68,16 @@ def place_weights(
         sources: the weights as the model's own configuration declares them.
         config: of the model, not fitted to the mesh.
         mesh: where they go.
-        formats: of the matrices.
+        quantization: of the matrices.
         kept: all parts that this process needs, encoded before; then no source is read.
         keep: is given each part that was encoded.
 
     Returns:
         What a step takes: arrays in the order of the fitted module's leaves.
     """
-    declared = {} if kept else models.declare(config)
+    declared = {} if kept else models.weight_specs(config)
     fitted_config = fit(config, meshes.parts(mesh, "vocab"))
-    fitted = models.declare(fitted_config, formats)
+    fitted = models.weight_specs(fitted_config, quantization)
     group = None
     if isinstance(config, DecoderConfig) and isinstance(fitted_config, DecoderConfig):
         group = config.group_size, fitted_config.group_size
@@ -115,7 +117,7 @@ def place_weights(
 
         return [array(i, target) for i, target in enumerate(targets)]
 
-    shapes = weight_shapes(config, mesh, formats)
+    shapes = weight_shapes(config, mesh, quantization)
     with ThreadPoolExecutor(_READERS) as pool:
         return [a for arrays in pool.map(place, shapes, shapes.values()) for a in arrays]
 

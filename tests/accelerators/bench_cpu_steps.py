@@ -23,9 +23,9 @@ import numpy as np
 
 from inferneo_jax import models
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.layers.quantization import EncodingError, Formats
+from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.models.steps import SlotState
-from inferneo_jax.runner.backends import formats_for
+from inferneo_jax.runner.backends import quantization_for
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.programs import Key, Programs
 from inferneo_jax.sharding.mesh import make_mesh
@@ -63,18 +63,18 @@ def load(way: dict[str, Any], rows: tuple[int, ...]) -> tuple[Programs, list[jax
     folder = Path(os.environ.get("INFERNEO_CHECKPOINTS") or default_checkpoints_dir())
     info = read_info(checkpoint_path(folder, MODEL))
     mesh = make_mesh(config.mesh)
-    shapes = {name: spec.shape for name, spec in models.declare(info.config).items()}
+    shapes = {name: spec.shape for name, spec in models.weight_specs(info.config).items()}
 
-    def place(formats: Formats) -> list[jax.Array]:
-        return place_weights(open_weights(info.path, shapes), info.config, mesh, formats)
+    def place(quantization: QuantizationConfig) -> list[jax.Array]:
+        return place_weights(open_weights(info.path, shapes), info.config, mesh, quantization)
 
     try:
-        formats = formats_for(config, mesh, bits=4)
-        weights = place(formats)
+        quantization = quantization_for(config, mesh, bits=4)
+        weights = place(quantization)
     except EncodingError:
-        formats = formats_for(config, mesh)
-        weights = place(formats)
-    return make_programs(info.config, config, mesh, formats, lambda: 0), weights
+        quantization = quantization_for(config, mesh)
+        weights = place(quantization)
+    return make_programs(info.config, config, mesh, quantization, lambda: 0), weights
 
 
 class Steps:
@@ -125,17 +125,17 @@ class Steps:
 
 def products(programs: Programs, rows: int, seconds: float) -> list[float]:
     """Milliseconds of the products of one layer (qkv, out, gate and up, down) and of the head."""
-    model, formats = programs.model, programs.formats
+    model, quantization = programs.model, programs.quantization
     hidden, mlp = model.hidden_size, model.mlp_size
     heads = model.num_heads * model.head_dim
     qkv = heads + 2 * model.num_kv_heads * model.head_dim
     found = []
     for form, inputs, outputs in (
-        (formats.linear, hidden, qkv),
-        (formats.linear, heads, hidden),
-        (formats.linear, hidden, 2 * mlp),
-        (formats.linear, mlp, hidden),
-        (formats.head, hidden, model.vocab_size),
+        (quantization.linear, hidden, qkv),
+        (quantization.linear, heads, hidden),
+        (quantization.linear, hidden, 2 * mlp),
+        (quantization.linear, mlp, hidden),
+        (quantization.head, hidden, model.vocab_size),
     ):
         (piece, *_) = form.pieces((inputs, outputs), (None, None), table=False)
         # As many copies as no cache holds, as a step finds them.

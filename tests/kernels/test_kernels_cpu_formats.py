@@ -9,9 +9,9 @@ from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.kernels.cpu import build
 from inferneo_jax.kernels.cpu.build import library
-from inferneo_jax.kernels.cpu.linear import Blocks
-from inferneo_jax.layers.quantization import Int8, Plain
-from inferneo_jax.runner.backends import formats_for
+from inferneo_jax.kernels.cpu.linear import BlockQuantized
+from inferneo_jax.layers.quantization import Int8, Unquantized
+from inferneo_jax.runner.backends import quantization_for
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.support.tiny_model import (
@@ -31,36 +31,36 @@ pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler"
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, Blocks),
-        ({"kernels": "native"}, Blocks),
-        ({"kernels": "xla"}, Plain),
-        ({"dtype": "float32"}, Plain),
-        ({"quantization": "none"}, Plain),
+        ({}, BlockQuantized),
+        ({"kernels": "native"}, BlockQuantized),
+        ({"kernels": "xla"}, Unquantized),
+        ({"dtype": "float32"}, Unquantized),
+        ({"quantization": "none"}, Unquantized),
         ({"quantization": "int8"}, Int8),
-        ({"mesh": MeshShape(1, 2)}, Plain),
+        ({"mesh": MeshShape(1, 2)}, Unquantized),
     ],
 )
 def test_a_cpu_keeps_matrices_for_its_kernels(changes: dict[str, Any], expected: type) -> None:
     config = EngineConfig(**({"mesh": ONE_DEVICE} | changes))
-    formats = formats_for(config, make_mesh(config.mesh))
-    assert type(formats.linear) is type(formats.head) is expected
-    finer = formats_for(config, make_mesh(config.mesh), bits=4)
-    assert getattr(finer.linear, "bits", None) == (4 if expected is Blocks else None)
-    assert finer.head == formats.head
+    quantization = quantization_for(config, make_mesh(config.mesh))
+    assert type(quantization.linear) is type(quantization.head) is expected
+    finer = quantization_for(config, make_mesh(config.mesh), bits=4)
+    assert getattr(finer.linear, "bits", None) == (4 if expected is BlockQuantized else None)
+    assert finer.head == quantization.head
 
 
 def test_without_a_library_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_MADE", {"native": None})
-    assert type(formats_for(EngineConfig(), make_mesh(ONE_DEVICE)).linear) is Plain
+    assert type(quantization_for(EngineConfig(), make_mesh(ONE_DEVICE)).linear) is Unquantized
 
 
 def test_alone_is_batched_with_kernels() -> None:
     config = dataclasses.replace(
         TINY_ENGINE, slots=8, kv_tokens=640, row_buckets=(8,), prefill_chunks=(8,)
     )
-    formats = formats_for(config, make_mesh(ONE_DEVICE))
-    assert isinstance(formats.linear, Blocks)
-    runner = Runner(TINY, tiny_weights(TINY, ONE_DEVICE, formats), config, formats)
+    quantization = quantization_for(config, make_mesh(ONE_DEVICE))
+    assert isinstance(quantization.linear, BlockQuantized)
+    runner = Runner(TINY, tiny_weights(TINY, ONE_DEVICE, quantization), config, quantization)
     runner.compile()
     engine = Engine(runner)
     try:

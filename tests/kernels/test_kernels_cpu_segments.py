@@ -14,9 +14,9 @@ from inferneo_jax.kernels.cpu.build import Variant, library
 from inferneo_jax.kernels.cpu.dense import CpuSegmentAttention, Packed
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
-from inferneo_jax.layers.quantization import After, Plain
+from inferneo_jax.layers.quantization import Epilogue, Unquantized
 from inferneo_jax.layers.segments import SegmentAttention, Segments
-from inferneo_jax.runner.backends import encoder_formats_for
+from inferneo_jax.runner.backends import encoder_quantization_for
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.support.tiny_model import ONE_DEVICE
 
@@ -41,11 +41,15 @@ def _norm(size: int) -> LayerNorm:
 
 
 def _multiply(
-    form: Packed | Plain, x: jax.Array, matrix: jax.Array, after: After, live: int | None = None
+    method: Packed | Unquantized,
+    x: jax.Array,
+    matrix: jax.Array,
+    epilogue: Epilogue,
+    live: int | None = None,
 ) -> np.ndarray:
-    stored = tuple(map(jnp.asarray, form.encode(np.asarray(matrix), table=False)))
+    stored = tuple(map(jnp.asarray, method.encode(np.asarray(matrix), table=False)))
     count = None if live is None else jnp.int32(live)
-    product = form.multiply(x, stored, matrix.shape[1], after=after, live=count)
+    product = method.multiply(x, stored, matrix.shape[1], epilogue=epilogue, live=count)
     return np.asarray(product.astype(F32))
 
 
@@ -59,30 +63,30 @@ def test_products_equal_the_reference(
     for rows in (1, 5, 12, 13, 150):
         # What is rounded already is multiplied as it is, where products are of wider numbers too.
         x, residual = _rounded(_random(rows, inputs), dtype), _random(rows, outputs)
-        for after in (
-            After(),
-            After(bias, residual),
-            After(bias, epilogue=gelu),
-            After(bias, residual, _norm(outputs)),
-            After(bias, epilogue=jnp.tanh),  # none that the kernel knows
+        for epilogue in (
+            Epilogue(),
+            Epilogue(bias, residual),
+            Epilogue(bias, transform=gelu),
+            Epilogue(bias, residual, _norm(outputs)),
+            Epilogue(bias, transform=jnp.tanh),  # none that the kernel knows
         ):
-            got = _multiply(Packed(dtype, variant), x, matrix, after)
-            wanted = _multiply(Plain(dtype), x, matrix, after)
+            got = _multiply(Packed(dtype, variant), x, matrix, epilogue)
+            wanted = _multiply(Unquantized(dtype), x, matrix, epilogue)
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels
 def test_a_narrow_product_is_the_rounded_one(variant: Variant) -> None:
     x, matrix, bias = _random(9, 64), _random(64, 40), _random(40)
-    form = Packed(BF16, variant)
-    wide = _multiply(form, x, matrix, After(bias, epilogue=gelu))
-    narrow = _multiply(form, x, matrix, After(bias, epilogue=gelu, dtype=BF16))
+    method = Packed(BF16, variant)
+    wide = _multiply(method, x, matrix, Epilogue(bias, transform=gelu))
+    narrow = _multiply(method, x, matrix, Epilogue(bias, transform=gelu, dtype=BF16))
     np.testing.assert_array_equal(narrow, _rounded(jnp.asarray(wide), BF16))
     # What was narrowed is multiplied as if it had never been wide.
     again = _random(40, 33)
     np.testing.assert_array_equal(
-        _multiply(form, jnp.asarray(narrow).astype(BF16), again, After()),
-        _multiply(form, jnp.asarray(narrow), again, After()),
+        _multiply(method, jnp.asarray(narrow).astype(BF16), again, Epilogue()),
+        _multiply(method, jnp.asarray(narrow), again, Epilogue()),
     )
 
 
@@ -92,14 +96,14 @@ def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(
     variant: Variant, dtype: jnp.dtype
 ) -> None:
     x, matrix, residual = _random(300, 64), _random(64, 96), _random(300, 96)
-    norm, form = _norm(96), Packed(dtype, variant)
-    whole = _multiply(form, x, matrix, After(None, residual, norm))
+    norm, method = _norm(96), Packed(dtype, variant)
+    whole = _multiply(method, x, matrix, Epilogue(None, residual, norm))
     for first, end in ((0, 1), (3, 5), (10, 23), (33, 170)):
-        after = After(None, residual[first:end], norm)
-        some = _multiply(form, x[first:end], matrix, after)
+        epilogue = Epilogue(None, residual[first:end], norm)
+        some = _multiply(method, x[first:end], matrix, epilogue)
         np.testing.assert_array_equal(some, whole[first:end])
     for live in (0, 1, 13, 100, 300):
-        part = _multiply(form, x, matrix, After(None, residual, norm), live)
+        part = _multiply(method, x, matrix, Epilogue(None, residual, norm), live)
         np.testing.assert_array_equal(part[:live], whole[:live])
 
 
@@ -107,7 +111,7 @@ def test_gelu_is_exact_to_a_float_in_a_million() -> None:
     x = jnp.linspace(-12, 12, 4001)[:, None] * jnp.ones((1, 32))
     if library() is None:
         pytest.skip("needs a C++ compiler")
-    got = _multiply(Packed(F32), x, jnp.eye(32), After(epilogue=gelu))
+    got = _multiply(Packed(F32), x, jnp.eye(32), Epilogue(transform=gelu))
     wanted = np.asarray(jax.nn.gelu(x, approximate=False))
     assert np.abs(got - wanted).max() < 1e-6
 
@@ -189,8 +193,10 @@ def test_an_encoder_has_native_kernels_where_a_cpu_has(
 ) -> None:
     config = EngineConfig(mesh=ONE_DEVICE, **changes)  # type: ignore[arg-type]
     mesh = make_mesh(config.mesh)
-    assert isinstance(encoder_formats_for(config, mesh).linear, Packed if native else Plain)
+    assert isinstance(
+        encoder_quantization_for(config, mesh).linear, Packed if native else Unquantized
+    )
     assert isinstance(segment_attention_for(config, mesh), CpuSegmentAttention) == native
     split = make_mesh(MeshShape(1, 2))
-    assert isinstance(encoder_formats_for(config, split).linear, Plain)
+    assert isinstance(encoder_quantization_for(config, split).linear, Unquantized)
     assert type(segment_attention_for(config, split)) is SegmentAttention

@@ -16,8 +16,8 @@ from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.cache import PagedAttention
-from inferneo_jax.layers.quantization import Formats, Int8
-from inferneo_jax.runner.backends import cache_dtype_for, formats_for
+from inferneo_jax.layers.quantization import Int8, QuantizationConfig
+from inferneo_jax.runner.backends import cache_dtype_for, quantization_for
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.placement import weight_shapes
@@ -49,24 +49,24 @@ def _int8(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("table", [False, True])
 def test_a_product_is_the_product_of_what_both_sides_are_rounded_to(rows: int, table: bool) -> None:
     x, matrix = _random(rows, 40), _random(40, 24)
-    form = Int8(F32)
-    stored = tuple(map(jnp.asarray, form.encode(matrix.T if table else matrix, table=table)))
+    method = Int8(F32)
+    stored = tuple(map(jnp.asarray, method.encode(matrix.T if table else matrix, table=table)))
     (xs, x_scales), (ws, w_scales) = _int8(x, 1), _int8(matrix, 0)
     wanted = (xs @ ws) * x_scales * w_scales
-    got = form.product(jnp.asarray(x), stored, table=table)
+    got = method.product(jnp.asarray(x), stored, table=table)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
-    weights_only = dataclasses.replace(form, products="float")
+    weights_only = dataclasses.replace(method, products="float")
     got = weights_only.product(jnp.asarray(x), stored, table=table)
     np.testing.assert_allclose(got, x @ (ws * w_scales), rtol=1e-5, atol=1e-4)
 
 
 def test_rows_of_a_table_are_those_that_it_multiplies_with() -> None:
     table = _random(24, 40)
-    form = Int8(F32)
-    stored = tuple(map(jnp.asarray, form.encode(table, table=True)))
+    method = Int8(F32)
+    stored = tuple(map(jnp.asarray, method.encode(table, table=True)))
     ids = jnp.asarray([[3, 0], [23, 3]])
     values, scales = _int8(table, 1)
-    np.testing.assert_allclose(form.take(stored, ids), (values * scales)[ids], rtol=1e-6)
+    np.testing.assert_allclose(method.take(stored, ids), (values * scales)[ids], rtol=1e-6)
 
 
 def test_zeros_stay_zeros() -> None:
@@ -75,18 +75,18 @@ def test_zeros_stay_zeros() -> None:
     assert not np.asarray(product).any()
 
 
-def _by_weight(shape: MeshShape, formats: Formats) -> dict[str, list[jax.Array]]:
+def _by_weight(shape: MeshShape, quantization: QuantizationConfig) -> dict[str, list[jax.Array]]:
     """The tiny model's arrays on a mesh, by the weight that they make up."""
-    arrays = iter(tiny_weights(TINY, shape, formats))
-    shapes = weight_shapes(TINY, make_mesh(shape), formats)
+    arrays = iter(tiny_weights(TINY, shape, quantization))
+    shapes = weight_shapes(TINY, make_mesh(shape), quantization)
     return {name: list(itertools.islice(arrays, len(each))) for name, each in shapes.items()}
 
 
 @pytest.mark.parametrize("shape", [MeshShape(1, 1), MeshShape(1, 8), MeshShape(2, 4)], ids=str)
 def test_each_device_has_the_scales_of_its_own_part(shape: MeshShape) -> None:
-    parts = make_mesh(shape).shape["model"]
-    plain = _by_weight(shape, models.REFERENCE)
-    for name, arrays in _by_weight(shape, Formats.int8(F32, parts, "int8")).items():
+    shards = make_mesh(shape).shape["model"]
+    unquantized = _by_weight(shape, models.REFERENCE)
+    for name, arrays in _by_weight(shape, QuantizationConfig.int8(F32, shards, "int8")).items():
         if len(arrays) == 1:
             continue  # a vector
         values, scales = arrays
@@ -94,7 +94,7 @@ def test_each_device_has_the_scales_of_its_own_part(shape: MeshShape) -> None:
         for got, factor, wanted in zip(
             values.addressable_shards,
             scales.addressable_shards,
-            plain[name][0].addressable_shards,
+            unquantized[name][0].addressable_shards,
             strict=True,
         ):
             scale = np.asarray(factor.data).T if name == "embed.table" else np.asarray(factor.data)
@@ -113,8 +113,8 @@ def _engine(shape: MeshShape = ONE_DEVICE, **changes: Any) -> Engine:
         mesh=shape,
         **changes,
     )
-    formats = formats_for(config, make_mesh(shape))
-    runner = Runner(TINY, tiny_weights(TINY, shape, formats), config, formats)
+    quantization = quantization_for(config, make_mesh(shape))
+    runner = Runner(TINY, tiny_weights(TINY, shape, quantization), config, quantization)
     runner.compile()
     return Engine(runner)
 
@@ -182,9 +182,9 @@ def test_products_are_of_int8_where_the_chip_has_them() -> None:
         mesh: Any = SimpleNamespace(
             devices=np.array([[device]], dtype=object), shape={"data": 1, "model": 1}
         )
-        form = formats_for(EngineConfig(quantization="int8"), mesh).linear
-        assert isinstance(form, Int8)
-        return form.products
+        method = quantization_for(EngineConfig(quantization="int8"), mesh).linear
+        assert isinstance(method, Int8)
+        return method.products
 
     assert products("tpu", device_kind="TPU v5 lite") == "int8"
     assert products("tpu", device_kind="TPU v3") == "float"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.models import declare
+from inferneo_jax.models import weight_specs
 from inferneo_jax.models.families import FAMILIES, find_family, qwen3
 from tests.support.paths import ROOT
 
@@ -23,10 +23,10 @@ def made_weights(config):
     rng = np.random.default_rng(1)
     sources = {}
     weights = {}
-    for name, recipe in family.recipes(model).items():
-        arrays = [rng.standard_normal(p.shape).astype(np.float32) for p in recipe.parts]
-        sources |= {p.name: a for p, a in zip(recipe.parts, arrays, strict=True)}
-        weights[name] = recipe.join(*arrays)
+    for name, mapping in family.weight_map(model).items():
+        arrays = [rng.standard_normal(p.shape).astype(np.float32) for p in mapping.tensors]
+        sources |= {p.name: a for p, a in zip(mapping.tensors, arrays, strict=True)}
+        weights[name] = mapping.join(*arrays)
     return model, sources, weights
 
 
@@ -35,7 +35,7 @@ def made_weights(config):
 def test_recipes_make_exactly_the_declared_weights(made, model_type, tied):
     config = config_of(made, model_type) | {"tie_word_embeddings": tied}
     model, _, weights = made_weights(config)
-    declared = {name: spec.shape for name, spec in declare(model).items()}
+    declared = {name: spec.shape for name, spec in weight_specs(model).items()}
     assert {name: array.shape for name, array in weights.items()} == declared
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, RopeScaling
 from inferneo_jax.layers.cache import AttentionMetadata, PagedAttention
-from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.rope import frequencies
 from inferneo_jax.model import load_model
 from inferneo_jax.models import REFERENCE
@@ -29,9 +29,9 @@ F32 = jnp.dtype("float32")
 
 def _load(folder: Path) -> tuple[DecoderConfig | EncoderConfig, nnx.Module]:
     config = read_info(folder).config
-    shapes = {name: spec.shape for name, spec in models.declare(config).items()}
+    shapes = {name: spec.shape for name, spec in models.weight_specs(config).items()}
     weights = place_weights(open_weights(folder, shapes), config, make_mesh(ONE_DEVICE), REFERENCE)
-    graphdef, treedef = models.skeleton(config, REFERENCE)
+    graphdef, treedef = models.graphdef(config, REFERENCE)
     return config, nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
 
@@ -83,8 +83,8 @@ def test_encoder_equals_the_reference(converted: Path, kernels: Any) -> None:
 )
 def test_declared_names_follow_the_order_of_the_leaves(changes: dict[str, object]) -> None:
     config = DecoderConfig.from_dict(TINY.to_dict() | changes)
-    declared = models.declare(config)
-    graphdef, treedef = models.skeleton(config, REFERENCE)
+    declared = models.weight_specs(config)
+    graphdef, treedef = models.graphdef(config, REFERENCE)
     leaves = [jnp.full(spec.flat_shape, i) for i, spec in enumerate(declared.values())]
     model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
     for i, name in enumerate(declared):
@@ -95,10 +95,10 @@ def test_declared_names_follow_the_order_of_the_leaves(changes: dict[str, object
 
 
 def test_weights_are_matrices_in_the_wanted_dtype_and_the_rest_float32() -> None:
-    specs = models.declare(TINY, Formats.plain("bfloat16"))
+    specs = models.weight_specs(TINY, QuantizationConfig.unquantized("bfloat16"))
     for spec in specs.values():
-        (piece,) = spec.pieces
-        assert piece.dtype == ("bfloat16" if len(spec.shape) > 1 else "float32")
+        (parameter,) = spec.parameters
+        assert parameter.dtype == ("bfloat16" if len(spec.shape) > 1 else "float32")
 
 
 def test_llama3_scaling_keeps_fast_pairs_and_stretches_slow_ones() -> None:

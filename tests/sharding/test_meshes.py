@@ -111,7 +111,7 @@ def test_a_fitted_model_divides_and_holds_every_head(config: DecoderConfig, part
 
 
 def test_no_device_holds_more_than_its_part() -> None:
-    whole = models.declare(DIVIDING)
+    whole = models.weight_specs(DIVIDING)
     for array, spec in zip(tiny_weights(DIVIDING, MeshShape(1, 8)), whole.values(), strict=True):
         split = any(axis in ("vocab", "kv_heads", "mlp") for axis in spec.axes)
         for shard in array.addressable_shards:

@@ -53,12 +53,12 @@ BERT = {
 def random_tensors(config: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """A tensor for each source name that the config's family asks for."""
     family = find_family(config)
-    recipes = family.recipes(family.read_config(config))
+    weight_map = family.weight_map(family.read_config(config))
     rng = np.random.default_rng(0)
     return {
-        part.name: rng.standard_normal(part.shape).astype(dtype)
-        for recipe in recipes.values()
-        for part in recipe.parts
+        tensor.name: rng.standard_normal(tensor.shape).astype(dtype)
+        for mapping in weight_map.values()
+        for tensor in mapping.tensors
     }
 
 

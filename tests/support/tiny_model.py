@@ -17,7 +17,7 @@ import pytest
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.engine.engine import Engine
-from inferneo_jax.layers.quantization import Formats
+from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.request import (
     GenerationOutput,
     GenerationRequest,
@@ -79,15 +79,15 @@ _numbers = itertools.count()
 def tiny_weights(
     config: DecoderConfig = TINY,
     shape: MeshShape = ONE_DEVICE,
-    formats: Formats = models.REFERENCE,
+    quantization: QuantizationConfig = models.REFERENCE,
 ) -> list[jax.Array]:
     """Random weights, large enough that the next token depends on all before it."""
     rng = np.random.default_rng(0)
     weights = {
         name: _random(rng, spec.shape).astype(np.float32)
-        for name, spec in models.declare(config).items()
+        for name, spec in models.weight_specs(config).items()
     }
-    return place_weights(weights, config, make_mesh(shape), formats)
+    return place_weights(weights, config, make_mesh(shape), quantization)
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

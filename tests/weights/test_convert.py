@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from inferneo_jax.errors import CheckpointError, ConfigError, WeightsError
-from inferneo_jax.models import declare
+from inferneo_jax.models import weight_specs
 from inferneo_jax.models.families import find_family
 from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.convert import convert, read_source
@@ -16,14 +16,14 @@ Q = gguf.GGMLQuantizationType
 
 
 def restored(path, dtype=np.float32):
-    shapes = {name: spec.shape for name, spec in declare(read_info(path).config).items()}
+    shapes = {name: spec.shape for name, spec in weight_specs(read_info(path).config).items()}
     return {name: weight[...].astype(dtype) for name, weight in open_weights(path, shapes).items()}
 
 
 def expected(config, tensors):
     family = find_family(config)
-    recipes = family.recipes(family.read_config(config))
-    return {n: r.join(*[tensors[p.name] for p in r.parts]) for n, r in recipes.items()}
+    weight_map = family.weight_map(family.read_config(config))
+    return {n: r.join(*[tensors[p.name] for p in r.tensors]) for n, r in weight_map.items()}
 
 
 def assert_equal(found, wanted):
@@ -246,6 +246,6 @@ def test_the_real_chat_model_has_the_names_and_shapes_of_its_config(real_checkpo
     assert (info.family, info.config.num_layers, info.eos_token_ids) == ("llama", 30, (2,))
     found = restored(path)
     assert {n: a.shape for n, a in found.items()} == {
-        n: s.shape for n, s in declare(info.config).items()
+        n: s.shape for n, s in weight_specs(info.config).items()
     }
     assert all(np.isfinite(array).all() for array in found.values())

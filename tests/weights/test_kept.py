@@ -14,7 +14,7 @@ import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.layers.quantization import EncodingError, Formats, Int8, Plain
+from inferneo_jax.layers.quantization import EncodingError, Int8, QuantizationConfig, Unquantized
 from inferneo_jax.model import load_weights
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights import cache
@@ -22,12 +22,12 @@ from inferneo_jax.weights.checkpoint import read_info, write_checkpoint
 from tests.support.tiny_model import ONE_DEVICE, TINY
 
 F32 = np.dtype("float32")
-INT8 = Formats.int8(F32, 1, "int8")
+INT8 = QuantizationConfig.int8(F32, 1, "int8")
 
 
 def write(path: Path, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
-    declared = models.declare(TINY)
+    declared = models.weight_specs(TINY)
     write_checkpoint(
         path,
         kind="decoder",
@@ -64,12 +64,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def load(
     checkpoint: Path,
     folder: Path | None,
-    *choices: Formats,
+    *choices: QuantizationConfig,
     shape: MeshShape = ONE_DEVICE,
 ) -> list[np.ndarray]:
     config = EngineConfig(mesh=shape, compilation_cache=str(folder) if folder else None)
     mesh = make_mesh(shape, jax.devices()[: shape.data * shape.model])
-    choices = choices or (Formats.int8(F32, shape.model, "int8"),)
+    choices = choices or (QuantizationConfig.int8(F32, shape.model, "int8"),)
     weights, chosen = load_weights(read_info(checkpoint), mesh, choices, config)
     assert chosen == choices[-1]
     return [np.asarray(each) for each in weights]
@@ -94,15 +94,15 @@ def test_the_next_start_reads_no_checkpoint_and_has_the_same(
 
 
 def test_numbers_that_numpy_does_not_know_are_kept_too(tmp_path: Path, checkpoint: Path) -> None:
-    formats = Formats(Plain(jnp.dtype("bfloat16")), INT8.head)
-    wanted = load(checkpoint, None, formats)
+    quantization = QuantizationConfig(Unquantized(jnp.dtype("bfloat16")), INT8.head)
+    wanted = load(checkpoint, None, quantization)
     assert {"bfloat16", "int8", "float32"} == {each.dtype.name for each in wanted}
-    assert same(load(checkpoint, tmp_path, formats), wanted)
-    assert same(load(checkpoint, tmp_path, formats), wanted)
+    assert same(load(checkpoint, tmp_path, quantization), wanted)
+    assert same(load(checkpoint, tmp_path, quantization), wanted)
 
 
 class _Refuses(Int8):
-    def encode(self, part: np.ndarray, *, table: bool) -> tuple[np.ndarray, ...]:
+    def encode(self, shard: np.ndarray, *, table: bool) -> tuple[np.ndarray, ...]:
         raise EncodingError("not a matrix of mine")
 
 
@@ -110,7 +110,7 @@ def test_a_format_that_cannot_hold_them_leaves_nothing_and_is_not_tried_again(
     tmp_path: Path, checkpoint: Path, reads: list[Path]
 ) -> None:
     refuses = _Refuses(F32, 1)
-    choices = Formats(refuses, refuses), INT8
+    choices = QuantizationConfig(refuses, refuses), INT8
     wanted = load(checkpoint, tmp_path, *choices)
     assert len(reads) == len([*tmp_path.iterdir()]) == 1
     assert same(load(checkpoint, tmp_path, *choices), wanted)
@@ -130,7 +130,7 @@ def test_what_they_are_made_of_tells_them_apart(
 
     assert made_again(first, folder)
     assert made_again(other, folder)
-    assert made_again(first, folder, Formats.int8(F32, 1, "float"))
+    assert made_again(first, folder, QuantizationConfig.int8(F32, 1, "float"))
     assert made_again(first, folder, shape=MeshShape(1, 2))
     assert not made_again(first, folder)
 
@@ -142,13 +142,13 @@ def test_what_they_are_made_of_tells_them_apart(
     assert len([*folder.iterdir()]) == kept_files
     assert same(load(first, folder), load(first, None))
 
-    monkeypatch.setattr(kept, "source_hash", lambda: "changed")
+    monkeypatch.setattr(cache, "source_hash", lambda: "changed")
     assert made_again(first, folder)
     assert not made_again(first, folder)
 
 
 def test_what_is_only_cast_is_not_kept(tmp_path: Path, checkpoint: Path) -> None:
-    load(checkpoint, tmp_path, Formats(Plain(F32), Plain(F32)))
+    load(checkpoint, tmp_path, QuantizationConfig(Unquantized(F32), Unquantized(F32)))
     assert not [*tmp_path.iterdir()]
 
 
@@ -212,7 +212,7 @@ def test_a_full_or_unwritable_disk_keeps_nothing_and_harms_nothing(
 ) -> None:
     wanted = load(checkpoint, None)
     assert same(load(checkpoint, Path("/dev/null/nowhere")), wanted)
-    monkeypatch.setattr(kept, "_SPARE_BYTES", 2**70)
+    monkeypatch.setattr(cache, "_SPARE_BYTES", 2**70)
     assert same(load(checkpoint, tmp_path), wanted)
     assert not [*tmp_path.iterdir()]
 

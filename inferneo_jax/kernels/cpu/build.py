@@ -125,7 +125,9 @@ def library(variant: Variant = "native") -> Library | None:
 def chosen(variant: Variant) -> Library:
     """The library, for what is chosen only where there is one."""
     made = library(variant)
-    assert made, "formats and attention of these kernels are chosen only where there is a library"
+    assert made, (
+        "quantization and attention of these kernels are chosen only where there is a library"
+    )
     return made
 
 

@@ -12,13 +12,13 @@ from inferneo_jax.kernels.cpu.build import Variant, chosen
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
 from inferneo_jax.layers.quantization import (
-    NOTHING_AFTER,
-    After,
+    NO_EPILOGUE,
     EncodingError,
+    Epilogue,
     HostArray,
-    MatrixFormat,
-    Piece,
-    Prologue,
+    ParameterSpec,
+    QuantizationMethod,
+    RowFunction,
     Stored,
 )
 from inferneo_jax.layers.segments import SegmentAttention, Segments
@@ -31,7 +31,7 @@ _NO_TABLE: Any = np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
-class Packed(MatrixFormat):
+class Packed(QuantizationMethod):
     """Numbers as they are, float32 or bfloat16, for the native kernels of a CPU; on one device.
 
     Products are of ``dtype``, or of wider numbers where the CPU has no instruction for these, and
@@ -51,22 +51,22 @@ class Packed(MatrixFormat):
         """Inputs that lie side by side: what is 4 bytes."""
         return 4 // self.dtype.itemsize
 
-    def pieces(
+    def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
-    ) -> tuple[Piece, ...]:
+    ) -> tuple[ParameterSpec, ...]:
         """``[blocks of outputs, packs of inputs, outputs, inputs]``; padded to be whole."""
         if table:
             raise EncodingError("tables are not read in blocks of outputs")
         inputs, outputs = shape
         whole = -(-outputs // _BLOCK), -(-inputs // self._pack), _BLOCK, self._pack
-        return (Piece(whole, self.dtype, (None,) * 4),)
+        return (ParameterSpec(whole, self.dtype, (None,) * 4),)
 
-    def encode(self, part: HostArray, *, table: bool) -> tuple[HostArray, ...]:
-        """The part, cast and laid out anew."""
-        (piece,) = self.pieces((part.shape[0], part.shape[1]), (None, None), table=table)
-        blocks, packs, outputs, inputs = piece.shape
-        missing = packs * inputs - part.shape[0], blocks * outputs - part.shape[1]
-        whole = np.pad(part, [(0, each) for each in missing]).astype(self.dtype)
+    def encode(self, shard: HostArray, *, table: bool) -> tuple[HostArray, ...]:
+        """Cast the shard and rearrange it into blocks."""
+        (parameter,) = self.parameters((shard.shape[0], shard.shape[1]), (None, None), table=table)
+        blocks, packs, outputs, inputs = parameter.shape
+        missing = packs * inputs - shard.shape[0], blocks * outputs - shard.shape[1]
+        whole = np.pad(shard, [(0, each) for each in missing]).astype(self.dtype)
         whole = whole.reshape(packs, inputs, blocks, outputs).transpose(2, 0, 3, 1)
         return (np.ascontiguousarray(whole),)
 
@@ -86,31 +86,35 @@ class Packed(MatrixFormat):
         stored: Stored,
         outputs: int,
         *,
-        prologue: Prologue | None = None,
-        after: After = NOTHING_AFTER,
+        prologue: RowFunction | None = None,
+        epilogue: Epilogue = NO_EPILOGUE,
         live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
         """``after(prologue(x) @ matrix)``, in one call where the kernel knows how."""
         (weights,) = stored
         x = prologue(x) if prologue else x
-        norm = after.epilogue if isinstance(after.epilogue, LayerNorm) else None
-        known = after.epilogue in (None, gelu) or norm
+        norm = epilogue.transform if isinstance(epilogue.transform, LayerNorm) else None
+        known = epilogue.transform in (None, gelu) or norm
         live = jnp.int32(x.shape[0]) if live is None else live
-        dtype = after.dtype if after.dtype and known and not norm else jnp.dtype("float32")
+        dtype = epilogue.dtype if epilogue.dtype and known and not norm else jnp.dtype("float32")
         product: Array = chosen(self.variant).call(
             "dense_linear",
             jax.ShapeDtypeStruct((x.shape[0], outputs), dtype),
             x if x.dtype == self.dtype else x.astype(jnp.float32),
             weights,
-            _NONE if after.bias is None else after.bias,
-            _NO_TABLE if after.residual is None else after.residual.astype(jnp.float32),
+            _NONE if epilogue.bias is None else epilogue.bias,
+            _NO_TABLE if epilogue.residual is None else epilogue.residual.astype(jnp.float32),
             norm.scale[...] if norm else _NONE,
             norm.bias[...] if norm else _NONE,
             live.reshape(1),
-            gelu=np.int64(after.epilogue is gelu),
+            gelu=np.int64(epilogue.transform is gelu),
             eps=np.float32(norm.eps if norm else 0),
         )
-        return product if known else After(epilogue=after.epilogue, dtype=after.dtype)(product)
+        return (
+            product
+            if known
+            else Epilogue(transform=epilogue.transform, dtype=epilogue.dtype)(product)
+        )
 
 
 @dataclass(frozen=True)

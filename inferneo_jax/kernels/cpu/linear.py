@@ -12,13 +12,13 @@ from inferneo_jax.kernels.cpu.build import Variant, chosen
 from inferneo_jax.layers.mlp import gate
 from inferneo_jax.layers.norm import RMSNorm
 from inferneo_jax.layers.quantization import (
-    NOTHING_AFTER,
-    After,
+    NO_EPILOGUE,
     EncodingError,
+    Epilogue,
     HostArray,
-    MatrixFormat,
-    Piece,
-    Prologue,
+    ParameterSpec,
+    QuantizationMethod,
+    RowFunction,
     Stored,
 )
 
@@ -36,7 +36,7 @@ _NONE, _RMS_NORM, _SWIGLU = range(3)
 
 
 @dataclass(frozen=True)
-class Blocks(MatrixFormat):
+class BlockQuantized(QuantizationMethod):
     """Integers in groups of 32 inputs, for the native kernels of a CPU; on one device.
 
     Each group of an output has a scale, and with 4 bits a minimum too: the blocks of ggml's Q8_0
@@ -55,30 +55,30 @@ class Blocks(MatrixFormat):
     variant: Variant = "native"
 
     @property
-    def quantization(self) -> str:
+    def name(self) -> str:
         """What ggml calls such blocks."""
         return {8: "q8_0", 4: "q4_1"}[self.bits]
 
-    def pieces(
+    def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
-    ) -> tuple[Piece, ...]:
+    ) -> tuple[ParameterSpec, ...]:
         """Groups as bytes, ``[blocks of outputs, groups of inputs, bytes]``; padded to be whole."""
         inputs, outputs = reversed(shape) if table else shape
         groups = -(-inputs // _SPAN) * (_SPAN // _BLOCK)
         whole = -(-outputs // _BLOCK), groups, _GROUP_BYTES[self.bits]
-        return (Piece(whole, jnp.dtype("uint8"), (None,) * 3),)
+        return (ParameterSpec(whole, jnp.dtype("uint8"), (None,) * 3),)
 
-    def encode(self, part: HostArray, *, table: bool) -> tuple[HostArray, ...]:
+    def encode(self, shard: HostArray, *, table: bool) -> tuple[HostArray, ...]:
         """The nearest that a matrix of 8 bits can be; with 4, what is exactly it.
 
         Raises:
             EncodingError: it is not made of groups of 4 bits.
         """
         # Numpy is quick along the last axis only, where the outputs are therefore kept.
-        columns = part.T if table else part
-        (piece,) = self.pieces(part.shape, (None, None), table=table)
-        blocks, groups, _ = piece.shape
-        encoded = np.zeros(piece.shape, np.uint8)
+        columns = shard.T if table else shard
+        (parameter,) = self.parameters(shard.shape, (None, None), table=table)
+        blocks, groups, _ = parameter.shape
+        encoded = np.zeros(parameter.shape, np.uint8)
         for first in range(0, columns.shape[1], _ENCODED_AT_ONCE):
             some = columns[:, first : first + _ENCODED_AT_ONCE].astype(np.float32)
             padding = (0, groups * _BLOCK - len(some)), (0, -some.shape[1] % _BLOCK)
@@ -101,14 +101,14 @@ class Blocks(MatrixFormat):
         stored: Stored,
         outputs: int,
         *,
-        prologue: Prologue | None = None,
-        after: After = NOTHING_AFTER,
+        prologue: RowFunction | None = None,
+        epilogue: Epilogue = NO_EPILOGUE,
         live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
         """``after(prologue(x) @ matrix)``, in one call where the kernel knows how."""
         del live  # rows of zeros are seen as such
-        known = after.bias is None and after.epilogue is None and after.dtype is None
-        residual = after.residual if known else None
+        known = epilogue.bias is None and epilogue.transform is None and epilogue.dtype is None
+        residual = epilogue.residual if known else None
         (weights,) = stored
         norm, eps, kind = jnp.zeros(0), 0.0, _NONE
         if isinstance(prologue, RMSNorm):
@@ -127,12 +127,12 @@ class Blocks(MatrixFormat):
             prologue=np.int64(kind),
             eps=np.float32(eps),
         )
-        return after(product) if residual is None else product
+        return epilogue(product) if residual is None else product
 
     def feed_forward(
         self,
         x: Float[Array, "rows embed"],
-        norm: Prologue,
+        norm: RowFunction,
         gate_up: Stored,
         down: Stored,
         num_gates: int,

@@ -1,4 +1,4 @@
-"""The registry of model families: from a Hugging Face config to the family that serves it."""
+"""The registry of model families. A new family is a module here and an entry in ``FAMILIES``."""
 
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.files import shown
@@ -13,10 +13,10 @@ FAMILIES = (LLAMA, QWEN2, QWEN3, PHI3, BERT)
 
 
 def find_family(config: HFConfig) -> Family:
-    """The family of a model, by its architecture, or by its model type where it names none.
+    """The family of a model, by its architecture, or by its model type if it names none.
 
     Raises:
-        ConfigError: no family serves it; the text lists those that there are.
+        ConfigError: no family supports it; the message lists the supported architectures.
     """
     architectures = names(config, "architectures")
     model_type = config.get("model_type")

@@ -1,4 +1,4 @@
-"""BERT encoders that make sentence embeddings, all-MiniLM among them."""
+"""BERT encoders for sentence embeddings, such as all-MiniLM."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ from inferneo_jax.models.families.family import (
     Array,
     Family,
     HFConfig,
-    Part,
-    Recipe,
+    SourceTensor,
+    WeightMapping,
     copied,
     expect,
     flag,
@@ -22,10 +22,10 @@ from inferneo_jax.models.families.llama import alike
 
 
 def read_config(config: HFConfig) -> EncoderConfig:
-    """A BERT config, with what sentence-transformers says of pooling and length where it does.
+    """Read a BERT config, with sentence-transformers' settings of pooling and length if present.
 
     Raises:
-        ConfigError: for relative positions, decoders, and other activations than the exact GELU.
+        ConfigError: for relative positions, decoders, and activations other than the exact GELU.
     """
     expect(config, "hidden_act", "gelu")
     expect(config, "position_embedding_type", "absolute")
@@ -53,10 +53,10 @@ def read_config(config: HFConfig) -> EncoderConfig:
     )
 
 
-def recipes(config: EncoderConfig) -> dict[str, Recipe]:
-    """Every weight of an encoder from the tensors of a BertModel."""
+def weight_map(config: EncoderConfig) -> dict[str, WeightMapping]:
+    """Map every weight of an encoder to the tensors of a BertModel."""
     width = config.hidden_size
-    made = {
+    weights = {
         "embed.table": copied("embeddings.word_embeddings.weight", config.vocab_size, width),
         "position.table": copied(
             "embeddings.position_embeddings.weight", config.num_positions, width
@@ -67,19 +67,19 @@ def recipes(config: EncoderConfig) -> dict[str, Recipe]:
         **_norm("embed_norm", "embeddings.LayerNorm", width),
     }
     for index in range(config.num_layers):
-        for name, recipe in _layer(config, f"encoder.layer.{index}").items():
-            made[f"layers.{index}.{name}"] = recipe
-    return made
+        for name, mapping in _layer(config, f"encoder.layer.{index}").items():
+            weights[f"layers.{index}.{name}"] = mapping
+    return weights
 
 
-def _norm(name: str, source: str, width: int) -> dict[str, Recipe]:
+def _norm(name: str, source: str, width: int) -> dict[str, WeightMapping]:
     return {
         f"{name}.scale": copied(f"{source}.weight", width),
         f"{name}.bias": copied(f"{source}.bias", width),
     }
 
 
-def _layer(config: EncoderConfig, prefix: str) -> dict[str, Recipe]:
+def _layer(config: EncoderConfig, prefix: str) -> dict[str, WeightMapping]:
     width, mlp, heads, dim = config.hidden_size, config.mlp_size, config.num_heads, config.head_dim
     projections = [f"{prefix}.attention.self.{p}" for p in ("query", "key", "value")]
 
@@ -90,11 +90,11 @@ def _layer(config: EncoderConfig, prefix: str) -> dict[str, Recipe]:
         return np.stack([a.reshape(heads, dim) for a in alike(*arrays)])
 
     return {
-        "attention.qkv.kernel": Recipe(
-            tuple(Part(f"{p}.weight", (width, width)) for p in projections), fuse_kernels
+        "attention.qkv.kernel": WeightMapping(
+            tuple(SourceTensor(f"{p}.weight", (width, width)) for p in projections), fuse_kernels
         ),
-        "attention.qkv.bias": Recipe(
-            tuple(Part(f"{p}.bias", (width,)) for p in projections), fuse_biases
+        "attention.qkv.bias": WeightMapping(
+            tuple(SourceTensor(f"{p}.bias", (width,)) for p in projections), fuse_biases
         ),
         "attention.out.kernel": transposed(
             f"{prefix}.attention.output.dense.weight", width, width, heads, dim, width
@@ -126,7 +126,7 @@ BERT = Family(
     architectures=frozenset({"BertModel", "BertForMaskedLM", "BertForPreTraining"}),
     model_types=frozenset({"bert"}),
     read_config=read_config,
-    recipes=recipes,
+    weight_map=weight_map,
     ignored=ignored,
     prefixes=("", "bert."),
 )

@@ -1,4 +1,4 @@
-"""What a model family is: a config reader and a map of weight names. No forward passes."""
+"""What a model family consists of: a config reader and a weight map. No forward pass."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,18 +16,23 @@ HFConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source tensor: its Hugging Face name, and the shape that it must have there."""
+class SourceTensor:
+    """A tensor that a checkpoint of the family must have, by its Hugging Face name and shape."""
 
     name: str
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How one of our weights is made: ``join`` takes the parts' arrays in order."""
+class WeightMapping:
+    """How one weight of the model is made from a checkpoint.
 
-    parts: tuple[Part, ...]
+    Attributes:
+        tensors: the source tensors.
+        join: makes the weight from their arrays, given in this order.
+    """
+
+    tensors: tuple[SourceTensor, ...]
     join: Callable[..., Array]
 
 
@@ -36,16 +41,16 @@ class Family:
     """One family of models.
 
     Attributes:
-        name: as it stands in ``inferneo.json``.
+        name: recorded in ``inferneo.json``.
         kind: which of the two forward passes runs it.
-        architectures: values of ``architectures`` in a Hugging Face config that it serves.
-        model_types: values of ``model_type``, looked at when there are no architectures.
-        read_config: raises ConfigError for what the forward pass does not do.
-        recipes: for each weight of the model, how it is made. The weights of a config are exactly
-            the keys.
-        ignored: patterns (regular expressions on whole names) of source tensors that need not be
-            used; any other unused tensor is an error.
-        prefixes: what may stand before the names of the recipes.
+        architectures: supported values of ``architectures`` in a Hugging Face config.
+        model_types: supported values of ``model_type``, used if a config has no architectures.
+        read_config: converts a Hugging Face config; raises ConfigError for anything that the
+            forward pass does not support.
+        weight_map: maps the name of every weight of the model to its source tensors.
+        ignored: regular expressions that match the whole names of source tensors that may stay
+            unused; any other unused tensor is an error.
+        prefixes: prefixes that source tensors' names may have.
     """
 
     name: str
@@ -53,24 +58,30 @@ class Family:
     architectures: frozenset[str]
     model_types: frozenset[str]
     read_config: Callable[[HFConfig], ModelConfig]
-    recipes: Callable[[Any], dict[str, Recipe]]
+    weight_map: Callable[[Any], dict[str, WeightMapping]]
     ignored: Callable[[Any], tuple[str, ...]]
     prefixes: tuple[str, ...] = ("",)
 
 
-def copied(name: str, *shape: int) -> Recipe:
-    """A weight that is a source tensor as it stands."""
-    return Recipe((Part(name, shape),), lambda array: array)
+def copied(name: str, *shape: int) -> WeightMapping:
+    """A weight that is one source tensor, unchanged."""
+    return WeightMapping((SourceTensor(name, shape),), lambda array: array)
 
 
-def transposed(name: str, rows: int, columns: int, *into: int) -> Recipe:
-    """A kernel made from a linear layer's ``[out, in]`` tensor, then reshaped to ``into``."""
+def transposed(name: str, rows: int, columns: int, *into: int) -> WeightMapping:
+    """A kernel: a linear layer's ``[out, in]`` tensor, transposed and reshaped to ``into``."""
     shape = into or (columns, rows)
-    return Recipe((Part(name, (rows, columns)),), lambda array: array.T.reshape(shape))
+    return WeightMapping(
+        (SourceTensor(name, (rows, columns)),), lambda array: array.T.reshape(shape)
+    )
 
 
 def integer(config: HFConfig, key: str, default: int | None = None) -> int:
-    """A positive whole number of the config; null counts as absent."""
+    """Read a positive integer; null counts as absent.
+
+    Raises:
+        ConfigError: the value is anything else, or absent without a default.
+    """
     value = config.get(key)
     value = default if value is None else value
     if value is None:
@@ -83,7 +94,11 @@ def integer(config: HFConfig, key: str, default: int | None = None) -> int:
 
 
 def number(config: HFConfig, key: str, default: float | None = None) -> float:
-    """A positive number of the config; null counts as absent."""
+    """Read a positive number; null counts as absent.
+
+    Raises:
+        ConfigError: the value is anything else, or absent without a default.
+    """
     value = config.get(key)
     value = default if value is None else value
     if value is None:
@@ -96,7 +111,11 @@ def number(config: HFConfig, key: str, default: float | None = None) -> float:
 
 
 def flag(config: HFConfig, key: str, default: bool) -> bool:
-    """A truth value of the config; null counts as absent."""
+    """Read a boolean; null counts as absent.
+
+    Raises:
+        ConfigError: the value is anything else.
+    """
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, bool):
@@ -107,7 +126,11 @@ def flag(config: HFConfig, key: str, default: bool) -> bool:
 
 
 def table(config: HFConfig, key: str) -> HFConfig:
-    """An object of the config; empty where it is null or absent."""
+    """Read an object; empty if it is null or absent.
+
+    Raises:
+        ConfigError: the value is anything else.
+    """
     value = config.get(key)
     value = {} if value is None else value
     if not isinstance(value, Mapping):
@@ -116,7 +139,11 @@ def table(config: HFConfig, key: str) -> HFConfig:
 
 
 def names(config: HFConfig, key: str) -> list[str]:
-    """A list of texts of the config; empty where it is null or absent."""
+    """Read a list of strings; empty if it is null or absent.
+
+    Raises:
+        ConfigError: the value is anything else.
+    """
     value = config.get(key)
     value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -125,7 +152,11 @@ def names(config: HFConfig, key: str) -> list[str]:
 
 
 def expect(config: HFConfig, key: str, *allowed: Any) -> None:
-    """Raises ConfigError unless the key is absent, null or one of the allowed values."""
+    """Refuse unsupported values of a key.
+
+    Raises:
+        ConfigError: the value is not null, not absent and not one of ``allowed``.
+    """
     value = config.get(key)
     if value is not None and value not in allowed:
         only = " or ".join(repr(a) for a in allowed) or "its absence"

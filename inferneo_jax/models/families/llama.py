@@ -1,4 +1,4 @@
-"""Llama and everything laid out like it: Mistral, SmolLM2, and the base of Qwen2 and Qwen3."""
+"""Llama, Mistral and SmolLM2, and the layout that Qwen2, Qwen3 and Phi-3 derive from."""
 
 from functools import partial
 
@@ -11,8 +11,8 @@ from inferneo_jax.models.families.family import (
     Array,
     Family,
     HFConfig,
-    Part,
-    Recipe,
+    SourceTensor,
+    WeightMapping,
     copied,
     expect,
     flag,
@@ -25,7 +25,7 @@ from inferneo_jax.models.families.family import (
 
 
 def read_config(config: HFConfig) -> DecoderConfig:
-    """A Llama or Mistral config; biases of linear layers are refused."""
+    """Read a Llama or Mistral config; biases of linear layers are not supported."""
     expect(config, "attention_bias", False)
     return read_decoder(config)
 
@@ -33,10 +33,15 @@ def read_config(config: HFConfig) -> DecoderConfig:
 def read_decoder(
     config: HFConfig, *, qkv_bias: bool = False, qk_norm: bool = False
 ) -> DecoderConfig:
-    """The part that all families of this layout share.
+    """Read what the configs of all families of this layout share.
+
+    Args:
+        config: of Hugging Face.
+        qkv_bias: whether queries, keys and values have biases.
+        qk_norm: whether each head's query and key is normalised.
 
     Raises:
-        ConfigError: for sliding windows, unknown rope scaling, other activations than SiLU,
+        ConfigError: for sliding windows, unknown RoPE scaling, activations other than SiLU,
             biases in the MLP, partial rotation, and quantized tensors.
     """
     expect(config, "hidden_act", "silu", "swish")
@@ -87,7 +92,7 @@ def _refuse_sliding_window(config: HFConfig, context_length: int) -> None:
 
 
 def _read_rope(config: HFConfig, context_length: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from the older two keys or from ``rope_parameters``, which joins them."""
+    """Read RoPE's base and scaling, from ``rope_parameters`` or the two keys that it replaced."""
     parameters = table(config, "rope_parameters")
     scaling = parameters or table(config, "rope_scaling")
     if parameters:
@@ -115,63 +120,65 @@ def _read_rope(config: HFConfig, context_length: int) -> tuple[float, RopeScalin
     )
 
 
-def recipes(config: DecoderConfig) -> dict[str, Recipe]:
-    """Every weight of a decoder from the tensors of a Llama-like checkpoint."""
-    made = {
+def weight_map(config: DecoderConfig) -> dict[str, WeightMapping]:
+    """Map every weight of a decoder to the tensors of a checkpoint in Llama's layout."""
+    weights = {
         "embed.table": copied("model.embed_tokens.weight", config.vocab_size, config.hidden_size),
         "final_norm.scale": copied("model.norm.weight", config.hidden_size),
     }
     if not config.tie_embeddings:
-        made["head.kernel"] = transposed("lm_head.weight", config.vocab_size, config.hidden_size)
+        weights["head.kernel"] = transposed("lm_head.weight", config.vocab_size, config.hidden_size)
     for index in range(config.num_layers):
-        for name, recipe in _layer(config, f"model.layers.{index}").items():
-            made[f"layers.{index}.{name}"] = recipe
-    return made
+        for name, mapping in _layer(config, f"model.layers.{index}").items():
+            weights[f"layers.{index}.{name}"] = mapping
+    return weights
 
 
-def _layer(config: DecoderConfig, prefix: str) -> dict[str, Recipe]:
+def _layer(config: DecoderConfig, prefix: str) -> dict[str, WeightMapping]:
     width, mlp, dim = config.hidden_size, config.mlp_size, config.head_dim
     kv_heads, group = config.num_kv_heads, config.group_size
     attention = f"{prefix}.self_attn"
     rows = {"q_proj": config.num_heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
 
-    made = {
+    weights = {
         "attention_norm.scale": copied(f"{prefix}.input_layernorm.weight", width),
-        "attention.qkv.kernel": Recipe(
-            tuple(Part(f"{attention}.{p}.weight", (n, width)) for p, n in rows.items()),
+        "attention.qkv.kernel": WeightMapping(
+            tuple(SourceTensor(f"{attention}.{p}.weight", (n, width)) for p, n in rows.items()),
             partial(fuse_heads, config),
         ),
         "attention.out.kernel": transposed(
             f"{attention}.o_proj.weight", width, config.num_heads * dim, kv_heads, group, dim, width
         ),
         "mlp_norm.scale": copied(f"{prefix}.post_attention_layernorm.weight", width),
-        "mlp.gate_up.kernel": Recipe(
-            tuple(Part(f"{prefix}.mlp.{p}_proj.weight", (mlp, width)) for p in ("gate", "up")),
+        "mlp.gate_up.kernel": WeightMapping(
+            tuple(
+                SourceTensor(f"{prefix}.mlp.{p}_proj.weight", (mlp, width)) for p in ("gate", "up")
+            ),
             lambda gate, up: np.stack([a.T for a in alike(gate, up)], axis=1),
         ),
         "mlp.down.kernel": transposed(f"{prefix}.mlp.down_proj.weight", width, mlp),
     }
     if config.qkv_bias:
-        made["attention.qkv.bias"] = Recipe(
-            tuple(Part(f"{attention}.{p}.bias", (n,)) for p, n in rows.items()),
+        weights["attention.qkv.bias"] = WeightMapping(
+            tuple(SourceTensor(f"{attention}.{p}.bias", (n,)) for p, n in rows.items()),
             partial(fuse_heads, config),
         )
     if config.qk_norm:
-        made["attention.q_norm.scale"] = copied(f"{attention}.q_norm.weight", dim)
-        made["attention.k_norm.scale"] = copied(f"{attention}.k_norm.weight", dim)
-    return made
+        weights["attention.q_norm.scale"] = copied(f"{attention}.q_norm.weight", dim)
+        weights["attention.k_norm.scale"] = copied(f"{attention}.k_norm.weight", dim)
+    return weights
 
 
 def fuse_heads(config: DecoderConfig, *arrays: Array) -> Array:
-    """Queries, keys and values as one weight: each KV head's queries, then its key and its value.
+    """Join queries, keys and values: for each KV head its queries, then its key, then its value.
 
     Args:
-        config: of the decoder, for its heads.
-        arrays: ``[heads * head_dim, hidden]`` of each of the three, or their biases, without the
-            second axis.
+        config: of the decoder.
+        arrays: the three kernels, each ``[heads * head_dim, hidden]``, or the three biases, each
+            ``[heads * head_dim]``.
 
     Returns:
-        ``[hidden, kv_heads, group + 2, head_dim]``; without the first axis for biases.
+        ``[hidden, kv_heads, group + 2, head_dim]`` for kernels, without ``hidden`` for biases.
     """
     split = config.num_kv_heads, -1, config.head_dim
     heads = np.concatenate([a.reshape(*split, *a.shape[1:]) for a in alike(*arrays)], axis=1)
@@ -179,13 +186,13 @@ def fuse_heads(config: DecoderConfig, *arrays: Array) -> Array:
 
 
 def alike(*arrays: Array) -> list[Array]:
-    """The arrays in one dtype: their own where they share it, else float32, which holds all."""
+    """The arrays in a common dtype: the one they share, else float32, which represents all."""
     dtypes = {array.dtype for array in arrays}
     return list(arrays) if len(dtypes) == 1 else [array.astype(np.float32) for array in arrays]
 
 
 def ignored(config: DecoderConfig) -> tuple[str, ...]:
-    """Buffers that old checkpoints carry, and the copy of the embeddings some carry when tied."""
+    """Buffers of old checkpoints, and the output layer if it is only a copy of the embeddings."""
     buffers = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
     return (*buffers, r"lm_head\.weight") if config.tie_embeddings else buffers
 
@@ -196,6 +203,6 @@ LLAMA = Family(
     architectures=frozenset({"LlamaForCausalLM", "MistralForCausalLM"}),
     model_types=frozenset({"llama", "mistral"}),
     read_config=read_config,
-    recipes=recipes,
+    weight_map=weight_map,
     ignored=ignored,
 )

@@ -1,15 +1,15 @@
-"""Phi-3 and Phi-4: the Llama layout with queries, keys and values in one tensor, so gate and up."""
+"""Phi-3 and Phi-4: Llama's layout with fused QKV and gate-up tensors."""
 
 import numpy as np
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.models.families import llama
-from inferneo_jax.models.families.family import Array, Family, Part, Recipe
+from inferneo_jax.models.families.family import Array, Family, SourceTensor, WeightMapping
 
 
-def recipes(config: DecoderConfig) -> dict[str, Recipe]:
-    """Llama's, but for the two weights that a Phi-3 checkpoint has fused in its own order."""
-    made = llama.recipes(config)
+def weight_map(config: DecoderConfig) -> dict[str, WeightMapping]:
+    """Llama's weight map, except for the two weights that Phi-3 stores fused in its own order."""
+    weights = llama.weight_map(config)
     width, mlp, dim = config.hidden_size, config.mlp_size, config.head_dim
     queries, keys = config.num_heads * dim, config.num_kv_heads * dim
 
@@ -21,13 +21,13 @@ def recipes(config: DecoderConfig) -> dict[str, Recipe]:
 
     for index in range(config.num_layers):
         source, ours = f"model.layers.{index}", f"layers.{index}"
-        made[f"{ours}.attention.qkv.kernel"] = Recipe(
-            (Part(f"{source}.self_attn.qkv_proj.weight", (queries + 2 * keys, width)),), qkv
+        weights[f"{ours}.attention.qkv.kernel"] = WeightMapping(
+            (SourceTensor(f"{source}.self_attn.qkv_proj.weight", (queries + 2 * keys, width)),), qkv
         )
-        made[f"{ours}.mlp.gate_up.kernel"] = Recipe(
-            (Part(f"{source}.mlp.gate_up_proj.weight", (2 * mlp, width)),), gate_up
+        weights[f"{ours}.mlp.gate_up.kernel"] = WeightMapping(
+            (SourceTensor(f"{source}.mlp.gate_up_proj.weight", (2 * mlp, width)),), gate_up
         )
-    return made
+    return weights
 
 
 PHI3 = Family(
@@ -36,6 +36,6 @@ PHI3 = Family(
     architectures=frozenset({"Phi3ForCausalLM"}),
     model_types=frozenset({"phi3"}),
     read_config=llama.read_config,
-    recipes=recipes,
+    weight_map=weight_map,
     ignored=llama.ignored,
 )

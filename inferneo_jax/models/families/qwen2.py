@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: the Llama layout with biases on queries, keys and values."""
+"""Qwen2 and Qwen2.5: Llama's layout with biases on queries, keys and values."""
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.models.families import llama
@@ -6,7 +6,7 @@ from inferneo_jax.models.families.family import Family, HFConfig
 
 
 def read_config(config: HFConfig) -> DecoderConfig:
-    """A Qwen2 config; the biases are part of the architecture and named nowhere in it."""
+    """Read a Qwen2 config, which does not mention the biases that the architecture always has."""
     return llama.read_decoder(config, qkv_bias=True)
 
 
@@ -16,6 +16,6 @@ QWEN2 = Family(
     architectures=frozenset({"Qwen2ForCausalLM"}),
     model_types=frozenset({"qwen2"}),
     read_config=read_config,
-    recipes=llama.recipes,
+    weight_map=llama.weight_map,
     ignored=llama.ignored,
 )

@@ -1,4 +1,4 @@
-"""Qwen3: the Llama layout with an RMS norm on each head's query and key."""
+"""Qwen3: Llama's layout with an RMS norm on each head's query and key."""
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.models.families import llama
@@ -6,7 +6,7 @@ from inferneo_jax.models.families.family import Family, HFConfig, expect
 
 
 def read_config(config: HFConfig) -> DecoderConfig:
-    """A Qwen3 config; its head_dim is its own, not hidden_size over heads."""
+    """Read a Qwen3 config; ``head_dim`` defaults to 128, not to hidden_size / heads."""
     expect(config, "attention_bias", False)
     return llama.read_decoder({"head_dim": 128, **config}, qk_norm=True)
 
@@ -17,6 +17,6 @@ QWEN3 = Family(
     architectures=frozenset({"Qwen3ForCausalLM"}),
     model_types=frozenset({"qwen3"}),
     read_config=read_config,
-    recipes=llama.recipes,
+    weight_map=llama.weight_map,
     ignored=llama.ignored,
 )

@@ -19,7 +19,7 @@ from inferneo_jax.errors import CheckpointError
 from inferneo_jax.files import shown
 from inferneo_jax.weights.sources.gguf_header import TensorInfo, read_header
 from inferneo_jax.weights.sources.gguf_metadata import Metadata
-from inferneo_jax.weights.sources.source import Array, SourceModel, SourceTensor
+from inferneo_jax.weights.sources.source import Array, SourceModel, StoredTensor
 
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -75,7 +75,7 @@ def read_gguf(path: Path) -> SourceModel:
     for name, info in infos.items():
         role = name.split(".")[-2] if name.count(".") > 1 else ""
         interleaved = heads.get(role) if arch in _PERMUTED else None
-        tensors[name] = SourceTensor(
+        tensors[name] = StoredTensor(
             shape=info.shape, read=partial(_read, path, name, info, interleaved)
         )
     names = gguf.get_tensor_name_map(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.files import check_regular, one_line, read_object, shown
-from inferneo_jax.weights.sources.source import Array, SourceTensor
+from inferneo_jax.weights.sources.source import Array, StoredTensor
 
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 _SINGLE = "model.safetensors"
@@ -27,7 +27,7 @@ _MAX_DIMENSIONS = 8
 _MAX_NAME = 512
 
 
-def read_tensors(folder: Path) -> dict[str, SourceTensor]:
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's weight files, in one file or in shards.
 
     Raises:
@@ -46,7 +46,7 @@ def read_tensors(folder: Path) -> dict[str, SourceTensor]:
     if not isinstance(places, dict):
         raise CheckpointError(f"{folder / _INDEX} has no weight_map; download it again")
     shards = {shard if isinstance(shard, str) else shown(shard) for shard in places.values()}
-    found: dict[str, SourceTensor] = {}
+    found: dict[str, StoredTensor] = {}
     for shard in sorted(shards):
         if not _SHARD.fullmatch(shard):
             raise CheckpointError(
@@ -65,7 +65,7 @@ def read_tensors(folder: Path) -> dict[str, SourceTensor]:
     return found
 
 
-def _file_tensors(file: Path) -> dict[str, SourceTensor]:
+def _file_tensors(file: Path) -> dict[str, StoredTensor]:
     try:
         _check_header(file)
         with safe_open(file, "numpy") as opened:
@@ -84,7 +84,7 @@ def _file_tensors(file: Path) -> dict[str, SourceTensor]:
                         f"{len(name)} characters; at most {_MAX_DIMENSIONS} and {_MAX_NAME} "
                         "are read"
                     )
-                found[name] = SourceTensor(
+                found[name] = StoredTensor(
                     shape=shape, read=partial(_read, file, name, part.get_dtype())
                 )
             return found

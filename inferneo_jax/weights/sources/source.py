@@ -30,7 +30,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceTensor:
+class StoredTensor:
     """One tensor of a source: its shape is known, its values are read by ``read()``.
 
     ``shape`` is in NumPy order (rows first); ``read`` returns float32, float16 or bfloat16 (through
@@ -61,7 +61,7 @@ class SourceModel:
 
     path: Path
     config: dict[str, Any]
-    tensors: Mapping[str, SourceTensor]
+    tensors: Mapping[str, StoredTensor]
     tensor_name: Callable[[str], str] = own_name
     tokenizer_json: str
     tokenizer_config: dict[str, Any]

@@ -42,6 +42,7 @@ from server.keys.store.threads import StoreThreads
 from server.models.registry import Registry, still_loading
 from server.models.sources import Loader, load_from_disk
 from server.observe import log
+from server.observe.collector import ServerState
 from server.observe.metrics import Metrics
 from server.observe.tracing import open_tracing
 from server.process.exit import end_orderly, exit_failed
@@ -75,7 +76,17 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
     admission = Admission(settings.capacity(), settings.request_seconds)
     sockets = SocketAdmission(settings.capacity())
-    metrics = Metrics(registry.models, admission, sockets)
+
+    def state() -> ServerState:
+        return ServerState(
+            models=registry.models(),
+            permits=admission.capacity,
+            permits_in_use=admission.in_use,
+            identified_sockets=sockets.identified,
+            unidentified_sockets=sockets.unidentified,
+        )
+
+    metrics = Metrics(state)
     tracing = open_tracing()
     services = Services(
         settings=settings,
@@ -125,10 +136,11 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         tasks = [
             asyncio.create_task(_load(registry)),
             asyncio.create_task(limiter.run()),
-            asyncio.create_task(end_if_lost(services)),
+            asyncio.create_task(end_if_lost(admission, registry, threads)),
         ]
         try:
-            with held_up(partial(drain, services, connections)):
+            seconds = settings.drain_seconds
+            with held_up(partial(drain, admission, registry, connections, seconds)):
                 yield
         finally:
             for task in tasks:

@@ -1,16 +1,34 @@
 """The access log: one line for each request, and the attributes of its trace span."""
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from werkzeug.datastructures import Headers
 
-from server.http.errors import ApiError
-from server.keys.store.store import Usage
 from server.observe.tracing import Trace, Tracing
 
 log = structlog.get_logger(__name__)
+
+
+class LoggedError(Protocol):
+    """An error that ends a request: its name, and its HTTP status."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def status(self) -> int: ...  # noqa: D102
+
+
+class TokenCounts(Protocol):
+    """How many tokens a request took; ``cached`` of the prompt's were in the prefix cache."""
+
+    @property
+    def prompt(self) -> int: ...  # noqa: D102
+    @property
+    def cached(self) -> int: ...  # noqa: D102
+    @property
+    def completion(self) -> int: ...  # noqa: D102
 
 
 class AccessLogEntry:
@@ -44,7 +62,7 @@ class AccessLogEntry:
         """Add fields; those that are None are left out."""
         self.fields |= {name: value for name, value in fields.items() if value is not None}
 
-    def add_usage(self, usage: Usage) -> None:
+    def add_usage(self, usage: TokenCounts) -> None:
         """Add the token counts."""
         self.add(
             prompt_tokens=usage.prompt,
@@ -52,7 +70,7 @@ class AccessLogEntry:
             completion_tokens=usage.completion,
         )
 
-    def add_error(self, error: ApiError) -> None:
+    def add_error(self, error: LoggedError) -> None:
         """Add the error with which the request ended."""
         self.add(error=error.name)
         self._failed = error.status >= 500

@@ -1,17 +1,18 @@
-"""Figures that somebody else keeps, asked when ``GET /metrics`` is."""
+"""Gauges whose values other parts of the server hold, read whenever ``GET /metrics`` is scraped."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inferneo_jax import EngineStats, __version__
-from server.keys.sockets import SocketAdmission
-from server.run.admission import Admission
 
 if TYPE_CHECKING:
-    from server.models.sources import Model
+    from inferneo_jax import EmbeddingModel, LanguageModel
+
+    Model = LanguageModel | EmbeddingModel
 
 MODEL = "model_name"
 """The label of every figure that is of one model."""
@@ -72,40 +73,51 @@ _OF_MODELS: dict[str, tuple[str, Callable[["Model"], float]]] = {
 }
 
 
-class StateCollector(Collector):
-    """How the server, its models and their devices stand."""
+@dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """What the gauges of a server show at one moment.
 
-    def __init__(
-        self,
-        models: Callable[[], Sequence["Model"]],
-        admission: Admission,
-        sockets: SocketAdmission,
-    ) -> None:
-        self._models = models
-        self._admission = admission
-        self._sockets = sockets
+    Attributes:
+        models: those that are loaded.
+        permits: sequences that may run or wait at once.
+        permits_in_use: sequences that run or wait.
+        identified_sockets: open WebSockets whose client is known.
+        unidentified_sockets: open WebSockets whose client has yet to send its key.
+    """
+
+    models: Sequence["Model"] = ()
+    permits: int = 0
+    permits_in_use: int = 0
+    identified_sockets: int = 0
+    unidentified_sockets: int = 0
+
+
+class StateCollector(Collector):
+    """The state of the server, its models and their devices, read for each scrape."""
+
+    def __init__(self, read: Callable[[], ServerState]) -> None:
+        self._read = read
 
     def collect(self) -> Iterator[Metric]:
         """All families, each once; those of a kind that is not there have no series."""
         build = GaugeMetricFamily("inferneo_build_info", "Always 1.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
-        admission = self._admission
+        state = self._read()
         for name, words, value in (
-            ("places", "Sequences that may run or wait at once.", admission.capacity),
-            ("places_used", "Sequences that run or wait.", admission.in_use),
+            ("places", "Sequences that may run or wait at once.", state.permits),
+            ("places_used", "Sequences that run or wait.", state.permits_in_use),
         ):
             yield GaugeMetricFamily(f"inferneo_request_{name}", words, value=value)
         sockets = GaugeMetricFamily(
             "inferneo_websockets_open", "WebSockets that are open now.", labels=["state"]
         )
-        sockets.add_metric(["identified"], self._sockets.identified)
-        sockets.add_metric(["unidentified"], self._sockets.unidentified)
+        sockets.add_metric(["identified"], state.identified_sockets)
+        sockets.add_metric(["unidentified"], state.unidentified_sockets)
         yield sockets
-        models = self._models()
-        yield from _of_models(models)
-        yield from _of_engines(models)
-        yield from _of_devices(bool(models))
+        yield from _of_models(state.models)
+        yield from _of_engines(state.models)
+        yield from _of_devices(bool(state.models))
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: registering would else ask the engines."""

@@ -7,8 +7,7 @@ and HTTP; those of a request begin when it is given to the engine.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,13 +18,8 @@ from prometheus_client import (
 )
 
 from inferneo_jax import GenerationOutput
-from server.keys.sockets import SocketAdmission
-from server.observe.collector import MODEL, StateCollector
+from server.observe.collector import MODEL, ServerState, StateCollector
 from server.observe.tracing import METHODS, Times, Trace
-from server.run.admission import Admission
-
-if TYPE_CHECKING:
-    from server.models.sources import Model
 
 # When each figure began: a series more for each, which nobody plots.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -60,20 +54,18 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 
 
 class Metrics:
-    """All figures of one application.
+    """All metrics of one application.
+
+    Args:
+        read_state: returns what the gauges show now.
 
     Attributes:
         registry: of ``prometheus_client``, to be written out.
     """
 
-    def __init__(
-        self,
-        models: Callable[[], Sequence["Model"]],
-        admission: Admission,
-        sockets: SocketAdmission,
-    ) -> None:
+    def __init__(self, read_state: Callable[[], ServerState] = ServerState) -> None:
         self.registry = registry = CollectorRegistry()
-        registry.register(StateCollector(models, admission, sockets))
+        registry.register(StateCollector(read_state))
         ProcessCollector(registry=registry)
 
         def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:

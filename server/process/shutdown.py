@@ -18,8 +18,10 @@ from typing import Any
 import structlog
 
 from server.http.connection import Connections
+from server.keys.store.threads import StoreThreads
+from server.models.registry import Registry
 from server.process.exit import exit_failed
-from server.services import Services
+from server.run.admission import Admission
 
 log = structlog.get_logger(__name__)
 
@@ -29,22 +31,27 @@ _GOODBYE_SECONDS = 2.0
 _ONCE_SECONDS = 0.5
 
 
-async def drain(services: Services, connections: Connections) -> None:
-    """Let nobody in, wait for those who are, end those who take too long, cut who does not read."""
-    seconds = services.settings.drain_seconds
-    services.admission.close()
+async def drain(
+    admission: Admission, registry: Registry, connections: Connections, seconds: float
+) -> None:
+    """Admit no more requests, and let those that run finish.
+
+    Requests that still run after ``seconds`` get an error; then connections with unread data are
+    closed.
+    """
+    admission.close()
     log.info("draining", seconds=seconds)
-    if not await services.admission.emptied(seconds):
+    if not await admission.emptied(seconds):
         log.warning(
             "drain_ended", reason=f"requests still ran after {seconds:g} s; they get errors"
         )
-        await asyncio.to_thread(services.registry.stop)
+        await asyncio.to_thread(registry.stop)
     await connections.ended(_GOODBYE_SECONDS)
     if cut := connections.cut():
         log.info("connections_cut", number=cut)
 
 
-async def end_if_lost(services: Services) -> None:
+async def end_if_lost(admission: Admission, registry: Registry, threads: StoreThreads) -> None:
     """End the process, with an exit code that says so, once a model will never serve again.
 
     Its weights and its thread cannot be had back in here; whoever started the server can start it
@@ -52,16 +59,16 @@ async def end_if_lost(services: Services) -> None:
     """
     while True:
         await asyncio.sleep(_LOOK_SECONDS)
-        if services.admission.closed.is_set():
+        if admission.closed.is_set():
             return  # engines are stopped then
-        if reason := services.registry.lost():
+        if reason := registry.lost():
             break
     log.error("engine_lost", reason=reason)
-    services.admission.close()
+    admission.close()
     await asyncio.sleep(_GOODBYE_SECONDS)  # ``/ready`` and new requests get the reason meanwhile
     with suppress(TimeoutError):
         async with asyncio.timeout(_GOODBYE_SECONDS):
-            await services.threads.flush()
+            await threads.flush()
     exit_failed(at_once=True)
 
 

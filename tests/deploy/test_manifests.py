@@ -198,7 +198,7 @@ def test_replicas_are_as_many_as_machines_for_them() -> None:
     service = of_kind("replicas.yaml", "RayService")["spec"]
     config = yaml.safe_load(service["serveConfigV2"])
     (application,) = config["applications"]
-    assert application["import_path"] == "server.process.replicas:app"
+    assert application["import_path"] == "server.replicas:app"
     (workers,) = service["rayClusterConfig"]["workerGroupSpecs"]
     (container,) = containers(workers)
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}

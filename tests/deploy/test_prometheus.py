@@ -16,9 +16,8 @@ import pytest
 import yaml
 
 from inferneo_jax import EngineStats, GenerationOutput
-from server.keys.sockets import SocketAdmission
+from server.observe.collector import ServerState
 from server.observe.metrics import Metrics
-from server.run.admission import Admission
 from tests.support.fake_engine import FakeEmbedder, FakeEngine, writes
 from tests.support.fake_server import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
 from tests.support.paths import ROOT
@@ -70,7 +69,7 @@ def known() -> dict[str, set[str]]:
     engine = FakeEngine(lambda _: ())
     model = models_of(engine, FakeEmbedder(), make_tokenizer())[CHAT]()
     found: dict[str, set[str]] = {name: set() for name in OF_PROMETHEUS}
-    metrics = Metrics(lambda: [model], Admission(1, 1.0), SocketAdmission(1))
+    metrics = Metrics(lambda: ServerState(models=[model]))
     for collector in set(metrics.registry._collector_to_names):
         labels = set(getattr(collector, "_labelnames", ()))
         for family in collector.collect():

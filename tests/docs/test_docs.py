@@ -14,9 +14,7 @@ from server.cli.reference.commands import Command, commands
 from server.cli.reference.markdown import anchor
 from server.config.replica_settings import ReplicaSettings
 from server.config.schema import KEY_VARIABLE, SettingDoc, setting_docs
-from server.keys.sockets import SocketAdmission
 from server.observe.metrics import Metrics
-from server.run.admission import Admission
 from tests.support.paths import ROOT
 
 _NOT_OURS = {"node_modules", "checkpoints", "build", "dist"}
@@ -109,7 +107,7 @@ def test_every_endpoint_is_described() -> None:
 
 
 def test_every_metric_is_described() -> None:
-    for metric in Metrics(tuple, Admission(1, 1.0), SocketAdmission(1)).registry.collect():
+    for metric in Metrics().registry.collect():
         assert len(metric.documentation) > 8, metric.name
 
 

@@ -82,7 +82,7 @@ def test_idle_bodies_hold_no_more_places_than_their_key_has_requests(
         end = time.monotonic() + 20
         while refused < 180:  # the others are let in, and wait for their bodies
             assert time.monotonic() < end, (refused, most)
-            most = max(most, admission.taken)
+            most = max(most, admission.in_use)
             assert rig.client.post(PATH, headers=other, json=BODY).status_code == 200
             refused = sum(_has_answer(raw) for raw in raws)
         statuses = []
@@ -118,7 +118,7 @@ def test_bodies_under_way_count_as_requests_at_once(rig: KeyRig, made: list[Admi
     with ExitStack() as held:
         waiting = [opened(rig, held, head(key, len(content), "Connection: close")) for _ in "ab"]
         end = time.monotonic() + 10
-        while made[0].taken < 2:
+        while made[0].in_use < 2:
             assert time.monotonic() < end
         refused = httpx.post(rig.url + PATH, headers=key, json=BODY)
         assert refused.status_code == 429
@@ -184,6 +184,6 @@ def test_a_client_that_leaves_its_body_unsent_has_made_a_request(
 
 def _wait(admission: Admission, taken: int) -> None:
     end = time.monotonic() + 10
-    while admission.taken != taken:
+    while admission.in_use != taken:
         assert time.monotonic() < end
         time.sleep(0.002)

@@ -7,9 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferneo_jax import GenerationOutput
-from server.keys.sockets import SocketAdmission
 from server.observe.metrics import Metrics
-from server.run.admission import Admission
 from tests.support.fake_server import CHAT, EMBED, Rig
 from tests.support.paths import ROOT
 
@@ -90,7 +88,7 @@ def test_made_up_methods_and_paths_make_no_series(rig: Rig) -> None:
 
 
 def test_times_are_those_of_the_engine() -> None:
-    metrics = Metrics(tuple, Admission(1, 1.0), SocketAdmission(1))
+    metrics = Metrics()
     meter = metrics.meter("m")
     started = time.monotonic()
     meter.submitted(0, 7)
@@ -123,7 +121,7 @@ def test_times_are_those_of_the_engine() -> None:
 
 
 def test_tokens_that_come_with_the_first_have_no_latency_of_their_own() -> None:
-    metrics = Metrics(tuple, Admission(1, 1.0), SocketAdmission(1))
+    metrics = Metrics()
     meter = metrics.meter("m")
     started = time.monotonic()
     meter.submitted(0, 7)

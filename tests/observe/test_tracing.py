@@ -15,10 +15,8 @@ from websockets.sync.client import connect
 from werkzeug.datastructures import Headers
 
 from inferneo_jax import EngineFailedError, GenerationOutput, Tokenizer
-from server.keys.sockets import SocketAdmission
 from server.observe.metrics import Metrics
 from server.observe.tracing import open_tracing
-from server.run.admission import Admission
 from tests.observe.collector import Kept, collecting
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, EMBED, REPLY, Rig, running
@@ -117,7 +115,7 @@ def test_a_request_is_one_span_with_its_facts(traced: Rig, kept: Kept, stream: b
 
 
 def test_parts_are_cut_where_the_figures_are() -> None:
-    kept, metrics = Kept(), Metrics(tuple, Admission(1, 1.0), SocketAdmission(1))
+    kept, metrics = Kept(), Metrics()
     trace = kept.tracing().begin("POST", "/v1/completions", Headers(), "id")
     meter = metrics.meter("m", trace)
     for index in range(20):

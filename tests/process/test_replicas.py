@@ -23,7 +23,7 @@ from tests.support.tiny_checkpoints import CHAT, tiny_checkpoints
 
 pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
 
-from server.process import replicas as served
+from server import replicas as served
 
 FREE = Limits(requests=None, tokens=None, day_requests=None)
 PATH = "/v1/completions"

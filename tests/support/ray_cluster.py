@@ -119,7 +119,7 @@ def replicas(folder: Path, settings: dict[str, str]) -> Iterator[Replicas]:
     port = free_port()
     config = {
         "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [{"name": "inferneo", "import_path": "server.process.replicas:app"}],
+        "applications": [{"name": "inferneo", "import_path": "server.replicas:app"}],
     }
     (folder / "serve.json").write_text(json.dumps(config))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("INFERNEO_")}

@@ -1,4 +1,4 @@
-"""Several servers behind one port: ``serve run server.process.replicas:app`` (Ray Serve).
+"""Several servers behind one port: ``serve run server.replicas:app`` (Ray Serve).
 
 Every replica is a process with the whole of ``server.app``: it loads the models itself, and is
 given requests once it is ready. Needs the extra ``ray``.

@@ -32,7 +32,6 @@ from server.http.errors import as_api_error
 from server.http.frames import patch_websockets
 from server.http.socket_connection import current_socket, install_sockets
 from server.http.transport import patch_hypercorn
-from server.keys.caller import owner
 from server.keys.guard import Guard
 from server.keys.limits import Limiter
 from server.keys.socket_auth import admit_socket
@@ -73,7 +72,9 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     threads = StoreThreads(open_store(settings.keys_location(), settings.named("keys_db")))
     guard, limiter = Guard(settings, threads), Limiter(threads)
     job = _lead(settings)
-    registry = Registry(settings, loader or partial(load_from_disk, job=job), guard.permit, job)
+    registry = Registry(
+        settings, loader or partial(load_from_disk, job=job), guard.check_model, job
+    )
     admission = Admission(settings.capacity(), settings.request_seconds)
     sockets = SocketAdmission(settings.capacity())
 
@@ -181,9 +182,9 @@ def _with_models(
         if request.method == "POST":
             # Both before the body is waited for, which may be as slow as its sender likes.
             current, timeout = current_request(), request.headers.get(TIMEOUT_HEADER)
-            current.charge = await services.limiter.enter()
+            current.charge = await services.limiter.enter(current.caller)
             current.cleanup.callback(current.charge.settle, Usage())  # unless it has been
-            current.hold(services.admission.enter(owner(), timeout))
+            current.hold(services.admission.enter(current.caller.id, timeout))
 
     routes.before_request(require_models)
     routes.before_request(take_place)
@@ -241,7 +242,7 @@ def _name_responses(app: Quart, services: Services) -> None:
     async def finish(response: Response) -> Response:
         current = current_request()
         response.headers["X-Request-Id"] = current.id
-        response.headers.update(await services.limiter.headers())
+        response.headers.update(await services.limiter.headers(current.caller))
         ends = services.admission.closed.is_set() or current.body.stalled
         if ends and current.http_version.startswith("1"):
             response.headers["Connection"] = "close"

@@ -45,6 +45,8 @@ class ApiRequest(Request):
     """A request with its id, its access log entry, and what must be closed when it is over.
 
     Attributes:
+        caller: who sent it, as the guard found (:class:`~server.keys.caller.Caller`); None until
+            then.
         permit: held until then; None: a request that needs none.
         charge: what it counts for; None if it does not count.
     """
@@ -57,6 +59,7 @@ class ApiRequest(Request):
         self.id = request_id(self.headers)
         self.log_entry = AccessLogEntry()
         self.cleanup = AsyncExitStack()
+        self.caller: Any = None
         self.permit: Permit | None = None
         self.charge: Charge | None = None
 

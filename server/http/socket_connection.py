@@ -31,6 +31,8 @@ class ApiWebsocket(Websocket):
     """A WebSocket with its id, its access log entry, and what must be closed when it is over.
 
     Attributes:
+        caller: who opened it, as the guard found (:class:`~server.keys.caller.Caller`); None until
+            then.
         inbox: what its client sent.
         cut: ends the connection at once.
         accepted: whether the handshake was answered with 101.
@@ -45,6 +47,7 @@ class ApiWebsocket(Websocket):
         self.log_entry = AccessLogEntry()
         self.cleanup = ExitStack()
         self.accepted = False
+        self.caller: Any = None
         self._closed = False
 
     async def accept(self, *args: Any, **kwargs: Any) -> None:

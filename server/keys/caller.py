@@ -1,44 +1,29 @@
-"""Whose request this is, for everything that happens on its behalf."""
+"""On whose behalf a request is served: made where it enters, and handed down."""
 
-from typing import Any
-
-from quart import g, has_app_context
+from dataclasses import dataclass
 
 from server.keys.key import Key
 from server.keys.store.store import QuotaStatus
 
 
-def caller() -> Key | None:
-    """The key of the current request; None if it needed none."""
-    return _fact("caller")
+@dataclass(slots=True)
+class Caller:
+    """Whoever sent a request, or opened a WebSocket.
 
+    Attributes:
+        key: None if none was needed.
+        quota_status: that of the key when a request was last counted; None if none was yet.
+    """
 
-def set_caller(key: Key) -> None:
-    """Note it."""
-    g.caller = key
+    key: Key | None = None
+    quota_status: QuotaStatus | None = None
 
+    @property
+    def id(self) -> str | None:
+        """The id of the key, which all that the caller shares with others is shared by."""
+        return None if self.key is None else self.key.id
 
-def quota_status() -> QuotaStatus | None:
-    """How the caller stood when the current request was counted; None if it was not."""
-    return _fact("quota_status")
-
-
-def set_quota_status(found: QuotaStatus) -> None:
-    """Note it."""
-    g.quota_status = found
-
-
-def owner() -> str | None:
-    """The id of the caller's key."""
-    key = caller()
-    return None if key is None else key.id
-
-
-def cache_salt(wanted: str) -> bytes:
-    """What a request's cached prompts are salted with: two keys never share them."""
-    # No id holds a colon, so nothing that is wanted makes two callers' salts equal.
-    return f"{owner() or ''}:{wanted}".encode()
-
-
-def _fact(name: str) -> Any:
-    return g.get(name) if has_app_context() else None
+    def cache_salt(self, wanted: str) -> bytes:
+        """The salt of a request's cached prompts, which two keys never share."""
+        # No id holds a colon, so nothing that is wanted makes two callers' salts equal.
+        return f"{self.id or ''}:{wanted}".encode()

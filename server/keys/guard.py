@@ -14,7 +14,7 @@ from server.config.settings import Settings
 from server.http.connection import current_request
 from server.http.errors import ApiError
 from server.http.locality import is_local_name, is_near, name_of, proxy_header
-from server.keys.caller import caller, set_caller
+from server.keys.caller import Caller
 from server.keys.key import TICKET_SECONDS, Key, digest, id_of, is_ticket, new_ticket
 from server.keys.lookup import KeyLookup
 from server.keys.store.threads import StoreThreads
@@ -103,11 +103,12 @@ class Guard:
         Raises:
             ApiError: it has no key that may do this.
         """
+        current = current_request()
+        current.caller = caller = Caller()
         if request.endpoint in OPEN_ENDPOINTS or await self.serves_without_key(request):
             return
-        key = await self.identify(bearer(request))
-        set_caller(key)
-        current_request().log_entry.add(key=key.id)
+        caller.key = key = await self.identify(bearer(request))
+        current.log_entry.add(key=key.id)
         if request.url_rule is not None:  # else: a 404 or 405, which says little to any key
             check_scope(key, request.url_rule.rule)
 
@@ -145,20 +146,19 @@ class Guard:
             raise unauthenticated("There is no such API key. Check it, or ask for a new one.")
         return _counting(key)
 
-    async def recheck(self) -> Key | None:
-        """The caller as it is now, in the course of a long connection; None: it needed no key.
+    async def recheck(self, caller: Caller) -> None:
+        """Look up the caller's key again, in the course of a long connection.
 
         Raises:
             ApiError: its key does not count any more, or the store cannot be used.
         """
-        before = caller()
+        before = caller.key
         if before is None:
-            return None
+            return
         key = await self._lookup.by_id(before.id)
         if key is None or key.digest != before.digest:
             raise unauthenticated("This API key was replaced by another one.")
-        set_caller(_counting(key))
-        return key
+        caller.key = _counting(key)
 
     async def ticket_holder(self, ticket: str) -> Key:
         """The key that a ticket was made for, which is then used up.
@@ -199,20 +199,20 @@ class Guard:
             )
         return ticket
 
-    def permit(self, name: str) -> None:
+    def check_model(self, caller: Caller, name: str) -> None:
         """Let the caller use the model of this id or alias.
 
         Raises:
             ApiError: its key is for others.
         """
-        if not self.permits(name):
+        if not self.allows_model(caller, name):
             raise forbidden(
                 f"This API key may not use the model {name[:100]!r}.", "model_not_allowed", "model"
             )
 
-    def permits(self, name: str) -> bool:
+    def allows_model(self, caller: Caller, name: str) -> bool:
         """Whether the caller may use this model."""
-        key, aliases = caller(), self._settings.aliases
+        key, aliases = caller.key, self._settings.aliases
         if key is None or not key.models:
             return True
         return aliases.get(name, name) in {aliases.get(each, each) for each in key.models}

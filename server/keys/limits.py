@@ -9,8 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from server.http.errors import ApiError
-from server.keys.caller import caller, set_quota_status
-from server.keys.caller import quota_status as known_quota_status
+from server.keys.caller import Caller
 from server.keys.key import Key
 from server.keys.store.store import DAY_SECONDS, LEASE_SECONDS, QuotaStatus, Reservation, Usage
 from server.keys.store.threads import StoreThreads
@@ -33,9 +32,10 @@ class Charge:
     settlement counts.
     """
 
-    def __init__(self, limiter: "Limiter", key: Key | None, reservation: Reservation) -> None:
+    def __init__(self, limiter: "Limiter", caller: Caller, reservation: Reservation) -> None:
         self._limiter = limiter
-        self._key = key
+        self._caller = caller
+        self._key = caller.key
         self._reservation = reservation
 
     async def reserve(self, model: str, prompt: int, completion: int) -> None:
@@ -54,7 +54,7 @@ class Charge:
                 id=_new_id(), model=model, prompt=prompt, completion=completion
             )
             before, self._reservation = self._reservation, reservation
-            await self._limiter.reserve(self._key, reservation, before)
+            await self._limiter.reserve(self._caller, self._key, reservation, before)
 
     async def reserve_answer(self, answer: "Answer", model: str) -> None:
         """Reserve what an answer may take, and have it settled when its generation has ended.
@@ -97,19 +97,24 @@ class Limiter:
         self._store = threads.store
         self._held: dict[str, str] = {}  # reservation id: key id
 
-    async def enter(self) -> Charge:
+    async def enter(self, caller: Caller) -> Charge:
         """Count a request of the caller's, before any work is done for it.
 
         Raises:
             ApiError: a limit refuses it, or the store cannot be used.
         """
-        key, reservation = caller(), Reservation(id=_new_id(), model="", prompt=0, completion=0)
-        if key is not None:
-            await self.reserve(key, reservation)
-        return Charge(self, key, reservation)
+        reservation = Reservation(id=_new_id(), model="", prompt=0, completion=0)
+        charge = Charge(self, caller, reservation)
+        if caller.key is not None:
+            await self.reserve(caller, caller.key, reservation)
+        return charge
 
     async def reserve(
-        self, key: Key, reservation: Reservation, before: Reservation | None = None
+        self,
+        caller: Caller,
+        key: Key,
+        reservation: Reservation,
+        before: Reservation | None = None,
     ) -> None:
         """Make a reservation for a key, in place of the one ``before``, which is forgotten.
 
@@ -133,7 +138,7 @@ class Limiter:
         except BaseException:
             del self._held[reservation.id]
             raise
-        set_quota_status(found)
+        caller.quota_status = found
         if found.refusal is not None:
             del self._held[reservation.id]
             raise refused(key, found)
@@ -152,12 +157,14 @@ class Limiter:
         await self._threads.flush()
         return await self._threads.call(partial(self._store.quota_status, key.id, None))
 
-    async def headers(self) -> dict[str, str]:
-        """Of the response to the current request."""
-        key = caller()
-        if key is None:
+    async def headers(self, caller: Caller | None) -> dict[str, str]:
+        """The headers of a response that tell a caller what is left of its limits.
+
+        ``caller`` is None if the request ended before it could be told who sent it.
+        """
+        if caller is None or (key := caller.key) is None:
             return {}
-        found = known_quota_status()
+        found = caller.quota_status
         if found is None:
             try:
                 found = await self.quota_status(key)

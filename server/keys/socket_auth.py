@@ -8,7 +8,7 @@ from quart import websocket
 from server.http.codec import parse_object
 from server.http.errors import ApiError
 from server.http.socket_connection import current_socket
-from server.keys.caller import set_caller, set_quota_status
+from server.keys.caller import Caller
 from server.keys.guard import bearer, check_scope, unauthenticated
 from server.keys.key import Key
 from server.keys.limits import Limiter, exhausted
@@ -32,6 +32,7 @@ async def admit_socket(services: Services) -> None:
             accepted meanwhile is to be closed.
     """
     guard, limiter, socket = services.guard, services.limiter, current_socket()
+    socket.caller = Caller()
     waiting = None
     if await guard.serves_without_key(websocket):
         key = None
@@ -59,12 +60,13 @@ async def admit_socket(services: Services) -> None:
 
 
 async def _enter(limiter: Limiter, key: Key) -> None:
-    set_caller(key)
-    current_socket().log_entry.add(key=key.id)
+    socket = current_socket()
+    socket.caller.key = key
+    socket.log_entry.add(key=key.id)
     if websocket.url_rule is not None:
         check_scope(key, websocket.url_rule.rule)
     found = await limiter.quota_status(key)
-    set_quota_status(found)
+    socket.caller.quota_status = found
     if (refusal := exhausted(key, found)) is not None:
         raise refusal
 

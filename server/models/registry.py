@@ -45,10 +45,10 @@ class Registry:
         self,
         settings: Settings,
         loader: Loader = load_from_disk,
-        permit: Callable[[str], None] = lambda _: None,
+        check_access: Callable[[Any, str], None] = lambda caller, name: None,
         job: "Job | None" = None,
     ) -> None:
-        """Name the models; ``permit`` raises if the caller may not use one.
+        """Name the models; ``check_access`` raises if a caller may not use one.
 
         ``job``: of the processes that run a model with this one; to be ended with the models.
 
@@ -57,7 +57,7 @@ class Registry:
         """
         self._settings = settings
         self._loader = loader
-        self._permit = permit
+        self._check_access = check_access
         self._job = job
         self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
         self._stopping = threading.Event()
@@ -97,13 +97,13 @@ class Registry:
             for entry in self._entries.values()
         ]
 
-    def get(self, name: str) -> "Model":
-        """The model of this id or alias.
+    def get(self, name: str, caller: object) -> "Model":
+        """The model of this id or alias, for a caller.
 
         Raises:
             ApiError: there is none, it is still being loaded, or the caller may not use it.
         """
-        self._permit(name)
+        self._check_access(caller, name)
         entry = self._entries.get(self._settings.aliases.get(name, name))
         if entry is None:
             known = ", ".join([*self._entries, *self._settings.aliases])
@@ -117,26 +117,26 @@ class Registry:
             raise still_loading()
         return entry.model
 
-    def language_model(self, name: str) -> "LanguageModel":
+    def language_model(self, name: str, caller: object) -> "LanguageModel":
         """The model of this name, which generates.
 
         Raises:
             ApiError: there is none, it is still being loaded, or it is of the other kind.
         """
-        model = self.get(name)
+        model = self.get(name, caller)
         if model.kind == "encoder":
             raise bad_request(
                 f"The model {name} makes embeddings and no text; use /v1/embeddings.", "model"
             )
         return model
 
-    def embedding_model(self, name: str) -> "EmbeddingModel":
+    def embedding_model(self, name: str, caller: object) -> "EmbeddingModel":
         """The model of this name, which embeds.
 
         Raises:
             ApiError: there is none, it is still being loaded, or it is of the other kind.
         """
-        model = self.get(name)
+        model = self.get(name, caller)
         if model.kind == "decoder":
             raise bad_request(
                 f"The model {name} generates text and makes no embeddings; use "

@@ -22,7 +22,11 @@ async def read_body(
         ApiError: as ``work``, ``CpuPool.run``, ``read_json`` and ``parse_object`` do.
     """
     raw = await read_json()
-    deadline = current_request().body.deadline
+    current = current_request()
     return await cpu_pool.run(
-        len(raw), lambda: work(parse_object(raw)), deadline=deadline, inline=inline
+        len(raw),
+        lambda: work(parse_object(raw)),
+        owner=current.caller.id,
+        deadline=current.body.deadline,
+        inline=inline,
     )

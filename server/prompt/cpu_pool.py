@@ -11,7 +11,6 @@ from weakref import WeakValueDictionary
 
 from server.http.deadline import Deadline
 from server.http.errors import bad_request, unavailable
-from server.keys.caller import owner
 
 INLINE_BYTES = 2000
 """Smaller bodies are handled on the event loop: that takes less time than a thread's answer."""
@@ -48,6 +47,7 @@ class CpuPool:
         size: int,
         work: Callable[[], Result],
         *,
+        owner: str | None = None,
         deadline: Deadline | None = None,
         inline: bool = True,
     ) -> Result:
@@ -55,7 +55,8 @@ class CpuPool:
 
         Args:
             size: bytes of the whole body, or of what is to be written.
-            work: sees the caller's context.
+            work: sees the context variables of the logger.
+            owner: the id of the caller's key; None: it has none.
             deadline: of the request, which ends the wait and the work; None: it has none.
             inline: small work may run on the event loop. False: it may block.
 
@@ -65,7 +66,7 @@ class CpuPool:
         """
         if inline and size <= INLINE_BYTES:
             return work()
-        held = await self._turn(size, deadline)
+        held = await self._turn(size, owner, deadline)
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._pool, copy_context().run, work)
 
@@ -90,21 +91,20 @@ class CpuPool:
         finally:
             del future  # a failure's traceback would keep it, and it the failure: a cycle
 
-    async def _turn(self, size: int, deadline: Deadline | None) -> ExitStack:
+    async def _turn(self, size: int, owner: str | None, deadline: Deadline | None) -> ExitStack:
         """Wait for the key's turn and a thread; closing the result gives both back."""
-        name = owner()
-        if self._queued[name] and self._queued[name] + size > MAX_QUEUED_BYTES:
+        if self._queued[owner] and self._queued[owner] + size > MAX_QUEUED_BYTES:
             raise self._overloaded()
         locks: list[asyncio.Lock | asyncio.Semaphore] = []
-        if name is not None:
-            locks.append(self._turns.setdefault(name, asyncio.Lock()))
+        if owner is not None:
+            locks.append(self._turns.setdefault(owner, asyncio.Lock()))
         if size > LARGE_BYTES:
             locks.append(self._large)
         locks.append(self._threads)
         until = asyncio.get_running_loop().time() + WAIT_SECONDS
         if deadline is not None:
             until = min(until, deadline.at)
-        self._queued[name] += size
+        self._queued[owner] += size
         try:
             with ExitStack() as held:
                 async with asyncio.timeout_at(until):
@@ -117,9 +117,9 @@ class CpuPool:
                 raise deadline.missed() from None
             raise self._overloaded() from None
         finally:
-            self._queued[name] -= size
-            if not self._queued[name]:
-                del self._queued[name]
+            self._queued[owner] -= size
+            if not self._queued[owner]:
+                del self._queued[owner]
 
     def _overloaded(self) -> Exception:
         return unavailable(

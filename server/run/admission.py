@@ -200,7 +200,7 @@ async def admit(
     generation, trace = answer.generation, entry.trace
     permit.acquire(len(generation.choices))
     generation.deadline = permit.deadline
-    model = services.registry.get(answer.dialect.model).name
+    model = services.registry.get(answer.dialect.model, answer.caller).name
     permit.expect(generation.forecast())
     await charge.reserve_answer(answer, model)
     if trace is not None:

@@ -7,6 +7,7 @@ from io import StringIO
 from typing import Any
 
 from server.http.pieces import JsonList
+from server.keys.caller import Caller
 from server.run.dialect import Dialect
 from server.run.generation import Generation
 from server.run.output import TextPart
@@ -36,6 +37,7 @@ class Answer:
         user: whom the client serves, by its own name for them; for the log.
     """
 
+    caller: Caller
     generation: Generation
     dialect: Dialect
     stream: bool

@@ -15,7 +15,7 @@ from server.api.openai.chat import ChatBody, ChatDialect
 from server.api.openai.common import Body, GenerationBody
 from server.api.openai.completions import CompletionBody, CompletionDialect
 from server.http.errors import as_api_error, bad_request
-from server.keys.caller import cache_salt, owner
+from server.keys.caller import Caller
 from server.prompt.prompts import check_scores, completion_prompt, fit, infill_tokens
 from server.prompt.templates import conversation_ids
 from server.run.answer import Answer
@@ -32,7 +32,7 @@ _MOST_NAMED = 20
 """Most unknown parameters that the warnings name."""
 
 Prepare = Callable[..., Answer]
-"""One of the two functions below: ``(registry, fields, strict=...)``."""
+"""One of the two functions below: ``(registry, caller, fields, strict=...)``."""
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
@@ -62,14 +62,16 @@ def validate(kind: type[AnyBody], fields: Any, *, strict: bool) -> tuple[AnyBody
     return body, warnings
 
 
-def prepare_completion(registry: "Registry", fields: Any, *, strict: bool) -> Answer:
+def prepare_completion(
+    registry: "Registry", caller: Caller, fields: Any, *, strict: bool
+) -> Answer:
     """The answer to a request of ``/v1/completions``.
 
     Raises:
         ApiError, RequestError: it cannot be served as it stands.
     """
     body, warnings = validate(CompletionBody, fields, strict=strict)
-    model = registry.language_model(body.model)
+    model = registry.language_model(body.model, caller)
     infill = infill_tokens(model.tokenizer) if body.suffix else None
     suffix = "" if infill else body.suffix
     if infill and body.echo and body.logprobs is not None:
@@ -83,6 +85,7 @@ def prepare_completion(registry: "Registry", fields: Any, *, strict: bool) -> An
 
     return _answer(
         model,
+        caller,
         body,
         CompletionDialect,
         "cmpl",
@@ -95,20 +98,21 @@ def prepare_completion(registry: "Registry", fields: Any, *, strict: bool) -> An
     )
 
 
-def prepare_chat(registry: "Registry", fields: Any, *, strict: bool) -> Answer:
+def prepare_chat(registry: "Registry", caller: Caller, fields: Any, *, strict: bool) -> Answer:
     """The answer to a request of ``/v1/chat/completions``.
 
     Raises:
         ApiError, RequestError: it cannot be served as it stands.
     """
     body, warnings = validate(ChatBody, fields, strict=strict)
-    model = registry.language_model(body.model)
+    model = registry.language_model(body.model, caller)
     ids = tuple(conversation_ids(model.tokenizer, body, warnings, strict=strict))
     if not ids:
         raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
     max_tokens = fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
     return _answer(
         model,
+        caller,
         body,
         ChatDialect,
         "chatcmpl",
@@ -121,6 +125,7 @@ def prepare_chat(registry: "Registry", fields: Any, *, strict: bool) -> Answer:
 
 def _answer(
     model: "LanguageModel",
+    caller: Caller,
     body: GenerationBody,
     dialect: type[Dialect],
     prefix: str,
@@ -158,10 +163,11 @@ def _answer(
         logprobs=logprobs,
         ranked=num_choices > body.n,
         priority=body.priority,
-        cache_salt=cache_salt(body.cache_salt),
-        owner=owner() or "",
+        cache_salt=caller.cache_salt(body.cache_salt),
+        owner=caller.id or "",
     )
     return Answer(
+        caller=caller,
         generation=Generation(model.engine, model.tokenizer, plan),
         dialect=dialect(
             id=answer_id,

@@ -22,7 +22,7 @@ from server.http.errors import ApiError, as_api_error, bad_request
 from server.http.frames import FrameError
 from server.http.pieces import Json
 from server.http.socket_connection import current_socket
-from server.keys.caller import owner
+from server.keys.caller import Caller
 from server.keys.limits import Charge
 from server.keys.store.store import Usage
 from server.observe.access_log import AccessLogEntry
@@ -64,7 +64,7 @@ async def open_socket(services: Services) -> None:
     # A browser wants one of the protocols it offered: the key's own only if there is no other.
     offered = sorted(socket.requested_subprotocols, key=lambda name: "key." in name)
     await socket.accept(
-        headers={"X-Request-Id": socket.id} | await services.limiter.headers(),
+        headers={"X-Request-Id": socket.id} | await services.limiter.headers(socket.caller),
         subprotocol=offered[0] if offered else None,
     )
 
@@ -143,6 +143,7 @@ class _Session:
         self._services = services
         self._prepare = prepare
         self._strict = strict
+        self._caller: Caller = current_socket().caller
         self._running: dict[object, _Running] = {}
 
     async def run(self) -> None:
@@ -172,7 +173,7 @@ class _Session:
     async def _refuse(self, error: ApiError, name: str | None, charge: Charge | None) -> None:
         """Answer a frame that starts nothing; it counts as a request all the same."""
         try:
-            charge = charge or await self._services.limiter.enter()
+            charge = charge or await self._services.limiter.enter(self._caller)
         except ApiError as limit:
             error = limit
         else:
@@ -188,8 +189,10 @@ class _Session:
         try:
             frame = await current_socket().receive()
             if (size := len(frame)) > INLINE_BYTES:
-                charge = await self._services.limiter.enter()
-            message = await self._services.cpu_pool.run(size, partial(parse_object, frame))
+                charge = await self._services.limiter.enter(self._caller)
+            message = await self._services.cpu_pool.run(
+                size, partial(parse_object, frame), owner=self._caller.id
+            )
             name = message.get("id") if "type" in message else None
             name = name if isinstance(name, str) else None
             body = self._open(message, name)
@@ -257,7 +260,7 @@ class _Session:
         socket = current_socket()
         path = socket.path
         entry.begin_trace(self._services.tracing, WEBSOCKET, path, socket.headers, socket.id)
-        entry.add(route=path, key=owner(), request_id=name)
+        entry.add(route=path, key=self._caller.id, request_id=name)
         with ExitStack() as held:
             try:
                 await self._generate(held, running, entry, name, body)
@@ -296,13 +299,13 @@ class _Session:
         """Answer a request, in a permit that ``held`` gives back."""
         services = self._services
         timeout = websocket.headers.get(TIMEOUT_HEADER)
-        permit = held.enter_context(services.admission.enter(owner(), timeout))
-        await services.guard.recheck()
-        running.charge = charge = running.charge or await services.limiter.enter()
-        prepare = partial(self._prepare, services.registry, body, strict=self._strict)
+        permit = held.enter_context(services.admission.enter(self._caller.id, timeout))
+        await services.guard.recheck(self._caller)
+        running.charge = charge = running.charge or await services.limiter.enter(self._caller)
+        prepare = partial(self._prepare, services.registry, self._caller, body, strict=self._strict)
         inline = self._prepare is not prepare_chat
         answer = await services.cpu_pool.run(
-            running.size, prepare, deadline=permit.deadline, inline=inline
+            running.size, prepare, owner=self._caller.id, deadline=permit.deadline, inline=inline
         )
         running.generation = answer.generation
         if running.cancelled:

@@ -6,12 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from quart import Quart
 
 from server.http.deadline import Deadline
 from server.http.errors import ApiError
-from server.keys.caller import set_caller
-from server.keys.key import Key
 from server.prompt.cpu_pool import INLINE_BYTES, LARGE_BYTES, CpuPool
 from tests.support.fake_engine import TIMEOUT
 
@@ -21,10 +18,7 @@ LONG = INLINE_BYTES + 1
 async def read(
     text: CpuPool, name: str | None, work: Callable[[], Any], size: int = LONG, **kwargs: Any
 ) -> Any:
-    async with Quart("test").app_context():
-        if name is not None:
-            set_caller(Key(id=name, name=name, digest=""))
-        return await text.run(size, work, **kwargs)
+    return await text.run(size, work, owner=name, **kwargs)
 
 
 def blocked(never: threading.Event) -> Callable[[], bool]:

@@ -7,13 +7,14 @@ import pytest
 
 from inferneo_jax import Tokenizer
 from server.http.errors import ApiError
+from server.keys.caller import Caller
 from server.run.prepare import prepare_chat, prepare_completion
 from tests.support.fake_server import make_tokenizer
 
 
 def registry(tokenizer: Tokenizer) -> Any:
     model = SimpleNamespace(tokenizer=tokenizer, engine=None, max_len=100, kind="decoder")
-    return SimpleNamespace(language_model=lambda name: model)
+    return SimpleNamespace(language_model=lambda name, caller: model)
 
 
 @pytest.mark.parametrize("style", ["<|fim_{}|>", "<fim_{}>"])
@@ -24,7 +25,7 @@ def test_a_suffix_is_filled_in_where_the_model_can(style: str, as_ids: bool) -> 
     prefix, suffix, middle = (tokenizer.encode(name)[0] for name in names)
     before = tokenizer.encode("def f")
     fields = {"model": "m", "prompt": before if as_ids else "def f", "suffix": "return"}
-    answer = prepare_completion(registry(tokenizer), fields, strict=False)
+    answer = prepare_completion(registry(tokenizer), Caller(), fields, strict=False)
     plan = answer.generation.plan
     assert list(plan.prompts[0].ids) == [
         prefix,
@@ -34,23 +35,23 @@ def test_a_suffix_is_filled_in_where_the_model_can(style: str, as_ids: bool) -> 
         middle,
     ]
     assert plan.text.suffix == ""
-    assert answer.shape.warnings == ()
+    assert answer.dialect.warnings == ()
 
 
 def test_a_model_without_a_template_does_not_chat() -> None:
     fields = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     with pytest.raises(ApiError, match="/v1/completions") as caught:
-        prepare_chat(registry(make_tokenizer(template=None)), fields, strict=False)
+        prepare_chat(registry(make_tokenizer(template=None)), Caller(), fields, strict=False)
     assert (caught.value.status, caught.value.param) == (400, "model")
 
 
 def test_what_is_filled_in_cannot_be_scored_as_an_echo() -> None:
     tokenizer = make_tokenizer("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
     fields = {"model": "m", "prompt": "def f", "suffix": "return", "echo": True}
-    answer = prepare_completion(registry(tokenizer), fields, strict=False)
+    answer = prepare_completion(registry(tokenizer), Caller(), fields, strict=False)
     assert answer.generation.plan.prompts[0].text == "def f"
     with pytest.raises(ApiError, match="suffix") as caught:
-        prepare_completion(registry(tokenizer), fields | {"logprobs": 0}, strict=False)
+        prepare_completion(registry(tokenizer), Caller(), fields | {"logprobs": 0}, strict=False)
     assert (caught.value.status, caught.value.param) == (400, "suffix")
 
 
@@ -60,12 +61,12 @@ def test_template_variables_are_those_that_the_template_reads() -> None:
     given = {"enable_thinking": True, "bos_token": "changed", "other": 1}
     fields: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     fields["chat_template_kwargs"] = given
-    answer = prepare_chat(registry(tokenizer), fields, strict=False)
+    answer = prepare_chat(registry(tokenizer), Caller(), fields, strict=False)
     ids = answer.generation.plan.prompts[0].ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == "think <|begin|>Hi"
-    assert [warning.split()[0] for warning in answer.shape.warnings] == [
+    assert [warning.split()[0] for warning in answer.dialect.warnings] == [
         "chat_template_kwargs.bos_token",
         "chat_template_kwargs.other",
     ]
     with pytest.raises(ApiError, match=r"chat_template_kwargs\.bos_token"):
-        prepare_chat(registry(tokenizer), fields, strict=True)
+        prepare_chat(registry(tokenizer), Caller(), fields, strict=True)

@@ -5,8 +5,8 @@ from functools import partial
 from quart import Blueprint, Response
 
 from server.http.codec import json_response
+from server.http.connection import current_request
 from server.http.errors import bad_request
-from server.keys.caller import caller
 from server.keys.key import TICKET_SECONDS, Key
 from server.keys.usage import key_usage
 from server.services import Services
@@ -34,7 +34,7 @@ def blueprint(services: Services) -> Blueprint:
 
 
 def _needed() -> Key:
-    key = caller()
+    key: Key | None = current_request().caller.key
     if key is None:
         raise bad_request("This server needs no API keys now, and keeps nothing about callers.")
     return key

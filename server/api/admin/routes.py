@@ -17,7 +17,6 @@ from server.api.admin.keys import ChangeKeyBody, LimitsBody, NewKeyBody
 from server.http.codec import json_response
 from server.http.connection import current_request
 from server.http.errors import ApiError, bad_request
-from server.keys.caller import caller, set_caller
 from server.keys.guard import bearer, check_scope, forbidden
 from server.keys.key import Key, Limits
 from server.keys.keyring import Keyring, KeyringError, describe
@@ -61,7 +60,7 @@ def blueprint(services: Services) -> Blueprint:
         still manage keys. The store's thread writes the log: the change happens, and must be
         there, though the client may have gone.
         """
-        acting = caller()
+        acting = current_request().caller.key
         assert acting is not None
 
         def run() -> dict[str, Any]:
@@ -77,13 +76,14 @@ def blueprint(services: Services) -> Blueprint:
     @routes.before_request
     async def require_admin() -> None:
         """The guard has checked a key's scopes, but lets in those who need no key at all."""
-        if caller() is not None:
+        current = current_request()
+        if current.caller.key is not None:
             return
         if store.exists() and (text := bearer(request)) is not None:
             key = await services.guard.identify(text)
-            current_request().log_entry.add(key=key.id)
+            current.log_entry.add(key=key.id)
             check_scope(key, "/admin")
-            set_caller(key)
+            current.caller.key = key
             return
         raise forbidden(
             "Keys are managed here with a key of the scope admin only. Create one on the "

@@ -13,7 +13,7 @@ from server.http.codec import long_response, wants_strict
 from server.http.connection import current_request
 from server.http.errors import bad_request
 from server.http.pieces import Json
-from server.keys.caller import owner
+from server.keys.caller import Caller
 from server.keys.store.store import Usage
 from server.prompt.body import read_body
 from server.prompt.prompts import CONTEXT_IS
@@ -34,7 +34,8 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
 
     @blueprint.post("/embeddings")
     async def create_embeddings() -> Response:
-        work = partial(_read, services.registry, strict=wants_strict())
+        caller: Caller = current_request().caller
+        work = partial(_read, services.registry, caller, strict=wants_strict())
         body, model, ids, warnings = await read_body(services.cpu_pool, work)
         current = current_request()
         permit, charge = current.permit, current.charge
@@ -47,7 +48,7 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
         try:
             # Should the client leave, this is cancelled, and the future with it.
             async with asyncio.timeout_at(permit.deadline.at):
-                vectors = await asyncio.wrap_future(model.embedder.embed(ids, owner() or ""))
+                vectors = await asyncio.wrap_future(model.embedder.embed(ids, caller.id or ""))
         except TimeoutError:
             charge.settle(Usage(prompt=num_tokens))
             raise permit.deadline.missed() from None
@@ -62,17 +63,19 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
                 embedding_answer(body.model, shortened, body.encoding_format, num_tokens, warnings)
             )
 
-        written = await services.cpu_pool.run(vectors.nbytes, write, deadline=permit.deadline)
+        written = await services.cpu_pool.run(
+            vectors.nbytes, write, owner=caller.id, deadline=permit.deadline
+        )
         charge.settle(Usage(prompt=num_tokens))
         return long_response(written)
 
 
 def _read(
-    registry: "Registry", fields: dict[str, Any], *, strict: bool
+    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
 ) -> tuple[EmbeddingBody, "EmbeddingModel", list[list[int]], list[str]]:
     """The request, its model, the token ids of its inputs, and warnings."""
     body, warnings = validate(EmbeddingBody, fields, strict=strict)
-    model = registry.embedding_model(body.model)
+    model = registry.embedding_model(body.model, caller)
     hidden_size = model.embedder.hidden_size
     if body.dimensions is not None and body.dimensions > hidden_size:
         raise bad_request(

@@ -26,7 +26,8 @@ def _add_endpoint(blueprint: Blueprint, services: Services, path: str, prepare: 
     name = path.strip("/").replace("/", "_")
 
     async def create() -> Response:
-        work = partial(prepare, services.registry, strict=wants_strict())
+        caller = current_request().caller
+        work = partial(prepare, services.registry, caller, strict=wants_strict())
         answer = await read_body(services.cpu_pool, work, inline=prepare is not prepare_chat)
         return await _respond(services, answer)
 

@@ -10,6 +10,7 @@ from server.http.codec import long_response, wants_strict
 from server.http.connection import current_request
 from server.http.errors import bad_request
 from server.http.pieces import Json, JsonList
+from server.keys.caller import Caller
 from server.keys.store.store import Usage
 from server.prompt.body import read_body
 from server.prompt.templates import conversation_ids
@@ -36,12 +37,16 @@ def add_routes(blueprint: Blueprint, services: Services) -> None:
 
     @blueprint.post("/tokenize")
     async def tokenize() -> Response:
-        work = partial(_tokenize, services.registry, strict=wants_strict())
+        work = partial(
+            _tokenize, services.registry, current_request().caller, strict=wants_strict()
+        )
         return _respond(await read_body(services.cpu_pool, work, inline=False))
 
     @blueprint.post("/detokenize")
     async def detokenize() -> Response:
-        work = partial(_detokenize, services.registry, strict=wants_strict())
+        work = partial(
+            _detokenize, services.registry, current_request().caller, strict=wants_strict()
+        )
         return _respond(await read_body(services.cpu_pool, work))
 
 
@@ -53,17 +58,19 @@ def _respond(written: _Written) -> Response:
     return long_response(written.text)
 
 
-def _tokenize(registry: "Registry", fields: dict[str, Any], *, strict: bool) -> _Written:
+def _tokenize(
+    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
+) -> _Written:
     if fields.get("messages") is None:
         text, warnings = validate(TokenizeTextBody, fields, strict=strict)
-        model, spelled = _model(registry, text.model), text.return_token_strs
+        model, spelled = _model(registry, caller, text.model), text.return_token_strs
         tokens = model.tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
     else:
         if fields.get("prompt") is not None:
             message = "prompt and messages exclude each other; send one of them."
             raise bad_request(message, "prompt")
         chat, warnings = validate(TokenizeChatBody, fields, strict=strict)
-        model, spelled = _model(registry, chat.model), chat.return_token_strs
+        model, spelled = _model(registry, caller, chat.model), chat.return_token_strs
         tokens = conversation_ids(
             model.tokenizer,
             chat,
@@ -87,17 +94,19 @@ def _tokenize(registry: "Registry", fields: dict[str, Any], *, strict: bool) -> 
     return _write(fields.get("model") or model.name, answer, warnings)
 
 
-def _detokenize(registry: "Registry", fields: dict[str, Any], *, strict: bool) -> _Written:
+def _detokenize(
+    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
+) -> _Written:
     body, warnings = validate(DetokenizeBody, fields, strict=strict)
-    model = _model(registry, body.model)
+    model = _model(registry, caller, body.model)
     _check(body.tokens, model.tokenizer)
     text = model.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return _write(body.model or model.name, {"prompt": text}, warnings)
 
 
-def _model(registry: "Registry", name: str | None) -> "Model":
+def _model(registry: "Registry", caller: Caller, name: str | None) -> "Model":
     """The model of this name, or the first one."""
-    return registry.get(registry.models()[0].name if name is None else name)
+    return registry.get(registry.models()[0].name if name is None else name, caller)
 
 
 def _check(tokens: list[int], tokenizer: "Tokenizer") -> None:

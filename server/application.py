@@ -48,7 +48,6 @@ from server.process.exit import end_orderly, exit_failed
 from server.process.shutdown import drain, end_if_lost, held_up
 from server.prompt.cpu_pool import CpuPool
 from server.run.admission import Admission
-from server.run.websocket import end_refused
 from server.services import Services, attach
 from server.web import pages
 
@@ -115,7 +114,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     _handle_errors(app)
     _name_responses(app, services)
     app.before_request(guard.admit_request)
-    app.before_websocket(partial(admit_socket, services))
+    app.before_websocket(partial(admit_socket, settings, guard, limiter, sockets, registry))
     app.register_blueprint(health.blueprint(services))
     app.register_blueprint(docs.blueprint())
     app.register_blueprint(pages.blueprint())
@@ -232,7 +231,7 @@ def _handle_errors(app: Quart) -> None:
             if current.charge is not None:
                 current.charge.settle_failed(failure)
         if has_websocket_context():
-            await end_refused(failure)
+            await current_socket().refuse(failure)
             response.headers["X-Request-Id"] = current_socket().id
         return response
 

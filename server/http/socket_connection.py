@@ -3,10 +3,12 @@
 import asyncio
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
+import orjson
 import structlog
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart import Quart, websocket
@@ -14,7 +16,8 @@ from quart.asgi import ASGIWebsocketConnection
 from quart.wrappers.websocket import Websocket
 
 from server.http.connection import CONNECTIONS, Connections, request_id, while_connected
-from server.http.frames import FrameMemory, Inbox, let_go, pinged, take_over
+from server.http.errors import ApiError
+from server.http.frames import FrameError, FrameMemory, Inbox, let_go, pinged, take_over
 from server.http.transport import WriteTimeout
 from server.observe.access_log import AccessLogEntry
 
@@ -25,6 +28,7 @@ CLOSE_SECONDS = 2.0
 """How long a client has to answer a close frame; what it sends meanwhile is dropped."""
 _FRAMES = "frames"
 _METRICS = "metrics"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class ApiWebsocket(Websocket):
@@ -70,6 +74,51 @@ class ApiWebsocket(Websocket):
             self.log_entry.add(close_code=code)
             asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.cut, context=Context())
             await super().close(code, reason)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Log why the socket ends. If it is open, tell the client, and close it."""
+        self.log_entry.add_error(error)
+        if not self.accepted:
+            self.log_entry.add(status=error.status)
+            return
+        await self.send(orjson.dumps(error.envelope()).decode())
+        await self.close(close_code(error), error.name)
+
+    def check_origin(self, allowed: tuple[str, ...]) -> None:
+        """Let in programs, which send no origin, this machine's pages, and ``allowed`` origins.
+
+        A page served under the very address it connects to is let in only when that is a number: a
+        name can be made to point here by whoever owns it (DNS rebinding).
+
+        Raises:
+            ApiError: a page of another origin opened this socket.
+        """
+        origin, host = self.headers.get("Origin"), self.headers.get("Host", "")
+        if origin is None or origin in allowed or "*" in allowed:
+            return
+        with suppress(ValueError):  # what is no URL is foreign
+            page = urlsplit(origin)
+            name = page.hostname or ""
+            is_number = ":" in name or name.replace(".", "").isdigit()
+            if name in _LOOPBACK or (is_number and page.netloc == host):
+                return
+        raise ApiError(
+            403,
+            f"Pages of the origin {origin[:100]!r} may not connect; add it to "
+            "INFERNEO_ALLOWED_ORIGINS to allow it.",
+            kind="permission_error",
+            code="origin_not_allowed",
+        )
+
+
+def close_code(error: ApiError) -> int:
+    """The code that a socket is closed with because of an error (RFC 6455, 7.4)."""
+    if isinstance(error, FrameError):
+        return error.close_code
+    if error.status in (401, 403, 429):
+        return 4000 + error.status
+    known = {413: 1009, 503: 1013}  # message too big; try again later
+    return known.get(error.status, 1008 if error.status < 500 else 1011)
 
 
 def current_socket() -> ApiWebsocket:

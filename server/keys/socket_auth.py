@@ -5,22 +5,28 @@ from contextlib import suppress
 
 from quart import websocket
 
+from server.config.settings import Settings
 from server.http.codec import parse_object
 from server.http.errors import ApiError
 from server.http.socket_connection import current_socket
 from server.keys.caller import Caller
-from server.keys.guard import bearer, check_scope, unauthenticated
+from server.keys.guard import Guard, bearer, check_scope, unauthenticated
 from server.keys.key import Key
 from server.keys.limits import Limiter, exhausted
-from server.models.registry import still_loading
-from server.run.websocket import open_socket
-from server.services import Services
+from server.keys.sockets import SocketAdmission
+from server.models.registry import Registry, still_loading
 
 FIRST_FRAME_SECONDS = 10.0
 PROTOCOL = "inferneo.key."
 
 
-async def admit_socket(services: Services) -> None:
+async def admit_socket(
+    settings: Settings,
+    guard: Guard,
+    limiter: Limiter,
+    sockets: SocketAdmission,
+    registry: Registry,
+) -> None:
     """Before every WebSocket connection.
 
     A key is taken from the Authorization header, from the subprotocol ``inferneo.key.<key>``, or
@@ -31,7 +37,7 @@ async def admit_socket(services: Services) -> None:
         ApiError: it has no key that may do this, or there are too many; a connection that was
             accepted meanwhile is to be closed.
     """
-    guard, limiter, socket = services.guard, services.limiter, current_socket()
+    socket = current_socket()
     socket.caller = Caller()
     waiting = None
     if await guard.serves_without_key(websocket):
@@ -43,20 +49,38 @@ async def admit_socket(services: Services) -> None:
     else:
         if websocket.url_rule is None:  # no socket is to be had here, with or without a key
             raise unauthenticated("This server needs an API key.")
-        if not services.registry.loaded:
+        if not registry.loaded:
             raise still_loading()
         client = websocket.scope.get("client")
-        waiting = services.sockets.wait(client[0] if client else None)
+        waiting = sockets.wait(client[0] if client else None)
         socket.cleanup.callback(waiting.leave)
-        await open_socket(services)
+        await open_socket(settings, limiter)
         key = await guard.identify(await _first_frame())
     if key is not None:
         await _enter(limiter, key)
-    place = services.sockets.enter(None if key is None else key.id)
+    place = sockets.enter(None if key is None else key.id)
     socket.cleanup.callback(place.leave)
     if waiting is not None:
         waiting.leave()
-    socket.inbox.widen(services.settings.max_body_bytes)
+    socket.inbox.widen(settings.max_body_bytes)
+
+
+async def open_socket(settings: Settings, limiter: Limiter) -> None:
+    """Accept the connection, unless that has been done.
+
+    Raises:
+        ApiError: a page of a foreign origin opened it.
+    """
+    socket = current_socket()
+    if socket.accepted:
+        return
+    socket.check_origin(settings.allowed_origins)
+    # A browser wants one of the protocols it offered: the key's own only if there is no other.
+    offered = sorted(socket.requested_subprotocols, key=lambda name: "key." in name)
+    await socket.accept(
+        headers={"X-Request-Id": socket.id} | await limiter.headers(socket.caller),
+        subprotocol=offered[0] if offered else None,
+    )
 
 
 async def _enter(limiter: Limiter, key: Key) -> None:

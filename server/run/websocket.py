@@ -6,13 +6,11 @@ as fast as they are dealt with and sent as fast as the client reads, so neither 
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
-import orjson
 from quart import websocket
 
 from server.config.validation import json_kind
@@ -21,9 +19,10 @@ from server.http.deadline import TIMEOUT_HEADER
 from server.http.errors import ApiError, as_api_error, bad_request
 from server.http.frames import FrameError
 from server.http.pieces import Json
-from server.http.socket_connection import current_socket
+from server.http.socket_connection import close_code, current_socket
 from server.keys.caller import Caller
 from server.keys.limits import Charge
+from server.keys.socket_auth import open_socket
 from server.keys.store.store import Usage
 from server.observe.access_log import AccessLogEntry
 from server.observe.tracing import WEBSOCKET
@@ -36,7 +35,6 @@ from server.services import Services
 MAX_AT_ONCE = 16
 _LONGEST_ID = 128
 _ENVELOPES = ("request", "cancel")
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 async def serve_socket(services: Services, prepare: Prepare) -> None:
@@ -45,72 +43,9 @@ async def serve_socket(services: Services, prepare: Prepare) -> None:
     Raises:
         ApiError: a page of a foreign origin opened it; it was not accepted.
     """
-    await open_socket(services)
+    await open_socket(services.settings, services.limiter)
     strict = is_strict(websocket.headers.get(STRICT_HEADER))
     await _Session(services, prepare, strict).run()
-
-
-async def open_socket(services: Services) -> None:
-    """Accept the connection, unless that has been done.
-
-    Raises:
-        ApiError: a page of a foreign origin opened it.
-    """
-    socket = current_socket()
-    if socket.accepted:
-        return
-    headers = socket.headers
-    _check_origin(headers.get("Origin"), headers.get("Host", ""), services.settings.allowed_origins)
-    # A browser wants one of the protocols it offered: the key's own only if there is no other.
-    offered = sorted(socket.requested_subprotocols, key=lambda name: "key." in name)
-    await socket.accept(
-        headers={"X-Request-Id": socket.id} | await services.limiter.headers(socket.caller),
-        subprotocol=offered[0] if offered else None,
-    )
-
-
-async def end_refused(error: ApiError) -> None:
-    """Note why the socket ends; if it was accepted, say so and close it with the code for that."""
-    socket = current_socket()
-    socket.log_entry.add_error(error)
-    if not socket.accepted:
-        socket.log_entry.add(status=error.status)
-        return
-    await socket.send(orjson.dumps(error.envelope()).decode())
-    await socket.close(close_code(error), error.name)
-
-
-def close_code(error: ApiError) -> int:
-    """What a socket is closed with because of an error (RFC 6455, 7.4)."""
-    if isinstance(error, FrameError):
-        return error.close_code
-    if error.status in (401, 403, 429):
-        return 4000 + error.status
-    known = {413: 1009, 503: 1013}  # message too big; try again later
-    return known.get(error.status, 1008 if error.status < 500 else 1011)
-
-
-def _check_origin(origin: str | None, host: str, allowed: tuple[str, ...]) -> None:
-    """Let in programs, which send no origin, this machine's pages, and those that are listed.
-
-    A page served under the very address it connects to is let in only when that is a number: a
-    name can be made to point here by whoever owns it (DNS rebinding).
-    """
-    if origin is None or origin in allowed or "*" in allowed:
-        return
-    with suppress(ValueError):  # what is no URL is foreign
-        page = urlsplit(origin)
-        name = page.hostname or ""
-        is_number = ":" in name or name.replace(".", "").isdigit()
-        if name in _LOOPBACK or (is_number and page.netloc == host):
-            return
-    raise ApiError(
-        403,
-        f"Pages of the origin {origin[:100]!r} may not connect; add it to "
-        "INFERNEO_ALLOWED_ORIGINS to allow it.",
-        kind="permission_error",
-        code="origin_not_allowed",
-    )
 
 
 @dataclass(slots=True)

@@ -24,13 +24,11 @@ from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.follower import follow
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.kernels import segment_attention_for
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
-from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import explained, require
-from inferneo_jax.runner.backends import encoder_quantization_for, quantization_for
+from inferneo_jax.runner.backends import resolve_decoder, resolve_encoder
 from inferneo_jax.runner.model_info import ModelFacts, facts_of
 from inferneo_jax.runner.runner import Runner, sharing
 from inferneo_jax.sharding.mesh import make_mesh
@@ -104,19 +102,9 @@ def load_model(
             # A small model: where there are several hosts, the devices of this one are plenty.
             shape = config.mesh if jax.process_count() == 1 else MeshShape()
             mesh = make_mesh(shape, jax.local_devices())
-            quantization = encoder_quantization_for(config, mesh)
-            weights, _ = load_weights(info, mesh, [quantization], config)
-            attention = segment_attention_for(config, mesh)
-            embedder = Embedder(
-                info.config,
-                weights,
-                quantization,
-                attention,
-                mesh,
-                config.max_len,
-                config.step_seconds,
-                config.compilation_cache,
-            )
+            backend = resolve_encoder(info.config, config, mesh)
+            weights, _ = load_weights(info, mesh, [backend.quantization], config)
+            embedder = Embedder(backend, weights, config)
             with explained("the batches were compiled and first run"):
                 embedder.start(progress)
             return EmbeddingModel(
@@ -125,9 +113,7 @@ def load_model(
                 tokenizer=tokenizer,
                 embedder=embedder,
                 max_tokens=embedder.max_tokens,
-                facts=facts_of(
-                    weights, quantization, mesh, native=type(attention) is not SegmentAttention
-                ),
+                facts=facts_of(backend, weights),
             )
         runner = load_runner(info, config, progress, job)
     facts = runner.facts()
@@ -176,10 +162,9 @@ def load_runner(
     if job:
         job.take(info.path.name)
         agree(job.link, "model", _identity(info, config, mesh))
-    # Where it was never in 4 bits, it cannot be now.
-    choices = quantization_for(config, mesh, bits=4), quantization_for(config, mesh)
-    weights, quantization = load_weights(info, mesh, choices, config)
-    runner = Runner(info.config, weights, config, quantization, mesh, job.link if job else None)
+    backend = resolve_decoder(info.config, config, mesh)
+    weights, quantization = load_weights(info, mesh, backend.choices, config)
+    runner = Runner(backend.loaded(quantization), weights, config, job.link if job else None)
     with explained("the steps were compiled and first run"):
         runner.compile(progress)
     return runner

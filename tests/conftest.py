@@ -26,7 +26,6 @@ from inferneo_jax.config import EngineConfig
 from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
-from inferneo_jax.models import REFERENCE
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
@@ -40,7 +39,7 @@ from tests.support.tiny_model import (
     ONE_DEVICE,
     TINY,
     TINY_ENGINE,
-    tiny_weights,
+    make_runner,
 )
 
 __all__ = ["made", "rig", "shared_rig", "tokenizer"]
@@ -86,7 +85,7 @@ def tiny_runner() -> Callable[..., Runner]:
         config = dataclasses.replace(NATIVE_ENGINE if native else TINY_ENGINE, **changes)
         if config not in made:
             model = NATIVE if native else TINY
-            made[config] = Runner(model, tiny_weights(model), config, REFERENCE)
+            made[config] = make_runner(config, model)
             made[config].compile()
         return made[config]
 

@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 
 from inferneo_jax import models
-from inferneo_jax.config import EncoderConfig, EngineConfig
+from inferneo_jax.config import EngineConfig
 from inferneo_jax.errors import (
     ContextLengthError,
     EngineError,
@@ -26,13 +25,11 @@ from inferneo_jax.errors import (
     OverloadedError,
     RequestError,
 )
-from inferneo_jax.layers.quantization import QuantizationConfig
-from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.platform.watchdog import PATIENCE, Heartbeat
+from inferneo_jax.runner.backends import EncoderBackend
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.scheduler.packing import Packer
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.sharding.padding import fit
 from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, weight_shapes
 
@@ -65,32 +62,22 @@ class Embedder:
     neither many nor a large one hold up the others.
     """
 
-    def __init__(
-        self,
-        model: EncoderConfig,
-        weights: list[Array],
-        quantization: QuantizationConfig,
-        attention: SegmentAttention,
-        mesh: Mesh,
-        max_len: int | None = None,
-        step_seconds: float = EngineConfig.step_seconds,
-        compilation_cache: str | None = None,
-    ) -> None:
-        self._step_seconds = step_seconds
+    def __init__(self, backend: EncoderBackend, weights: list[Array], config: EngineConfig) -> None:
+        model, quantization, mesh = backend.model, backend.quantization, backend.mesh
+        self._step_seconds = config.step_seconds
         self.vocab_size = model.vocab_size
         self.hidden_size = model.hidden_size
-        self.max_tokens = min(max_len or model.max_tokens, model.max_tokens)
+        self.max_tokens = min(config.max_len or model.max_tokens, model.max_tokens)
         self._weights = weights
-        fitted = fit(model, meshes.parts(mesh, "heads"))
-        self._graphdef, self._treedef = models.graphdef(fitted, quantization)
-        self._attention = attention
+        self._graphdef, self._treedef = models.graphdef(backend.padded, quantization)
+        self._attention = backend.attention
         self._mesh = mesh
         self._packer = Packer(
             self.max_tokens, meshes.parts(mesh, "rows"), quantization.linear.padding_cost
         )
-        self._store = ExecutableStore(compilation_cache, mesh, fitted, quantization, attention)
+        self._store = ExecutableStore(config.compilation_cache, mesh, backend)
         self._weight_specs = [
-            each.sharding.spec for each in flat(weight_shapes(model, mesh, quantization))
+            each.sharding.spec for each in flat(weight_shapes(backend.padded, mesh, quantization))
         ]
         self._compiled: dict[int, Any] = {}
         self._changed = threading.Condition()

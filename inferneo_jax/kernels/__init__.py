@@ -1,16 +1,18 @@
-"""Kernels of each kind of device: attention that reads KV pages in place, and CPUs' products."""
+"""A device's own versions of layers, chosen here. The reference runs where a device has none."""
 
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from inferneo_jax.config import EngineConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.layers.cache import PagedAttention
+from inferneo_jax.layers.quantization import QuantizationConfig, Unquantized
 from inferneo_jax.layers.segments import SegmentAttention
-from inferneo_jax.runner.backends import compute_capability, has_products
+from inferneo_jax.platform.devices import compute_capability
 
 Kernels = Literal["auto", "xla", "native"]
+"""``xla`` is the reference; ``native`` is made for the device; ``auto`` is native if available."""
 
 _TRITON_SINCE = (8, 0)
 """Pallas compiles for GPUs of this compute capability, Ampere's, and later ones."""
@@ -19,13 +21,10 @@ _TRITON_SINCE = (8, 0)
 def attention_for(
     device: Any, kernels: Kernels, *, head_dim: int, page_len: int
 ) -> type[PagedAttention]:
-    """The attention that suits a device, heads and pages.
-
-    ``xla`` is the reference, which runs on any; ``native`` is made for the device, and ``auto`` is
-    native where there is such a one.
+    """Attention over KV pages for a device and these sizes of heads and pages.
 
     Raises:
-        ConfigError: native is asked for, and there is none.
+        ConfigError: ``kernels`` is ``native``, and there are none.
     """
     if kernels == "xla":
         return PagedAttention
@@ -55,10 +54,42 @@ def attention_for(
     return PagedAttention
 
 
-def segment_attention_for(config: EngineConfig, mesh: Mesh) -> SegmentAttention:
-    """Attention within segments: native on one CPU that has kernels, else the reference."""
-    if not has_products(config, mesh):
+def segment_attention_for(mesh: Mesh, kernels: Kernels) -> SegmentAttention:
+    """Attention within texts for the devices of a mesh."""
+    if not _cpu_kernels(mesh, kernels):
         return SegmentAttention()
     from inferneo_jax.kernels.cpu.dense import CpuSegmentAttention
 
     return CpuSegmentAttention()
+
+
+def block_quantization(
+    mesh: Mesh, kernels: Kernels, dtype: jnp.dtype, bits: Literal[4, 8]
+) -> QuantizationConfig | None:
+    """Matrices in blocks of integers, 8 bits in the head; None if the mesh has no kernels."""
+    if not _cpu_kernels(mesh, kernels):
+        return None
+    from inferneo_jax.kernels.cpu.linear import BlockQuantized
+
+    return QuantizationConfig(BlockQuantized(dtype, bits), BlockQuantized(dtype))
+
+
+def packed_quantization(
+    mesh: Mesh, kernels: Kernels, dtype: jnp.dtype
+) -> QuantizationConfig | None:
+    """Matrices of ``dtype`` laid out for kernels with epilogues; None if the mesh has none."""
+    if not _cpu_kernels(mesh, kernels):
+        return None
+    from inferneo_jax.kernels.cpu.dense import Packed
+
+    return QuantizationConfig(Packed(dtype), Unquantized(dtype))
+
+
+def _cpu_kernels(mesh: Mesh, kernels: Kernels) -> bool:
+    """Whether ``kernels/cpu`` can run whole layers: its matrices lie on one device only."""
+    device = mesh.devices.flat[0]
+    if device.platform != "cpu" or mesh.devices.size > 1 or kernels == "xla":
+        return False
+    from inferneo_jax.kernels.cpu.build import library
+
+    return library() is not None

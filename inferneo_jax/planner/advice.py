@@ -24,8 +24,8 @@ def advise(wish: Wish, devices: list[Any]) -> MeshShape:
             continue
         model = len(devices) // data
         reduced = 2 * (2 * wish.model.num_layers + 1) * (model - 1) / model
-        sent = reduced * rows * wish.model.hidden_size * budget.quantization.dtype.itemsize
-        work = work_of(changed, mesh, budget.token_bytes, rows, 1)
+        sent = reduced * rows * wish.model.hidden_size * budget.backend.quantization.dtype.itemsize
+        work = work_of(budget.backend, wish.context, budget.token_bytes, rows, 1)
         seconds, _ = bound(wish.topology.chip, work, sent, wish.engine.quantization)
         if wish.engine.slots / seconds > fastest:
             best, fastest = shape, wish.engine.slots / seconds

@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.planner.chips import Chip, Topology
-from inferneo_jax.runner.backends import quantization_for
+from inferneo_jax.runner.backends import DecoderBackend, resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.sharding.padding import fit
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 _RESERVE = 0.03
@@ -35,11 +34,11 @@ class Budget:
     """A chip's memory, shared out before anything is compiled. All in bytes."""
 
     def __init__(self, wish: Wish, mesh: Mesh) -> None:
-        self._wish, self._mesh = wish, mesh
-        self.quantization = quantization_for(wish.engine, mesh)
+        self._wish = wish
+        self.backend = resolve_decoder(wish.model, wish.engine, mesh)
         one = self.programs(kv_tokens=wish.engine.slots * 256, max_len=2)
         self.token_bytes = one.cache_bytes // (one.num_pages * one.page_len)
-        self.weights = local_bytes(flat(weight_shapes(wish.model, mesh, self.quantization)))
+        self.weights = local_bytes(one.weights)
         context_length = wish.model.context_length
         max_len = min(wish.engine.max_len or context_length, context_length)
         dp_size = meshes.parts(mesh, "slots")
@@ -54,9 +53,7 @@ class Budget:
     def programs(self, **changes: Any) -> Programs:
         """The programs, with a cache as large as the memory lets it be."""
         config = dataclasses.replace(self._wish.engine, **changes)
-        return make_programs(
-            self._wish.model, config, self._mesh, self.quantization, lambda: self.kv
-        )
+        return make_programs(self.backend, config, lambda: self.kv)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +65,15 @@ class Work:
     operations: int
 
 
-def work_of(wish: Wish, mesh: Mesh, token_bytes: int, rows: int, tokens: int) -> Work:
+def work_of(
+    backend: DecoderBackend, context: int, token_bytes: int, rows: int, tokens: int
+) -> Work:
     """The work of a rank's ``rows`` rows of ``tokens`` new tokens each, after ``context``."""
-    model = meshes.parts(mesh, "kv_heads")
-    fitted = fit(wish.model, model)
-    shapes = weight_shapes(wish.model, mesh, quantization_for(wish.engine, mesh))
-    specs = models.weight_specs(fitted)
-    if not wish.model.tie_embeddings:
+    padded = backend.padded
+    model = meshes.parts(backend.mesh, "kv_heads")
+    shapes = weight_shapes(padded, backend.mesh, backend.quantization)
+    specs = models.weight_specs(padded)
+    if not padded.tie_embeddings:
         del shapes["embed.table"], specs["embed.table"]  # a few rows of it are read
     weights = local_bytes(flat(shapes))
     elements = sum(
@@ -82,9 +81,9 @@ def work_of(wish: Wish, mesh: Mesh, token_bytes: int, rows: int, tokens: int) ->
         for spec in specs.values()
         if spec.inputs
     )
-    live = wish.context * rows
-    heads = fitted.num_layers * fitted.num_heads // model
-    attention = 4 * heads * fitted.head_dim * live * tokens
+    live = context * rows
+    heads = padded.num_layers * padded.num_heads // model
+    attention = 4 * heads * padded.head_dim * live * tokens
     return Work(weights, token_bytes * live, 2 * elements * rows * tokens + attention)
 
 

@@ -16,7 +16,6 @@ from inferneo_jax.config import MeshShape
 from inferneo_jax.planner.advice import advise, remedies
 from inferneo_jax.planner.budget import Budget, Wish, bound, work_of
 from inferneo_jax.planner.hlo import Collective, Program
-from inferneo_jax.runner.backends import cache_dtype_for
 from inferneo_jax.runner.programs import Key, Programs
 from inferneo_jax.sharding import mesh as meshes
 
@@ -117,9 +116,9 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     plan = Plan(
         topology=str(wish.topology),
         mesh=MeshShape(data, model),
-        dtype=budget.quantization.dtype.name,
+        dtype=budget.backend.quantization.dtype.name,
         quantization=wish.engine.quantization,
-        kv_dtype=cache_dtype_for(wish.engine, devices[0], native=True).name,
+        kv_dtype=budget.backend.kv_dtype,
         slots=wish.engine.slots,
         context=wish.context,
         memory_bytes=wish.topology.chip.memory_bytes,
@@ -173,7 +172,7 @@ def _read_step(wish: Wish, programs: Programs, key: Key, compiled: list[Any]) ->
     shards = {each.sharding.shard_shape(each.shape) for each in jax.tree.leaves(programs.cache())}
     chip = wish.topology.chip
     token_bytes = programs.cache_bytes // (programs.num_pages * programs.page_len)
-    work = work_of(wish, programs.mesh, token_bytes, rows, tokens)
+    work = work_of(programs.backend, wish.context, token_bytes, rows, tokens)
     collectives = tuple(each for program in read for each in program.collectives())
     moved = None
     if chip.name != "cpu":

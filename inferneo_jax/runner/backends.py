@@ -1,98 +1,179 @@
-"""What numbers a model is kept and computed in: what ``auto`` means, on which device."""
+"""How a model runs on a mesh: every ``auto`` of its configuration is resolved here, once.
 
-from typing import Any, Literal
+What is left to others is what must be measured: the size of the KV cache (``capacity.py``), and
+whether verifying drafts pays (``Runner.compile``).
+"""
+
+import dataclasses
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from inferneo_jax.config import EngineConfig
-from inferneo_jax.layers.quantization import QuantizationConfig, Unquantized
-from inferneo_jax.platform import cpu
+from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig
+from inferneo_jax.kernels import (
+    attention_for,
+    block_quantization,
+    packed_quantization,
+    segment_attention_for,
+)
+from inferneo_jax.layers.cache import PagedAttention
+from inferneo_jax.layers.quantization import QuantizationConfig
+from inferneo_jax.layers.segments import SegmentAttention
+from inferneo_jax.platform import devices
 from inferneo_jax.sharding import mesh as meshes
-
-_OLD_TPUS = ("TPU v2", "TPU v3")
-_INT8_SINCE = (7, 5)
-"""GPUs of this compute capability, Turing's, and later ones multiply int8."""
+from inferneo_jax.sharding.padding import fit
 
 
-def dtype_for(config: EngineConfig, device: Any) -> jnp.dtype:
-    """Of weights and products; auto is bfloat16 where the hardware multiplies it."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderBackend:
+    """How a decoder runs on a mesh.
+
+    Attributes:
+        model: as the checkpoint describes it.
+        padded: the same model with sizes that divide by the mesh.
+        mesh: of the devices it runs on.
+        quantization: of the weights.
+        compact_quantization: a smaller one, preferred for checkpoints whose matrices have 4 bits
+            already; it raises EncodingError for others. None: there is none.
+        attention: how the KV cache is stored and read.
+    """
+
+    model: DecoderConfig
+    padded: DecoderConfig
+    mesh: Mesh
+    quantization: QuantizationConfig
+    compact_quantization: QuantizationConfig | None
+    attention: PagedAttention
+
+    @property
+    def native(self) -> bool:
+        """Whether attention is made for the device."""
+        return type(self.attention) is not PagedAttention
+
+    @property
+    def kv_dtype(self) -> str:
+        """Of keys and values."""
+        return str(self.attention.dtype)
+
+    @property
+    def choices(self) -> list[QuantizationConfig]:
+        """What to try for the weights of a checkpoint, in this order."""
+        return [self.compact_quantization or self.quantization, self.quantization]
+
+    def loaded(self, quantization: QuantizationConfig) -> "DecoderBackend":
+        """The same backend, of weights that were loaded with ``quantization``."""
+        return dataclasses.replace(self, quantization=quantization, compact_quantization=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderBackend:
+    """How an encoder runs on a mesh.
+
+    Attributes:
+        model: as the checkpoint describes it.
+        padded: the same model with sizes that divide by the mesh.
+        mesh: of the devices it runs on.
+        quantization: of the weights.
+        attention: within texts.
+    """
+
+    model: EncoderConfig
+    padded: EncoderConfig
+    mesh: Mesh
+    quantization: QuantizationConfig
+    attention: SegmentAttention
+
+    @property
+    def native(self) -> bool:
+        """Whether attention is made for the device."""
+        return type(self.attention) is not SegmentAttention
+
+    @property
+    def kv_dtype(self) -> str:
+        """Empty: an encoder keeps no keys and values."""
+        return ""
+
+
+def resolve_decoder(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> DecoderBackend:
+    """The backend of a decoder.
+
+    Raises:
+        ConfigError: native kernels are asked for, and there are none.
+    """
+    device = mesh.devices.flat[0]
+    padded = fit(model, meshes.parts(mesh, "kv_heads"))
+    page_len = config.page_len or (64 if device.platform == "tpu" else 16)
+    kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
+    dtype = _dtype(config, mesh)
+    quantization, compact = _decoder_quantization(config, mesh, dtype)
+    return DecoderBackend(
+        model=model,
+        padded=padded,
+        mesh=mesh,
+        quantization=quantization,
+        compact_quantization=compact,
+        attention=kind(
+            kv_heads=padded.num_kv_heads,
+            head_dim=model.head_dim,
+            page_len=page_len,
+            dtype=_kv_dtype(config, mesh, native=kind is not PagedAttention),
+        ),
+    )
+
+
+def resolve_encoder(model: EncoderConfig, config: EngineConfig, mesh: Mesh) -> EncoderBackend:
+    """The backend of an encoder.
+
+    Its matrices are never quantized: blocks of integers were no faster where a batch is many rows,
+    and their cosines to the float32 vectors were 0.9985.
+    """
+    dtype = _dtype(config, mesh)
+    return EncoderBackend(
+        model=model,
+        padded=fit(model, meshes.parts(mesh, "heads")),
+        mesh=mesh,
+        quantization=packed_quantization(mesh, config.kernels, dtype)
+        or QuantizationConfig.unquantized(dtype),
+        attention=segment_attention_for(mesh, config.kernels),
+    )
+
+
+def _dtype(config: EngineConfig, mesh: Mesh) -> jnp.dtype:
+    """Of weights and products; auto is bfloat16 if the device multiplies it."""
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
-    native = device.platform != "cpu" or cpu.multiplies_bfloat16()
+    native = devices.multiplies_bfloat16(mesh.devices.flat[0])
     return jnp.dtype("bfloat16" if native else "float32")
 
 
-def cache_dtype_for(config: EngineConfig, device: Any, *, native: bool) -> jnp.dtype:
-    """Of keys and values; auto is bfloat16, which halves their memory, where that is no loss.
+def _kv_dtype(config: EngineConfig, mesh: Mesh, *, native: bool) -> jnp.dtype:
+    """Of keys and values; auto is bfloat16, which halves their memory, where that costs nothing.
 
     XLA:CPU writes to a bfloat16 array by copying it whole; ``native`` kernels do not.
     """
     if config.kv_dtype != "auto":
         return jnp.dtype(config.kv_dtype)
-    wide = config.dtype == "float32" or (device.platform == "cpu" and not native)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    wide = config.dtype == "float32" or (on_cpu and not native)
     return jnp.dtype("float32" if wide else "bfloat16")
 
 
-def quantization_for(
-    config: EngineConfig, mesh: Mesh, bits: Literal[4, 8] = 8
-) -> QuantizationConfig:
-    """How matrices are kept.
+def _decoder_quantization(
+    config: EngineConfig, mesh: Mesh, dtype: jnp.dtype
+) -> tuple[QuantizationConfig, QuantizationConfig | None]:
+    """The quantization of a decoder's matrices, and the compact one if there is one.
 
-    Auto quantizes nothing, but for a CPU that has native kernels: there it is blocks of integers,
-    several times faster. A dtype that is asked for is what matrices are kept in.
-
-    Args:
-        config: of the engine.
-        mesh: of the devices.
-        bits: 4 to keep the layers' matrices in that many where blocks are chosen; such methods
-            hold only what was quantized so before, and raise EncodingError for others.
+    Auto quantizes only on a CPU with native kernels: blocks of integers are several times faster
+    there. If ``dtype`` is set, matrices keep it.
     """
-    device = mesh.devices.flat[0]
-    dtype = dtype_for(config, device)
-    if config.quantization == "auto" and config.dtype == "auto" and has_products(config, mesh):
-        from inferneo_jax.kernels.cpu.linear import BlockQuantized
-
-        return QuantizationConfig(BlockQuantized(dtype, bits), BlockQuantized(dtype))
+    if config.quantization == "auto" and config.dtype == "auto":
+        blocks = block_quantization(mesh, config.kernels, dtype, 8)
+        if blocks:
+            return blocks, block_quantization(mesh, config.kernels, dtype, 4)
     if config.quantization == "int8":
-        products: Literal["int8", "float"] = "int8" if _multiplies_int8(device) else "float"
-        return QuantizationConfig.int8(dtype, meshes.parts(mesh, "mlp"), products)
-    return QuantizationConfig.unquantized(dtype)
-
-
-def encoder_quantization_for(config: EngineConfig, mesh: Mesh) -> QuantizationConfig:
-    """How an encoder's matrices are kept: as they are, for native kernels where a CPU has them.
-
-    Blocks of integers were no faster where a batch is many rows, and their cosines to the float32
-    vectors were 0.9985.
-    """
-    dtype = dtype_for(config, mesh.devices.flat[0])
-    if has_products(config, mesh):
-        from inferneo_jax.kernels.cpu.dense import Packed
-
-        return QuantizationConfig(Packed(dtype), Unquantized(dtype))
-    return QuantizationConfig.unquantized(dtype)
-
-
-def has_products(config: EngineConfig, mesh: Mesh) -> bool:
-    """Whether products can be those of ``kernels/cpu``, which know matrices of one device only."""
-    device = mesh.devices.flat[0]
-    if device.platform != "cpu" or mesh.devices.size > 1 or config.kernels == "xla":
-        return False
-    from inferneo_jax.kernels.cpu.build import library
-
-    return library() is not None
-
-
-def _multiplies_int8(device: Any) -> bool:
-    if device.platform == "tpu":
-        return device.device_kind not in _OLD_TPUS
-    if device.platform in ("gpu", "cuda"):
-        return compute_capability(device) >= _INT8_SINCE
-    return True
-
-
-def compute_capability(device: Any) -> tuple[int, ...]:
-    """A GPU's, as ``(8, 0)``; empty where it is unknown."""
-    capability = str(getattr(device, "compute_capability", ""))
-    return tuple(int(n) for n in capability.split(".") if n.isdecimal())
+        int8 = devices.multiplies_int8(mesh.devices.flat[0])
+        return QuantizationConfig.int8(
+            dtype, meshes.parts(mesh, "mlp"), "int8" if int8 else "float"
+        ), None
+    return QuantizationConfig.unquantized(dtype), None

@@ -4,56 +4,34 @@ import dataclasses
 import logging
 from collections.abc import Callable
 
-from jax.sharding import Mesh
-
-from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.config import EngineConfig
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.kernels import attention_for
-from inferneo_jax.layers.cache import PagedAttention
-from inferneo_jax.layers.quantization import QuantizationConfig
-from inferneo_jax.runner.backends import cache_dtype_for
+from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.sharding.padding import fit
 
 log = logging.getLogger(__name__)
 
 
 def make_programs(
-    model: DecoderConfig,
-    config: EngineConfig,
-    mesh: Mesh,
-    quantization: QuantizationConfig,
-    cache_budget: Callable[[], int],
+    backend: DecoderBackend, config: EngineConfig, cache_budget: Callable[[], int]
 ) -> Programs:
     """The programs of a model, with a cache that fits.
 
     Args:
-        model: not fitted to the mesh.
+        backend: of the model, in the quantization that its weights have.
         config: of the engine.
-        mesh: of the devices they run on.
-        quantization: of the weights.
-        cache_budget: bytes that one device can give the cache; asked where the configuration
-            leaves its size open.
+        cache_budget: bytes that one device can give the cache; called if the configuration leaves
+            its size open.
 
     Raises:
         ConfigError: the longest sequence does not fit the cache, or the mesh does not divide the
             slots.
     """
-    dp_size = meshes.parts(mesh, "slots")
+    dp_size = meshes.parts(backend.mesh, "slots")
     if config.slots % dp_size:
         raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={dp_size}")
-    fitted = fit(model, meshes.parts(mesh, "kv_heads"))
-    device = mesh.devices.flat[0]
-    page_len = config.page_len or (64 if device.platform == "tpu" else 16)
-    kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
-    attention = kind(
-        kv_heads=fitted.num_kv_heads,
-        head_dim=model.head_dim,
-        page_len=page_len,
-        dtype=cache_dtype_for(config, device, native=kind is not PagedAttention),
-    )
-    one_page = Programs(model, config, mesh, quantization, attention, 1, 1)
+    one_page = Programs(backend, config, 1, 1)
     max_len, pages = _cache_size(one_page, cache_budget)
     return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
 
@@ -65,7 +43,7 @@ def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int
     """
     config, dp_size, page_len = programs.config, programs.dp_size, programs.page_len
     token_bytes = programs.cache_bytes // page_len
-    context_length = programs.model.context_length
+    context_length = programs.backend.model.context_length
     if config.max_len is not None and config.max_len > context_length:
         log.warning(
             "max_len is %d, but the model's context is %d tokens, and no request gets more",

@@ -26,8 +26,9 @@ import jaxlib.version
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from inferneo_jax.platform import compiles, cpu
+from inferneo_jax.platform import compiles
 from inferneo_jax.platform.atomic import PARTIAL, write_whole
+from inferneo_jax.platform.devices import cpu_description
 from inferneo_jax.platform.source import DEVICE_ROOMS, source_hash
 from inferneo_jax.weights.cache import WEIGHTS_SUFFIX
 from inferneo_jax.weights.convert import Progress
@@ -142,7 +143,7 @@ def _surroundings(mesh: Mesh) -> list[object]:
         (jax.__version__, jaxlib.version.__version__, sys.version),
         (device.platform, device.device_kind, device.client.platform_version),
         # Code for another CPU may not run on this one.
-        cpu.description() if device.platform == "cpu" else platform.machine(),
+        cpu_description() if device.platform == "cpu" else platform.machine(),
         [os.environ.get(name) for name in _ENVIRONMENT],
         (mesh.axis_names, mesh.devices.shape, [each.id for each in mesh.devices.flat]),
         (jax.process_index(), jax.process_count(), jax.device_count()),

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from inferneo_jax.layers.quantization import QuantizationConfig
+from inferneo_jax.runner.backends import DecoderBackend, EncoderBackend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,20 +44,17 @@ class DeviceMemory:
 
 
 def facts_of(
+    backend: DecoderBackend | EncoderBackend,
     weights: Iterable[jax.Array],
-    quantization: QuantizationConfig,
-    mesh: Mesh,
-    *,
-    native: bool,
     cache: Iterable[jax.Array] = (),
-    kv_dtype: str = "",
 ) -> ModelFacts:
     """The facts of a model whose weights and cache have been placed."""
+    mesh = backend.mesh
     return ModelFacts(
-        dtype=str(quantization.dtype),
-        quantization=quantization.linear.name,
-        kv_dtype=kv_dtype,
-        kernels="native" if native else "xla",
+        dtype=str(backend.quantization.dtype),
+        quantization=backend.quantization.linear.name,
+        kv_dtype=backend.kv_dtype,
+        kernels="native" if backend.native else "xla",
         mesh=",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         device=mesh.devices.flat[0].device_kind,
         weight_bytes=_held(weights),

@@ -17,15 +17,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inferneo_jax import models
-from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.config import EngineConfig
 from inferneo_jax.layers.cache import KVCache, PagedAttention
-from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.sampler import Sampler
 from inferneo_jax.models.steps import SampleInputs, Steps, sample_bucket
+from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.inputs import InputBuilder
 from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.sharding.padding import fit
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 Key = tuple[str, int, int]
@@ -45,22 +44,31 @@ class Programs:
     """All programs of one decoder.
 
     Attributes:
-        model: not fitted to the mesh.
+        backend: how the model runs, in the quantization that its weights have.
         config: of the engine.
-        mesh: of the devices they run on.
-        quantization: of the weights.
-        attention: how the cache is kept and read.
         max_len: tokens of the longest sequence.
         num_pages: of one data-parallel rank's cache, page 0 included.
     """
 
-    model: DecoderConfig
+    backend: DecoderBackend
     config: EngineConfig
-    mesh: Mesh
-    quantization: QuantizationConfig
-    attention: PagedAttention
     max_len: int
     num_pages: int
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices they run on."""
+        return self.backend.mesh
+
+    @property
+    def attention(self) -> PagedAttention:
+        """How the cache is stored and read."""
+        return self.backend.attention
+
+    @property
+    def weights(self) -> list[jax.ShapeDtypeStruct]:
+        """The shapes of the weights."""
+        return flat(weight_shapes(self.backend.padded, self.mesh, self.backend.quantization))
 
     @property
     def page_len(self) -> int:
@@ -80,7 +88,7 @@ class Programs:
             slots=self.config.slots // self.dp_size,
             max_len=self.max_len,
             max_pages=-(-self.max_len // self.page_len),
-            vocab_size=self.model.vocab_size,
+            vocab_size=self.backend.model.vocab_size,
             max_bias=self.config.max_logit_bias,
             max_stops=MAX_STOP_IDS,
         )
@@ -110,7 +118,7 @@ class Programs:
         slots = self.config.slots // self.dp_size
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         overhead = _CPU_OVERHEAD if on_cpu else _OVERHEAD
-        padding = self.quantization.linear.padding_cost
+        padding = self.backend.quantization.linear.padding_cost
         return PrefillShapes.of(self.config.prefill_chunks, slots, overhead, padding)
 
     def sampled_by(self, key: Key) -> Key:
@@ -140,10 +148,9 @@ class Programs:
 
     def _init_cache(self) -> Callable[[], KVCache]:
         parts = meshes.parts(self.mesh, "kv_heads")
-        fitted = fit(self.model, parts)
         own = dataclasses.replace(self.attention, kv_heads=self.attention.kv_heads // parts)
         return jax.shard_map(
-            lambda: own.init(fitted, self.num_pages),
+            lambda: own.init(self.backend.padded, self.num_pages),
             mesh=self.mesh,
             in_specs=(),
             out_specs=meshes.spec("pages", "kv_heads"),
@@ -188,14 +195,13 @@ class Programs:
 
     def described(self) -> dict[str, Any]:
         """All that makes these programs what they are, in JSON's types: to compare processes."""
-        weights = flat(weight_shapes(self.model, self.mesh, self.quantization))
         return {
             "max_len": self.max_len,
             "num_pages": self.num_pages,
             "page_len": self.page_len,
             "attention": type(self.attention).__name__,
             "kv_dtype": str(self.attention.dtype),
-            "weights": sorted({str(each.dtype) for each in weights}),
+            "weights": sorted({str(each.dtype) for each in self.weights}),
             "programs": [list(key) for key in self.keys()],
         }
 
@@ -216,19 +222,17 @@ class Programs:
     def lower(self, key: Key) -> Any:
         """A program lowered for the mesh's devices; ``compile()`` it."""
         kind, num_rows, chunk = key
-        graphdef, treedef = models.graphdef(
-            fit(self.model, meshes.parts(self.mesh, "vocab")), self.quantization
-        )
-        sampler = Sampler(num_top=min(self.config.max_logprobs, self.model.vocab_size))
+        graphdef, treedef = models.graphdef(self.backend.padded, self.backend.quantization)
+        sampler = Sampler(num_top=min(self.config.max_logprobs, self.backend.model.vocab_size))
         steps = Steps(
             graphdef,
             treedef,
             self.attention,
             sampler,
-            self.model.vocab_size,
+            self.backend.model.vocab_size,
             self.config.row_buckets,
         )
-        weights = flat(weight_shapes(self.model, self.mesh, self.quantization))
+        weights = self.weights
         in_weights = [each.sharding.spec for each in weights]
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
         in_state, everywhere = meshes.spec("slots"), PartitionSpec()
@@ -257,7 +261,7 @@ class Programs:
     def _sample_inputs(self, rows: int) -> SampleInputs:
         """Shapes of all ranks' rows to be sampled."""
         rows *= self.dp_size
-        logits: Any = jax.ShapeDtypeStruct((rows, self.model.vocab_size), np.float32)
+        logits: Any = jax.ShapeDtypeStruct((rows, self.backend.model.vocab_size), np.float32)
         each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
         return SampleInputs(logits, each, each, each)
 

@@ -12,16 +12,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from inferneo_jax.config import DecoderConfig, EngineConfig
+from inferneo_jax.config import EngineConfig
 from inferneo_jax.distributed.process_group import Alone, Peers, agree
 from inferneo_jax.distributed.transport import Kind
-from inferneo_jax.layers.cache import KVCache, PagedAttention
-from inferneo_jax.layers.quantization import QuantizationConfig
+from inferneo_jax.layers.cache import KVCache
 from inferneo_jax.models.steps import Sampled, SlotState
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import explained, free_memory, require, total_memory
 from inferneo_jax.platform.watchdog import PATIENCE
 from inferneo_jax.request import RequestLimits
+from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.model_info import ModelFacts, facts_of
@@ -79,11 +79,9 @@ class Runner:
     shape that was not foreseen raises instead of compiling.
 
     Args:
-        model: as its checkpoint describes it.
+        backend: how the model runs, in the quantization of ``weights``.
         weights: as ``place_weights`` lays them out.
         config: of the engine.
-        quantization: of the weights.
-        mesh: of the devices; None: over all of them, as the configuration says.
         peers: the processes that run the same model with this one; None: there are none.
 
     Attributes:
@@ -97,17 +95,15 @@ class Runner:
 
     def __init__(
         self,
-        model: DecoderConfig,
+        backend: DecoderBackend,
         weights: list[Array],
         config: EngineConfig,
-        quantization: QuantizationConfig,
-        mesh: Mesh | None = None,
         peers: Peers | None = None,
     ) -> None:
-        self.model = model
-        self._mesh = mesh or meshes.make_mesh(config.mesh)
+        self.model = backend.model
+        self._mesh = backend.mesh
         self._peers = peers or Alone()
-        self._programs = make_programs(model, config, self._mesh, quantization, self._cache_budget)
+        self._programs = make_programs(backend, config, self._cache_budget)
         agree(self._peers, "programs", self._programs.described())
         self.wire = Wire(self._programs) if peers else None
         self.config = config = self._programs.config
@@ -139,15 +135,7 @@ class Runner:
 
     def facts(self) -> ModelFacts:
         """What it runs; to be asked while no step is under way, as steps take the cache along."""
-        attention = self._programs.attention
-        return facts_of(
-            self._weights,
-            self._programs.quantization,
-            self._mesh,
-            native=type(attention) is not PagedAttention,
-            cache=jax.tree.leaves(self._cache),
-            kv_dtype=str(attention.dtype),
-        )
+        return facts_of(self._programs.backend, self._weights, jax.tree.leaves(self._cache))
 
     def reset(self) -> None:
         """Allocate cache and slots anew, after a step failed with the old ones in its hands.

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from inferneo_jax import models
-from inferneo_jax.config import EngineConfig, MeshShape
+from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.models.steps import SlotState
-from inferneo_jax.runner.backends import quantization_for
+from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.programs import Key, Programs
 from inferneo_jax.sharding.mesh import make_mesh
@@ -65,16 +65,19 @@ def load(way: dict[str, Any], rows: tuple[int, ...]) -> tuple[Programs, list[jax
     mesh = make_mesh(config.mesh)
     shapes = {name: spec.shape for name, spec in models.weight_specs(info.config).items()}
 
+    assert isinstance(info.config, DecoderConfig)
+    backend = resolve_decoder(info.config, config, mesh)
+
     def place(quantization: QuantizationConfig) -> list[jax.Array]:
         return place_weights(open_weights(info.path, shapes), info.config, mesh, quantization)
 
     try:
-        quantization = quantization_for(config, mesh, bits=4)
+        quantization = backend.choices[0]
         weights = place(quantization)
     except EncodingError:
-        quantization = quantization_for(config, mesh)
+        quantization = backend.quantization
         weights = place(quantization)
-    return make_programs(info.config, config, mesh, quantization, lambda: 0), weights
+    return make_programs(backend.loaded(quantization), config, lambda: 0), weights
 
 
 class Steps:
@@ -125,7 +128,7 @@ class Steps:
 
 def products(programs: Programs, rows: int, seconds: float) -> list[float]:
     """Milliseconds of the products of one layer (qkv, out, gate and up, down) and of the head."""
-    model, quantization = programs.model, programs.quantization
+    model, quantization = programs.backend.model, programs.backend.quantization
     hidden, mlp = model.hidden_size, model.mlp_size
     heads = model.num_heads * model.head_dim
     qkv = heads + 2 * model.num_kv_heads * model.head_dim

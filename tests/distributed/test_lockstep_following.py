@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from inferneo_jax import models
 from inferneo_jax.distributed.transport import Kind
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.follower import follow
@@ -19,7 +18,7 @@ from inferneo_jax.runner.runner import Runner
 from inferneo_jax.runner.wire import Wire
 from tests.distributed.links import SOON, Links, Threads, links
 from tests.support.machine_speed import Machine
-from tests.support.tiny_model import MIXED, TINY, TINY_ENGINE, prompt, submit, tiny_weights
+from tests.support.tiny_model import MIXED, make_runner, prompt, submit
 
 
 def test_every_step_arrives_as_it_was(tiny_runner: Callable[..., Runner]) -> None:
@@ -47,9 +46,7 @@ class Lockstep:
         self.links = made
 
         def load(number: int) -> Runner:
-            runner = Runner(
-                TINY, tiny_weights(), TINY_ENGINE, models.REFERENCE, peers=made.all[number]
-            )
+            runner = make_runner(peers=made.all[number])
             runner._compiled = compiled._compiled
             return runner
 

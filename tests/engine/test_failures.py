@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from inferneo_jax import models
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.engine.engine import Engine
@@ -31,15 +30,7 @@ from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.weights.convert import convert
 from tests.support.machine_speed import Machine
 from tests.support.paths import FAMILIES
-from tests.support.tiny_model import (
-    GREEDY,
-    ONE_DEVICE,
-    TINY,
-    MakeEngine,
-    prompt,
-    submit,
-    tiny_weights,
-)
+from tests.support.tiny_model import GREEDY, ONE_DEVICE, MakeEngine, make_runner, prompt, submit
 
 SOON = 0.4
 """Seconds after which a step hangs."""
@@ -313,7 +304,7 @@ def runner(**changes: Any) -> Runner:
             **changes,
         }
     )
-    return Runner(TINY, tiny_weights(), config, models.REFERENCE)
+    return make_runner(config)
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_what_to_lower() -> None:

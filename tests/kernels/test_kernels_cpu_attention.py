@@ -18,12 +18,11 @@ from inferneo_jax.kernels.cpu.attention import CpuPagedAttention
 from inferneo_jax.kernels.cpu.build import Variant
 from inferneo_jax.layers import rope
 from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
-from inferneo_jax.models import REFERENCE
-from inferneo_jax.runner.backends import cache_dtype_for
+from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.kernels.variants import VARIANTS
-from tests.support.tiny_model import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY
+from tests.support.tiny_model import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY, tiny_backend
 
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 3e-6}
@@ -203,7 +202,7 @@ def test_a_step_writes_in_place(mesh: MeshShape) -> None:
         kv_dtype="bfloat16",
         kv_tokens=16 * 1024,
     )
-    programs = make_programs(NATIVE, config, make_mesh(mesh), REFERENCE, lambda: 0)
+    programs = make_programs(tiny_backend(config, NATIVE), config, lambda: 0)
     assert isinstance(programs.attention, CpuPagedAttention)
     compiled = programs.lower(("decode", 8, 1)).compile()
     layer = programs.cache()[0].keys
@@ -225,7 +224,8 @@ def test_auto_is_native_where_it_fits_and_keeps_bfloat16() -> None:
     dtypes = {"auto": "bfloat16", "float32": "float32"}
     for dtype, kept in dtypes.items():
         config: Any = EngineConfig(dtype=dtype)
-        assert cache_dtype_for(config, device, native=True) == jnp.dtype(kept)
+        backend = resolve_decoder(NATIVE, config, make_mesh(ONE_DEVICE))
+        assert (backend.native, backend.kv_dtype) == (True, kept)
 
 
 def test_without_a_compiler_xla_attends(monkeypatch: pytest.MonkeyPatch) -> None:

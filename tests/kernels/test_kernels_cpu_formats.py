@@ -11,18 +11,18 @@ from inferneo_jax.kernels.cpu import build
 from inferneo_jax.kernels.cpu.build import library
 from inferneo_jax.kernels.cpu.linear import BlockQuantized
 from inferneo_jax.layers.quantization import Int8, Unquantized
-from inferneo_jax.runner.backends import quantization_for
-from inferneo_jax.runner.runner import Runner
+from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.support.tiny_model import (
     MIXED,
+    NATIVE,
     ONE_DEVICE,
     TINY,
     TINY_ENGINE,
     close,
+    make_runner,
     prompt,
     submit,
-    tiny_weights,
 )
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
@@ -42,25 +42,26 @@ pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler"
 )
 def test_a_cpu_keeps_matrices_for_its_kernels(changes: dict[str, Any], expected: type) -> None:
     config = EngineConfig(**({"mesh": ONE_DEVICE} | changes))
-    quantization = quantization_for(config, make_mesh(config.mesh))
+    backend = resolve_decoder(NATIVE, config, make_mesh(config.mesh))
+    compact, quantization = backend.choices
     assert type(quantization.linear) is type(quantization.head) is expected
-    finer = quantization_for(config, make_mesh(config.mesh), bits=4)
-    assert getattr(finer.linear, "bits", None) == (4 if expected is BlockQuantized else None)
-    assert finer.head == quantization.head
+    assert getattr(compact.linear, "bits", None) == (4 if expected is BlockQuantized else None)
+    assert compact.head == quantization.head
 
 
 def test_without_a_library_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_MADE", {"native": None})
-    assert type(quantization_for(EngineConfig(), make_mesh(ONE_DEVICE)).linear) is Unquantized
+    backend = resolve_decoder(TINY, EngineConfig(), make_mesh(ONE_DEVICE))
+    assert type(backend.quantization.linear) is Unquantized
 
 
 def test_alone_is_batched_with_kernels() -> None:
     config = dataclasses.replace(
         TINY_ENGINE, slots=8, kv_tokens=640, row_buckets=(8,), prefill_chunks=(8,)
     )
-    quantization = quantization_for(config, make_mesh(ONE_DEVICE))
+    quantization = resolve_decoder(TINY, config, make_mesh(ONE_DEVICE)).quantization
     assert isinstance(quantization.linear, BlockQuantized)
-    runner = Runner(TINY, tiny_weights(TINY, ONE_DEVICE, quantization), config, quantization)
+    runner = make_runner(config, quantization=quantization)
     runner.compile()
     engine = Engine(runner)
     try:

@@ -8,21 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.kernels import segment_attention_for
+from inferneo_jax.config import EncoderConfig, EngineConfig, MeshShape
 from inferneo_jax.kernels.cpu.build import Variant, library
 from inferneo_jax.kernels.cpu.dense import CpuSegmentAttention, Packed
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
 from inferneo_jax.layers.quantization import Epilogue, Unquantized
 from inferneo_jax.layers.segments import SegmentAttention, Segments
-from inferneo_jax.runner.backends import encoder_quantization_for
+from inferneo_jax.runner.backends import resolve_encoder
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.support.tiny_model import ONE_DEVICE
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 needs_kernels = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+
+
+ENCODER = EncoderConfig(
+    vocab_size=97,
+    hidden_size=24,
+    mlp_size=32,
+    num_layers=1,
+    num_heads=3,
+    num_positions=64,
+    max_tokens=64,
+)
 
 
 def _random(*shape: int) -> jax.Array:
@@ -193,10 +203,9 @@ def test_an_encoder_has_native_kernels_where_a_cpu_has(
 ) -> None:
     config = EngineConfig(mesh=ONE_DEVICE, **changes)  # type: ignore[arg-type]
     mesh = make_mesh(config.mesh)
-    assert isinstance(
-        encoder_quantization_for(config, mesh).linear, Packed if native else Unquantized
-    )
-    assert isinstance(segment_attention_for(config, mesh), CpuSegmentAttention) == native
-    split = make_mesh(MeshShape(1, 2))
-    assert isinstance(encoder_quantization_for(config, split).linear, Unquantized)
-    assert type(segment_attention_for(config, split)) is SegmentAttention
+    backend = resolve_encoder(ENCODER, config, mesh)
+    assert isinstance(backend.quantization.linear, Packed if native else Unquantized)
+    assert isinstance(backend.attention, CpuSegmentAttention) == backend.native == native
+    split = resolve_encoder(ENCODER, config, make_mesh(MeshShape(1, 2)))
+    assert isinstance(split.quantization.linear, Unquantized)
+    assert type(split.attention) is SegmentAttention

@@ -17,8 +17,7 @@ from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import Int8, QuantizationConfig
-from inferneo_jax.runner.backends import cache_dtype_for, quantization_for
-from inferneo_jax.runner.runner import Runner
+from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.placement import weight_shapes
 from tests.support.tiny_model import (
@@ -28,8 +27,10 @@ from tests.support.tiny_model import (
     TINY_ENGINE,
     Collected,
     close,
+    make_runner,
     prompt,
     submit,
+    tiny_backend,
     tiny_weights,
 )
 
@@ -113,8 +114,8 @@ def _engine(shape: MeshShape = ONE_DEVICE, **changes: Any) -> Engine:
         mesh=shape,
         **changes,
     )
-    quantization = quantization_for(config, make_mesh(shape))
-    runner = Runner(TINY, tiny_weights(TINY, shape, quantization), config, quantization)
+    quantization = resolve_decoder(TINY, config, make_mesh(shape)).quantization
+    runner = make_runner(config, quantization=quantization)
     runner.compile()
     return Engine(runner)
 
@@ -173,23 +174,25 @@ def test_the_cache_has_the_numbers_that_are_asked_for(
     changes: dict[str, Any], expected: str
 ) -> None:
     config = EngineConfig(mesh=ONE_DEVICE, **changes)
-    assert cache_dtype_for(config, jax.devices()[0], native=False) == jnp.dtype(expected)
+    assert tiny_backend(config).kv_dtype == expected
 
 
 def test_products_are_of_int8_where_the_chip_has_them() -> None:
-    def products(platform: str, **more: str) -> str:
-        device = SimpleNamespace(platform=platform, **more)
+    def products(platform: str, device_kind: str, capability: str = "") -> str:
+        device = SimpleNamespace(
+            platform=platform, device_kind=device_kind, compute_capability=capability
+        )
         mesh: Any = SimpleNamespace(
             devices=np.array([[device]], dtype=object), shape={"data": 1, "model": 1}
         )
-        method = quantization_for(EngineConfig(quantization="int8"), mesh).linear
+        method = resolve_decoder(TINY, EngineConfig(quantization="int8"), mesh).quantization.linear
         assert isinstance(method, Int8)
         return method.products
 
-    assert products("tpu", device_kind="TPU v5 lite") == "int8"
-    assert products("tpu", device_kind="TPU v3") == "float"
-    assert products("cuda", compute_capability="9.0") == "int8"
-    assert products("cuda", compute_capability="7.0") == "float"
+    assert products("tpu", "TPU v5 lite") == "int8"
+    assert products("tpu", "TPU v3") == "float"
+    assert products("cuda", "H100", "9.0") == "int8"
+    assert products("cuda", "V100", "7.0") == "float"
 
 
 def test_kernels_that_there_are_not_are_refused() -> None:

@@ -15,13 +15,18 @@ import pytest
 
 from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.engine.engine import Engine
-from inferneo_jax.models import REFERENCE
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.programs import Programs
-from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
-from tests.support.tiny_model import MIXED, ONE_DEVICE, TINY, TINY_ENGINE, Collected, prompt, submit
-from tests.support.tiny_model import tiny_weights as weights
+from tests.support.tiny_model import (
+    MIXED,
+    ONE_DEVICE,
+    TINY_ENGINE,
+    Collected,
+    make_runner,
+    prompt,
+    submit,
+)
 
 
 def _lower() -> jax.stages.Lowered:
@@ -63,7 +68,7 @@ def test_the_next_start_lowers_nothing_and_computes_the_same(
     )
 
     def outputs() -> list[Collected]:
-        runner = Runner(TINY, weights(TINY, shape), config, REFERENCE)
+        runner = make_runner(config)
         runner.compile()
         engine = Engine(runner)
         try:
@@ -89,7 +94,7 @@ def test_what_a_program_is_made_of_tells_it_apart(
     assert _made_again(ExecutableStore(tmp_path, make_mesh(MeshShape(1, 2)), small))
     monkeypatch.setenv("XLA_FLAGS", "--xla_other")
     assert _made_again(_store(tmp_path, small))
-    monkeypatch.setattr("inferneo_jax.runner.compile_cache.source_hash", lambda: "changed")
+    monkeypatch.setattr("inferneo_jax.runner.compile_cache.source_hash", lambda *_: "changed")
     assert _made_again(_store(tmp_path, small))
 
 

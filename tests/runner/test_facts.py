@@ -2,10 +2,8 @@
 
 import jax
 
-from inferneo_jax import device_memory, models
-from inferneo_jax.runner.runner import Runner
-from inferneo_jax.sharding.mesh import make_mesh
-from tests.support.tiny_model import ONE_DEVICE, TINY, TINY_ENGINE, tiny_weights
+from inferneo_jax import device_memory
+from tests.support.tiny_model import TINY, make_runner, tiny_weights
 
 
 class Device:
@@ -20,7 +18,7 @@ class Device:
 
 def test_a_model_says_what_it_is_made_of() -> None:
     weights = tiny_weights()
-    facts = Runner(TINY, weights, TINY_ENGINE, models.REFERENCE, make_mesh(ONE_DEVICE)).facts()
+    facts = make_runner().facts()
     assert (facts.dtype, facts.quantization, facts.kernels) == ("float32", "none", "xla")
     assert (facts.mesh, facts.device) == ("data=1,model=1", "cpu")
     assert facts.weight_bytes == sum(each.nbytes for each in jax.tree.leaves(weights))

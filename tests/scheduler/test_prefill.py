@@ -6,12 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferneo_jax.models import REFERENCE
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
-from inferneo_jax.sharding.mesh import make_mesh
 from tests.scheduler.house import SHAPES, House
-from tests.support.tiny_model import MIXED, TINY, TINY_ENGINE, MakeEngine, close, prompt, submit
+from tests.support.tiny_model import (
+    MIXED,
+    TINY_ENGINE,
+    MakeEngine,
+    close,
+    prompt,
+    submit,
+    tiny_backend,
+)
 
 
 def test_each_chunk_has_one_row_or_as_many_as_the_longest_holds() -> None:
@@ -132,7 +138,7 @@ def test_prompts_prefilled_together_equal_those_prefilled_alone(tiny_engine: Mak
 
 
 def test_times_are_taken_with_all_rows_at_work() -> None:
-    programs = make_programs(TINY, TINY_ENGINE, make_mesh(TINY_ENGINE.mesh), REFERENCE, lambda: 0)
+    programs = make_programs(tiny_backend(), TINY_ENGINE, lambda: 0)
     for key in tuple(programs.keys()):
         kind, _, tokens = key
         busy = programs.busy_arguments(key)

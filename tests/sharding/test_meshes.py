@@ -17,7 +17,6 @@ from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
-from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.padding import fit
 from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, process, stats_of
 from tests.support.tiny_model import (
@@ -29,6 +28,7 @@ from tests.support.tiny_model import (
     TINY_ENGINE,
     Collected,
     close,
+    make_runner,
     prompt,
     submit,
     tiny_weights,
@@ -49,7 +49,7 @@ def _engine(config: DecoderConfig, shape: MeshShape, engine: EngineConfig = TINY
     sizes = dataclasses.replace(
         engine, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,), mesh=shape
     )
-    runner = Runner(config, tiny_weights(config, shape), sizes, models.REFERENCE)
+    runner = make_runner(sizes, config)
     runner.compile()
     return Engine(runner)
 
@@ -148,7 +148,7 @@ def test_a_mesh_takes_all_devices_or_says_how_many_it_needs() -> None:
 
 def test_groups_must_divide_the_slots() -> None:
     with pytest.raises(ConfigError, match="slots is 4; it must be a multiple of data=8"):
-        Runner(TINY, [], dataclasses.replace(TINY_ENGINE, mesh=MeshShape(8, 1)), models.REFERENCE)
+        make_runner(dataclasses.replace(TINY_ENGINE, mesh=MeshShape(8, 1)))
 
 
 def _real(folder: Path, shape: MeshShape) -> LanguageModel:

@@ -16,6 +16,7 @@ import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
+from inferneo_jax.distributed.process_group import Peers
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.request import (
@@ -24,6 +25,8 @@ from inferneo_jax.request import (
     SamplingParams,
     TokenLogprob,
 )
+from inferneo_jax.runner.backends import DecoderBackend, resolve_decoder
+from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.placement import place_weights
 from tests.support.paths import GOLDEN
@@ -88,6 +91,26 @@ def tiny_weights(
         for name, spec in models.weight_specs(config).items()
     }
     return place_weights(weights, config, make_mesh(shape), quantization)
+
+
+def tiny_backend(
+    config: EngineConfig = TINY_ENGINE,
+    model: DecoderConfig = TINY,
+    quantization: QuantizationConfig = models.REFERENCE,
+) -> DecoderBackend:
+    """How a tiny model runs, on as many devices as its configuration's mesh has."""
+    return resolve_decoder(model, config, make_mesh(config.mesh)).loaded(quantization)
+
+
+def make_runner(
+    config: EngineConfig = TINY_ENGINE,
+    model: DecoderConfig = TINY,
+    quantization: QuantizationConfig = models.REFERENCE,
+    peers: Peers | None = None,
+) -> Runner:
+    """A runner of a tiny model, not compiled."""
+    backend = tiny_backend(config, model, quantization)
+    return Runner(backend, tiny_weights(model, config.mesh, quantization), config, peers)
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from inferneo_jax.model import EmbeddingModel, LanguageModel, follow_model, load_model
-    from inferneo_jax.platform.memory import return_unused
+    from inferneo_jax.platform.memory import malloc_trim
     from inferneo_jax.request import (
         EngineStats,
         GenerationOutput,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         SamplingParams,
         TokenLogprob,
     )
-    from inferneo_jax.runner.model_info import DeviceMemory, ModelFacts, device_memory
+    from inferneo_jax.runner.model_info import DeviceMemory, ModelInfo, device_memory
     from inferneo_jax.text.detokenize import IncrementalDecoder
     from inferneo_jax.text.stops import StopMatcher
     from inferneo_jax.text.tokenizer import Tokenizer
@@ -76,9 +76,9 @@ _HOMES = {
         "TokenizerError",
         "WeightsError",
     ),
-    "runner.model_info": ("DeviceMemory", "ModelFacts", "device_memory"),
+    "runner.model_info": ("DeviceMemory", "ModelInfo", "device_memory"),
     "distributed.job": ("Job",),
-    "platform.memory": ("return_unused",),
+    "platform.memory": ("malloc_trim",),
     "model": (
         "EmbeddingModel",
         "LanguageModel",
@@ -122,7 +122,7 @@ __all__ = [
     "JobError",
     "LanguageModel",
     "MeshShape",
-    "ModelFacts",
+    "ModelInfo",
     "OverloadedError",
     "RequestError",
     "SamplingParams",
@@ -136,7 +136,7 @@ __all__ = [
     "device_memory",
     "follow_model",
     "load_model",
-    "return_unused",
+    "malloc_trim",
 ]
 
 

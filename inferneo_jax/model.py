@@ -27,9 +27,9 @@ from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.platform import compiles
-from inferneo_jax.platform.memory import explained, require
+from inferneo_jax.platform.memory import oom_as_config_error, require
 from inferneo_jax.runner.backends import resolve_decoder, resolve_encoder
-from inferneo_jax.runner.model_info import ModelFacts, facts_of
+from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.runner import Runner, sharing
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.text.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     engine: Engine
     max_len: int
-    facts: ModelFacts
+    info: ModelInfo
     kind: Literal["decoder"] = "decoder"
 
     def stop(self) -> None:
@@ -67,7 +67,7 @@ class EmbeddingModel:
     tokenizer: Tokenizer
     embedder: Embedder
     max_tokens: int
-    facts: ModelFacts
+    info: ModelInfo
     kind: Literal["encoder"] = "encoder"
 
     def stop(self) -> None:
@@ -105,7 +105,7 @@ def load_model(
             backend = resolve_encoder(info.config, config, mesh)
             weights, _ = load_weights(info, mesh, [backend.quantization], config)
             embedder = Embedder(backend, weights, config)
-            with explained("the batches were compiled and first run"):
+            with oom_as_config_error("the batches were compiled and first run"):
                 embedder.start(progress)
             return EmbeddingModel(
                 name=name,
@@ -113,10 +113,10 @@ def load_model(
                 tokenizer=tokenizer,
                 embedder=embedder,
                 max_tokens=embedder.max_tokens,
-                facts=facts_of(backend, weights),
+                info=ModelInfo.of(backend, weights),
             )
         runner = load_runner(info, config, progress, job)
-    facts = runner.facts()
+    loaded = runner.info()  # before a step takes the cache along
     engine = Engine(runner)
     if job:
         job.on_lost(engine.fail)
@@ -126,7 +126,7 @@ def load_model(
         tokenizer=tokenizer,
         engine=engine,
         max_len=runner.max_len,
-        facts=facts,
+        info=loaded,
     )
 
 
@@ -149,7 +149,7 @@ def follow_model(
     with compiles.expected():
         runner = load_runner(info, config, progress, job)
     log.info("following")
-    follow(runner, job.link)
+    follow(runner, job.processes)
     return True
 
 
@@ -161,11 +161,11 @@ def load_runner(
     mesh = make_mesh(config.mesh)
     if job:
         job.take(info.path.name)
-        agree(job.link, "model", _identity(info, config, mesh))
+        agree(job.processes, "model", _identity(info, config, mesh))
     backend = resolve_decoder(info.config, config, mesh)
     weights, quantization = load_weights(info, mesh, backend.choices, config)
-    runner = Runner(backend.loaded(quantization), weights, config, job.link if job else None)
-    with explained("the steps were compiled and first run"):
+    runner = Runner(backend.loaded(quantization), weights, config, job.processes if job else None)
+    with oom_as_config_error("the steps were compiled and first run"):
         runner.compile(progress)
     return runner
 
@@ -206,7 +206,7 @@ def load_weights(
     def room(quantization: QuantizationConfig) -> Iterator[None]:
         needed = local_bytes(flat(weight_shapes(model, mesh, quantization)))
         require(needed * sharing(mesh), "the weights")
-        with explained("the weights were loaded"):
+        with oom_as_config_error("the weights were loaded"):
             yield
 
     for quantization, store in stores.items():

@@ -209,9 +209,9 @@ async def _load(registry: Registry) -> None:
         # of that, and hold up every request for a tenth of a second or more.
         gc.collect()
         gc.freeze()
-        from inferneo_jax import return_unused  # with jax, which is loaded by now
+        from inferneo_jax import malloc_trim  # with jax, which is loaded by now
 
-        return_unused()
+        malloc_trim()
         logger.info("ready")
         return
     finally:

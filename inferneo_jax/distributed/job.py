@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from inferneo_jax.config import JobConfig
-from inferneo_jax.distributed.process_group import Callback, Link, agree
+from inferneo_jax.distributed.process_group import Callback, TcpProcessGroup, agree
 from inferneo_jax.distributed.transport import Channel, Kind
 from inferneo_jax.errors import ConfigError, JobError
 from inferneo_jax.version import __version__
@@ -41,7 +41,7 @@ class Job:
         self._config = config
         self._on_leave = on_leave
         self._on_lost: list[Callback] = []
-        self._link: Link | None = None
+        self._processes: TcpProcessGroup | None = None
         self._lost: str | None = None
         self._ended = False
         self._model: str | None = None
@@ -53,10 +53,10 @@ class Job:
         return self._lost
 
     @property
-    def link(self) -> Link:
+    def processes(self) -> TcpProcessGroup:
         """The other processes; after ``join``."""
-        assert self._link, "join() comes first"
-        return self._link
+        assert self._processes, "join() comes first"
+        return self._processes
 
     def on_lost(self, callback: Callback) -> None:
         """Have it called, on any thread, when another process is lost; at once if one is."""
@@ -73,7 +73,7 @@ class Job:
             JobError: they did not come, this process has another number than it should, or they
                 are not of the same kind.
         """
-        if self._link:
+        if self._processes:
             return
         _check_number(self.leads, self._config.process_id)
         progress("joining", 0, 0)
@@ -97,7 +97,7 @@ class Job:
         else:
             port = int(client.blocking_key_value_get(_PORT_KEY, int(seconds * 1000)))
             channels = {0: connect(host, port, self._config, number)}
-        self._link = Link(
+        self._processes = TcpProcessGroup(
             channels,
             process_id=number,
             beat_seconds=self._config.beat_seconds,
@@ -106,7 +106,7 @@ class Job:
             on_leave=self._on_leave,
         )
         log.info("joined a job of %d processes as number %d", count, number)
-        agree(self._link, "process", _nature())
+        agree(self._processes, "process", _nature())
 
     def take(self, model: str) -> None:
         """Give the job's devices to a model.
@@ -122,34 +122,34 @@ class Job:
 
     def leave(self) -> None:
         """As a follower: tell the leader that this process is to end; it then ends the job."""
-        if self._link:
+        if self._processes:
             with suppress(JobError):
-                self._link.announce(Kind.LEAVE)
+                self._processes.announce(Kind.LEAVE)
 
     def fail(self, reason: str) -> None:
         """As a follower: tell the leader why this process ends."""
-        if self._link:
+        if self._processes:
             with suppress(JobError):
-                self._link.announce(Kind.FAILED, reason.encode()[:1000])
+                self._processes.announce(Kind.FAILED, reason.encode()[:1000])
 
     def end(self) -> None:
         """Leave in order: a leader ends the others first. Idempotent, blocks for a bounded time."""
         with self._lock:
-            if self._ended or not self._link:
+            if self._ended or not self._processes:
                 return
             self._ended = True
         try:
             if self.leads:
-                self._link.end(self._config.end_seconds)
+                self._processes.end(self._config.end_seconds)
             else:
-                self._link.announce(Kind.STOP)
+                self._processes.announce(Kind.STOP)
         except JobError as error:
             log.warning("the job did not end in order: %s", error)
         else:
             import jax
 
             jax.distributed.shutdown()  # waits for all to be here
-        self._link.close()
+        self._processes.close()
 
     def _lose(self, reason: str) -> None:
         log.error("%s; the job is lost", reason)

@@ -1,4 +1,4 @@
-"""The processes of a job as one of them sees the others: what they agree on and announce."""
+"""The processes of a job, as one of them sees the others: what they agree on and announce."""
 
 import threading
 from collections import deque
@@ -13,7 +13,7 @@ from inferneo_jax.distributed.transport import Channel, Kind
 from inferneo_jax.errors import JobError
 
 Callback = Callable[[str], None]
-"""Told why; called on a thread of the link."""
+"""Told why; called on a thread of the process group."""
 
 DISSOLVE_SECONDS = 10.0
 """How long the leader of a job that cannot be waits for the others to end before it does."""
@@ -23,7 +23,7 @@ def _nothing(_: object) -> None:
     """No values end the job."""
 
 
-class Peers(Protocol):
+class ProcessGroup(Protocol):
     """What a model's runner needs of the processes that run it with this one."""
 
     @property
@@ -65,7 +65,7 @@ class Peers(Protocol):
         """
 
 
-class Alone:
+class SingleProcess:
     """The only process there is."""
 
     leads = True
@@ -89,7 +89,7 @@ class Alone:
         """There is nobody to wait for."""
 
 
-def agree(peers: Peers, what: str, fields: Mapping[str, Any]) -> None:
+def agree(processes: ProcessGroup, what: str, fields: Mapping[str, Any]) -> None:
     """Compare what must be the same in all processes.
 
     Raises:
@@ -104,16 +104,16 @@ def agree(peers: Peers, what: str, fields: Mapping[str, Any]) -> None:
             if theirs.get(name) != leaders
         ]
 
-    problems = compare(peers.exchange(what, dict(fields), dooms=compare))
+    problems = compare(processes.exchange(what, dict(fields), dooms=compare))
     if problems:
-        peers.dissolve()
+        processes.dissolve()
         raise JobError(
             f"the processes of the job do not agree: {'; '.join(problems)}. Give all of them the "
             "same version, models and settings"
         )
 
 
-class Link:
+class TcpProcessGroup:
     """This process's connections to others, with a thread that listens to each and one that beats.
 
     To be closed; until then the loss of any of them is the loss of all.
@@ -164,7 +164,7 @@ class Link:
         *,
         dooms: Callable[[list[Any]], object] = _nothing,
     ) -> list[Any]:
-        """See :class:`Peers`."""
+        """See :class:`ProcessGroup`."""
         seconds = self._load_seconds if seconds is None else seconds
         if self.leads:
             found = {0: orjson.loads(orjson.dumps(mine))}  # as the others see it
@@ -182,7 +182,7 @@ class Link:
         return values
 
     def announce(self, kind: Kind, *parts: bytes | memoryview) -> None:
-        """See :class:`Peers`. A follower has the leader only to tell."""
+        """See :class:`ProcessGroup`. A follower has the leader only to tell."""
         for peer, channel in self._channels.items():
             try:
                 channel.send(kind, *parts)
@@ -192,7 +192,7 @@ class Link:
             raise JobError(self._lost)
 
     def dissolve(self) -> None:
-        """See :class:`Peers`."""
+        """See :class:`ProcessGroup`."""
         if self.leads:
             with self._changed:
                 self._ending = True

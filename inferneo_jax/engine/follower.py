@@ -5,14 +5,14 @@ from typing import Any
 
 import jax
 
-from inferneo_jax.distributed.process_group import Link
+from inferneo_jax.distributed.process_group import TcpProcessGroup
 from inferneo_jax.distributed.transport import Kind
 from inferneo_jax.runner.runner import Runner
 
 log = logging.getLogger(__name__)
 
 
-def follow(runner: Runner, link: Link) -> None:
+def follow(runner: Runner, processes: TcpProcessGroup) -> None:
     """Run what the leader announces, until it ends the job.
 
     Like the leader it dispatches a step before it waits for the one before. Nothing is read: which
@@ -21,10 +21,10 @@ def follow(runner: Runner, link: Link) -> None:
     Raises:
         JobError: the leader is lost, or sent what is no step of this model.
     """
-    assert runner.wire, "it was made without peers"
+    assert runner.wire, "the runner was made without a process group"
     previous: Any = None
     while True:
-        kind, payload = link.next()
+        kind, payload = processes.next()
         match kind:
             case Kind.STEP:
                 sampled = runner.execute(*runner.wire.read(payload))

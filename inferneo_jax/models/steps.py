@@ -114,7 +114,7 @@ def sample_bucket(count: int, buckets: Sequence[int]) -> int:
 class Steps:
     """The pure steps of one model.
 
-    ``graphdef`` and ``treedef`` are those of ``models.graphdef`` of the fitted model, whose
+    ``graphdef`` and ``treedef`` are those of ``models.graphdef`` of the padded model, whose
     vocabulary may be padded beyond ``vocab_size``. Rows to be sampled are padded to one of
     ``buckets``.
     """

@@ -48,11 +48,11 @@ def require(needed: int, what: str) -> None:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Say in a sentence that memory ran out.
+def oom_as_config_error(what: str) -> Iterator[None]:
+    """Turn running out of memory, on the host or a device, into a configuration error.
 
     Raises:
-        ConfigError: it did.
+        ConfigError: memory ran out while ``what``.
     """
     try:
         yield
@@ -92,7 +92,7 @@ def _gigabytes(number: int) -> str:
     return f"{max(0, number) / 1e9:.1f} GB"
 
 
-def return_unused() -> None:
+def malloc_trim() -> None:
     """Give the operating system what the C library's allocator keeps of freed memory (glibc).
 
     Loading and compiling leave hundreds of MB of it, spread over an arena for each thread.

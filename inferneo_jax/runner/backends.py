@@ -22,7 +22,7 @@ from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.platform import devices
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.sharding.padding import fit
+from inferneo_jax.sharding.padding import pad_for_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def resolve_decoder(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> D
         ConfigError: native kernels are asked for, and there are none.
     """
     device = mesh.devices.flat[0]
-    padded = fit(model, meshes.parts(mesh, "kv_heads"))
+    padded = pad_for_mesh(model, meshes.parts(mesh, "kv_heads"))
     page_len = config.page_len or (64 if device.platform == "tpu" else 16)
     kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
     dtype = _dtype(config, mesh)
@@ -131,7 +131,7 @@ def resolve_encoder(model: EncoderConfig, config: EngineConfig, mesh: Mesh) -> E
     dtype = _dtype(config, mesh)
     return EncoderBackend(
         model=model,
-        padded=fit(model, meshes.parts(mesh, "heads")),
+        padded=pad_for_mesh(model, meshes.parts(mesh, "heads")),
         mesh=mesh,
         quantization=packed_quantization(mesh, config.kernels, dtype)
         or QuantizationConfig.unquantized(dtype),

@@ -10,8 +10,8 @@ from inferneo_jax.runner.backends import DecoderBackend, EncoderBackend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
-    """A model as it is served.
+class ModelInfo:
+    """A loaded model: what it is made of, and its memory.
 
     Attributes:
         dtype: of products.
@@ -33,6 +33,26 @@ class ModelFacts:
     weight_bytes: int
     cache_bytes: int
 
+    @classmethod
+    def of(
+        cls,
+        backend: DecoderBackend | EncoderBackend,
+        weights: Iterable[jax.Array],
+        cache: Iterable[jax.Array] = (),
+    ) -> "ModelInfo":
+        """The info of a model whose weights and cache have been placed."""
+        mesh = backend.mesh
+        return cls(
+            dtype=str(backend.quantization.dtype),
+            quantization=backend.quantization.linear.name,
+            kv_dtype=backend.kv_dtype,
+            kernels="native" if backend.native else "xla",
+            mesh=",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+            device=mesh.devices.flat[0].device_kind,
+            weight_bytes=_held(weights),
+            cache_bytes=_held(cache),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceMemory:
@@ -41,25 +61,6 @@ class DeviceMemory:
     device: str
     used: int
     limit: int
-
-
-def facts_of(
-    backend: DecoderBackend | EncoderBackend,
-    weights: Iterable[jax.Array],
-    cache: Iterable[jax.Array] = (),
-) -> ModelFacts:
-    """The facts of a model whose weights and cache have been placed."""
-    mesh = backend.mesh
-    return ModelFacts(
-        dtype=str(backend.quantization.dtype),
-        quantization=backend.quantization.linear.name,
-        kv_dtype=backend.kv_dtype,
-        kernels="native" if backend.native else "xla",
-        mesh=",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-        device=mesh.devices.flat[0].device_kind,
-        weight_bytes=_held(weights),
-        cache_bytes=_held(cache),
-    )
 
 
 def device_memory(devices: Sequence[Any] | None = None) -> list[DeviceMemory]:

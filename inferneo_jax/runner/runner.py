@@ -13,18 +13,18 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from inferneo_jax.config import EngineConfig
-from inferneo_jax.distributed.process_group import Alone, Peers, agree
+from inferneo_jax.distributed.process_group import ProcessGroup, SingleProcess, agree
 from inferneo_jax.distributed.transport import Kind
 from inferneo_jax.layers.cache import KVCache
 from inferneo_jax.models.steps import Sampled, SlotState
 from inferneo_jax.platform import compiles
-from inferneo_jax.platform.memory import explained, free_memory, require, total_memory
+from inferneo_jax.platform.memory import free_memory, oom_as_config_error, require, total_memory
 from inferneo_jax.platform.watchdog import PATIENCE
 from inferneo_jax.request import RequestLimits
 from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.compile_cache import ExecutableStore
-from inferneo_jax.runner.model_info import ModelFacts, facts_of
+from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.programs import MAX_STOP_IDS, Key
 from inferneo_jax.runner.wire import Wire
 from inferneo_jax.scheduler.output import SchedulerOutputs
@@ -82,15 +82,15 @@ class Runner:
         backend: how the model runs, in the quantization of ``weights``.
         weights: as ``place_weights`` lays them out.
         config: of the engine.
-        peers: the processes that run the same model with this one; None: there are none.
+        processes: the processes that run the same model with this one; None: there are none.
 
     Attributes:
         step_seconds: a step that takes longer hangs; known after ``compile``.
         drafts: how to make them, None where none are to be; known after ``compile``.
-        wire: how steps travel to the peers, where there are some.
+        wire: encodes steps for the other processes; None: there are none.
 
     Raises:
-        JobError: the peers have other programs.
+        JobError: the other processes have different programs.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class Runner:
         backend: DecoderBackend,
         weights: list[Array],
         config: EngineConfig,
-        peers: Peers | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         self.model = backend.model
         self._mesh = backend.mesh
-        self._peers = peers or Alone()
+        self._processes = processes or SingleProcess()
         self._programs = make_programs(backend, config, self._cache_budget)
-        agree(self._peers, "programs", self._programs.described())
-        self.wire = Wire(self._programs) if peers else None
+        agree(self._processes, "programs", self._programs.described())
+        self.wire = Wire(self._programs) if processes else None
         self.config = config = self._programs.config
         self.page_len = self._programs.page_len
         self.max_len, self.num_pages = self._programs.max_len, self._programs.num_pages
@@ -133,31 +133,31 @@ class Runner:
             max_stop_ids=MAX_STOP_IDS,
         )
 
-    def facts(self) -> ModelFacts:
+    def info(self) -> ModelInfo:
         """What it runs; to be asked while no step is under way, as steps take the cache along."""
-        return facts_of(self._programs.backend, self._weights, jax.tree.leaves(self._cache))
+        return ModelInfo.of(self._programs.backend, self._weights, jax.tree.leaves(self._cache))
 
     def reset(self) -> None:
         """Allocate cache and slots anew, after a step failed with the old ones in its hands.
 
-        Peers do the same once they have run all that they were told to: where one of them waits
-        for a part of the failed step, there is no way on.
+        The other processes do the same once they have run all that they were told to. If one of
+        them still waits for a part of the failed step, the job cannot go on.
 
         Raises:
-            JobError: a peer did not get there in time.
+            JobError: another process did not get there in time.
         """
-        if self._peers.leads:
-            self._peers.announce(Kind.RESET)
+        if self._processes.leads:
+            self._processes.announce(Kind.RESET)
         else:
             jax.block_until_ready((self._cache, self._state))
-        self._peers.exchange("reset", None, self.step_seconds)
+        self._processes.exchange("reset", None, self.step_seconds)
         self._allocate()
 
     def _allocate(self) -> None:
         vars(self).pop("_cache", None)  # freed first: there may be no room for two
         what = f"the KV cache of {self.dp_size * self.num_pages * self.page_len} tokens"
         require(self._programs.cache_bytes * sharing(self._mesh), what)
-        with compiles.expected(), explained(f"{what} was allocated"):
+        with compiles.expected(), oom_as_config_error(f"{what} was allocated"):
             self._cache = self._make_cache()
             sharding = NamedSharding(self._mesh, meshes.spec("slots"))
             empty = self._programs.place(self._inputs.empty_state(), "slots")
@@ -172,7 +172,7 @@ class Runner:
         lower = {key: partial(self._programs.lower, key) for key in keys}
         self._compiled = store.compile_all(lower, progress)
         # Where one process still compiles, the others' collectives would give up waiting for it.
-        self._peers.exchange("compiled", None)
+        self._processes.exchange("compiled", None)
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -239,9 +239,9 @@ class Runner:
         return self._step(("verify", bucket, length + 1), (drafted,))
 
     def _step(self, key: Key, arguments: tuple[Any, ...]) -> tuple[Key, Sampled] | None:
-        """Dispatch one program, on the peers first: they have a longer way to it."""
+        """Dispatch one program, on the other processes first: theirs is the longer way."""
         if self.wire:
-            self._peers.announce(Kind.STEP, *self.wire.write(key, arguments))
+            self._processes.announce(Kind.STEP, *self.wire.write(key, arguments))
         sampled = self.execute(key, arguments)
         return (key, sampled) if sampled else None
 
@@ -266,7 +266,7 @@ class Runner:
 
     def _cache_budget(self) -> int:
         """Bytes of one device for the KV cache: what the process with the least can give."""
-        return min(self._peers.exchange("cache budget", _cache_budget(self._mesh)))
+        return min(self._processes.exchange("cache budget", _cache_budget(self._mesh)))
 
 
 def sharing(mesh: Mesh) -> int:

@@ -27,7 +27,7 @@ class Sliceable(Protocol):
 Config = TypeVar("Config", bound=ModelConfig)
 
 
-def fit(config: Config, parts: int) -> Config:
+def pad_for_mesh(config: Config, parts: int) -> Config:
     """The configuration of what ``parts`` equal parts of the model make up together."""
     padded: dict[str, Any] = {
         name: _round_up(getattr(config, name), parts) for name in ("vocab_size", "mlp_size")
@@ -43,15 +43,15 @@ def fit(config: Config, parts: int) -> Config:
 
 
 @dataclass(frozen=True)
-class FittedWeight:
-    """A weight with the shape that the fitted model declares, read from the original's.
+class PaddedWeight:
+    """A weight with the shape that the padded model declares, read from the original.
 
     Attributes:
         source: the original weight.
         stored: its shape.
-        shape: of the fitted weight.
+        shape: of the padded weight.
         axes: the logical axes of both.
-        group: query heads of one KV head, in the original and in the fitted model; None when the
+        group: query heads of one KV head, in the original and in the padded model; None when the
             weight has no KV heads.
     """
 
@@ -73,11 +73,11 @@ class FittedWeight:
         return np.pad(read, missing)
 
     def _heads(self, bounds: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[Any]]:
-        """Fitted KV head j is a copy of j // copies, with the next few heads of its group."""
+        """Padded KV head j is a copy of j // copies, with the next few heads of its group."""
         assert self.group
         dim = self.axes.index("kv_heads")
-        group, fitted_group = self.group
-        copies = -(-group // fitted_group)
+        group, padded_group = self.group
+        copies = -(-group // padded_group)
         before = tuple(slice(*each) for each in bounds[:dim])
         after = tuple(slice(*each) for each in bounds[dim + 2 :])
         every = (slice(None),) * dim
@@ -89,11 +89,11 @@ class FittedWeight:
             whole = slice(original, original + 1)
             block = np.asarray(self.source[(*before, whole, slice(None), *after)])
             part = part.astype(block.dtype, copy=False)
-            low, high = copy * fitted_group, min((copy + 1) * fitted_group, group)
+            low, high = copy * padded_group, min((copy + 1) * padded_group, group)
             # Queries, and behind them key and value, where they are in one with them.
             for to, source in (
                 (slice(high - low), slice(low, high)),
-                (slice(fitted_group, None), slice(group, None)),
+                (slice(padded_group, None), slice(group, None)),
             ):
                 target: Any = (*every, place, to)
                 part[target] = block[(*every, 0, source)]

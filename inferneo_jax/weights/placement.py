@@ -14,7 +14,7 @@ from inferneo_jax.config import DecoderConfig, ModelConfig
 from inferneo_jax.layers.quantization import HostArray, QuantizationConfig
 from inferneo_jax.layers.spec import WeightSpec
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.sharding.padding import FittedWeight, Index, Sliceable, fit
+from inferneo_jax.sharding.padding import Index, PaddedWeight, Sliceable, pad_for_mesh
 from inferneo_jax.weights.cache import EncodedParts, Keep
 
 _READERS = 4
@@ -28,7 +28,7 @@ def weight_shapes(
     config: ModelConfig, mesh: Mesh, quantization: QuantizationConfig
 ) -> dict[str, Shapes]:
     """The weights of a model on a mesh, by name, in the order of the module's leaves."""
-    fitted = fit(config, meshes.parts(mesh, "vocab"))
+    padded = pad_for_mesh(config, meshes.parts(mesh, "vocab"))
     return {
         name: tuple(
             jax.ShapeDtypeStruct(
@@ -38,7 +38,7 @@ def weight_shapes(
             )
             for parameter in spec.parameters
         )
-        for name, spec in models.weight_specs(fitted, quantization).items()
+        for name, spec in models.weight_specs(padded, quantization).items()
     }
 
 
@@ -66,24 +66,24 @@ def place_weights(
 
     Args:
         sources: the weights as the model's own configuration declares them.
-        config: of the model, not fitted to the mesh.
+        config: of the model, not padded to the mesh.
         mesh: where they go.
         quantization: of the matrices.
         kept: all parts that this process needs, encoded before; then no source is read.
         keep: is given each part that was encoded.
 
     Returns:
-        What a step takes: arrays in the order of the fitted module's leaves.
+        What a step takes: arrays in the order of the padded module's leaves.
     """
     declared = {} if kept else models.weight_specs(config)
-    fitted_config = fit(config, meshes.parts(mesh, "vocab"))
-    fitted = models.weight_specs(fitted_config, quantization)
+    padded_config = pad_for_mesh(config, meshes.parts(mesh, "vocab"))
+    padded = models.weight_specs(padded_config, quantization)
     group = None
-    if isinstance(config, DecoderConfig) and isinstance(fitted_config, DecoderConfig):
-        group = config.group_size, fitted_config.group_size
+    if isinstance(config, DecoderConfig) and isinstance(padded_config, DecoderConfig):
+        group = config.group_size, padded_config.group_size
 
     def place(name: str, targets: Shapes) -> list[Array]:
-        spec = fitted[name]
+        spec = padded[name]
         parts = max(map(_num_parts, targets))
 
         # Devices along an axis that does not split the weight share one copy.
@@ -94,7 +94,7 @@ def place_weights(
                 return kept[name, number]
             if number not in encoded:
                 stored = declared[name].shape
-                weight = FittedWeight(sources[name], stored, spec.shape, spec.axes, group)
+                weight = PaddedWeight(sources[name], stored, spec.shape, spec.axes, group)
                 part = weight[_part(spec, number, parts)]
                 shape = [
                     size // (parts if axis else 1)

@@ -64,11 +64,11 @@ _OF_MODELS: dict[str, tuple[str, Callable[["Model"], float]]] = {
     ),
     "inferneo_model_weights_bytes": (
         "What this process's devices hold of the weights.",
-        lambda m: m.facts.weight_bytes,
+        lambda m: m.info.weight_bytes,
     ),
     "inferneo_kv_cache_bytes": (
         "What this process's devices hold of the KV cache.",
-        lambda m: m.facts.cache_bytes,
+        lambda m: m.info.cache_bytes,
     ),
 }
 
@@ -127,8 +127,8 @@ class StateCollector(Collector):
 def _of_models(models: Sequence["Model"]) -> Iterator[Metric]:
     info = GaugeMetricFamily("inferneo_model_info", "Always 1.", labels=[MODEL, "kind", *_INFO])
     for model in models:
-        facts = (getattr(model.facts, name) for name in _INFO)
-        info.add_metric([model.name, model.kind, *facts], 1)
+        values = (getattr(model.info, name) for name in _INFO)
+        info.add_metric([model.name, model.kind, *values], 1)
     yield info
     for name, (words, read) in _OF_MODELS.items():
         metric = GaugeMetricFamily(name, words, labels=[MODEL])

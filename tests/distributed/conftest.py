@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from inferneo_jax.distributed.transport import Channel
-from tests.distributed.links import CONFIG, Threads, connected
+from tests.distributed.process_groups import CONFIG, Threads, connected
 
 
 @pytest.fixture

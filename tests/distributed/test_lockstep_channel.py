@@ -6,7 +6,7 @@ import pytest
 
 from inferneo_jax.distributed.transport import Channel, Kind
 from inferneo_jax.errors import JobError
-from tests.distributed.links import SOON, TOKEN, Threads, connected
+from tests.distributed.process_groups import SOON, TOKEN, Threads, connected
 
 
 def test_what_is_sent_arrives(pair: tuple[Channel, Channel], threads: Threads) -> None:

@@ -16,7 +16,7 @@ from inferneo_jax.engine.follower import follow
 from inferneo_jax.errors import EngineFailedError, JobError
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.runner.wire import Wire
-from tests.distributed.links import SOON, Links, Threads, links
+from tests.distributed.process_groups import SOON, ProcessGroups, Threads, process_groups
 from tests.support.machine_speed import Machine
 from tests.support.tiny_model import MIXED, make_runner, prompt, submit
 
@@ -42,11 +42,11 @@ def test_every_step_arrives_as_it_was(tiny_runner: Callable[..., Runner]) -> Non
 class Lockstep:
     """A leader's engine and a follower of it, each with cache and slots of its own."""
 
-    def __init__(self, made: Links, threads: Threads, compiled: Runner) -> None:
-        self.links = made
+    def __init__(self, made: ProcessGroups, threads: Threads, compiled: Runner) -> None:
+        self.process_groups = made
 
         def load(number: int) -> Runner:
-            runner = make_runner(peers=made.all[number])
+            runner = make_runner(processes=made.all[number])
             runner._compiled = compiled._compiled
             return runner
 
@@ -56,10 +56,10 @@ class Lockstep:
 
     def end(self) -> None:
         self.engine.stop()
-        answered = threading.Thread(target=lambda: self.links.all[0].end(SOON))
+        answered = threading.Thread(target=lambda: self.process_groups.all[0].end(SOON))
         answered.start()
         self.following.result(SOON)
-        self.links.all[1].announce(Kind.STOP)
+        self.process_groups.all[1].announce(Kind.STOP)
         answered.join(SOON)
 
     def same(self) -> None:
@@ -75,7 +75,7 @@ class Lockstep:
 @pytest.fixture
 def lockstep(threads: Threads, tiny_runner: Callable[..., Runner]) -> Iterator[Lockstep]:
     compiled = tiny_runner()
-    with links() as made:
+    with process_groups() as made:
         yield Lockstep(made, threads, compiled)
 
 
@@ -122,12 +122,12 @@ def test_a_step_of_which_the_follower_has_no_part_cannot_be_forgotten(
 
     monkeypatch.setattr(lockstep.leader, "execute", explode)
     assert isinstance(submit(engine, prompt(5)).wait().outputs[-1].error, EngineFailedError)
-    lockstep.links.until(lambda: not engine.stats().ready)
+    lockstep.process_groups.until(lambda: not engine.stats().ready)
     with pytest.raises(EngineFailedError):
         submit(engine, prompt(5))
     hold.set()
     engine.stop()
-    lockstep.links.all[0].close()
+    lockstep.process_groups.all[0].close()
     with pytest.raises(JobError):
         lockstep.following.result(SOON)
 
@@ -135,7 +135,7 @@ def test_a_step_of_which_the_follower_has_no_part_cannot_be_forgotten(
 def test_requests_end_when_a_follower_is_lost_whatever_the_step_does(
     lockstep: Lockstep, monkeypatch: pytest.MonkeyPatch, machine: Machine
 ) -> None:
-    made, engine, hold = lockstep.links, lockstep.engine, threading.Event()
+    made, engine, hold = lockstep.process_groups, lockstep.engine, threading.Event()
     made.reasons[0].clear()
     execute = lockstep.leader.execute
 

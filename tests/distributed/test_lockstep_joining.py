@@ -8,7 +8,7 @@ import pytest
 
 from inferneo_jax.distributed.job import Job, accept, connect
 from inferneo_jax.errors import ConfigError, JobError
-from tests.distributed.links import CONFIG, SOON, TOKEN, Threads
+from tests.distributed.process_groups import CONFIG, SOON, TOKEN, Threads
 
 
 def test_followers_join_and_strangers_do_not(

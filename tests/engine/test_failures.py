@@ -340,7 +340,10 @@ def test_memory_that_runs_out_is_explained(
 
 
 def test_other_errors_of_the_device_stay_what_they_are() -> None:
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explained("tested"):
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        memory.oom_as_config_error("tested"),
+    ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 

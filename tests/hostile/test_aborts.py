@@ -61,7 +61,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
             tokenizer=model.tokenizer,
             embedder=FakeEmbedder(),
             max_tokens=32,
-            facts=model.facts,
+            info=model.info,
         ),
     }
     server = Server(lambda source, *_: made[source.id])

@@ -17,7 +17,7 @@ from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
-from inferneo_jax.sharding.padding import fit
+from inferneo_jax.sharding.padding import pad_for_mesh
 from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, process, stats_of
 from tests.support.tiny_model import (
     MIXED,
@@ -102,12 +102,12 @@ def test_native_kernels_run_on_each_devices_part() -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 8, 16])
 @pytest.mark.parametrize("config", [TINY, DIVIDING, BIASED])
 def test_a_fitted_model_divides_and_holds_every_head(config: DecoderConfig, parts: int) -> None:
-    fitted = fit(config, parts)
-    assert fitted.num_kv_heads % parts == fitted.vocab_size % parts == fitted.mlp_size % parts == 0
-    assert fitted.num_heads >= config.num_heads
-    assert fitted.vocab_size - config.vocab_size < parts
+    padded = pad_for_mesh(config, parts)
+    assert padded.num_kv_heads % parts == padded.vocab_size % parts == padded.mlp_size % parts == 0
+    assert padded.num_heads >= config.num_heads
+    assert padded.vocab_size - config.vocab_size < parts
     if not config.num_kv_heads % parts:
-        assert (fitted.num_heads, fitted.num_kv_heads) == (config.num_heads, config.num_kv_heads)
+        assert (padded.num_heads, padded.num_kv_heads) == (config.num_heads, config.num_kv_heads)
 
 
 def test_no_device_holds_more_than_its_part() -> None:

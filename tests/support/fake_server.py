@@ -14,7 +14,7 @@ import tokenizers
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
-from inferneo_jax import EmbeddingModel, LanguageModel, ModelFacts, Tokenizer
+from inferneo_jax import EmbeddingModel, LanguageModel, ModelInfo, Tokenizer
 from server.app import create_app
 from server.config.settings import Settings
 from server.models.sources import Loader
@@ -128,7 +128,7 @@ def parse_events(text: str) -> list[Any]:
 def models_of(
     engine: FakeEngine, embedder: FakeEmbedder, tokenizer: Tokenizer
 ) -> dict[str, Callable[[], Any]]:
-    facts = ModelFacts(
+    info = ModelInfo(
         dtype="float32",
         quantization="none",
         kv_dtype="float32",
@@ -145,7 +145,7 @@ def models_of(
             tokenizer=tokenizer,
             engine=engine,
             max_len=engine.max_len,
-            facts=facts,
+            info=info,
         ),
         EMBED: lambda: EmbeddingModel(
             name=EMBED,
@@ -153,7 +153,7 @@ def models_of(
             tokenizer=tokenizer,
             embedder=embedder,
             max_tokens=embedder.max_tokens,
-            facts=dataclasses.replace(facts, kv_dtype="", cache_bytes=0),
+            info=dataclasses.replace(info, kv_dtype="", cache_bytes=0),
         ),
     }
 

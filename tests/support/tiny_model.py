@@ -16,7 +16,7 @@ import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
-from inferneo_jax.distributed.process_group import Peers
+from inferneo_jax.distributed.process_group import ProcessGroup
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.request import (
@@ -106,11 +106,11 @@ def make_runner(
     config: EngineConfig = TINY_ENGINE,
     model: DecoderConfig = TINY,
     quantization: QuantizationConfig = models.REFERENCE,
-    peers: Peers | None = None,
+    processes: ProcessGroup | None = None,
 ) -> Runner:
     """A runner of a tiny model, not compiled."""
     backend = tiny_backend(config, model, quantization)
-    return Runner(backend, tiny_weights(model, config.mesh, quantization), config, peers)
+    return Runner(backend, tiny_weights(model, config.mesh, quantization), config, processes)
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

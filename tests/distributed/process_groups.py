@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from inferneo_jax.config import JobConfig
-from inferneo_jax.distributed.process_group import Link
+from inferneo_jax.distributed.process_group import TcpProcessGroup
 from inferneo_jax.distributed.transport import Channel
 
 TOKEN = "a token of the tests"
@@ -38,7 +38,7 @@ def connected() -> tuple[socket.socket, socket.socket]:
         return one, listener.accept()[0]
 
 
-class Links:
+class ProcessGroups:
     """A leader and its followers in this process, and why each was lost."""
 
     def __init__(self, followers: int, lost_seconds: float) -> None:
@@ -47,12 +47,12 @@ class Links:
         ends = [connected() for _ in range(followers)]
         self.raw = [theirs for _, theirs in ends]
         leader = {i + 1: Channel(mine, lost_seconds) for i, (mine, _) in enumerate(ends)}
-        self.all = [self._link(0, leader)]
+        self.all = [self._processes(0, leader)]
         for i, theirs in enumerate(self.raw):
-            self.all.append(self._link(i + 1, {0: Channel(theirs, lost_seconds)}))
+            self.all.append(self._processes(i + 1, {0: Channel(theirs, lost_seconds)}))
 
-    def _link(self, number: int, channels: dict[int, Channel]) -> Link:
-        return Link(
+    def _processes(self, number: int, channels: dict[int, Channel]) -> TcpProcessGroup:
+        return TcpProcessGroup(
             channels,
             process_id=number,
             beat_seconds=CONFIG.beat_seconds,
@@ -69,8 +69,10 @@ class Links:
 
 
 @contextlib.contextmanager
-def links(followers: int = 1, *, lost_seconds: float = CONFIG.lost_seconds) -> Iterator[Links]:
-    made = Links(followers, lost_seconds)
+def process_groups(
+    followers: int = 1, *, lost_seconds: float = CONFIG.lost_seconds
+) -> Iterator[ProcessGroups]:
+    made = ProcessGroups(followers, lost_seconds)
     try:
         yield made
     finally:

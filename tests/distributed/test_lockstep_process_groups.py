@@ -5,21 +5,21 @@ import time
 
 import pytest
 
-from inferneo_jax.distributed.process_group import Link, agree
+from inferneo_jax.distributed.process_group import TcpProcessGroup, agree
 from inferneo_jax.distributed.transport import Channel, Kind
 from inferneo_jax.errors import JobError
-from tests.distributed.links import CONFIG, SOON, Threads, connected, links
+from tests.distributed.process_groups import CONFIG, SOON, Threads, connected, process_groups
 
 
 def test_all_learn_what_each_says(threads: Threads) -> None:
-    with links(3) as made:
+    with process_groups(3) as made:
         work = [lambda n=n: made.all[n].exchange("numbers", [n, "x"]) for n in range(4)]
         assert threads.all(*work) == [[[n, "x"] for n in range(4)]] * 4
 
 
 def test_what_differs_is_named_on_every_side(threads: Threads) -> None:
     told: set[int] = set()
-    with links(2, lost_seconds=20) as made:  # a busy machine's process is not lost
+    with process_groups(2, lost_seconds=20) as made:  # a busy machine's process is not lost
 
         def compare(number: int) -> str:
             fields = {"slots": 8 if number == 2 else 4, "mesh": (1, 2)}
@@ -36,7 +36,7 @@ def test_what_differs_is_named_on_every_side(threads: Threads) -> None:
 
 
 def test_who_is_elsewhere_or_late_is_named(threads: Threads) -> None:
-    with links() as made:
+    with process_groups() as made:
         leader, follower = made.all
         threads.start(lambda: follower.exchange("weights", 1)).add_done_callback(
             lambda done: done.exception()
@@ -50,7 +50,7 @@ def test_who_is_elsewhere_or_late_is_named(threads: Threads) -> None:
 
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_process_that_dies_is_noticed_at_once(gone: int, threads: Threads) -> None:
-    with links(2) as made:
+    with process_groups(2) as made:
         waiting = threads.start(made.all[1 - gone].exchange, "never", 0)
         for channel in made.all[gone]._channels.values():
             channel.close()  # as the kernel does
@@ -72,7 +72,7 @@ def test_a_process_that_says_nothing_is_lost() -> None:
         reasons.append(reason)
         lost.set()
 
-    link = Link(
+    processes = TcpProcessGroup(
         {1: Channel(mine, 0.3)},
         process_id=0,
         beat_seconds=0.05,
@@ -81,18 +81,18 @@ def test_a_process_that_says_nothing_is_lost() -> None:
     )
     assert lost.wait(SOON)
     assert reasons == ["process 1 of the job was not heard of for 0.3 s"]
-    link.close()
+    processes.close()
     theirs.close()
 
 
 def test_an_idle_job_lives() -> None:
-    with links(2) as made:
+    with process_groups(2) as made:
         time.sleep(1.5 * CONFIG.lost_seconds)
         assert not any(made.reasons)
 
 
 def test_a_follower_says_why_it_ends() -> None:
-    with links() as made:
+    with process_groups() as made:
         made.all[1].announce(Kind.LEAVE)
         made.until(lambda: made.left)
         assert made.left == ["process 1 was told to end"]
@@ -103,12 +103,12 @@ def test_a_follower_says_why_it_ends() -> None:
 
 
 def test_an_end_in_order_is_no_loss(threads: Threads) -> None:
-    with links(2) as made:
+    with process_groups(2) as made:
 
-        def obey(link: Link) -> None:
-            assert link.next() == (Kind.STOP, b"")
-            link.announce(Kind.STOP)
-            link.close()
+        def obey(processes: TcpProcessGroup) -> None:
+            assert processes.next() == (Kind.STOP, b"")
+            processes.announce(Kind.STOP)
+            processes.close()
 
         threads.all(
             lambda: made.all[0].end(SOON),
@@ -118,4 +118,4 @@ def test_an_end_in_order_is_no_loss(threads: Threads) -> None:
         made.all[0].close()
         time.sleep(3 * CONFIG.beat_seconds)
         assert not any(made.reasons)
-        assert not any(link.lost for link in made.all)
+        assert not any(processes.lost for processes in made.all)

@@ -18,13 +18,13 @@ class Device:
 
 def test_a_model_says_what_it_is_made_of() -> None:
     weights = tiny_weights()
-    facts = make_runner().facts()
-    assert (facts.dtype, facts.quantization, facts.kernels) == ("float32", "none", "xla")
-    assert (facts.mesh, facts.device) == ("data=1,model=1", "cpu")
-    assert facts.weight_bytes == sum(each.nbytes for each in jax.tree.leaves(weights))
+    info = make_runner().info()
+    assert (info.dtype, info.quantization, info.kernels) == ("float32", "none", "xla")
+    assert (info.mesh, info.device) == ("data=1,model=1", "cpu")
+    assert info.weight_bytes == sum(each.nbytes for each in jax.tree.leaves(weights))
     token_bytes = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
     pages = 160 // 4 + 1  # page 0 is nobody's
-    assert facts.cache_bytes == pages * 4 * token_bytes
+    assert info.cache_bytes == pages * 4 * token_bytes
 
 
 def test_memory_is_told_of_accelerators_that_tell_theirs() -> None:

@@ -36,7 +36,8 @@ from server.keys.guard import Guard
 from server.keys.limits import Limiter
 from server.keys.socket_auth import admit_socket
 from server.keys.sockets import SocketAdmission
-from server.keys.store.store import Usage, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import Usage
 from server.keys.store.threads import StoreThreads
 from server.models.registry import Registry, still_loading
 from server.models.sources import Loader, load_from_disk

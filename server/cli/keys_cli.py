@@ -16,7 +16,8 @@ from inferneo_jax import ConfigError
 from server.config.settings import Settings
 from server.keys.key import SCOPES, Limits
 from server.keys.keyring import Keyring, state_of
-from server.keys.store.store import Store, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import Store
 from server.keys.usage import key_list, usage_of
 from server.observe.visible import escaped
 

@@ -23,7 +23,7 @@ from server.cli.doctor.machine import Survey
 from server.cli.main import app
 from server.config.settings import Settings
 from server.keys.keyring import Keyring
-from server.keys.store.store import open_store
+from server.keys.store.open import open_store
 from server.process.listening import Listener, listener_at
 from tests.support.tiny_checkpoints import CHAT, EMBEDDING, tiny_checkpoints
 

@@ -12,7 +12,7 @@ import pytest
 
 from inferneo_jax import __version__
 from server.config.settings import PREFIX, Settings
-from server.keys.store.store import open_store
+from server.keys.store.open import open_store
 from tests.deploy.files import DEPLOY, SCRIPTS, check, read
 from tests.support.paths import ROOT
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from server.keys.key import SCOPES, Limits, new_key
-from server.keys.store.store import open_store
+from server.keys.store.open import open_store
 from tests.support.paths import ROOT
 
 PATH = "/v1/chat/completions"

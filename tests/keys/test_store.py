@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.keys.key import Limits, encode_fields, new_key
-from server.keys.store.store import LEASE_SECONDS, Reservation, Store, StoreError, Usage, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import LEASE_SECONDS, Reservation, Store, StoreError, Usage
 from tests.keys.reference import ReferenceStore
 from tests.support.paths import ROOT
 
@@ -113,7 +114,8 @@ def test_a_killed_process_frees_its_slot_and_its_usage_is_kept(
     code = (
         "import sys, time\n"
         "from server.keys.key import Limits\n"
-        "from server.keys.store.store import Reservation, open_store\n"
+        "from server.keys.store.open import open_store\n"
+        "from server.keys.store.store import Reservation\n"
         "store = open_store(sys.argv[1])\n"
         "for i in range(int(sys.argv[4])):\n"
         "    call = Reservation(id=str(i), model='m', prompt=7, completion=100)\n"
@@ -139,7 +141,8 @@ ADMIT = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from server.keys.key import Limits
-from server.keys.store.store import Reservation, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import Reservation
 store = open_store(sys.argv[1])
 def admit(i):
     call = Reservation(id=f"{sys.argv[2]}-{i}", model="m", prompt=1, completion=1)

@@ -16,7 +16,8 @@ import httpx
 import websockets
 
 from server.keys.key import Key, new_key
-from server.keys.store.store import LEASE_SECONDS, Store, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import LEASE_SECONDS, Store
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import FREE, bearer
 from tests.support.machine_speed import Machine

@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from server.keys.key import Limits, new_key
-from server.keys.store.store import Store, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import Store
 from tests.support.fake_server import CHAT as FAKE_CHAT
 from tests.support.keyed_server import FREE, bearer
 from tests.support.server_process import Process, process, stats_of

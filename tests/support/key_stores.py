@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from server.keys.store.store import Store, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import Store
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from websockets.sync.client import ClientConnection
 
 from inferneo_jax import Tokenizer
 from server.keys.key import Key, Limits, encode_fields, new_key
-from server.keys.store.store import Store, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import Store
 from tests.support.fake_server import Rig, running
 
 FREE = Limits(requests=None, tokens=None, day_requests=None)

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from server.keys.key import Limits, new_key
-from server.keys.store.store import open_store
+from server.keys.store.open import open_store
 from tests.support.paths import ROOT
 from tests.support.server_process import Process
 

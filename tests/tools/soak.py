@@ -25,7 +25,7 @@ import psutil
 import websockets
 
 from server.keys.key import Limits, new_key
-from server.keys.store.store import open_store
+from server.keys.store.open import open_store
 from tests.support.server_process import Process, process, stats_of
 from tests.support.tiny_checkpoints import CHAT, EMBEDDING, tiny_checkpoints
 

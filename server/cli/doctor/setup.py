@@ -13,7 +13,8 @@ from server.cli.doctor.finding import Finding, State, existing, in_bytes, size_o
 from server.config.settings import Settings, unknown_variables
 from server.keys.key import Key
 from server.keys.keyring import state_of
-from server.keys.store.store import StoreError, open_store
+from server.keys.store.open import open_store
+from server.keys.store.store import StoreError
 from server.models.sources import Source, sources_of
 from server.process.listening import Listener, is_local, listen, url_of
 

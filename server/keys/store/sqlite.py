@@ -1,28 +1,64 @@
 """Keys and limits in one SQLite file, which several processes of a machine may share."""
 
 import dataclasses
+import os
 import secrets
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from server.keys.key import Key, Limits
-from server.keys.store.sqlite_tables import charge, connect, expire, quota_status_of, retry_of
 from server.keys.store.store import (
+    BUSY_SECONDS,
+    DAY_SECONDS,
     LEASE_SECONDS,
     WINDOW_SECONDS,
     QuotaStatus,
+    Refusal,
     Reservation,
     StoreError,
     Usage,
     UsageRow,
     refusal_of,
+    token_wait,
 )
+
+_WAIT_SECONDS = 10.0
+# A call is running until it is settled or its lease ends. It is kept as long as it runs or counts
+# for the minute: ``tokens`` are what counts, ``prompt`` and ``completion`` what is charged if its
+# server dies.
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS keys (
+    id TEXT, field TEXT, value TEXT NOT NULL, PRIMARY KEY (id, field)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS calls (
+    id TEXT PRIMARY KEY, key TEXT NOT NULL, at REAL NOT NULL, tokens INTEGER NOT NULL,
+    prompt INTEGER NOT NULL, completion INTEGER NOT NULL, model TEXT NOT NULL,
+    running INTEGER NOT NULL, lease REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS calls_by_time ON calls (key, at, tokens);
+CREATE INDEX IF NOT EXISTS running ON calls (key, lease) WHERE running;
+CREATE TABLE IF NOT EXISTS usage (
+    key TEXT, day INTEGER, model TEXT, requests INTEGER NOT NULL DEFAULT 0,
+    prompt INTEGER NOT NULL DEFAULT 0, completion INTEGER NOT NULL DEFAULT 0,
+    cached INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (key, day, model)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tickets (
+    digest TEXT PRIMARY KEY, key TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS tickets_by_key ON tickets (key, expires);
+CREATE INDEX IF NOT EXISTS tickets_by_time ON tickets (expires);
+"""
+_CHARGE = """
+INSERT INTO usage (key, day, model, requests, prompt, completion, cached)
+VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (key, day, model) DO UPDATE SET requests = requests + excluded.requests,
+    prompt = prompt + excluded.prompt, completion = completion + excluded.completion,
+    cached = cached + excluded.cached
+"""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -107,15 +143,15 @@ class SqliteStore:
     ) -> QuotaStatus:
         with self._transaction() as database:
             now = time.time() if now is None else now  # read under the lock: calls are in order
-            expire(database, now)
+            _expire(database, now)
             database.execute(
                 "DELETE FROM calls WHERE key = ? AND at <= ? AND NOT running",
                 (key_id, now - WINDOW_SECONDS),
             )
-            before = quota_status_of(database, key_id, now)
+            before = _quota_status_of(database, key_id, now)
             tokens = reservation.tokens(limits)
             if refusal := refusal_of(before, limits, tokens):
-                retry = retry_of(database, key_id, before, limits, tokens, refusal)
+                retry = _retry_of(database, key_id, before, limits, tokens, refusal)
                 return dataclasses.replace(before, refusal=refusal, retry=retry)
             database.execute(
                 "INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, TRUE, ?)",
@@ -132,15 +168,15 @@ class SqliteStore:
                     now + LEASE_SECONDS,
                 ),
             )
-            charge(database, key_id, now, reservation.model, 1, Usage())
-            return quota_status_of(database, key_id, now)
+            _charge(database, key_id, now, reservation.model, 1, Usage())
+            return _quota_status_of(database, key_id, now)
 
     @_telling
     def settle(
         self, key_id: str, reservation_id: str, usage: Usage | None, now: float | None
     ) -> None:
         with self._transaction() as database:
-            expire(database, time.time() if now is None else now)
+            _expire(database, time.time() if now is None else now)
             row = database.execute(
                 "SELECT at, model FROM calls WHERE id = ? AND key = ? AND running",
                 (reservation_id, key_id),
@@ -149,19 +185,19 @@ class SqliteStore:
                 return
             if usage is None:
                 database.execute("DELETE FROM calls WHERE id = ?", (reservation_id,))
-                charge(database, key_id, row[0], row[1], -1, Usage())
+                _charge(database, key_id, row[0], row[1], -1, Usage())
                 return
             database.execute(
                 "UPDATE calls SET running = FALSE, tokens = ? WHERE id = ?",
                 (usage.prompt + usage.completion, reservation_id),
             )
-            charge(database, key_id, row[0], row[1], 0, usage)
+            _charge(database, key_id, row[0], row[1], 0, usage)
 
     @_telling
     def renew(self, calls: Iterable[tuple[str, str]], now: float | None) -> None:
         now = time.time() if now is None else now
         with self._transaction() as database:
-            expire(database, now)
+            _expire(database, now)
             database.executemany(
                 "UPDATE calls SET lease = ? WHERE key = ? AND id = ? AND running",
                 [(now + LEASE_SECONDS, key_id, reservation_id) for key_id, reservation_id in calls],
@@ -170,13 +206,13 @@ class SqliteStore:
     @_telling
     def quota_status(self, key_id: str, now: float | None) -> QuotaStatus:
         with self._transaction(write=False) as database:
-            return quota_status_of(database, key_id, time.time() if now is None else now)
+            return _quota_status_of(database, key_id, time.time() if now is None else now)
 
     @_telling
     def sweep(self, now: float | None) -> None:
         now = time.time() if now is None else now
         with self._transaction() as database:
-            expire(database, now)
+            _expire(database, now)
             database.execute("DELETE FROM tickets WHERE expires <= ?", (now,))
 
     @_telling
@@ -218,7 +254,7 @@ class SqliteStore:
     def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
         with self._lock:
             if self._connection is None:
-                self._connection = connect(self.path)
+                self._connection = _connect(self.path)
             database = self._connection
             # What writes takes the lock before it reads: nobody else acts on the same counts.
             database.execute("BEGIN IMMEDIATE" if write else "BEGIN")
@@ -228,3 +264,91 @@ class SqliteStore:
                 database.execute("ROLLBACK")
                 raise
             database.execute("COMMIT")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """The database at ``path``, made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # SQLite gives its side files the mode of this one. An existing file is not opened here: to
+    # close it would end the locks of this process's other connections.
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(0o600)
+    database = sqlite3.connect(
+        path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.executescript(_SCHEMA)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _charge(
+    database: sqlite3.Connection, key: str, at: float, model: str, requests: int, usage: Usage
+) -> None:
+    """Add to the usage of the day on which a call was admitted."""
+    amounts = (requests, usage.prompt, usage.completion, usage.cached)
+    database.execute(_CHARGE, (key, int(at // DAY_SECONDS), model, *amounts))
+
+
+def _expire(database: sqlite3.Connection, now: float) -> None:
+    """End what nobody renewed, and charge it as reserved."""
+    rows = database.execute(
+        "UPDATE calls SET running = FALSE WHERE running AND lease <= ? "
+        "RETURNING key, at, model, prompt, completion",
+        (now,),
+    ).fetchall()
+    for key, at, model, prompt, completion in rows:
+        _charge(database, key, at, model, 0, Usage(prompt=prompt, completion=completion))
+
+
+def _quota_status_of(database: sqlite3.Connection, key: str, now: float) -> QuotaStatus:
+    """How the key stands."""
+    requests, tokens, newest = database.execute(
+        "SELECT COUNT(*), COALESCE(SUM(tokens), 0), MAX(at) FROM calls WHERE key = ? AND at > ?",
+        (key, now - WINDOW_SECONDS),
+    ).fetchone()
+    (running,) = database.execute(
+        "SELECT COUNT(*) FROM calls WHERE key = ? AND running AND lease > ?", (key, now)
+    ).fetchone()
+    (day,) = database.execute(
+        "SELECT COALESCE(SUM(requests), 0) FROM usage WHERE key = ? AND day = ?",
+        (key, int(now // DAY_SECONDS)),
+    ).fetchone()
+    return QuotaStatus(
+        now=now,
+        requests=requests,
+        tokens=tokens,
+        day_requests=day,
+        running=running,
+        reset=now if newest is None else newest + WINDOW_SECONDS,
+    )
+
+
+def _retry_of(
+    database: sqlite3.Connection,
+    key: str,
+    status: QuotaStatus,
+    limits: Limits,
+    tokens: int,
+    refusal: Refusal,
+) -> float:
+    """Seconds until the limit that refused a call of so many tokens will admit it."""
+    now = status.now
+    if refusal == "day":
+        return DAY_SECONDS - now % DAY_SECONDS
+    if refusal == "concurrent":
+        return BUSY_SECONDS
+    calls = database.execute(
+        "SELECT at, tokens FROM calls WHERE key = ? AND at > ? ORDER BY at",
+        (key, now - WINDOW_SECONDS),
+    ).fetchall()
+    if refusal == "tokens":
+        return token_wait(calls, status.tokens + tokens - (limits.tokens or 0), now)
+    leaving = status.requests - (limits.requests or 0)  # this one must have left, oldest first
+    return calls[leaving][0] + WINDOW_SECONDS - now if limits.requests else WINDOW_SECONDS

@@ -10,11 +10,9 @@ if nobody renews it, because its server died, it ends, and is charged as reserve
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
-from urllib.parse import urlsplit
 
-from inferneo_jax import ConfigError, InferneoError
+from inferneo_jax import InferneoError
 from server.keys.key import Key, Limits
 
 WINDOW_SECONDS = 60.0
@@ -183,26 +181,3 @@ def token_wait(calls: Iterable[tuple[float, int]], excess: int, now: float) -> f
         if excess <= 0:
             return at + WINDOW_SECONDS - now
     return WINDOW_SECONDS
-
-
-def open_store(location: str | Path, setting: str = "INFERNEO_KEYS_DB") -> Store:
-    """The store at a path, or at a URL of Redis or Valkey; connects when it is first used.
-
-    ``setting``: where the location comes from, for an error.
-
-    Raises:
-        ConfigError: the URL is of another kind.
-    """
-    scheme = urlsplit(str(location)).scheme if "://" in str(location) else ""
-    if not scheme:
-        from server.keys.store.sqlite import SqliteStore
-
-        return SqliteStore(Path(location).expanduser().absolute())
-    if scheme not in ("redis", "rediss", "unix", "valkey", "valkeys"):
-        raise ConfigError(
-            f"{setting} begins with {scheme}://; it must be a path, or a URL that begins "
-            "with redis://, rediss://, unix://, valkey:// or valkeys://"
-        )
-    from server.keys.store.redis import RedisStore
-
-    return RedisStore(str(location))

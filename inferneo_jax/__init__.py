@@ -48,6 +48,12 @@ if TYPE_CHECKING:
     from inferneo_jax.text.detokenize import IncrementalDecoder
     from inferneo_jax.text.stops import StopMatcher
     from inferneo_jax.text.tokenizer import Tokenizer
+    from inferneo_jax.weights.catalog import (
+        checkpoint_path,
+        default_checkpoints_dir,
+        load_catalog,
+    )
+    from inferneo_jax.weights.fetch import pull
 
 _HOMES = {
     "config": (
@@ -94,6 +100,8 @@ _HOMES = {
     ),
     "text.stops": ("StopMatcher",),
     "text.tokenizer": ("Tokenizer",),
+    "weights.catalog": ("checkpoint_path", "default_checkpoints_dir", "load_catalog"),
+    "weights.fetch": ("pull",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -133,10 +141,14 @@ __all__ = [
     "TokenizerError",
     "WeightsError",
     "__version__",
+    "checkpoint_path",
+    "default_checkpoints_dir",
     "device_memory",
     "follow_model",
+    "load_catalog",
     "load_model",
     "malloc_trim",
+    "pull",
 ]
 
 

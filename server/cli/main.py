@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from inferneo_jax import __version__
-from inferneo_jax.errors import InferneoError
+from inferneo_jax import InferneoError, __version__
 from server.cli import keys_cli, plan_cli
 from server.cli.bench import cli as bench_cli
 from server.cli.chat.cli import chat

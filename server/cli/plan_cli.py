@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from inferneo_jax.errors import ConfigError
+from inferneo_jax import ConfigError
 
 if TYPE_CHECKING:
     from inferneo_jax.config import DecoderConfig

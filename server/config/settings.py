@@ -86,7 +86,7 @@ class Settings(SettingsSchema, BaseSettings):
         """The folder where converted models lie."""
         if self.checkpoints is not None:
             return self.checkpoints.expanduser().absolute()
-        from inferneo_jax.weights.catalog import default_checkpoints_dir
+        from inferneo_jax import default_checkpoints_dir
 
         return default_checkpoints_dir()
 

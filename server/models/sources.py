@@ -48,8 +48,7 @@ def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
     Raises:
         InferneoError: it cannot be had.
     """
-    from inferneo_jax.weights.catalog import checkpoint_path
-    from inferneo_jax.weights.fetch import pull
+    from inferneo_jax import checkpoint_path, pull
 
     checkpoints = settings.checkpoints_dir()
     path = source.path or checkpoint_path(checkpoints, source.id)
@@ -96,7 +95,7 @@ def _source(name: str, setting: str) -> Source:
 
 
 def _default_models() -> list[str]:
-    from inferneo_jax.weights.catalog import load_catalog
+    from inferneo_jax import load_catalog
 
     first: dict[str, str] = {}
     for entry in load_catalog().values():

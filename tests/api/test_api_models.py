@@ -115,7 +115,7 @@ def test_what_was_converted_is_loaded_and_the_rest_pulled(
         pulled.append(name)
         return checkpoints / name
 
-    monkeypatch.setattr("inferneo_jax.weights.fetch.pull", pull)
+    monkeypatch.setattr("inferneo_jax.pull", pull)
     monkeypatch.setattr("inferneo_jax.load_model", lambda path, config, **_: path)
     if converted:
         (tmp_path / "mine").mkdir()

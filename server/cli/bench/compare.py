@@ -227,7 +227,7 @@ def _table(rows: list[dict[str, Any]], ours: str, theirs: str, rounds: int) -> T
 
 def _where_gguf_lies(model: str | None) -> str:
     """A sentence that says where the file of a model of the catalog can be had."""
-    from inferneo_jax.weights.catalog import load_catalog
+    from inferneo_jax import load_catalog
 
     catalog = load_catalog()
     name = model if model in catalog else next(n for n, e in catalog.items() if e.kind == "chat")

@@ -80,7 +80,7 @@ def _why(text: str) -> str:
 def _environment(model: str | None, settings: Settings, folder: str) -> dict[str, str]:
     """Its variables. It has no keys: only this machine is served; and it joins no job."""
     if model is None and not settings.models:
-        from inferneo_jax.weights.catalog import load_catalog
+        from inferneo_jax import load_catalog
 
         model = next(each.name for each in load_catalog().values() if each.kind == "chat")
     chosen = {"models": model, "aliases": ""} if model else {}

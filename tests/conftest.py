@@ -32,6 +32,7 @@ from inferneo_jax.weights.fetch import pull
 from tests.support.fixtures import rig, shared_rig, tokenizer
 from tests.support.machine_speed import Machine
 from tests.support.model_files import made
+from tests.support.paths import COMPILED
 from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, real_server
 from tests.support.tiny_model import (
     NATIVE,
@@ -120,6 +121,7 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
         row_buckets=(2, 16),
         speculation="off",
         mesh=ONE_DEVICE,
+        compilation_cache=str(COMPILED),
     )
     model = load_model(real_checkpoints / CHAT_MODEL, config, name=CHAT_MODEL)
     assert isinstance(model, LanguageModel)
@@ -132,7 +134,13 @@ def real_model(real_checkpoints: Path) -> Iterator[LanguageModel]:
 @pytest.fixture(scope="session")
 def real_embedder(real_checkpoints: Path) -> Iterator[Embedder]:
     """The catalog's embedding model with reference numerics."""
-    config = EngineConfig(dtype="float32", quantization="none", kernels="xla", mesh=ONE_DEVICE)
+    config = EngineConfig(
+        dtype="float32",
+        quantization="none",
+        kernels="xla",
+        mesh=ONE_DEVICE,
+        compilation_cache=str(COMPILED),
+    )
     model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
     assert isinstance(model, EmbeddingModel)
     yield model.embedder

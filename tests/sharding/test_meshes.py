@@ -18,6 +18,7 @@ from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
 from inferneo_jax.sharding.padding import pad_for_mesh
+from tests.support.paths import COMPILED
 from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, process, stats_of
 from tests.support.tiny_model import (
     MIXED,
@@ -162,6 +163,7 @@ def _real(folder: Path, shape: MeshShape) -> LanguageModel:
         row_buckets=(8,),
         speculation="off",
         mesh=shape,
+        compilation_cache=str(COMPILED),
     )
     model = load_model(folder, config, name=CHAT_MODEL)
     assert isinstance(model, LanguageModel)
@@ -195,7 +197,13 @@ def test_a_real_model_is_the_same_on_every_mesh(real_checkpoints: Path) -> None:
 def test_embeddings_are_the_same_on_every_mesh(
     real_checkpoints: Path, real_embedder: object, shape: MeshShape
 ) -> None:
-    config = EngineConfig(dtype="float32", quantization="none", mesh=shape, max_len=32)
+    config = EngineConfig(
+        dtype="float32",
+        quantization="none",
+        mesh=shape,
+        max_len=32,
+        compilation_cache=str(COMPILED),
+    )
     model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
     assert isinstance(model, EmbeddingModel)
     texts = [[101, 2054, 102], [101, 2003, 2023, 1029, 102]] * 20

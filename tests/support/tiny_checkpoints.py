@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from inferneo_jax.weights.convert import convert
-from tests.support.paths import FAMILIES
+from tests.support.paths import COMPILED, FAMILIES
 
 CHAT, EMBEDDING = "tiny-llama", "tiny-bert"
 CONTEXT = 32_768
@@ -21,6 +21,7 @@ def tiny_checkpoints(folder: Path) -> dict[str, str]:
     paths = convert(source, folder / CHAT), convert(FAMILIES / "bert", folder / EMBEDDING)
     return {
         "INFERNEO_CHECKPOINTS": str(folder),
+        "INFERNEO_COMPILATION_CACHE": str(COMPILED),
         "INFERNEO_MODELS": ",".join(map(str, paths)),
         "INFERNEO_DTYPE": "float32",
         "INFERNEO_SLOTS": "8",

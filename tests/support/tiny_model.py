@@ -29,7 +29,7 @@ from inferneo_jax.runner.backends import DecoderBackend, resolve_decoder
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.placement import place_weights
-from tests.support.paths import GOLDEN
+from tests.support.paths import COMPILED, GOLDEN
 
 TINY = DecoderConfig(
     vocab_size=97,
@@ -51,6 +51,7 @@ TINY_ENGINE = EngineConfig(
     row_buckets=(4,),
     speculation="off",
     mesh=ONE_DEVICE,
+    compilation_cache=str(COMPILED),
 )
 NATIVE = DecoderConfig.from_dict(TINY.to_dict() | {"head_dim": 16})
 NATIVE_ENGINE = dataclasses.replace(TINY_ENGINE, page_len=16, kernels="native", dtype="float32")

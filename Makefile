@@ -2,7 +2,8 @@
 #
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
 #   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
-#   make test             install, lint, check types, run every test
+#   make check            install, lint, check types, run the quick tests: before each commit
+#   make test             the same with every test
 #   make docs             write docs/reference anew, of the schemas
 #   make image            the server as an image of Docker; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
 #   make hooks            check each commit before it is made: .pre-commit-config.yaml
@@ -14,8 +15,12 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-# Processes that share the tests; those that say how long something may take run alone, after them.
+# Processes that share the tests; those that bound time or memory run alone, after them.
 WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Folders whose tests are quick and find most mistakes.
+QUICK := tests/api tests/config tests/http tests/prompt tests/run tests/scheduler
 
 BIN := $(VENV)/bin
 MODELS := smollm2-135m-instruct all-minilm-l6-v2
@@ -25,15 +30,18 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve test test-clients frameworks lint conflicts types docs screenshots install image hooks clean
+.PHONY: serve check test test-clients frameworks lint conflicts types docs screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
 	exec $(BIN)/inferneo serve --host $(HOST) --port $(PORT)
 
+check: lint types
+	$(BIN)/pytest -m "not alone and not real" $(PARALLEL) $(QUICK)
+
 test: lint types
 	$(BIN)/inferneo pull $(MODELS)
-	$(BIN)/pytest -m "not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not alone" $(PARALLEL)
 	$(BIN)/pytest -m alone
 
 # The frameworks need an environment of their own: tests/clients/frameworks/requirements.txt says why.

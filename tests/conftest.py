@@ -49,16 +49,6 @@ __all__ = ["made", "rig", "shared_rig", "tokenizer"]
 hypothesis.settings.register_profile("any time", deadline=None)
 hypothesis.settings.load_profile("any time")
 
-_ALONE = ("bench", "hostile", "resilience")
-"""Folders whose tests say how long something may take: nothing runs beside them."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that must have the machine to themselves."""
-    for item in items:
-        if item.path.parent.name in _ALONE:
-            item.add_marker(pytest.mark.alone)
-
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:

@@ -23,6 +23,8 @@ from tests.support.fake_server import CHAT, EMBED, Server, wait_ready
 from tests.support.machine_speed import Machine
 from tests.support.paths import FAMILIES
 
+pytestmark = pytest.mark.alone
+
 SOURCE = FAMILIES / "llama-tied"
 ROUNDS = 500
 PATIENCE = 30.0

@@ -16,6 +16,8 @@ from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, Rig
 from tests.support.machine_speed import Machine
 
+pytestmark = pytest.mark.alone
+
 TOKENS = 60_000
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": TOKENS, "stream": True, "logprobs": 5}
 SMALL_BUFFER = 4096

@@ -15,6 +15,8 @@ from tests.hostile.resident import PeakMemory, resident
 from tests.support.fake_engine import writes
 from tests.support.fake_server import Rig
 
+pytestmark = pytest.mark.alone
+
 JSON = {"Content-Type": "application/json"}
 LONGEST = 0.05
 """Seconds of CPU time of one callback. What made the loop pause took several times as long."""

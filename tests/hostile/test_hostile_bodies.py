@@ -18,6 +18,8 @@ from tests.hostile.resident import resident
 from tests.support.fake_server import CHAT, Rig
 from tests.support.machine_speed import Machine
 
+pytestmark = pytest.mark.alone
+
 JSON = {"Content-Type": "application/json"}
 MIB = 2**20
 ROUNDS = 5

@@ -14,6 +14,8 @@ from server.keys.socket_auth import FIRST_FRAME_SECONDS, PROTOCOL
 from server.keys.sockets import MAX_UNIDENTIFIED, MAX_UNIDENTIFIED_OF_ADDRESS
 from tests.hostile.served import PATH, Served, Socket, frame, serving, socket_to
 
+pytestmark = pytest.mark.alone
+
 FRAME = 16 * 1024 * 1024
 CHUNK = "\U0001f600".encode() + b"x" * 65_532  # one emoji, and Python takes four bytes for each
 ROUNDS = 4

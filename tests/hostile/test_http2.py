@@ -156,6 +156,7 @@ def test_a_length_that_the_body_has_not_is_refused(rig: Rig, difference: int) ->
     assert rig.engine.submitted == []
 
 
+@pytest.mark.alone
 def test_a_body_that_stalls_ends_its_stream_alone(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +185,7 @@ def hasty(tokenizer: Tokenizer) -> Iterator[Rig]:
         yield rig
 
 
+@pytest.mark.alone
 def test_connections_without_a_request_are_closed(hasty: Rig) -> None:
     """With HTTP/2's preface and nothing else, with half of a head, and after a refused request."""
     with Frames(hasty.server.port) as silent:

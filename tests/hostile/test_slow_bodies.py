@@ -19,6 +19,8 @@ from server.run.admission import Admission
 from tests.support.fake_server import CHAT
 from tests.support.keyed_server import KeyRig, bearer, key_rig
 
+pytestmark = pytest.mark.alone
+
 PATH = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 10}
 

@@ -4,8 +4,12 @@ import asyncio
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.support.raw_clients import Ending, body, plain
 from tests.support.server_process import Process, process
+
+pytestmark = pytest.mark.alone
 
 SLOTS, PLACES = 8, 40
 TOKENS, STEP_SECONDS = 100, 0.02

@@ -15,6 +15,8 @@ from tests.support.raw_clients import Ending, body, plain, socketed, stream, unt
 from tests.support.server_process import Process, process, stats_of
 from tests.support.tiny_checkpoints import CHAT
 
+pytestmark = pytest.mark.alone
+
 LONG = 30_000
 AT_MOST = 5.0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import websockets
 
 from server.keys.key import Key, new_key
@@ -22,6 +23,8 @@ from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import FREE, bearer
 from tests.support.machine_speed import Machine
 from tests.support.server_process import Process, process
+
+pytestmark = pytest.mark.alone
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "6"))
 """Of each store; more find what is rarer."""

@@ -13,6 +13,8 @@ from tests.support.machine_speed import Machine
 from tests.support.server_process import Process, process
 from tests.support.tiny_checkpoints import CHAT
 
+pytestmark = pytest.mark.alone
+
 DEADLINE = 10.0
 TOKENS = 1000
 SECONDS = 6.0

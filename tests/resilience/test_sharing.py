@@ -19,6 +19,8 @@ from tests.support.keyed_server import FREE, bearer
 from tests.support.server_process import Process, process, stats_of
 from tests.support.tiny_checkpoints import CHAT
 
+pytestmark = pytest.mark.alone
+
 CALLS, LIMIT = 200, 60
 PATH = "/v1/completions"
 LENGTH, PAIRS, TRIES = 6000, 12, 3

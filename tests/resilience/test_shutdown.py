@@ -12,6 +12,8 @@ from tests.support.raw_clients import body, plain, socketed, stream, stuck, unti
 from tests.support.server_process import Process, process, stats_of
 from tests.support.tiny_checkpoints import CHAT
 
+pytestmark = pytest.mark.alone
+
 SHORT, LONG = 400, 30_000
 
 

@@ -22,6 +22,8 @@ from tests.cli.bench.scripted import (
 )
 from tests.support.machine_speed import Machine
 
+pytestmark = pytest.mark.alone
+
 
 async def test_every_request_is_done_once_by_so_many_clients_on_their_connections() -> None:
     async with scripted([0.01, GOOD]) as (server, url):

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.envelope import CHATS, COMPLETIONS, HI, error_of
+from tests.support.asking import CHATS, COMPLETIONS, HI, error_of
 from tests.support.fake_server import CHAT, Rig
 
 

@@ -6,21 +6,9 @@ from typing import Any
 import pytest
 
 from inferneo_jax import Tokenizer
+from tests.support.asking import CHATS, ask, stream
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, REPLY, Rig
-
-PATH = "/v1/chat/completions"
-MESSAGES = [{"role": "user", "content": "Hi"}]
-
-
-def body(**changes: Any) -> dict[str, Any]:
-    return {"model": CHAT, "messages": MESSAGES, **changes}
-
-
-def answer(rig: Rig, **changes: Any) -> Any:
-    response = rig.post(PATH, body(**changes))
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 def prompt_text(rig: Rig, tokenizer: Tokenizer) -> str:
@@ -28,7 +16,7 @@ def prompt_text(rig: Rig, tokenizer: Tokenizer) -> str:
 
 
 def test_answer_has_the_shape_of_the_page(rig: Rig) -> None:
-    got = answer(rig)
+    got = ask(rig, CHATS)
     assert got["id"].startswith("chatcmpl-")
     assert (got["object"], got["model"]) == ("chat.completion", CHAT)
     message = {"role": "assistant", "content": REPLY, "refusal": None}
@@ -42,20 +30,14 @@ def test_the_template_writes_the_prompt(rig: Rig, tokenizer: Tokenizer) -> None:
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ]
-    answer(rig, messages=messages)
+    ask(rig, CHATS, messages=messages)
     assert prompt_text(rig, tokenizer) == (
         "<|start|>system\nBe brief.<|end|>\n<|start|>user\na\nb<|end|>\n<|start|>assistant\n"
     )
-    answer(rig, add_generation_prompt=False)
+    ask(rig, CHATS, add_generation_prompt=True)
+    assert prompt_text(rig, tokenizer).endswith("<|start|>assistant\n")
+    ask(rig, CHATS, add_generation_prompt=False)
     assert prompt_text(rig, tokenizer) == "<|start|>user\nHi<|end|>\n"
-
-
-def test_continue_final_message_leaves_the_last_message_open(
-    rig: Rig, tokenizer: Tokenizer
-) -> None:
-    messages = [*MESSAGES, {"role": "assistant", "content": "Well,"}]
-    answer(rig, messages=messages, continue_final_message=True)
-    assert prompt_text(rig, tokenizer).endswith("<|start|>assistant\nWell,")
 
 
 def test_a_conversation_is_always_read_on_a_thread(
@@ -69,54 +51,39 @@ def test_a_conversation_is_always_read_on_a_thread(
         return encode(self, text, **kwargs)
 
     monkeypatch.setattr(Tokenizer, "encode", spy)
-    answer(rig)
+    ask(rig, CHATS)
     rig.post("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]})
     (rendering,) = {name.partition("_")[0] for name in threads}
     assert (rendering, len(threads)) == ("text", 2)
 
 
 def test_without_max_tokens_the_rest_of_the_context_is_free(rig: Rig) -> None:
-    answer(rig)
+    ask(rig, CHATS, max_tokens=None)
     request = rig.engine.submitted[0]
     assert len(request.prompt) + request.max_tokens == rig.engine.max_len
-    answer(rig, max_tokens=9)
-    answer(rig, max_completion_tokens=8)
+    ask(rig, CHATS, max_tokens=9)
+    ask(rig, CHATS, max_tokens=None, max_completion_tokens=8)
     assert [request.max_tokens for request in rig.engine.submitted[1:]] == [9, 8]
 
 
-@pytest.mark.parametrize("batch", [1, 7])
-def test_stream_opens_each_choice_and_ends_it(rig: Rig, batch: int) -> None:
-    rig.engine.batch = batch
-    events = rig.events(PATH, body(n=2))
-    assert {event["object"] for event in events} == {"chat.completion.chunk"}
-    assert all(len(event["choices"]) == 1 for event in events)
-    for index in (0, 1):
-        choices = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
-        assert choices[0]["delta"] == {"role": "assistant", "content": ""}
-        assert (choices[-1]["delta"], choices[-1]["finish_reason"]) == ({}, "stop")
-        assert all(choice["finish_reason"] is None for choice in choices[:-1])
-        assert "".join(c["delta"].get("content", "") for c in choices) == REPLY
-    assert [e["choices"][0]["index"] for e in events[:2]] == [0, 1]
-
-
 def test_logprobs_are_openais_and_the_same_streamed(rig: Rig) -> None:
-    content = answer(rig, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
+    content = ask(rig, CHATS, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(token["bytes"]) for token in content).decode() == REPLY
     for token in content:
         assert token.keys() == {"token", "logprob", "bytes", "top_logprobs"}
         assert [top.keys() for top in token["top_logprobs"]] == [{"token", "logprob", "bytes"}] * 2
-    events = rig.events(PATH, body(logprobs=True, top_logprobs=2))
+    events = stream(rig, CHATS, logprobs=True, top_logprobs=2)
     streamed = [e["choices"][0]["logprobs"] for e in events]
     assert [token for part in streamed if part for token in part["content"]] == content
-    plain = answer(rig, logprobs=True)["choices"][0]["logprobs"]["content"]
+    plain = ask(rig, CHATS, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert all(token["top_logprobs"] == [] for token in plain)
 
 
 def test_length_ends_it(rig: Rig, tokenizer: Tokenizer) -> None:
     rig.engine.script = writes(tokenizer, "\u00e9", end=False)
-    got = answer(rig, max_tokens=3)["choices"][0]
+    got = ask(rig, CHATS, max_tokens=3)["choices"][0]
     # The fourth byte never came: what is open at the end shows as U+FFFD, streamed and not.
     assert got["message"]["content"] == "\u00e9\ufffd"
     assert got["finish_reason"] == "length"
-    events = rig.events(PATH, body(max_tokens=3))
+    events = stream(rig, CHATS, max_tokens=3)
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == "\u00e9\ufffd"

@@ -94,20 +94,6 @@ def test_a_connection_that_breaks_aborts_its_requests(endless: Rig) -> None:
         all_aborted(endless, 1)
 
 
-def test_a_silent_stream_keeps_alive(endless: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.run.generation.SILENCE_SECONDS", 0.02)
-    seen: list[str] = []
-    with endless.client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as r:
-        for line in r.iter_lines():
-            seen.append(line)
-            if seen.count(": keep-alive") == 2:
-                endless.engine.release()
-    assert seen[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in seen[-2:]
-    data = [orjson.loads(s.removeprefix("data: ")) for s in seen if s.startswith("data: {")]
-    text = "".join(event["choices"][0]["text"] for event in data)
-    assert len(text) == BODY["max_tokens"]
-
-
 def test_a_reader_that_does_not_read_holds_up_nobody(endless: Rig, tokenizer: Tokenizer) -> None:
     endless.engine.release()
     with httpx.Client(base_url=endless.url) as client:

@@ -7,7 +7,7 @@ import pytest
 from inferneo_jax import RequestError
 from server.api.openai.common import MAX_LOGPROBS
 from server.prompt.prompts import MAX_SCORES
-from tests.support.envelope import CHATS, COMPLETIONS, HI, error_of
+from tests.support.asking import CHATS, COMPLETIONS, HI, error_of
 from tests.support.fake_server import CHAT, Rig
 
 

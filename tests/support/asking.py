@@ -1,11 +1,13 @@
-"""Requests of both endpoints, over HTTP, events and WebSocket, and what their answers hold."""
+"""Requests to both generating endpoints, over HTTP, events and WebSocket, and their answers."""
 
 from typing import Any
 
+import httpx
 import orjson
 from websockets.sync.client import connect
 
 from tests.support.fake_server import CHAT, Rig
+from tests.support.paths import ROOT
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
@@ -63,3 +65,18 @@ def joined(chunks: list[Any]) -> dict[int, str]:
 def whole_texts(answer: Any) -> dict[int, str]:
     """The texts of a whole answer by their choice's index."""
     return {choice["index"]: text_of(choice) for choice in answer["choices"]}
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error, after what holds for all of them."""
+    envelope = response.json()
+    assert envelope.keys() == {"error"}
+    error: dict[str, Any] = envelope["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"].endswith((".", "!"))
+    assert error["code"] is None or isinstance(error["code"], str)
+    assert response.headers["X-Request-Id"]
+    for trace in ("Traceback", ".py", str(ROOT), "site-packages", "object at 0x"):
+        assert trace not in response.text
+    return error

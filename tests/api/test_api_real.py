@@ -1,15 +1,20 @@
-"""What parameters mean, on the real model: one request each, over a real socket."""
+"""The whole server on the real models, over a real socket, in a process of its own."""
 
+import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import websockets
+from openai import AsyncOpenAI, OpenAI
 
 from inferneo_jax import Tokenizer
-from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL
+from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, stats_of
+from tests.support.tiny_model import golden
 
 pytestmark = pytest.mark.real
 
@@ -22,6 +27,9 @@ HARD = [
     "\u0928\u092e\u0938\u094d\u0924\u0947 means",
     "\U0001f1eb\U0001f1f7 \u2764\ufe0f \U0001f468\u200d\U0001f469\u200d\U0001f467",
 ]
+
+
+CASES = golden("chat")
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +120,13 @@ def test_stops_cut_a_generation_where_they_first_complete(api: httpx.Client) -> 
 
 
 def test_echo_scores_what_the_generation_scored(api: httpx.Client) -> None:
-    for prompt in HARD[:3]:
+    for prompt in ("The sky is", *HARD[:3]):
         made = complete(api, prompt=prompt, logprobs=3, echo=True)["choices"][0]
         scores = made["logprobs"]
         assert scores["token_logprobs"][0] is None
         assert all(value <= 0 for value in scores["token_logprobs"][1:])
+        if not any(token.startswith("bytes:") for token in scores["tokens"]):
+            assert "".join(scores["tokens"]) == made["text"]
         if "\ufffd" in made["text"]:
             continue  # ends within a character, which a text cannot give back
         again = complete(api, prompt=made["text"], logprobs=3, echo=True, max_tokens=0)
@@ -150,6 +160,11 @@ def test_logit_bias_forbids_and_forces(api: httpx.Client, real_tokenizer: Tokeni
             "/completions", json={"model": CHAT_MODEL, "prompt": "x", "logit_bias": wrong}
         )
         assert (response.status_code, response.json()["error"]["param"]) == (400, "logit_bias")
+
+
+def test_ids_beyond_the_vocabulary_are_refused(api: httpx.Client) -> None:
+    response = api.post("/completions", json={"model": CHAT_MODEL, "prompt": [49152]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
 
 
 def test_min_tokens_keeps_the_end_away(api: httpx.Client) -> None:
@@ -240,3 +255,106 @@ def test_embeddings_come_as_asked(api: httpx.Client) -> None:
     short = embed(dimensions=16)["data"][0]["embedding"]
     norm = sum(value * value for value in vector[:16]) ** 0.5
     assert short == pytest.approx([value / norm for value in vector[:16]], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"http://{address}/v1", api_key="unused", max_retries=0) as made:
+        yield made
+
+
+def test_sixteen_clients_stream_at_once_and_get_the_reference(address: str) -> None:
+    async def one(api: AsyncOpenAI, case: dict[str, Any]) -> tuple[str, str | None]:
+        stream = await api.completions.create(
+            model=CHAT_MODEL,
+            prompt=case["prompt_ids"],
+            max_tokens=48,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True, "skip_special_tokens": False},
+        )
+        text, reason = "", None
+        async for chunk in stream:
+            text += chunk.choices[0].text
+            reason = chunk.choices[0].finish_reason or reason
+        return text, reason
+
+    async def everyone() -> list[tuple[str, str | None]]:
+        async with AsyncOpenAI(base_url=f"http://{address}/v1", api_key="unused") as api:
+            return await asyncio.gather(*(one(api, case) for case in CASES[:16]))
+
+    answers = asyncio.run(everyone())
+    assert len(answers) == 16
+    for case, (text, reason) in zip(CASES, answers, strict=False):
+        assert reason == "length"
+        if min(case["margins"]) > 0.02:
+            assert text == case["text"]
+
+
+def test_chat_plain_streamed_and_over_websocket_agree(client: OpenAI, address: str) -> None:
+    asked = {"model": CHAT_MODEL, "messages": ASK, "max_tokens": 20, "temperature": 0}
+    plain = client.chat.completions.create(**asked)
+    assert "Paris" in (plain.choices[0].message.content or "")
+    assert plain.choices[0].finish_reason == "stop"
+
+    streamed = client.chat.completions.create(**asked, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert text == plain.choices[0].message.content
+
+    async def over_websocket() -> str:
+        parts = []
+        async with websockets.connect(f"ws://{address}/v1/chat/completions") as ws:
+            await ws.send(json.dumps(asked | {"stream": True}))
+            while (frame := json.loads(await ws.recv()))["object"] != "done":
+                parts.append(frame["choices"][0]["delta"].get("content") or "")
+        return "".join(parts)
+
+    assert asyncio.run(over_websocket()) == text
+
+
+def test_a_second_turn_is_found_in_the_cache(client: OpenAI) -> None:
+    messages = [{"role": "user", "content": "Count from one to twenty, in words, slowly. " * 4}]
+    asked = {"model": CHAT_MODEL, "max_tokens": 24, "temperature": 0}
+    first = client.chat.completions.create(messages=messages, **asked)
+    messages.append({"role": "assistant", "content": first.choices[0].message.content})
+    messages.append({"role": "user", "content": "Go on."})
+    usage = client.chat.completions.create(messages=messages, **asked).usage
+    assert usage
+    assert usage.prompt_tokens_details
+    assert usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens // 16 * 16
+
+
+def test_embeddings_equal_the_reference(client: OpenAI) -> None:
+    cases = [case for case in golden("embeddings") if case["text"]]
+    answer = client.embeddings.create(model=EMBEDDING_MODEL, input=[case["text"] for case in cases])
+    for case, item in zip(cases, answer.data, strict=True):
+        assert item.embedding == pytest.approx(case["embedding"], abs=1e-4)
+    assert answer.usage.prompt_tokens == sum(len(case["ids"]) for case in cases)
+
+
+@pytest.mark.parametrize("how", ["sse", "plain", "websocket"])
+def test_a_client_that_leaves_frees_its_slot_and_pages(address: str, how: str) -> None:
+    body = {"model": CHAT_MODEL, "prompt": "Once", "max_tokens": 4000, "ignore_eos": True}
+
+    async def leave() -> None:
+        if how == "websocket":
+            async with websockets.connect(f"ws://{address}/v1/completions") as ws:
+                await ws.send(json.dumps(body | {"stream": True}))
+                await ws.recv()
+        else:
+            async with httpx.AsyncClient() as api:
+                with pytest.raises(httpx.ReadTimeout):
+                    await _read(api, body | {"stream": how == "sse"})
+
+    async def _read(api: httpx.AsyncClient, payload: dict[str, Any]) -> None:
+        url, timeout = f"http://{address}/v1/completions", httpx.Timeout(10, read=2.0)
+        async with api.stream("POST", url, json=payload, timeout=timeout) as answer:
+            async for _ in answer.aiter_raw():
+                if stats_of(address)["slots_used"]:
+                    raise httpx.ReadTimeout("seen enough")
+
+    asyncio.run(leave())
+    deadline = time.monotonic() + 5
+    while (stats := stats_of(address))["slots_used"] or stats["pages_used"]:
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.02)

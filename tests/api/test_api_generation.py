@@ -1,4 +1,4 @@
-"""What each parameter must do, where the tests of the server's own folders do not say it."""
+"""What each parameter does, on both endpoints where both have it."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from tests.support.asking import (
     COMPLETIONS,
     HI,
     ask,
+    error_of,
     frames,
     joined,
     refused,
@@ -58,6 +59,10 @@ def test_defaults_are_the_pages(rig: Rig, path: str) -> None:
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias"):
         assert getattr(one, name) == getattr(other, name)
     assert absent.max_tokens == (16 if path == COMPLETIONS else 512 - len(absent.prompt))
+    assert (one.temperature, one.top_p, one.top_k, one.min_p) == (1, 1, 0, 0)
+    assert (one.frequency_penalty, one.presence_penalty) == (0, 0)
+    assert (one.repetition_penalty, one.logit_bias) == (1, {})
+    assert (absent.logprobs, absent.prompt_logprobs, absent.priority) == (None, None, 0)
 
 
 @BOTH
@@ -92,7 +97,9 @@ def test_prompts_times_n_come_in_prompt_order(rig: Rig, tokenizer: Tokenizer, as
     assert [choice["index"] for choice in answer["choices"]] == list(range(9))
     assert whole_texts(answer) == wanted
     assert joined(stream(rig, COMPLETIONS, prompt=prompts, n=3)) == wanted
-    assert answer["usage"]["prompt_tokens"] == sum(len(tokenizer.encode(text)) for text in texts)
+    prompt_tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    assert answer["usage"]["prompt_tokens"] == prompt_tokens
+    assert answer["usage"]["completion_tokens"] == 3 * (prompt_tokens + len(texts))
 
 
 def test_best_of_picks_within_each_prompt_and_counts_all(rig: Rig, tokenizer: Tokenizer) -> None:
@@ -109,7 +116,8 @@ def test_best_of_picks_within_each_prompt_and_counts_all(rig: Rig, tokenizer: To
     assert whole_texts(answer) == dict.fromkeys((0, 1), tokenizer.decode([14]))
     assert answer["usage"]["completion_tokens"] == 2 * 3 * 2
     both = ask(rig, COMPLETIONS, prompt=[[0], [1]], best_of=3, n=2, seed=0)
-    assert list(whole_texts(both)) == [0, 1, 2, 3]
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in both["choices"])
     assert list(whole_texts(both).values()) == [tokenizer.decode([i]) for i in (14, 15) * 2]
 
 
@@ -145,6 +153,8 @@ def test_no_tokens_with_echo_only_scores(rig: Rig) -> None:
     answer = ask(rig, COMPLETIONS, **asked)
     assert whole_texts(answer) == {0: "the", 1: "END of"}
     assert answer["usage"]["completion_tokens"] == 0
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 2
+    assert answer["choices"][1]["logprobs"]["tokens"] == ["END", " ", "o", "f"]
     chunks = stream(rig, COMPLETIONS, **asked)
     assert joined(chunks) == {0: "the", 1: "END of"}
     scores = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
@@ -169,7 +179,7 @@ def test_stops_and_stop_tokens_may_stay_in_the_text(
 ) -> None:
     (word,) = tokenizer.encode("END")
     before = REPLY[: REPLY.index("END")]
-    for asked in ({"stop": "END"}, {"stop": ["zzz", "END"]}, {"stop_token_ids": [word]}):
+    for asked in ({"stop": "END"}, {"stop": ["END of it", "END"]}, {"stop_token_ids": [word]}):
         for include in (False, True):
             changes: dict[str, Any] = asked | {"include_stop_str_in_output": include}
             wanted = {0: before + "END" * include}
@@ -184,11 +194,12 @@ def test_ignore_eos_and_min_tokens_reach_the_engine(
     rig: Rig, tokenizer: Tokenizer, path: str
 ) -> None:
     rig.engine.script = writes(tokenizer, "ab", end=False)
-    answer = ask(rig, path, ignore_eos=True, min_tokens=3, max_tokens=4)
+    asked = {"ignore_eos": True, "stop_token_ids": [9], "min_tokens": 3, "max_tokens": 4}
+    answer = ask(rig, path, **asked)
     assert whole_texts(answer) == {0: "abab"}
     assert answer["choices"][0]["finish_reason"] == "length"
     request = rig.engine.submitted[-1]
-    assert (request.stop_token_ids, request.min_tokens) == (frozenset(), 3)
+    assert (request.stop_token_ids, request.min_tokens) == ({9}, 3)
 
 
 @BOTH
@@ -201,6 +212,7 @@ def test_what_has_no_effect_here_is_said(rig: Rig, path: str) -> None:
     assert frames(rig, path, **asked)[0]["warnings"] == said
     # They are known, so strictness does not refuse them.
     assert ask(rig, path, STRICT, **asked)["warnings"] == said
+    assert "warnings" not in ask(rig, path, metadata={}, store=False, service_tier="auto")
 
 
 @BOTH
@@ -210,6 +222,10 @@ def test_unknown_names_are_said_or_refused(rig: Rig, path: str) -> None:
     assert [warning.split()[0] for warning in said] == ["beam_width", "tools"]
     assert refused(rig, path, STRICT, **asked)["param"] == "beam_width"
     assert "warnings" not in ask(rig, path, STRICT)
+    assert ask(rig, path, beam_width=None, Temperature=2)["warnings"][0].startswith("Temperature ")
+    (told, *rest) = stream(rig, path, stream_options={"include_obfuscation": False})
+    assert told["warnings"][0].startswith("stream_options.include_obfuscation ")
+    assert all("warnings" not in chunk for chunk in rest)
     nested = {"stream": True, "stream_options": {"include_usage": True, "extra": 1}}
     assert refused(rig, path, STRICT, **nested)["param"] == "stream_options.extra"
 
@@ -253,19 +269,8 @@ def test_the_last_message_may_be_continued(rig: Rig, tokenizer: Tokenizer) -> No
     assert joined(stream(rig, CHATS, **asked)) == {0: REPLY}
 
 
-def test_the_assistants_message_is_opened_unless_told_otherwise(
-    rig: Rig, tokenizer: Tokenizer
-) -> None:
-    ask(rig, CHATS, add_generation_prompt=True)
-    assert prompt_text(rig, tokenizer).endswith("<|start|>assistant\n")
-    ask(rig, CHATS, add_generation_prompt=False)
-    assert prompt_text(rig, tokenizer).endswith("<|end|>\n")
-
-
-def test_text_parts_are_joined_and_other_parts_refused(rig: Rig, tokenizer: Tokenizer) -> None:
+def test_parts_that_are_no_text_are_refused(rig: Rig) -> None:
     part = {"type": "text", "text": "a"}
-    ask(rig, CHATS, messages=[{"role": "user", "content": [part, part]}])
-    assert "user\na\na<|end|>" in prompt_text(rig, tokenizer)
     for kind in ("image_url", "input_audio", "file"):
         content = [part, {"type": kind, kind: {"url": "data:,"}}]
         error = refused(rig, CHATS, messages=[{"role": "user", "content": content}])
@@ -303,6 +308,7 @@ def test_a_wrong_method_is_told_the_right_one(
 ) -> None:
     response = rig.client.request(method, path)
     assert response.status_code == 405
+    error = error_of(response)
     assert allowed in response.headers["Allow"]
     assert method not in response.headers["Allow"].split(", ")
-    assert response.json()["error"]["code"] == "method_not_allowed"
+    assert error["code"] == "method_not_allowed"

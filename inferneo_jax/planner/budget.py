@@ -11,13 +11,10 @@ from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig
 from inferneo_jax.planner.chips import Chip, Topology
 from inferneo_jax.runner.backends import DecoderBackend, resolve_decoder
-from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.runner.capacity import cache_budget, make_programs
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
-
-_RESERVE = 0.03
-"""Of a chip's memory, kept for temporaries while their size is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +28,16 @@ class Wish:
 
 
 class Budget:
-    """A chip's memory, shared out before anything is compiled. All in bytes."""
+    """A chip's memory, shared out before anything is compiled, as the runner would. All in bytes.
+
+    Attributes:
+        backend: how the model runs there.
+        token_bytes: that one token takes in the KV cache.
+        weights: of the weights.
+        state: of the slots' tokens and sampling parameters.
+        kv: that the KV cache may take at most.
+        missing: by how much the weights and one request of ``wish.context`` tokens do not fit.
+    """
 
     def __init__(self, wish: Wish, mesh: Mesh) -> None:
         self._wish = wish
@@ -41,14 +47,13 @@ class Budget:
         self.weights = local_bytes(one.weights)
         context_length = wish.model.context_length
         max_len = min(wish.engine.max_len or context_length, context_length)
-        dp_size = meshes.parts(mesh, "slots")
-        # Of every slot its tokens, biases and the rest of its sampling parameters.
-        each = 4 * max_len + 8 * wish.engine.max_logit_bias + 256
-        self.state = wish.engine.slots // dp_size * each
-        reserve = int(_RESERVE * wish.topology.chip.memory_bytes)
-        self.kv = wish.topology.chip.memory_bytes - self.weights - self.state - reserve
+        self.state = dataclasses.replace(one, max_len=max_len).state_bytes
+        chip = wish.topology.chip
+        free = max(0, chip.memory_bytes - self.weights)
+        platform = mesh.devices.flat[0].platform
+        self.kv = cache_budget(platform, total=chip.memory_bytes, free=free)
         least = self.token_bytes * wish.context
-        self.missing = max(0, least - self.kv)
+        self.missing = max(0, least - self.kv, self.weights + least - chip.memory_bytes)
 
     def programs(self, **changes: Any) -> Programs:
         """The programs, with a cache as large as the memory lets it be."""

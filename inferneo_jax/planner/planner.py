@@ -16,7 +16,7 @@ from inferneo_jax.config import MeshShape
 from inferneo_jax.planner.advice import advise, remedies
 from inferneo_jax.planner.budget import Budget, Wish, bound, work_of
 from inferneo_jax.planner.hlo import Collective, Program
-from inferneo_jax.runner.programs import Key, Programs
+from inferneo_jax.runner.programs import Decode, Forward, Prefill, Programs, num_tokens
 from inferneo_jax.sharding import mesh as meshes
 
 
@@ -68,8 +68,8 @@ class Plan:
         state_bytes: of tokens and sampling parameters.
         temporary_bytes: of the step that takes most.
         code_bytes: of all programs, each with that of the largest of its kind.
-        kv_bytes: what is left, all of which can be KV.
-        kv_tokens: that the KV of all chips can hold.
+        kv_bytes: that the KV cache may take; a server takes less if its slots need no more.
+        kv_tokens: that such a KV cache can hold, on all chips together.
         steps: decode and prefill; none where the model does not fit.
         tokens_per_second: output tokens of all chips, at most.
         missing_bytes: by how much it does not fit; 0 when it does.
@@ -139,34 +139,40 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     programs = budget.programs()
     kept = [*programs.sample_keys(), *programs.keys()]
     steps, code, temporary = [], 0, 0
-    decode = ("decode", programs.row_buckets[-1], 1)
-    for key in (decode, ("prefill", 1, wish.engine.prefill_chunks[-1])):
-        progress(f"compiling {key[0]} for {wish.topology}")
+    decode, prefill = Decode(programs.row_buckets[-1]), Prefill(1, wish.engine.prefill_chunks[-1])
+    for key in (decode, prefill):
+        progress(f"compiling {_kind(key)} for {wish.topology}")
         parts = key, programs.sampled_by(key)
         with jax.set_mesh(mesh):
             compiled = [programs.lower(part).compile() for part in parts]
         steps.append(_read_step(wish, programs, key, compiled))
         for part, program in zip(parts, compiled, strict=True):
             memory = program.memory_analysis()
-            code += memory.generated_code_size_in_bytes * sum(each[0] == part[0] for each in kept)
+            alike = sum(type(each) is type(part) for each in kept)
+            code += memory.generated_code_size_in_bytes * alike
             # A compiler may state a peak above its temporaries.
             beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
             temporary = max(temporary, beside, memory.temp_size_in_bytes)
-    taken = plan.weight_bytes + plan.state_bytes + temporary + code
-    kv = max(0, plan.memory_bytes - taken)
+    taken = budget.weights + programs.cache_bytes + programs.state_bytes + temporary + code
     return dataclasses.replace(
         plan,
+        state_bytes=programs.state_bytes,
         temporary_bytes=temporary,
         code_bytes=code,
-        kv_bytes=kv,
-        kv_tokens=kv // budget.token_bytes * data,
+        kv_bytes=budget.kv,
+        kv_tokens=budget.kv // budget.token_bytes * data,
+        missing_bytes=max(0, taken - plan.memory_bytes),
         steps=tuple(steps),
         tokens_per_second=steps[0].tokens / steps[0].seconds,
     )
 
 
-def _read_step(wish: Wish, programs: Programs, key: Key, compiled: list[Any]) -> Step:
-    kind, rows, tokens = key
+def _kind(key: Forward) -> str:
+    return type(key).__name__.lower()
+
+
+def _read_step(wish: Wish, programs: Programs, key: Forward, compiled: list[Any]) -> Step:
+    rows, tokens = key.rows, num_tokens(key) // key.rows
     memory = compiled[0].memory_analysis()
     read = [Program(each.as_text()) for each in compiled]
     shards = {each.sharding.shard_shape(each.shape) for each in jax.tree.leaves(programs.cache())}
@@ -181,7 +187,7 @@ def _read_step(wish: Wish, programs: Programs, key: Key, compiled: list[Any]) ->
         chip, work, sum(each.sent_bytes for each in collectives), programs.config.quantization
     )
     return Step(
-        kind=kind,
+        kind=_kind(key),
         tokens=programs.dp_size * rows * tokens,
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,

@@ -26,11 +26,11 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can still be had: of the first accelerator here, else of this machine."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats:
-        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+    """Bytes that can still be had: of the fullest accelerator here, else of this machine."""
+    accelerators = [device for device in jax.local_devices() if device.platform != "cpu"]
+    known = [stats for device in accelerators if (stats := device.memory_stats())]
+    if known:
+        return min(int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) for stats in known)
     return min([_available(), *(limit - used for limit, used in _group())])
 
 

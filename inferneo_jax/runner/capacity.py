@@ -36,6 +36,20 @@ def make_programs(
     return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
 
 
+def cache_budget(platform: str, *, total: int, free: int) -> int:
+    """Bytes of one device for the KV cache.
+
+    Nine tenths of what an accelerator has left; the rest is for the state of the slots, programs
+    and their temporaries. A sixteenth of a CPU's memory, which is not for the server alone.
+
+    Args:
+        platform: of the device.
+        total: bytes of memory that the device has, or its share of the host's.
+        free: bytes that are left once the weights are placed.
+    """
+    return total // 16 if platform == "cpu" else int(0.9 * free)
+
+
 def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int]:
     """The longest sequence, in tokens, and the pages of one data-parallel rank's cache.
 

@@ -9,7 +9,7 @@ and for hardware that is not.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -20,16 +20,67 @@ from inferneo_jax import models
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.layers.cache import KVCache, PagedAttention
 from inferneo_jax.layers.sampler import Sampler
-from inferneo_jax.models.steps import SampleInputs, Steps, sample_bucket
+from inferneo_jax.models.steps import SampleInputs, SlotState, Steps, sample_bucket
 from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.inputs import InputBuilder
 from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
-Key = tuple[str, int, int]
-"""A program: ``decode``, ``verify``, ``prefill``, ``admit`` or ``sample``, its rows on one
-data-parallel rank and the tokens of each."""
+
+@dataclass(frozen=True, order=True, slots=True)
+class Decode:
+    """Computes the next token of ``rows`` rows; all rows are those of one data-parallel rank."""
+
+    rows: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Verify:
+    """Computes ``rows`` rows of ``tokens`` tokens each: the newest one and its draft."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Prefill:
+    """Computes up to ``tokens`` prompt tokens of each of ``rows`` rows."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Admit:
+    """Writes ``rows`` requests into their slots."""
+
+    rows: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Sample:
+    """Samples tokens from the logits of ``rows`` rows, after one of the forward passes."""
+
+    rows: int
+
+
+Forward = Decode | Verify | Prefill
+Called = Forward | Admit
+"""Programs that the host calls with arguments of its own."""
+Key = Called | Sample
+"""Identifies a compiled program."""
+
+
+def num_tokens(key: Forward) -> int:
+    """Tokens that a forward pass computes on one data-parallel rank."""
+    return key.rows if isinstance(key, Decode) else key.rows * key.tokens
+
+
+def num_sampled(key: Forward) -> int:
+    """Rows of logits that a forward pass leaves to be sampled on one data-parallel rank."""
+    return key.rows * key.tokens if isinstance(key, Verify) else key.rows
+
 
 MAX_STOP_IDS = 32
 """Most stop token ids of one request."""
@@ -65,7 +116,7 @@ class Programs:
         """How the cache is stored and read."""
         return self.backend.attention
 
-    @property
+    @cached_property
     def weights(self) -> list[jax.ShapeDtypeStruct]:
         """The shapes of the weights."""
         return flat(weight_shapes(self.backend.padded, self.mesh, self.backend.quantization))
@@ -80,7 +131,7 @@ class Programs:
         """Number of data-parallel ranks, each of which serves requests of its own."""
         return meshes.parts(self.mesh, "slots")
 
-    @property
+    @cached_property
     def inputs(self) -> InputBuilder:
         """Builds what the host passes to the programs."""
         return InputBuilder(
@@ -97,6 +148,11 @@ class Programs:
     def cache_bytes(self) -> int:
         """What one device holds of the cache."""
         return local_bytes(jax.tree.leaves(self.cache()))
+
+    @property
+    def state_bytes(self) -> int:
+        """What one device holds of the state of all slots."""
+        return local_bytes(jax.tree.leaves(self.state()))
 
     @property
     def row_buckets(self) -> list[int]:
@@ -121,26 +177,27 @@ class Programs:
         padding = self.backend.quantization.linear.padding_cost
         return PrefillShapes.of(self.config.prefill_chunks, slots, overhead, padding)
 
-    def sampled_by(self, key: Key) -> Key:
-        """The program that samples what another has computed."""
-        kind, rows, tokens = key
-        count = rows * tokens if kind == "verify" else rows
-        return "sample", sample_bucket(count, self.config.row_buckets), 1
+    def sampled_by(self, key: Forward) -> Sample:
+        """The program that samples what a forward pass has computed."""
+        return Sample(sample_bucket(num_sampled(key), self.config.row_buckets))
 
-    def sample_keys(self) -> list[Key]:
-        """The programs that follow another one in every step."""
-        return sorted({self.sampled_by(key) for key in self.keys() if key[0] != "admit"})
+    def sample_keys(self) -> list[Sample]:
+        """The programs that follow a forward pass in every step."""
+        return sorted({self.sampled_by(key) for key in self.forward_keys()})
 
-    def keys(self) -> list[Key]:
-        """Every program that the host calls with arguments of its own."""
-        shapes = self.prefill_shapes
+    def forward_keys(self) -> list[Forward]:
+        """The forward passes, in the same order in all processes."""
         tokens = self.config.draft_tokens + 1
         return [
-            *(("decode", bucket, 1) for bucket in self.row_buckets),
-            *(("verify", bucket, tokens) for bucket in self.draft_buckets),
-            *(("prefill", rows, chunk) for rows, chunk in shapes.shapes),
-            *(("admit", rows, 0) for rows in sorted({1, shapes.max_rows})),
+            *(Decode(bucket) for bucket in self.row_buckets),
+            *(Verify(bucket, tokens) for bucket in self.draft_buckets),
+            *(Prefill(rows, chunk) for rows, chunk in self.prefill_shapes.shapes),
         ]
+
+    def keys(self) -> list[Called]:
+        """Every program that the host calls with arguments of its own."""
+        admitted = sorted({1, self.prefill_shapes.max_rows})
+        return [*self.forward_keys(), *(Admit(rows) for rows in admitted)]
 
     def empty_cache(self) -> Callable[[], KVCache]:
         """A function that makes the cache of all ranks, where it belongs."""
@@ -162,35 +219,43 @@ class Programs:
         made: Any = jax.eval_shape(self._init_cache())
         return self._split(made, "pages", "kv_heads")
 
-    def host_arguments(self, key: Key) -> tuple[Any, ...]:
+    def state(self) -> SlotState:
+        """The shapes of the state of all slots."""
+        # One slot's arrays tell them: those of all slots may be large.
+        one = dataclasses.replace(self.inputs, dp_size=1, slots=1).empty_state()
+        slots = self.config.slots
+        every = jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots, *x.shape[1:]), x.dtype), one)
+        return self._split(every, "slots")
+
+    def host_arguments(self, key: Called) -> tuple[Any, ...]:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""
-        kind, rows, tokens = key
         nothing = ((),) * self.dp_size
-        if kind == "decode":
-            return (self.inputs.decode(nothing, rows),)
-        if kind == "verify":
-            return (self.inputs.verify(nothing, rows, tokens - 1),)
-        if kind == "prefill":
-            return (self.inputs.prefill(nothing, rows),)
-        return self.inputs.admit(nothing, rows)
+        match key:
+            case Decode(rows):
+                return (self.inputs.decode(nothing, rows),)
+            case Verify(rows, tokens):
+                return (self.inputs.verify(nothing, rows, tokens - 1),)
+            case Prefill(rows, _):
+                return (self.inputs.prefill(nothing, rows),)
+            case Admit(rows):
+                return self.inputs.admit(nothing, rows)
 
-    def busy_arguments(self, key: Key) -> tuple[Any, ...]:
-        """As ``host_arguments``, but every row has all its tokens to compute, if no pages.
+    def busy_arguments(self, key: Called) -> tuple[Any, ...]:
+        """As ``host_arguments``, but every row has all its tokens to compute, without pages.
 
-        To see how long a program takes: what padding costs is another matter.
+        They show how long a program takes at most.
         """
-        kind, rows, tokens = key
         arguments = self.host_arguments(key)
-        if kind == "admit":
+        if isinstance(key, Admit):
             return arguments
-        slots = np.minimum(np.arange(rows, dtype=np.int32), self.inputs.slots - 1)
         (nothing,) = arguments
-        every = np.full_like(nothing.slots, tokens)
+        slots = np.minimum(np.arange(key.rows, dtype=np.int32), self.inputs.slots - 1)
         busy = nothing._replace(slots=np.tile(slots, self.dp_size))
-        if kind == "prefill":
-            busy = busy._replace(length=every)
-        if kind == "verify":
-            busy = busy._replace(num_drafted=every - 1)
+        match key:
+            case Prefill(_, tokens):
+                busy = busy._replace(length=np.full_like(nothing.slots, tokens))
+            case Verify(_, tokens):
+                busy = busy._replace(num_drafted=np.full_like(nothing.slots, tokens - 1))
         return (busy,)
 
     def described(self) -> dict[str, Any]:
@@ -202,7 +267,7 @@ class Programs:
             "attention": type(self.attention).__name__,
             "kv_dtype": str(self.attention.dtype),
             "weights": sorted({str(each.dtype) for each in self.weights}),
-            "programs": [list(key) for key in self.keys()],
+            "programs": [repr(key) for key in self.keys()],
         }
 
     def place(self, arguments: Any, axis: str = "rows") -> Any:
@@ -221,7 +286,6 @@ class Programs:
 
     def lower(self, key: Key) -> Any:
         """A program lowered for the mesh's devices; ``compile()`` it."""
-        kind, num_rows, chunk = key
         graphdef, treedef = models.graphdef(self.backend.padded, self.backend.quantization)
         sampler = Sampler(num_top=min(self.config.max_logprobs, self.backend.model.vocab_size))
         steps = Steps(
@@ -232,29 +296,36 @@ class Programs:
             self.backend.model.vocab_size,
             self.config.row_buckets,
         )
-        weights = self.weights
-        in_weights = [each.sharding.spec for each in weights]
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
         in_state, everywhere = meshes.spec("slots"), PartitionSpec()
-        state = self._split(self.inputs.empty_state(), "slots")
-        step: Callable[..., Any] = getattr(steps, kind)
+        state = self.state()
+        step: Callable[..., Any]
         specs: tuple[Any, ...]
         out: Any
         arguments: tuple[Any, ...]
         donate: tuple[int, ...]
-        if kind == "admit":
-            arguments = state, *self._split(self.host_arguments(key), "rows")
-            specs, out, donate = (in_state, in_rows, in_rows), in_state, (0,)
-        elif kind == "sample":
-            arguments = state, self._split(self._sample_inputs(num_rows), "rows")
-            specs, out, donate = (in_state, in_rows), (in_state, everywhere), (0,)
-        else:
-            rows = self._split(self.host_arguments(key), "rows")
-            arguments = weights, self.cache(), state.tokens, *rows
-            specs = in_weights, in_cache, in_state, in_rows
-            out, donate = (in_cache, in_state, in_rows), (1, 2)
-            if kind == "prefill":
-                step, out = partial(steps.prefill, chunk), (*out, everywhere)
+        match key:
+            case Admit():
+                step, donate = steps.admit, (0,)
+                arguments = state, *self._split(self.host_arguments(key), "rows")
+                specs, out = (in_state, in_rows, in_rows), in_state
+            case Sample(rows):
+                step, donate = steps.sample, (0,)
+                arguments = state, self._split(self._sample_inputs(rows), "rows")
+                specs, out = (in_state, in_rows), (in_state, everywhere)
+            case Decode() | Verify() | Prefill():
+                inputs = self._split(self.host_arguments(key), "rows")
+                arguments = self.weights, self.cache(), state.tokens, *inputs
+                in_weights = [each.sharding.spec for each in self.weights]
+                specs = in_weights, in_cache, in_state, in_rows
+                out, donate = (in_cache, in_state, in_rows), (1, 2)
+                match key:
+                    case Decode():
+                        step = steps.decode
+                    case Verify():
+                        step = steps.verify
+                    case Prefill(_, chunk):
+                        step, out = partial(steps.prefill, chunk), (*out, everywhere)
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
 

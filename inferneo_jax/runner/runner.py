@@ -1,7 +1,6 @@
 """Owns the weights, the cache and the compiled steps: the only one that touches the device."""
 
 import dataclasses
-import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +21,21 @@ from inferneo_jax.platform.memory import free_memory, oom_as_config_error, requi
 from inferneo_jax.platform.watchdog import PATIENCE
 from inferneo_jax.request import RequestLimits
 from inferneo_jax.runner.backends import DecoderBackend
-from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.runner.capacity import cache_budget, make_programs
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.model_info import ModelInfo
-from inferneo_jax.runner.programs import MAX_STOP_IDS, Key
+from inferneo_jax.runner.programs import (
+    MAX_STOP_IDS,
+    Admit,
+    Called,
+    Decode,
+    Forward,
+    Key,
+    Prefill,
+    Verify,
+    num_sampled,
+    num_tokens,
+)
 from inferneo_jax.runner.wire import Wire
 from inferneo_jax.scheduler.output import SchedulerOutputs
 from inferneo_jax.scheduler.speculation import Drafts
@@ -44,8 +54,8 @@ class PendingStep:
     """
 
     scheduled: SchedulerOutputs
-    decode: tuple[Key, Sampled] | None
-    prefill: tuple[Key, Sampled] | None
+    decode: tuple[Forward, Sampled] | None
+    prefill: tuple[Forward, Sampled] | None
 
     @property
     def drafted(self) -> bool:
@@ -58,15 +68,15 @@ class PendingStep:
         return read[0], read[1]
 
 
-def _read(key: Key, sampled: Sampled, dp_size: int) -> Sampled:
+def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
     """The results of a program's own rows, as numpy arrays; of drafts ``[rows, tokens]``."""
-    kind, rows, tokens = key
-    shape = (dp_size * rows, tokens) if kind == "verify" else (dp_size * rows,)
+    rows = dp_size * key.rows
+    shape = (rows, key.tokens) if isinstance(key, Verify) else (rows,)
 
     def own(array: Any) -> Any:
         padded = np.asarray(array)
         by_rank = padded.reshape(dp_size, -1, *padded.shape[1:])
-        return by_rank[:, : math.prod(shape) // dp_size].reshape(*shape, *padded.shape[1:])
+        return by_rank[:, : num_sampled(key)].reshape(*shape, *padded.shape[1:])
 
     ids, scores = jax.tree.map(own, (sampled.ids, sampled.scores))
     return Sampled(ids, scores, jax.tree.map(np.asarray, sampled.prompt_scores))
@@ -179,12 +189,11 @@ class Runner:
         """Run the steps once, in slots that nobody has yet, and see how long the slowest takes."""
         keys = self._programs.keys()  # in the same order in all processes
         if self._mesh.devices.flat[0].platform == "cpu":
-            # A first run is like any other: what it is to tell is how long the largest take.
-            most = {
-                kind: max(rows * tokens for k, rows, tokens in keys if k == kind)
-                for kind, *_ in keys
-            }
-            keys = [key for key in keys if key[1] * key[2] == most[key[0]]]
+            # A first run takes no longer than the next: it is run to time the largest of each kind.
+            largest: dict[type[Called], int] = {}
+            for key in keys:
+                largest[type(key)] = max(largest.get(type(key), 0), _size(key))
+            keys = [key for key in keys if _size(key) == largest[type(key)]]
         slowest = max(self._seconds(key) for key in keys)
         self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
         if buckets := self._programs.draft_buckets:
@@ -193,7 +202,7 @@ class Runner:
                 cost = max(self._draft_cost(bucket) for bucket in buckets)
                 self.drafts = dataclasses.replace(self.drafts, cost=cost)
 
-    def _seconds(self, key: Key) -> float:
+    def _seconds(self, key: Called) -> float:
         """How long a program takes with all its rows at work."""
         arguments = self._programs.busy_arguments(key)
         started = time.perf_counter()
@@ -209,7 +218,7 @@ class Runner:
         length = self.config.draft_tokens + 1
         verify, plain = (
             min(self._seconds(key) for _ in range(_TIMES))
-            for key in (("verify", bucket, length), ("decode", bucket, 1))
+            for key in (Verify(bucket, length), Decode(bucket))
         )
         return 1.1 * verify / plain
 
@@ -218,41 +227,46 @@ class Runner:
         if most := max(len(rank.admitted) for rank in scheduled):
             rows = 1 if most == 1 else self.shapes.max_rows
             admitted = self._inputs.admit((rank.admitted for rank in scheduled), rows)
-            self._step(("admit", rows, 0), admitted)
+            self._dispatch(Admit(rows), admitted)
         decode = prefill = None
         if most := max(len(rank.decode) for rank in scheduled):
             decode = self._decode(scheduled, most)
         if shape := next((rank.shape for rank in scheduled if rank.shape), None):
             chunks = self._inputs.prefill((rank.prefill for rank in scheduled), shape[0])
-            prefill = self._step(("prefill", *shape), (chunks,))
+            prefill = self._forward(Prefill(*shape), chunks)
         return PendingStep(scheduled, decode, prefill)
 
-    def _decode(self, scheduled: SchedulerOutputs, most: int) -> tuple[Key, Sampled] | None:
+    def _decode(self, scheduled: SchedulerOutputs, most: int) -> tuple[Forward, Sampled]:
         """A decode step of up to so many rows of a rank, which verifies their drafts."""
         ranks = [rank.decode for rank in scheduled]
         if not any(rank.drafted for rank in scheduled):
             bucket = next(b for b in self._programs.row_buckets if b >= most)
-            return self._step(("decode", bucket, 1), (self._inputs.decode(ranks, bucket),))
+            return self._forward(Decode(bucket), self._inputs.decode(ranks, bucket))
         bucket = next(b for b in self._programs.draft_buckets if b >= most)
         length = self.config.draft_tokens
         drafted = self._inputs.verify(ranks, bucket, length)
-        return self._step(("verify", bucket, length + 1), (drafted,))
+        return self._forward(Verify(bucket, length + 1), drafted)
 
-    def _step(self, key: Key, arguments: tuple[Any, ...]) -> tuple[Key, Sampled] | None:
+    def _forward(self, key: Forward, inputs: Any) -> tuple[Forward, Sampled]:
+        """Dispatch a forward pass, and name it beside what is sampled after it."""
+        sampled = self._dispatch(key, (inputs,))
+        assert sampled
+        return key, sampled
+
+    def _dispatch(self, key: Called, arguments: tuple[Any, ...]) -> Sampled | None:
         """Dispatch one program, on the other processes first: theirs is the longer way."""
         if self.wire:
             self._processes.announce(Kind.STEP, *self.wire.write(key, arguments))
-        sampled = self.execute(key, arguments)
-        return (key, sampled) if sampled else None
+        return self.execute(key, arguments)
 
-    def execute(self, key: Key, arguments: tuple[Any, ...]) -> Sampled | None:
+    def execute(self, key: Called, arguments: tuple[Any, ...]) -> Sampled | None:
         """Dispatch one program in this process, and the one that samples what it computes.
 
         Returns:
             What is sampled, on its way to the host.
         """
         program, placed = self._compiled[key], self._programs.place(arguments)
-        if key[0] == "admit":
+        if isinstance(key, Admit):
             self._state = program(self._state, *placed)
             return None
         tokens, sampling = self._state
@@ -266,7 +280,16 @@ class Runner:
 
     def _cache_budget(self) -> int:
         """Bytes of one device for the KV cache: what the process with the least can give."""
-        return min(self._processes.exchange("cache budget", _cache_budget(self._mesh)))
+        mine = cache_budget(
+            self._mesh.devices.flat[0].platform,
+            total=total_memory() // sharing(self._mesh),
+            free=free_memory(),
+        )
+        return min(self._processes.exchange("cache budget", mine))
+
+
+def _size(key: Called) -> int:
+    return 0 if isinstance(key, Admit) else num_tokens(key)
 
 
 def sharing(mesh: Mesh) -> int:
@@ -274,13 +297,3 @@ def sharing(mesh: Mesh) -> int:
     if mesh.devices.flat[0].platform != "cpu":
         return 1
     return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
-
-
-def _cache_budget(mesh: Mesh) -> int:
-    """Bytes of one device for the KV cache.
-
-    Most of what an accelerator has left; a sixteenth of a host's memory for all its devices.
-    """
-    if mesh.devices.flat[0].platform != "cpu":
-        return int(0.9 * free_memory())
-    return total_memory() // 16 // sharing(mesh)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from inferneo_jax.errors import JobError
-from inferneo_jax.runner.programs import Key, Programs
+from inferneo_jax.runner.programs import Called, Programs
 
 _NUMBER = struct.Struct("!H")
 
@@ -24,12 +24,12 @@ class Wire:
         self._numbers = {key: number for number, key in enumerate(self._keys)}
         self._empty = [programs.host_arguments(key) for key in self._keys]
 
-    def write(self, key: Key, arguments: Any) -> list[bytes | memoryview]:
+    def write(self, key: Called, arguments: Any) -> list[bytes | memoryview]:
         """The parts of an announcement."""
         arrays = [np.ascontiguousarray(each) for each in jax.tree.leaves(arguments)]
         return [_NUMBER.pack(self._numbers[key]), *(array.data.cast("B") for array in arrays)]
 
-    def read(self, payload: bytes) -> tuple[Key, Any]:
+    def read(self, payload: bytes) -> tuple[Called, Any]:
         """Program and arguments, as numpy arrays.
 
         Raises:

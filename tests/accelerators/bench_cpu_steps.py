@@ -27,7 +27,7 @@ from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.models.steps import SlotState
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
-from inferneo_jax.runner.programs import Key, Programs
+from inferneo_jax.runner.programs import Decode, Forward, Prefill, Programs
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
 from inferneo_jax.weights.checkpoint import open_weights, read_info
@@ -87,14 +87,14 @@ class Steps:
         self.programs, self.weights = programs, weights
         self.cache, self.state = programs.empty_cache()(), programs.inputs.empty_state()
 
-    def arguments(self, key: Key, **fields: Any) -> Any:
+    def arguments(self, key: Forward, **fields: Any) -> Any:
         """All rows at work, each in pages of its own."""
         (rows,) = self.programs.host_arguments(key)
         count, pages = rows.tables.shape
         tables = np.arange(1, 1 + rows.tables.size, dtype=np.int32).reshape(count, pages)
         return rows._replace(slots=np.arange(count, dtype=np.int32), tables=tables, **fields)
 
-    def compiled(self, key: Key) -> tuple[Any, Any]:
+    def compiled(self, key: Forward) -> tuple[Any, Any]:
         """A program, and the one that samples what it computes."""
         sampled_by = self.programs.sampled_by(key)
         return self.programs.lower(key).compile(), self.programs.lower(sampled_by).compile()
@@ -110,14 +110,14 @@ class Steps:
 
     def decode(self, rows: int, live: int, seconds: float) -> float:
         """Milliseconds of a step that gives each row its next token."""
-        key = ("decode", rows, 1)
+        key = Decode(rows)
         positions = np.full(rows, live, np.int32)
         rows_at_work = self.arguments(key, positions=positions)
         return median(partial(self.run, self.compiled(key), rows_at_work), seconds)
 
     def prefill(self, seconds: float) -> float:
         """Milliseconds for 512 tokens of one prompt."""
-        key = ("prefill", 1, 256)
+        key = Prefill(1, 256)
         length, last = np.full(1, 256, np.int32), np.ones(1, bool)
         chunks = [
             self.arguments(key, start=np.full(1, start, np.int32), length=length, last=last)

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from inferneo_jax.runner.programs import Key
+from inferneo_jax.runner.programs import Decode, Prefill
 from tests.accelerators.bench_cpu_steps import Steps, load, median
 
 _STEPS = 20
@@ -87,15 +87,15 @@ def main() -> None:
     steps = Steps(*load({}, tuple(sorted({max(2, each) for each in rows}))))
     columns: dict[str, dict[str, float]] = {}
     for count in rows:
-        key: Key = ("decode", max(2, count), 1)
-        arguments = steps.arguments(key, positions=np.full(key[1], options.live, np.int32))
+        key = Decode(max(2, count))
+        arguments = steps.arguments(key, positions=np.full(key.rows, options.live, np.int32))
         arguments.slots[count:] = np.iinfo(np.int32).max  # the others are padding
         programs = steps.compiled(key)
         columns[f"{count} rows"] = profile(partial(steps.run, programs, arguments), programs)
-    key = ("prefill", 1, 256)
+    prefill = Prefill(1, 256)
     whole, last = np.full(1, 256, np.int32), np.ones(1, bool)
-    arguments = steps.arguments(key, start=np.zeros(1, np.int32), length=whole, last=last)
-    programs = steps.compiled(key)
+    arguments = steps.arguments(prefill, start=np.zeros(1, np.int32), length=whole, last=last)
+    programs = steps.compiled(prefill)
     columns["256 tokens"] = profile(partial(steps.run, programs, arguments), programs)
     print(f"{'ms':>18}", *(f"{name:>12}" for name in columns))
     kinds = ("products", "attention", "sampling", "other operations")

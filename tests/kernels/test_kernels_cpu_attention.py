@@ -20,6 +20,7 @@ from inferneo_jax.layers import rope
 from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.runner.programs import Decode
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.kernels.variants import VARIANTS
 from tests.support.tiny_model import NATIVE, NATIVE_ENGINE, ONE_DEVICE, TINY, tiny_backend
@@ -204,7 +205,7 @@ def test_a_step_writes_in_place(mesh: MeshShape) -> None:
     )
     programs = make_programs(tiny_backend(config, NATIVE), config, lambda: 0)
     assert isinstance(programs.attention, CpuPagedAttention)
-    compiled = programs.lower(("decode", 8, 1)).compile()
+    compiled = programs.lower(Decode(8)).compile()
     layer = programs.cache()[0].keys
     shape = ",".join(map(str, layer.sharding.shard_shape(layer.shape)))
     made = [line for line in compiled.as_text().splitlines() if f"= bf16[{shape}]" in line]

@@ -1,8 +1,10 @@
 """What is said of a loaded model and of its devices."""
 
 import jax
+import pytest
 
 from inferneo_jax import device_memory
+from inferneo_jax.platform import memory
 from tests.support.tiny_model import TINY, make_runner, tiny_weights
 
 
@@ -34,3 +36,10 @@ def test_memory_is_told_of_accelerators_that_tell_theirs() -> None:
         ("gpu:0", 3, 7)
     ]
     assert device_memory() == []  # CPUs
+
+
+def test_free_memory_is_that_of_the_fullest_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, full = {"bytes_in_use": 3, "bytes_limit": 20}, {"bytes_in_use": 15, "bytes_limit": 20}
+    devices = [Device(0, empty), Device(1, full), Device(2, None)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory.free_memory() == 5

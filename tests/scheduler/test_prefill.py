@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.runner.programs import Admit, Prefill, Verify
 from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
 from tests.scheduler.house import SHAPES, House
 from tests.support.tiny_model import (
@@ -139,16 +140,17 @@ def test_prompts_prefilled_together_equal_those_prefilled_alone(tiny_engine: Mak
 
 def test_times_are_taken_with_all_rows_at_work() -> None:
     programs = make_programs(tiny_backend(), TINY_ENGINE, lambda: 0)
-    for key in tuple(programs.keys()):
-        kind, _, tokens = key
+    for key in programs.keys():  # noqa: SIM118  (no dictionary)
         busy = programs.busy_arguments(key)
         idle = programs.host_arguments(key)
         assert jax.tree.map(np.shape, busy) == jax.tree.map(np.shape, idle)
-        if kind != "admit":
-            (busy,) = busy
-            assert (busy.slots < TINY_ENGINE.slots).all()
-            assert not busy.block_tables.any()  # nothing is written that anybody reads
-        if kind == "verify":
-            assert (busy.num_drafted == tokens - 1).all()
-        if kind == "prefill":
-            assert (busy.length == tokens).all()
+        if isinstance(key, Admit):
+            continue
+        (busy,) = busy
+        assert (busy.slots < TINY_ENGINE.slots).all()
+        assert not busy.block_tables.any()  # nothing is written that anybody reads
+        match key:
+            case Verify(_, tokens):
+                assert (busy.num_drafted == tokens - 1).all()
+            case Prefill(_, tokens):
+                assert (busy.length == tokens).all()

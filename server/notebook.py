@@ -8,8 +8,6 @@ from server.config.schema import variable_of
 from server.config.settings import Settings
 from server.process.child import END_SECONDS, OURS, Child
 
-_TAIL = 2000
-"""Characters of the log that an error shows."""
 _SLACK_SECONDS = 5.0
 """What ending takes beside the requests that are let finish."""
 
@@ -46,7 +44,7 @@ class Server:
         self.url = f"{self._child.url}/v1"
         try:
             if failure := self._child.wait("/ready", timeout):
-                raise RuntimeError(f"the server {failure}:\n{self.log[-_TAIL:]}")
+                raise RuntimeError(f"the server {failure}:\n{self._child.tail}")
         except BaseException:
             self.stop()
             raise

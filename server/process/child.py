@@ -11,6 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 from server.process.listening import BACKLOG, url_of
@@ -24,6 +26,7 @@ END_SECONDS = 30.0
 """How long a server that is told to end may take before it is killed."""
 _POLL_SECONDS, _ANSWER_SECONDS = 0.1, 5.0
 _LOG_BYTES = 1 << 20
+_TAIL = 2000
 _TRIES = 3
 """On how many ports in turn a server is started that finds its port taken."""
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|couldn't bind", re.IGNORECASE)
@@ -55,9 +58,11 @@ class Child:
         environment: its variables; by default those of this process.
         host: where it listens.
         port: where it listens; 0 for any that is free.
+        log_file: file to which its output is appended; None: one that goes with it.
 
     Attributes:
         url: of the server, as ``http://host:port``.
+        process: the process.
 
     Raises:
         OSError: it cannot listen at that address.
@@ -69,7 +74,9 @@ class Child:
         environment: Mapping[str, str] | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        log_file: Path | None = None,
     ) -> None:
+        self._log_file = log_file
         self._command, self._environment = tuple(command), environment
         self._host, self._port = host, port
         self._start()
@@ -84,8 +91,12 @@ class Child:
             places = {PORT: str(port), LISTENER: f"fd://{number}"}
             words = [_PLACE.sub(lambda found: places[found[0]], word) for word in self._command]
             self._last: str | None = None
-            self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
-            self._process = subprocess.Popen(  # noqa: S603 - this project's or the user's own command
+            self._log: IO[bytes]  # closed by `end`
+            if self._log_file is None:
+                self._log = tempfile.TemporaryFile()  # noqa: SIM115
+            else:
+                self._log = self._log_file.open("a+b")
+            self.process = subprocess.Popen(  # noqa: S603 - this project's or the user's own command
                 _led(words),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -106,11 +117,18 @@ class Child:
         return os.pread(number, _LOG_BYTES, begin).decode("utf-8", "replace")
 
     @property
+    def tail(self) -> str:
+        """The last 2,000 characters of what it has written, for an error message."""
+        return self.log[-_TAIL:]
+
+    @property
     def is_running(self) -> bool:
         """Whether it has not ended, by itself or by ``end``."""
+        if self._last is not None or self.process.returncode is not None:
+            return False
         # It is not reaped here: its number must still be its own when `end` kills its group.
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return self._last is None and os.waitid(os.P_PID, self._process.pid, options) is None
+        return os.waitid(os.P_PID, self.process.pid, options) is None
 
     def wait(self, path: str, seconds: float) -> str | None:
         """Wait until it answers a GET of ``path`` with a status below 500.
@@ -123,7 +141,7 @@ class Child:
             if not self.is_running:
                 self.end()
                 if tries == _TRIES or not self._found_port_taken():
-                    return f"ended with {self._process.returncode} before it was ready"
+                    return f"ended with {self.process.returncode} before it was ready"
                 tries += 1
                 self._start()
             if self._answers(path):
@@ -141,15 +159,14 @@ class Child:
             return
         try:
             if self.is_running:
-                self._process.terminate()
-                patience = END_SECONDS if seconds is None else seconds
-                deadline = time.monotonic() + patience
+                self.process.terminate()
+                deadline = time.monotonic() + (END_SECONDS if seconds is None else seconds)
                 while self.is_running and time.monotonic() < deadline:
                     time.sleep(0.02)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
             self._last = self.log
             self._log.close()
 

@@ -78,15 +78,13 @@ def job(folder: Path, settings: dict[str, str], **follower: str) -> Iterator[Job
         folder / "leader", shared | {"INFERNEO_PROCESS_ID": "0"}, tracebacks=True
     ) as leader:
         command = [sys.executable, "-m", "server.cli", "follow"]
-        own = environment(shared | {"INFERNEO_PROCESS_ID": "1"} | follower)
-        made = Job(leader, Process(command, "", folder / "follower", env=own))
+        own = shared | {"INFERNEO_PROCESS_ID": "1"} | follower
+        made = Job(leader, Process(command, own, folder / "follower"))
         try:
             yield made
         finally:
-            for each in (*made.follower.family(), *leader.family()):
-                each.kill()
-            made.follower.popen.wait(AT_MOST)
-            leader.popen.wait(AT_MOST)
+            made.follower.kill()
+            leader.kill()
 
 
 def wait_for(text: str, server: Process, seconds: float = 60) -> None:

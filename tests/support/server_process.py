@@ -3,9 +3,7 @@
 import contextlib
 import os
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 
-from server.process.child import listener
+from server.process.child import LISTENER, Child
 from tests.support.paths import ROOT
 
 CHAT_MODEL, EMBEDDING_MODEL = "smollm2-135m-instruct", "all-minilm-l6-v2"
@@ -26,22 +24,19 @@ class Process:
     Attributes:
         address: ``host:port``.
         log: what it wrote.
+        popen: the process.
     """
 
-    def __init__(self, command: list[str], address: str, log: Path, **popen: Any) -> None:
-        self.address = address
-        self.url, self.ws = f"http://{address}", f"ws://{address}"
-        self.log = log
-        with log.open("a") as out:
-            self.popen = subprocess.Popen(command, stdout=out, stderr=out, **popen)
+    def __init__(self, command: list[str], settings: dict[str, str], log: Path) -> None:
+        self._child = Child(command, environment(settings), log_file=log)
+        self.url, self.popen, self.log = self._child.url, self._child.process, log
+        self.address = self.url.removeprefix("http://")
+        self.ws = f"ws://{self.address}"
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> None:
         """Return once it can serve."""
-        deadline = time.monotonic() + seconds
-        while not _ready(self.address):
-            assert self.popen.poll() is None, self.tail()
-            assert time.monotonic() < deadline, self.tail()
-            time.sleep(0.05)
+        failure = self._child.wait("/ready", seconds)
+        assert failure is None, f"{failure}: {self.tail()}"
 
     def tail(self) -> str:
         """The end of what it wrote."""
@@ -49,7 +44,15 @@ class Process:
 
     def family(self) -> list[psutil.Process]:
         """It and its children."""
-        return _family(self.popen.pid)
+        try:
+            top = psutil.Process(self.popen.pid)
+            return [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self) -> None:
+        """Kill what is left of it and its children."""
+        self._child.end(0.0)
 
     def memory(self) -> int:
         """Bytes of physical memory that it and its children have."""
@@ -65,27 +68,20 @@ def process(
     *,
     workers: int = 1,
     tracebacks: bool = False,
-    **popen: Any,
 ) -> Iterator[Process]:
     """A server of these settings; if it still runs at the end it must stop cleanly.
 
     With ``tracebacks`` its log may hold some.
     """
-    with listener() as opened:
-        number, address = opened.fileno(), f"127.0.0.1:{opened.getsockname()[1]}"
-        bind = f"fd://{number}"
-        command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", bind, app]
-        env = environment(settings)
-        server = Process(command, address, log, env=env, pass_fds=[number], **popen)
+    command = [sys.executable, "-m", "hypercorn", "-w", str(workers), "-b", LISTENER, app]
+    server = Process(command, settings, log)
     try:
         yield server
         if server.popen.poll() is None:
             server.popen.terminate()
             assert server.popen.wait(timeout=40) == 0, server.tail()
     finally:
-        for each in _family(server.popen.pid):
-            each.kill()
-        server.popen.wait()
+        server.kill()
     assert tracebacks or "Traceback" not in log.read_text(), server.tail()
 
 
@@ -102,14 +98,6 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     found = {"PYTHONPATH": str(ROOT), "INFERNEO_LOG_FORMAT": "json"}
     return kept | found | settings
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        top = psutil.Process(pid)
-        return [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 @contextlib.contextmanager
@@ -135,12 +123,3 @@ def stats_of(address: str, model: str = CHAT_MODEL) -> dict[str, Any]:
     """What the server says about its chat model."""
     models = httpx.get(f"http://{address}/ready").json()["models"]
     return next(each for each in models if each["id"] == model)
-
-
-def _ready(address: str) -> bool:
-    try:
-        status = httpx.get(f"http://{address}/ready").status_code
-    except httpx.TransportError:
-        return False
-    assert status in (200, 503), status
-    return status == 200

@@ -86,7 +86,7 @@ def compare(
     from server.cli.bench import plot as plots
     from server.cli.bench import report
     from server.cli.bench.load import Level, Work
-    from server.cli.bench.process import running, signals_end_it
+    from server.cli.bench.peers import running, signals_end_it
 
     clients = options.integers(concurrency, "--concurrency", options.MOST_CLIENTS)
     levels = options.levels_of(concurrency, None, requests, seconds)

@@ -18,8 +18,6 @@ from server.config.settings import Settings
 from server.process.child import OURS, Child
 
 _LOOK_SECONDS = 0.2
-_TAIL = 2000
-"""Characters of its log that an error shows."""
 _OF_A_JOB = ("coordinator", "num_processes", "process_id", "job_token")
 
 
@@ -42,7 +40,7 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
             server.started_here = True
             for _ in waiting(server, err, started=False):
                 if not child.is_running:
-                    raise ChatError(f"The server ended before it was ready: {_why(child.log)}")
+                    raise ChatError(f"The server ended before it was ready: {_why(child)}")
             yield server
         finally:
             child.end()
@@ -67,14 +65,14 @@ def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
             time.sleep(_LOOK_SECONDS)
 
 
-def _why(text: str) -> str:
+def _why(child: Child) -> str:
     """The reason of the last error that a log has; else its end."""
-    for line in reversed(text.splitlines()):
+    for line in reversed(child.log.splitlines()):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             event = orjson.loads(line)
             if event["level"] == "error":
                 return str(event["reason"])
-    return f"\n{text[-_TAIL:]}"
+    return f"\n{child.tail}"
 
 
 def _environment(model: str | None, settings: Settings, folder: str) -> dict[str, str]:

@@ -10,8 +10,7 @@ import psutil
 import pytest
 
 from server.cli.bench.errors import BenchError
-from server.cli.bench.peers import Side
-from server.cli.bench.process import running
+from server.cli.bench.peers import Side, running
 from tests.support.paths import ROOT
 
 SERVER = """
@@ -33,7 +32,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 DRIVER = """
 import signal, sys, time, urllib.request
 from server.cli.bench.peers import Side
-from server.cli.bench.process import running, signals_end_it
+from server.cli.bench.peers import running, signals_end_it
 # As in a terminal: what a shell starts in the background ignores it, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 side = Side(label="x", command=(sys.executable, "-c", sys.argv[1], "{port}"))

@@ -12,11 +12,8 @@ import time
 
 from inferneo_jax.engine.forecast import Forecast
 from inferneo_jax.engine.inbox import Inbox
-from inferneo_jax.engine.outputs import Result, Results, results_of
-from inferneo_jax.errors import (
-    EngineFailedError,
-    EngineStoppedError,
-)
+from inferneo_jax.engine.outputs import StepResults, read_results
+from inferneo_jax.errors import EngineFailedError, EngineStoppedError
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import (
@@ -28,8 +25,7 @@ from inferneo_jax.request import (
     TokenLogprob,
 )
 from inferneo_jax.runner.runner import PendingStep, Runner
-from inferneo_jax.scheduler.data_parallel import DataParallelScheduler
-from inferneo_jax.scheduler.output import SchedulerOutputs
+from inferneo_jax.scheduler.scheduler import DataParallelScheduler, SchedulerOutputs
 from inferneo_jax.scheduler.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -51,6 +47,7 @@ class Engine:
             num_pages=runner.num_pages,
             page_len=runner.page_len,
             shapes=runner.shapes,
+            speculation=runner.speculation,
         )
         self._forecast = Forecast(
             runner.dp_size * runner.slots, runner.dp_size * runner.shapes.budget
@@ -206,40 +203,28 @@ class Engine:
         self._publish()
 
     def step(self) -> None:
-        """Schedule the next step and run it, then commit the one before it, which ran meanwhile.
+        """Schedule a step, run it, and commit the step before it, which ran in the meantime.
 
-        Drafts follow what is known: where there may be some, the step before is committed first.
+        Where drafts may be made, the step before is committed first: they follow known tokens.
         """
         started = time.monotonic()
         before = previous = self._in_flight
-        if previous and (previous.drafted or self._scheduler.may_draft(self._runner.drafts)):
+        if previous and self._scheduler.must_commit(previous.scheduled):
             self._commit(previous, self._dispatch(None, previous)[1])
             previous = None
         self._take_inbox()
-        scheduled = self._scheduler.schedule(None if previous else self._runner.drafts)
-        pending, results = self._dispatch(scheduled, previous)
+        scheduled = self._scheduler.schedule(draft=previous is None)
+        self._in_flight, results = self._dispatch(scheduled, previous)
         if previous:
             self._commit(previous, results)
-        self._in_flight = pending
-        # All that is left then is paused, or waits for what the paused hold.
-        self._idle = not (pending or previous)
-        if pending or before:
+        # When idle, every request is paused, or waits for what a paused one holds.
+        self._idle = not (self._in_flight or previous)
+        if self._in_flight or before:
             self._forecast.stepped(time.monotonic() - started, steps=1 if before else 0)
         self._publish()
 
-    def _dispatch(
-        self, scheduled: SchedulerOutputs | None, previous: PendingStep | None
-    ) -> tuple[PendingStep | None, Results]:
-        """Dispatch what is planned, then wait for the results of the step before it."""
-        with self._heartbeat:
-            # Asked for in here: ``fail`` closes the inbox, then condemns the step under way.
-            if self._inbox.end:
-                return None, (None, None)
-            step = self._runner.run(scheduled) if scheduled else None
-            return step, previous.wait() if previous else (None, None)
-
     def _take_inbox(self) -> None:
-        """Do what other threads asked for since the last step."""
+        """Apply what other threads asked for since the last step."""
         submitted, changes = self._inbox.take()
         for sequence in submitted:
             self._scheduler.add(sequence)
@@ -249,42 +234,42 @@ class Engine:
             if change == "abort":
                 self._finish(sequence, "abort")
             else:
-                sequence.paused = change == "pause"
+                self._scheduler.pause(sequence, paused=change == "pause")
+
+    def _dispatch(
+        self, scheduled: SchedulerOutputs | None, previous: PendingStep | None
+    ) -> tuple[PendingStep | None, StepResults]:
+        """Run what is scheduled, without waiting for it; then wait for the step before it."""
+        with self._heartbeat:
+            # Asked for in here: ``fail`` closes the inbox, then condemns the step in flight.
+            if self._inbox.end:
+                return None, (None, None)
+            step = self._runner.run(scheduled) if scheduled else None
+            return step, previous.wait() if previous else (None, None)
+
+    def _commit(self, step: PendingStep, results: StepResults) -> None:
+        """Append a step's tokens to its sequences and deliver them to the sinks."""
+        self._totals.steps += 1
+        for result in read_results(step.scheduled, *results):
+            sequence = result.sequence
+            self._totals.prompt_tokens += result.num_prefilled
+            self._totals.drafted_tokens += result.num_drafted
+            self._totals.accepted_tokens += max(0, len(result.tokens) - 1)
+            kept, reason = self._scheduler.commit(sequence, result.tokens, result.num_drafted)
+            self._totals.output_tokens += kept
+            if kept and not sequence.started:
+                self._totals.cached_tokens += sequence.cached_tokens or 0
+            if sequence.finished:
+                continue  # it ended while this step was in flight
+            if reason or result.ends:
+                output = result.tokens[:kept], result.logprobs(kept)
+                self._finish(sequence, reason or "length", *output)
+            elif kept:
+                sequence.deliver(result.tokens[:kept], result.logprobs(kept))
 
     def _publish(self) -> None:
         """Show ``stats`` what it is like now."""
         self._figures = self._scheduler.counts(), dataclasses.replace(self._totals)
-
-    def _commit(self, step: PendingStep, results: Results) -> None:
-        """Hand out the results of a step to the requests that still want them."""
-        self._totals.steps += 1
-        for found in results_of(step.scheduled, *results):
-            self._totals.prompt_tokens += found.prefilled
-            if found.drafted:
-                self._totals.drafted_tokens += found.drafted
-                self._totals.accepted_tokens += len(found.tokens) - 1
-                cost = self._runner.drafts.cost if self._runner.drafts else 0.0
-                self._scheduler.accept(found.sequence, found.drafted, len(found.tokens) - 1, cost)
-            if found.sequence.finished:
-                continue  # it ended while this step was under way
-            if found.tokens:
-                self._deliver(found)
-            elif found.ends:
-                self._finish(found.sequence, "length")
-
-    def _deliver(self, found: Result) -> None:
-        """Deliver sampled tokens, up to the one that ends the request."""
-        sequence, kept, reason = found.sequence, 0, None
-        self._totals.cached_tokens += 0 if sequence.started else sequence.cached_tokens or 0
-        while kept < len(found.tokens) and not reason:
-            reason = sequence.accept(found.tokens[kept])
-            kept += 1
-        self._totals.output_tokens += kept
-        output = tuple(found.tokens[:kept]), found.logprobs(kept)
-        if reason:
-            self._finish(sequence, reason, *output)
-        else:
-            sequence.deliver(*output)
 
     def _finish(
         self,

@@ -1,80 +1,102 @@
-"""What a step brought, sequence by sequence."""
+"""What a step sampled, read from its arrays sequence by sequence."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from inferneo_jax.engine.scores import keep_prompt_scores, token_logprob
 from inferneo_jax.layers.sampler import Scores
 from inferneo_jax.models.steps import Sampled
 from inferneo_jax.request import TokenLogprob
-from inferneo_jax.scheduler.output import SchedulerOutputs
+from inferneo_jax.scheduler.scheduler import PrefillChunk, SchedulerOutputs
 from inferneo_jax.scheduler.sequence import Sequence
-from inferneo_jax.scheduler.speculation import accepted
+from inferneo_jax.scheduler.speculation import accepted_tokens
 
-Results = tuple[Sampled | None, Sampled | None]
-"""What a step's decode and prefill sampled; None: it had none."""
+StepResults = tuple[Sampled | None, Sampled | None]
+"""What a step's decode and prefill sampled; None for the part that it did not have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class SequenceResult:
     """What a step brought for one sequence.
 
     Attributes:
-        sequence: whose it is.
-        tokens: sampled, in order.
-        scores: of all rows of the step; the token i has those at ``places[i]``.
-        places: as many as tokens.
-        drafted: tokens of the draft that the step verified.
-        prefilled: tokens of the prompt that it computed.
-        ends: with these the prompt is complete.
+        sequence: the sequence.
+        tokens: sampled tokens, in order.
+        scores: scores of all rows of the step; those of token ``i`` are at ``indices[i]``.
+        indices: one for each token.
+        num_drafted: length of the draft that the step verified.
+        num_prefilled: prompt tokens that the step computed.
+        ends: whether the request ends with its prompt, since it asks for no token.
     """
 
     sequence: Sequence
-    tokens: list[int]
+    tokens: tuple[int, ...]
     scores: Scores
-    places: list[tuple[int, ...]]
-    drafted: int = 0
-    prefilled: int = 0
+    indices: list[tuple[int, ...]]
+    num_drafted: int = 0
+    num_prefilled: int = 0
     ends: bool = False
 
     def logprobs(self, count: int) -> tuple[TokenLogprob, ...] | None:
-        """Log probabilities of the first so many tokens; None where nobody asked."""
-        if (num_top := self.sequence.request.logprobs) is None:
+        """Log probabilities of the first ``count`` tokens; None if they were not asked for."""
+        if not count or (num_top := self.sequence.request.logprobs) is None:
             return None
-        found = zip(self.tokens[:count], self.places, strict=False)
-        return tuple(token_logprob(self.scores, at, token, num_top) for token, at in found)
+        found = zip(self.tokens[:count], self.indices, strict=False)
+        return tuple(_token_logprob(self.scores, at, token, num_top) for token, at in found)
 
 
-def results_of(
+def read_results(
     scheduled: SchedulerOutputs, decode: Sampled | None, prefill: Sampled | None
-) -> Iterator[Result]:
-    """The results of a step, read; a prompt's scores are added to its sequence's.
+) -> Iterator[SequenceResult]:
+    """Yield the results of a step, and add the scores of prompts to their sequences.
 
     Args:
-        scheduled: what the step ran; the rows of the results are split evenly over its ranks.
-        decode: ids ``[rows]``, or ``[rows, tokens]`` where drafts were verified.
-        prefill: of the rows that ran prompts.
+        scheduled: what the step ran; the rows of the arrays are split evenly over its ranks.
+        decode: with ids ``[rows]``, or ``[rows, tokens]`` where drafts were verified.
+        prefill: with ids ``[rows]``.
     """
     if decode:
         ids = decode.ids.tolist()
-        for rank, work in enumerate(scheduled):
-            for i, row in enumerate(work.decode, start=rank * (len(ids) // len(scheduled))):
+        for rank, output in enumerate(scheduled):
+            for i, row in enumerate(output.decode, start=rank * (len(ids) // len(scheduled))):
                 if isinstance(ids[i], int):
-                    yield Result(row.sequence, [ids[i]], decode.scores, [(i,)])
+                    yield SequenceResult(row.sequence, (ids[i],), decode.scores, [(i,)])
                     continue
-                tokens = accepted(row.draft, ids[i])
-                places: list[tuple[int, ...]] = [(i, j) for j in range(len(tokens))]
-                yield Result(row.sequence, tokens, decode.scores, places, drafted=len(row.draft))
+                tokens = accepted_tokens(row.draft, ids[i])
+                indices: list[tuple[int, ...]] = [(i, j) for j in range(len(tokens))]
+                yield SequenceResult(
+                    row.sequence, tokens, decode.scores, indices, num_drafted=len(row.draft)
+                )
     if prefill:
         ids = prefill.ids.tolist()
-        for rank, work in enumerate(scheduled):
-            for i, chunk in enumerate(work.prefill, start=rank * (len(ids) // len(scheduled))):
-                keep_prompt_scores(chunk, prefill.prompt_scores, i)
-                yield Result(
+        for rank, output in enumerate(scheduled):
+            for i, chunk in enumerate(output.prefill, start=rank * (len(ids) // len(scheduled))):
+                _add_prompt_logprobs(chunk, prefill.prompt_scores, i)
+                yield SequenceResult(
                     chunk.sequence,
-                    [ids[i]] if chunk.sample else [],
+                    (ids[i],) if chunk.sample else (),
                     prefill.scores,
-                    [(i,)] if chunk.sample else [],
-                    prefilled=chunk.length,
+                    [(i,)],
+                    num_prefilled=chunk.length,
                     ends=chunk.ends_prompt and chunk.sequence.request.max_tokens == 0,
                 )
+
+
+def _token_logprob(scores: Scores, at: tuple[int, ...], token: int, num_top: int) -> TokenLogprob:
+    """The log probability of ``token``, chosen at an index of the scores, and the top ones."""
+    ids = scores.top_ids[at][:num_top].tolist()
+    top = scores.top[at][:num_top].tolist()
+    return TokenLogprob(token, float(scores.chosen[at]), tuple(zip(ids, top, strict=True)))
+
+
+def _add_prompt_logprobs(chunk: PrefillChunk, scores: Scores | None, row: int) -> None:
+    """Add those of a chunk to its sequence, once: a preempted prompt is computed twice.
+
+    The scores of ``row`` at position i of the chunk are of the token at i + 1.
+    """
+    request, known = chunk.sequence.request, chunk.sequence.prompt_logprobs
+    if request.prompt_logprobs is None or scores is None:
+        return
+    for i in range(chunk.length):
+        if len(known) == chunk.start + i + 1 < len(request.prompt):
+            token = request.prompt[chunk.start + i + 1]
+            known.append(_token_logprob(scores, (row, i), token, request.prompt_logprobs))

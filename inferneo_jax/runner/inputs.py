@@ -14,7 +14,7 @@ from inferneo_jax.layers.sampler import SamplingParamsBatch
 from inferneo_jax.models.steps import DecodeInputs, PrefillInputs, SlotState, VerifyInputs
 from inferneo_jax.request import GenerationRequest
 from inferneo_jax.scheduler.block_pool import NO_PAGE
-from inferneo_jax.scheduler.output import DecodeRow, PrefillChunk
+from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
 
 # The fields of rows are declared as the jax arrays that steps see; these builders fill them with
@@ -83,7 +83,7 @@ class InputBuilder:
     def slot_row(self, sequence: Sequence) -> SlotState:
         """One slot's content, without the leading axis: known tokens and parameters."""
         tokens: Any = np.zeros(self.max_len, np.int32)
-        tokens[: sequence.num_known] = sequence.tokens
+        tokens[: sequence.num_known] = sequence.tokens()
         return SlotState(tokens, self._sampling_row(sequence.request))
 
     def admit(self, ranks: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:

@@ -23,7 +23,7 @@ from inferneo_jax.layers.sampler import Sampler
 from inferneo_jax.models.steps import SampleInputs, SlotState, Steps, sample_bucket
 from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.inputs import InputBuilder
-from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
+from inferneo_jax.scheduler.scheduler import PrefillShapes
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 

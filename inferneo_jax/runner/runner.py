@@ -37,8 +37,8 @@ from inferneo_jax.runner.programs import (
     num_tokens,
 )
 from inferneo_jax.runner.wire import Wire
-from inferneo_jax.scheduler.output import SchedulerOutputs
-from inferneo_jax.scheduler.speculation import Drafts
+from inferneo_jax.scheduler.scheduler import SchedulerOutputs
+from inferneo_jax.scheduler.speculation import SpeculativeConfig
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.convert import Progress
 
@@ -56,11 +56,6 @@ class PendingStep:
     scheduled: SchedulerOutputs
     decode: tuple[Forward, Sampled] | None
     prefill: tuple[Forward, Sampled] | None
-
-    @property
-    def drafted(self) -> bool:
-        """Whether it verifies drafts: then how far it comes is known when it is read."""
-        return any(rank.drafted for rank in self.scheduled)
 
     def wait(self) -> tuple[Sampled | None, Sampled | None]:
         """The results of decode and prefill as numpy arrays, once they are there."""
@@ -96,7 +91,7 @@ class Runner:
 
     Attributes:
         step_seconds: a step that takes longer hangs; known after ``compile``.
-        drafts: how to make them, None where none are to be; known after ``compile``.
+        speculation: when to make drafts; None for never. Known after ``compile``.
         wire: encodes steps for the other processes; None: there are none.
 
     Raises:
@@ -127,7 +122,7 @@ class Runner:
         self._make_cache = self._programs.empty_cache()
         self._compiled: dict[Key, Any] = {}
         self.step_seconds = config.step_seconds
-        self.drafts: Drafts | None = None
+        self.speculation: SpeculativeConfig | None = None
         self._cache: KVCache
         self._state: SlotState
         self._allocate()
@@ -197,10 +192,10 @@ class Runner:
         slowest = max(self._seconds(key) for key in keys)
         self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
         if buckets := self._programs.draft_buckets:
-            self.drafts = Drafts(self.config.draft_tokens, buckets[-1])
+            self.speculation = SpeculativeConfig(self.config.draft_tokens, buckets[-1])
             if self.config.speculation == "auto":
                 cost = max(self._draft_cost(bucket) for bucket in buckets)
-                self.drafts = dataclasses.replace(self.drafts, cost=cost)
+                self.speculation = dataclasses.replace(self.speculation, cost=cost)
 
     def _seconds(self, key: Called) -> float:
         """How long a program takes with all its rows at work."""

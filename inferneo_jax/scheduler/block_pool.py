@@ -72,7 +72,7 @@ class PagePool:
                     self._free.append(page)
             assert self._readers[page] >= 0, f"page {page} released too often"
 
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
+    def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
         """Take the pages of the longest known prefix of a chain of page hashes."""
         found = []
         for digest in hashes:
@@ -85,7 +85,7 @@ class PagePool:
             found.append(page)
         return found
 
-    def publish(self, page: int, digest: bytes) -> None:
+    def cache_page(self, page: int, digest: bytes) -> None:
         """Make a full page findable. Of two pages with equal contents the first stays known."""
         if digest not in self._by_hash and page not in self._hash_of:
             self._by_hash[digest] = page

@@ -1,46 +1,169 @@
-"""Who runs next. Plain Python: slots and pages are numbers here, and no array is touched.
+"""Who runs next: each step's decode rows and prefill chunks, and who holds which slot and pages.
 
 Every step decodes one token for each running request and, beside that, prefills several prompts,
-or chunks of them, up to the token budget of ``prefill.py``. So a running stream never waits longer
-than for one step of that many prompt tokens, however many and however long the prompts that arrive.
-A prompt that begins as one that is being computed waits for its pages instead of computing them
-again. When pages run out, the least urgent request gives up its own and starts over later.
+or chunks of them, up to a token budget. So a running stream never waits longer than for one step
+of that many prompt tokens, however many and however long the prompts that arrive. A prompt that
+begins like one that is being computed waits for its pages instead of computing them again. When
+pages run out, the least urgent request gives up its own and starts over later.
 
 Owners of requests share the engine evenly, by the tokens they were served (Virtual Token Counter:
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv:2401.00588). A flood of
-one does not keep the others waiting, not even while its long generations hold every slot.
+requests from one owner does not keep the others waiting, not even while it holds every slot.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
 
+from inferneo_jax.request import FinishReason
 from inferneo_jax.scheduler.block_pool import PagePool
-from inferneo_jax.scheduler.chunked_prefill import PrefillShapes, Shape
-from inferneo_jax.scheduler.output import DecodeRow, PrefillChunk, SchedulerOutput
 from inferneo_jax.scheduler.sequence import Sequence
-from inferneo_jax.scheduler.speculation import Drafts
+from inferneo_jax.scheduler.speculation import SpeculativeConfig, Speculator
 
 _PROMPT_COST, _OUTPUT_COST = 1, 2
-"""What a token counts for its owner: one of the output keeps the device busy for longer."""
+"""What a token is charged to its owner; an output token keeps the device busy for longer."""
+
+Shape = tuple[int, int]
+"""Number of rows of a prefill step, and tokens of each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """``length`` tokens of a sequence from position ``start``; ``sample`` the next one after."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    sample: bool
+    ends_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """A sequence whose newest token is at ``position``, and a draft of what may follow it."""
+
+    sequence: Sequence
+    position: int
+    draft: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """What one step runs on one data-parallel rank.
+
+    Attributes:
+        admitted: sequences that just got their slots, whose tokens must be written there first.
+        prefill: one chunk of each of several prompts.
+        shape: the shape of the prefill; None without prefill.
+        decode: rows that get their next token.
+    """
+
+    admitted: tuple[Sequence, ...]
+    prefill: tuple[PrefillChunk, ...]
+    shape: Shape | None
+    decode: tuple[DecodeRow, ...]
+
+    @property
+    def drafted(self) -> bool:
+        """Whether some decode rows have drafts."""
+        return any(row.draft for row in self.decode)
+
+    def __bool__(self) -> bool:
+        return bool(self.prefill or self.decode)
+
+
+SchedulerOutputs = tuple[SchedulerOutput, ...]
+"""What one step runs, by data-parallel rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillShapes:
+    """The shapes of one rank's prefill steps, each a compiled program, and the choice of one.
+
+    A prefill step computes a rectangle of rows and tokens, a part of which may be padding. None is
+    larger than the longest chunk, which bounds how long running streams wait: the token budget.
+
+    Attributes:
+        shapes: sorted by their number of tokens.
+        overhead: fixed cost of a step, in tokens: the time in which the weights are read, and the
+            time that decode rows wait meanwhile.
+        padding: cost of a token of padding, in tokens of a prompt.
+    """
+
+    shapes: tuple[Shape, ...]
+    overhead: int
+    padding: float = 1.0
+
+    @classmethod
+    def of(
+        cls, chunks: Tokens[int], slots: int, overhead: int, padding: float = 1.0
+    ) -> "PrefillShapes":
+        """Each chunk in one row, and in as many rows as the longest chunk's tokens allow."""
+        rows = {chunk: max(1, min(slots, chunks[-1] // chunk)) for chunk in chunks}
+        shapes = {(each, chunk) for chunk, max_rows in rows.items() for each in (1, max_rows)}
+        rising = tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
+        return cls(rising, overhead, padding)
+
+    @property
+    def budget(self) -> int:
+        """Maximum number of tokens of one step."""
+        rows, chunk = self.shapes[-1]
+        return rows * chunk
+
+    @property
+    def max_rows(self) -> int:
+        """Maximum number of rows of one step."""
+        return max(rows for rows, _ in self.shapes)
+
+    def choose(self, lengths: Tokens[int]) -> Shape:
+        """The shape that computes most prompt tokens for its cost.
+
+        The last chunk of a prompt is partly padding. That cost is spread over all chunks of the
+        prompt, so that a cut is judged by where it leads. Among equals the shape with longer rows
+        wins: it ends some prompts sooner and none later.
+
+        Args:
+            lengths: prompt tokens that each sequence lacks, in order of admission; not empty.
+        """
+
+        def worth(shape: Shape) -> tuple[float, int]:
+            rows, chunk = shape
+            computed = sum(length / -(-length // chunk) for length in lengths[:rows])
+            padded = rows * chunk - computed
+            return computed / (self.overhead + computed + self.padding * padded), chunk
+
+        return max(self.shapes, key=worth)
 
 
 class Scheduler:
-    """Slots, pages and the order of requests."""
+    """Slots, pages and the order of requests on one data-parallel rank."""
 
-    def __init__(self, slots: int, pool: PagePool, shapes: PrefillShapes) -> None:
+    def __init__(
+        self, slots: int, pool: PagePool, shapes: PrefillShapes, speculator: Speculator
+    ) -> None:
         self.pool = pool
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._shapes = shapes
+        self._speculator = speculator
         self._free_slots = list(range(slots - 1, -1, -1))
         self._waiting: list[Sequence] = []
-        self._served: Counter[str] = Counter()  # by owner; more than that of those not in it
+        self._share = _FairShare()
 
     @property
     def num_sequences(self) -> int:
         """Sequences that run or wait."""
         return len(self.running) + len(self._waiting)
+
+    def num_decoding(self) -> int:
+        """Sequences that a decode step may have rows for."""
+        return sum(sequence.can_decode for sequence in self.running)
+
+    def has_draft(self) -> bool:
+        """Whether some sequence is likely to have a draft, once what is in flight is known."""
+        return any(each.can_decode and self._speculator.draft(each) for each in self.running)
 
     def counts(self) -> dict[str, int]:
         """Numbers for ``EngineStats``."""
@@ -58,101 +181,92 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; among its owner's by priority, then arrival."""
-        owner = sequence.request.owner
-        active = {each.request.owner for each in (*self._waiting, *self.running)}
-        if owner not in active:
-            # Nobody gets credit for the time in which it asked for nothing.
-            least = min((self._served[each] for each in active), default=0)
-            kept = {o: n for o, n in self._served.items() if active and (n > least or o in active)}
-            self._served = Counter(kept)
-            self._served[owner] = max(self._served[owner], least)
+        self._share.join(sequence.request.owner)
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, running or waiting, and free its slot and pages."""
         if sequence.slot is not None:
-            self.publish(sequence)
-            self._vacate(sequence)
+            self._cache_pages(sequence)
+            self._free_slot(sequence)
         else:
             self._waiting.remove(sequence)
+        self._share.leave(sequence.request.owner)
+        self._speculator.forget(sequence)
 
-    def schedule(self, shape: Shape | None = None, drafts: Drafts | None = None) -> SchedulerOutput:
-        """Plan the next step, on the assumption that it will be run.
+    def schedule(self, shape: Shape | None = None, *, draft: bool = False) -> SchedulerOutput:
+        """Schedule the next step, on the assumption that it will be run.
 
         Args:
             shape: of its prefill, when another rank has chosen one.
-            drafts: how to make them; None: for no row. Every sampled token must be known.
+            draft: whether to make drafts; every sampled token must have been committed.
         """
-        claimant = self._make_room()
+        candidate = self._make_room()
         preemptions = self.num_preemptions
-        decode = self._plan_decode(drafts)
+        decode = self._schedule_decode(draft=draft)
         # Pages that a preemption just freed are for those who lacked them, not for newcomers.
         crowded = self.num_preemptions > preemptions
-        admitted = () if crowded else self._admit(claimant)
-        shape, prefill = self._plan_prefill(shape)
+        admitted = () if crowded else self._admit(candidate)
+        shape, prefill = self._schedule_prefill(shape)
         return SchedulerOutput(admitted, prefill, shape, decode)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Let others share the pages that are full of known, computed tokens."""
-        page_len = self.pool.page_len
-        full = min(sequence.num_computed, sequence.num_known) // page_len
-        if full > sequence.num_published:
-            hashes = sequence.page_hashes(page_len, full * page_len)
-            for index in range(sequence.num_published, full):
-                self.pool.publish(sequence.pages[index], hashes[index])
-            sequence.num_published = full
+    def commit(
+        self, sequence: Sequence, tokens: Tokens[int], num_drafted: int = 0
+    ) -> tuple[int, FinishReason | None]:
+        """Append the tokens that a step sampled for a sequence, up to the one that ends it.
 
-    def num_decoding(self) -> int:
-        """Sequences that a decode step may have rows for."""
-        return sum(sequence.can_decode for sequence in self.running)
+        Args:
+            sequence: the sequence, which may have ended while the step was in flight.
+            tokens: accepted tokens of a draft and the one after them, or one; empty for a chunk
+                that does not end its prompt.
+            num_drafted: number of tokens of the draft that was verified.
 
-    def may_draft(self, drafts: Drafts) -> bool:
-        """Whether some sequence is likely to have a draft, once what is under way is known."""
-        return any(s.can_decode and s.draft(drafts.most) for s in self.running)
+        Returns:
+            How many of the tokens were appended, and why the last one ends the sequence.
+        """
+        request = sequence.request
+        if num_drafted:
+            accepted = len(tokens) - 1  # the other one was counted when the step was scheduled
+            sequence.num_computed += accepted
+            sequence.num_sampled += accepted
+            self._share.charge(request.owner, accepted * _OUTPUT_COST)
+            self._speculator.update(sequence, num_drafted, accepted)
+        if sequence.finished:
+            return 0, None  # it ended while the step was in flight
+        for count, token in enumerate(tokens, start=1):
+            sequence.output.append(token)
+            if token in request.stop_token_ids:
+                return count, "stop"
+            if len(sequence.output) >= request.max_tokens:
+                return count, "length"
+        return len(tokens), None
 
-    def accept(self, sequence: Sequence, drafted: int, accepted: int, cost: float) -> None:
-        """Count the tokens of a draft that were sampled, beside the one that each step brings."""
-        sequence.num_computed += accepted
-        sequence.num_sampled += accepted
-        self._served[sequence.request.owner] += accepted * _OUTPUT_COST
-        sequence.drafting.luck.learn(drafted, accepted, cost)
-
-    def _draft(self, sequence: Sequence, drafts: Drafts) -> tuple[int, ...]:
-        """What may follow a sequence's newest token, as far as there are pages for it."""
-        draft = sequence.draft(drafts.most)
-        missing = self.pool.pages_for(sequence.num_computed + 1 + len(draft)) - len(sequence.pages)
-        spare = self.pool.num_available - len(self.running)
-        if missing > 0 and missing <= spare:
-            sequence.pages += self.pool.allocate(missing) or []
-        room = len(sequence.pages) * self.pool.page_len - sequence.num_computed - 1
-        return tuple(draft[:room])
-
-    def _plan_decode(self, drafts: Drafts | None) -> tuple[DecodeRow, ...]:
+    def _schedule_decode(self, *, draft: bool) -> tuple[DecodeRow, ...]:
         rows = []
-        # Who gives way when pages run out comes last, so that nothing planned is taken back.
-        order = self._by_claim()
+        # Who gives way when pages run out comes last, so that nothing scheduled is taken back.
+        order = self._by_share()
         for sequence in order:
             if not sequence.can_decode:
                 continue
-            self.publish(sequence)
-            if not self._ensure_page(sequence, order):
+            self._cache_pages(sequence)
+            if not self._allocate_page(sequence, order):
                 continue
-            draft = self._draft(sequence, drafts) if drafts else ()
-            rows.append(DecodeRow(sequence, sequence.num_computed, draft))
-            sequence.drafting.luck.rest -= sequence.drafting.luck.rest > 0
-            self._served[sequence.request.owner] += _OUTPUT_COST
+            drafted = self._draft(sequence) if draft else ()
+            rows.append(DecodeRow(sequence, sequence.num_computed, drafted))
+            self._speculator.decoded(sequence)
+            self._share.charge(sequence.request.owner, _OUTPUT_COST)
             sequence.num_computed += 1
             sequence.num_sampled += 1
         return tuple(rows)
 
-    def _by_claim(self) -> list[Sequence]:
-        """The running sequences: the owner that holds least pages first, there the most urgent."""
+    def _by_share(self) -> list[Sequence]:
+        """The running sequences: the owner that holds fewest pages first, there the most urgent."""
         held: Counter[str] = Counter()
         for sequence in self.running:
             held[sequence.request.owner] += len(sequence.pages)
         return sorted(self.running, key=lambda s: (held[s.request.owner], s.urgency))
 
-    def _ensure_page(self, sequence: Sequence, order: list[Sequence]) -> bool:
+    def _allocate_page(self, sequence: Sequence, order: list[Sequence]) -> bool:
         """Make room for one more token; False when the sequence itself had to give way."""
         while sequence.num_computed >= len(sequence.pages) * self.pool.page_len:
             if pages := self.pool.allocate(1):
@@ -164,58 +278,90 @@ class Scheduler:
                 return False
         return sequence.slot is not None
 
-    def _next(self, besides: Iterable[Sequence] = ()) -> Sequence | None:
-        """Whose turn it is of those that wait: the owner served least, there the most urgent."""
-        return min(
-            (sequence for sequence in self._waiting if sequence not in besides),
-            key=lambda s: (self._served[s.request.owner], s.urgency),
-            default=None,
-        )
+    def _draft(self, sequence: Sequence) -> tuple[int, ...]:
+        """What may follow a sequence's newest token, as far as there are pages for it."""
+        draft = self._speculator.draft(sequence)
+        missing = self.pool.pages_for(sequence.num_computed + 1 + len(draft)) - len(sequence.pages)
+        spare = self.pool.num_available - len(self.running)
+        if missing > 0 and missing <= spare:
+            sequence.pages += self.pool.allocate(missing) or []
+        room = len(sequence.pages) * self.pool.page_len - sequence.num_computed - 1
+        return tuple(draft[:room])
 
-    def _make_room(self) -> Sequence | None:
-        """Take a slot from the owner with most, for one who has two fewer; who is to have it.
+    def _schedule_prefill(
+        self, shape: Shape | None
+    ) -> tuple[Shape | None, tuple[PrefillChunk, ...]]:
+        """The next chunk of each prompt that fits the shape, in order of admission."""
+        if not (sequences := self._prefilling()):
+            return None, ()
+        shape = shape or self._shapes.choose([sequence.num_missing for sequence in sequences])
+        rows, chunk = shape
+        return shape, tuple(self._schedule_chunk(sequence, chunk) for sequence in sequences[:rows])
 
-        So the slots come to be shared evenly, and never go back and forth.
-        """
-        if self._free_slots or not self._lacks_prompts() or not (claimant := self._next()):
-            return None
-        slots = Counter(sequence.request.owner for sequence in self.running)
-        owner, most = slots.most_common(1)[0]
-        if most - slots[claimant.request.owner] < 2:
-            return None
-        victim = max((s for s in self.running if s.request.owner == owner), key=lambda s: s.urgency)
-        pages = self.pool.num_available + len(victim.pages)
-        if pages < self.pool.pages_for(claimant.num_known + 1) + len(self.running):
-            return None
-        self._preempt(victim)
-        return claimant
+    def _schedule_chunk(self, sequence: Sequence, max_tokens: int) -> PrefillChunk:
+        start = sequence.num_computed
+        length = min(sequence.num_missing, max_tokens)
+        sequence.num_computed += length
+        ends = sequence.num_computed == sequence.prefill_len
+        sample = ends and sequence.num_sampled < sequence.request.max_tokens
+        sequence.num_sampled += sample
+        self._cache_pages(sequence)
+        return PrefillChunk(sequence, start, length, sample, ends)
 
     def _prefilling(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.in_prefill]
 
     def _lacks_prompts(self) -> bool:
-        """Whether a step could prefill more than what has a slot."""
+        """Whether a step could prefill more than the running sequences need."""
         missing = [sequence.num_missing for sequence in self._prefilling()]
         return len(missing) < self._shapes.max_rows and sum(missing) < self._shapes.budget
 
-    def _admit(self, claimant: Sequence | None) -> tuple[Sequence, ...]:
-        """Give those whose turn it is slots and pages, until there is enough to prefill."""
+    def _next_waiting(self, skipped: Collection[Sequence] = ()) -> Sequence | None:
+        """Whose turn it is: of the owner served least, the most urgent."""
+        return min(
+            (sequence for sequence in self._waiting if sequence not in skipped),
+            key=lambda s: (self._share.served[s.request.owner], s.urgency),
+            default=None,
+        )
+
+    def _make_room(self) -> Sequence | None:
+        """Take a slot from the owner with most, for one with at least two fewer; who is to have it.
+
+        So the slots come to be shared evenly, and never go back and forth.
+        """
+        if self._free_slots or not self._lacks_prompts():
+            return None
+        if not (candidate := self._next_waiting()):
+            return None
+        slots = Counter(sequence.request.owner for sequence in self.running)
+        owner, most = slots.most_common(1)[0]
+        if most - slots[candidate.request.owner] < 2:
+            return None
+        victim = max((s for s in self.running if s.request.owner == owner), key=lambda s: s.urgency)
+        pages = self.pool.num_available + len(victim.pages)
+        if pages < self.pool.pages_for(candidate.num_known + 1) + len(self.running):
+            return None
+        self._preempt(victim)
+        return candidate
+
+    def _admit(self, candidate: Sequence | None) -> tuple[Sequence, ...]:
+        """Allocate slots and pages to those whose turn it is, until there is enough to prefill."""
         admitted: list[Sequence] = []
         put_off: set[Sequence] = set()
-        coming = {each for sequence in self._prefilling() for each in self._unpublished(sequence)}
+        coming = {each for sequence in self._prefilling() for each in self._uncached(sequence)}
         while (
             self._free_slots
             and self._lacks_prompts()
             and len(put_off) < self._shapes.max_rows
-            and (sequence := claimant or self._next(put_off))
+            and (sequence := candidate or self._next_waiting(put_off))
         ):
             # The last token is always computed, since its logits are what the prefill is for.
             scored = sequence.request.prompt_logprobs is not None
             reusable = 0 if scored else sequence.num_known - 1
             hashes = sequence.page_hashes(self.pool.page_len, reusable)
-            shared = self.pool.match(hashes)
-            if not claimant and len(shared) < len(hashes) and hashes[len(shared)] in coming:
-                self.pool.release(shared)  # another computes that page now
+            shared = self.pool.match_prefix(hashes)
+            if not candidate and len(shared) < len(hashes) and hashes[len(shared)] in coming:
+                self.pool.release(shared)  # another sequence computes that page now
                 put_off.add(sequence)
                 continue
             missing = self.pool.pages_for(sequence.num_known + 1) - len(shared)
@@ -225,62 +371,178 @@ class Scheduler:
             if pages is None:
                 self.pool.release(shared)
                 break
-            self._seat(sequence, shared, pages)
+            self._allocate_slot(sequence, shared, pages)
             admitted.append(sequence)
-            coming.update(self._unpublished(sequence))
-            claimant = None
+            coming.update(self._uncached(sequence))
+            candidate = None
         return tuple(admitted)
 
-    def _seat(self, sequence: Sequence, shared: list[int], pages: list[int]) -> None:
+    def _allocate_slot(self, sequence: Sequence, shared: list[int], pages: list[int]) -> None:
         assert len(sequence.output) == sequence.num_sampled, "admitted with a token in flight"
         self._waiting.remove(sequence)
         sequence.slot = self._free_slots.pop()
         sequence.pages = shared + pages
         sequence.prefill_len = sequence.num_known
         sequence.num_computed = len(shared) * self.pool.page_len
-        sequence.num_published = len(shared)
+        sequence.num_cached_pages = len(shared)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
             sequence.admitted_at = time.monotonic()
-        self._served[sequence.request.owner] += sequence.num_missing * _PROMPT_COST
+        self._share.charge(sequence.request.owner, sequence.num_missing * _PROMPT_COST)
         self.running.append(sequence)
 
-    def _unpublished(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the pages that its prefill is still going to fill."""
-        hashes = sequence.page_hashes(self.pool.page_len, sequence.prefill_len)
-        return hashes[sequence.num_published :]
-
-    def _plan_prefill(self, shape: Shape | None) -> tuple[Shape | None, tuple[PrefillChunk, ...]]:
-        """The next chunk of each prompt that fits the shape, in order of admission."""
-        if not (sequences := self._prefilling()):
-            return None, ()
-        shape = shape or self._shapes.choose([sequence.num_missing for sequence in sequences])
-        rows, chunk = shape
-        return shape, tuple(self._plan_chunk(sequence, chunk) for sequence in sequences[:rows])
-
-    def _plan_chunk(self, sequence: Sequence, most: int) -> PrefillChunk:
-        start = sequence.num_computed
-        length = min(sequence.num_missing, most)
-        sequence.num_computed += length
-        ends = sequence.num_computed == sequence.prefill_len
-        sample = ends and sequence.num_sampled < sequence.request.max_tokens
-        sequence.num_sampled += sample
-        self.publish(sequence)
-        return PrefillChunk(sequence, start, length, sample, ends)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take slot and pages away; the tokens stay, and are computed again later."""
-        self.num_preemptions += 1
-        self.publish(sequence)  # what is not needed by others meanwhile will be found again
-        self._vacate(sequence)
-        sequence.num_computed = 0
-        self._waiting.append(sequence)
-
-    def _vacate(self, sequence: Sequence) -> None:
+    def _free_slot(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
         self.pool.release(sequence.pages)
         sequence.slot = None
         sequence.pages = []
-        sequence.num_published = 0
+        sequence.num_cached_pages = 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take slot and pages away; the tokens stay, and are computed again later."""
+        self.num_preemptions += 1
+        self._cache_pages(sequence)  # what is not needed by others meanwhile will be found again
+        self._free_slot(sequence)
+        sequence.num_computed = 0
+        self._waiting.append(sequence)
+
+    def _cache_pages(self, sequence: Sequence) -> None:
+        """Let others share the pages that are full of known, computed tokens."""
+        page_len = self.pool.page_len
+        full = min(sequence.num_computed, sequence.num_known) // page_len
+        if full > sequence.num_cached_pages:
+            hashes = sequence.page_hashes(page_len, full * page_len)
+            for index in range(sequence.num_cached_pages, full):
+                self.pool.cache_page(sequence.pages[index], hashes[index])
+            sequence.num_cached_pages = full
+
+    def _uncached(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the pages that its prefill is still going to fill."""
+        hashes = sequence.page_hashes(self.pool.page_len, sequence.prefill_len)
+        return hashes[sequence.num_cached_pages :]
+
+
+class _FairShare:
+    """Tokens served to each owner of requests (the paper's virtual counters).
+
+    Attributes:
+        served: by owner; owners that are missing were served no more than any active one.
+    """
+
+    def __init__(self) -> None:
+        self.served: Counter[str] = Counter()
+        self._sequences: Counter[str] = Counter()  # by active owner
+
+    def join(self, owner: str) -> None:
+        """Count a new sequence; its owner gets no credit for a time in which it had none."""
+        active = self._sequences
+        if owner not in active:
+            least = min((self.served[each] for each in active), default=0)
+            # A counter at or below the least says nothing, once its owner has gone.
+            kept = {o: n for o, n in self.served.items() if active and (n > least or o in active)}
+            self.served = Counter(kept)
+            self.served[owner] = max(self.served[owner], least)
+        active[owner] += 1
+
+    def leave(self, owner: str) -> None:
+        """Count a sequence that has ended."""
+        self._sequences[owner] -= 1
+        if not self._sequences[owner]:
+            del self._sequences[owner]
+
+    def charge(self, owner: str, tokens: int) -> None:
+        """Count tokens served, weighted by their cost."""
+        self.served[owner] += tokens
+
+
+class DataParallelScheduler:
+    """One scheduler per data-parallel rank, behind the interface of one. Not thread-safe.
+
+    A rank is one place on the mesh's ``data`` axis. It has its own slots and pages, and so its own
+    scheduler. All ranks run each step together, as one program each for prefill and for decode, so
+    they share the prefill's shape and take turns to choose it. A request stays on the rank it was
+    given to, where its pages are.
+    """
+
+    def __init__(
+        self,
+        dp_size: int,
+        *,
+        slots: int,
+        num_pages: int,
+        page_len: int,
+        shapes: PrefillShapes,
+        speculation: SpeculativeConfig | None = None,
+    ) -> None:
+
+        def make() -> list[Scheduler]:
+            self._speculator = Speculator(speculation)
+            pools = [PagePool(num_pages, page_len) for _ in range(dp_size)]
+            return [Scheduler(slots, pool, shapes, self._speculator) for pool in pools]
+
+        self._make = make
+        self._ranks = make()
+        self._preemptions_before = 0
+        self._first = 0
+
+    def clear(self) -> None:
+        """Forget every sequence and page; what was counted stays."""
+        self._preemptions_before = self.counts()["preemptions"]
+        self._ranks = self._make()
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence on the rank with the fewest sequences."""
+        loads = [rank.num_sequences for rank in self._ranks]
+        sequence.dp_rank = loads.index(min(loads))
+        self._ranks[sequence.dp_rank].add(sequence)
+
+    def pause(self, sequence: Sequence, *, paused: bool) -> None:
+        """Decode no further tokens of a sequence, or go on; it keeps its slot and pages."""
+        sequence.paused = paused
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, running or waiting, and free its slot and pages."""
+        self._ranks[sequence.dp_rank].remove(sequence)
+
+    def must_commit(self, in_flight: SchedulerOutputs) -> bool:
+        """Whether a step must be committed before the next is scheduled.
+
+        It must if it has drafts or the next one may have some: drafts follow known tokens only.
+        """
+        if any(output.drafted for output in in_flight):
+            return True
+        return self._allows_drafts() and any(rank.has_draft() for rank in self._ranks)
+
+    def schedule(self, *, draft: bool = False) -> SchedulerOutputs | None:
+        """Schedule the next step, on the assumption that it will be run; None: there is none.
+
+        Args:
+            draft: whether to make drafts; every sampled token must have been committed.
+        """
+        draft = draft and self._allows_drafts()
+        self._first = (self._first + 1) % len(self._ranks)
+        shape, outputs = None, {}
+        for rank in (*range(self._first, len(self._ranks)), *range(self._first)):
+            outputs[rank] = self._ranks[rank].schedule(shape, draft=draft)
+            shape = shape or outputs[rank].shape
+        return tuple(outputs[rank] for rank in sorted(outputs)) if any(outputs.values()) else None
+
+    def commit(
+        self, sequence: Sequence, tokens: Tokens[int], num_drafted: int = 0
+    ) -> tuple[int, FinishReason | None]:
+        """As ``Scheduler.commit``."""
+        return self._ranks[sequence.dp_rank].commit(sequence, tokens, num_drafted)
+
+    def counts(self) -> dict[str, int]:
+        """Numbers for ``EngineStats``."""
+        each = [rank.counts() for rank in self._ranks]
+        total = {name: sum(counts[name] for counts in each) for name in each[0]}
+        return total | {
+            "page_len": each[0]["page_len"],
+            "preemptions": total["preemptions"] + self._preemptions_before,
+        }
+
+    def _allows_drafts(self) -> bool:
+        return all(self._speculator.allows(rank.num_decoding()) for rank in self._ranks)

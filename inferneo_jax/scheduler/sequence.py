@@ -12,7 +12,6 @@ from inferneo_jax.request import (
     TokenLogprob,
 )
 from inferneo_jax.scheduler.block_pool import hash_page, salt_hash
-from inferneo_jax.scheduler.speculation import Drafting
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +34,10 @@ class Sequence:
         num_computed: leading tokens whose keys and values are written, or will be by a step
             already dispatched. While it decodes, the position of its newest token.
         num_sampled: output tokens sampled, or dispatched to be.
-        num_published: leading pages that others may share.
+        num_cached_pages: leading pages that are in the prefix cache, for others to share.
         cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
         admitted_at: when that was, in seconds of ``time.monotonic``.
-        prompt_scores: of the prompt's tokens, as far as they are known; the first has none.
-        drafting: of what may come next.
+        prompt_logprobs: of the prompt's tokens, as far as they are known; the first token has none.
         paused: whether its reader asked for nothing more for now; it keeps slot and pages.
         started: whether an output was delivered.
         finished: whether the last output was delivered.
@@ -55,20 +53,21 @@ class Sequence:
     prefill_len: int = 0
     num_computed: int = 0
     num_sampled: int = 0
-    num_published: int = 0
+    num_cached_pages: int = 0
     cached_tokens: int | None = None
     admitted_at: float | None = None
-    prompt_scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
-    drafting: Drafting = field(default_factory=Drafting)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     paused: bool = False
     started: bool = False
     finished: bool = False
     _hashes: list[bytes] = field(default_factory=list)
 
-    @property
-    def tokens(self) -> list[int]:
-        """Prompt and known output."""
-        return [*self.request.prompt, *self.output]
+    def tokens(self, start: int = 0, stop: int | None = None) -> list[int]:
+        """Known tokens at positions ``start`` to ``stop``, of the prompt and then the output."""
+        prompt = self.request.prompt
+        stop = self.num_known if stop is None else stop
+        output = self.output[max(0, start - len(prompt)) : max(0, stop - len(prompt))]
+        return [*prompt[start:stop], *output]
 
     @property
     def num_known(self) -> int:
@@ -100,30 +99,15 @@ class Sequence:
             and self.num_sampled < self.request.max_tokens
         )
 
-    def draft(self, most: int) -> list[int]:
-        """Up to so many tokens that may follow the known ones."""
-        most = min(most, self.request.max_tokens - len(self.output) - 1)
-        if most < 1 or self.drafting.luck.rest:
-            return []
-        return self.drafting.ngrams.draft(self.tokens, most)
-
     def page_hashes(self, page_len: int, num_tokens: int) -> list[bytes]:
         """Hashes of the pages that the first ``num_tokens`` known tokens fill."""
-        full = num_tokens // page_len
-        if len(self._hashes) < full:
-            tokens = self.tokens
-            for page in range(len(self._hashes), full):
-                previous = self._hashes[-1] if page else salt_hash(self.request.cache_salt)
-                part = tokens[page * page_len : (page + 1) * page_len]
-                self._hashes.append(hash_page(previous, part))
+        full, known = num_tokens // page_len, len(self._hashes)
+        if known < full:
+            tokens = self.tokens(known * page_len, full * page_len)
+            for start in range(0, len(tokens), page_len):
+                previous = self._hashes[-1] if self._hashes else salt_hash(self.request.cache_salt)
+                self._hashes.append(hash_page(previous, tokens[start : start + page_len]))
         return self._hashes[:full]
-
-    def accept(self, token: int) -> FinishReason | None:
-        """Add a sampled token to the output; whether, and why, it is the last."""
-        self.output.append(token)
-        if token in self.request.stop_token_ids:
-            return "stop"
-        return "length" if len(self.output) >= self.request.max_tokens else None
 
     def deliver(
         self,
@@ -140,7 +124,7 @@ class Sequence:
         output = GenerationOutput(
             token_ids=token_ids,
             logprobs=logprobs,
-            prompt_logprobs=tuple(self.prompt_scores) if scored else None,
+            prompt_logprobs=tuple(self.prompt_logprobs) if scored else None,
             cached_tokens=self.cached_tokens or 0,
             admitted_at=self.admitted_at,
             finish_reason=reason,

@@ -1,102 +1,156 @@
-"""Drafts of what a sequence may go on with, looked up in the sequence itself. Plain Python.
+"""Speculative decoding: drafts of what a sequence may go on with, and whether they pay. No device.
 
 Text often repeats what it has said: names, quotations, code. So the tokens that followed when the
-newest few came before are a draft, which one step verifies in the time of hardly more than one
-token (prompt look-up: Saxena 2023; Leviathan et al., arXiv:2211.17192). What is accepted is what
-sampling gives without a draft: a draft proposes one token with certainty, so that accepting it when
-it is the one that is drawn is the rejection sampling of the paper.
+newest few came before are a draft, which one step verifies in hardly more time than one token takes
+(prompt look-up: Saxena 2023; Leviathan et al., arXiv:2211.17192). Drafts never change which tokens
+are sampled: a draft proposes each token with certainty, so accepting the one that is drawn anyway
+is the rejection sampling of the paper.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
-_SIZES = (3, 2)
-"""Tokens that must have come before, the longer the better."""
-_LEARNING = 0.25
-_REST, _LONGEST_REST = 8, 256
+from inferneo_jax.scheduler.sequence import Sequence
 
-
-class NGrams:
-    """What came after each n-gram of a growing sequence, the last time that something did."""
-
-    def __init__(self) -> None:
-        self._after: dict[tuple[int, ...], int] = {}
-        self._read = 0
-
-    def draft(self, tokens: Tokens[int], most: int) -> list[int]:
-        """Up to ``most`` tokens that may follow; ``tokens`` are those of the last call, and more.
-
-        Where the sequence ends the draft goes on with itself: what repeats, repeats.
-        """
-        for end in range(max(self._read, 1), len(tokens)):
-            for size in _SIZES:
-                if size <= end:
-                    self._after[tuple(tokens[end - size : end])] = end
-        self._read = len(tokens)
-        for size in _SIZES:
-            found = self._after.get(tuple(tokens[-size:]))
-            if found is not None and len(tokens) >= size:
-                draft: list[int] = []
-                for place in range(found, found + most):
-                    known = place < len(tokens)
-                    draft.append(tokens[place] if known else draft[place - len(tokens)])
-                return draft
-        return []
+_NGRAM_SIZES = (3, 2)
+"""Number of newest tokens that must have come before; the longer match is preferred."""
+_INDEXED_PER_STEP = 1024
+"""Tokens that one call indexes at most: a long prompt must not hold up a step."""
+_LEARNING_RATE = 0.25
+_COOLDOWN, _LONGEST_COOLDOWN = 8, 256
 
 
 @dataclass(frozen=True)
-class Drafts:
-    """How drafts are made.
+class SpeculativeConfig:
+    """When drafts are made.
 
     Attributes:
-        most: tokens of one.
-        rows: most rows of a step that verifies some.
-        cost: of such a step, in plain ones; 0 where drafts are made whatever they cost.
+        max_tokens: of one draft.
+        max_rows: rows of a data-parallel rank's decode step up to which drafts are verified.
+        cost: duration of a step that verifies drafts, in plain decode steps; 0 to draft whatever
+            it costs.
     """
 
-    most: int
-    rows: int
+    max_tokens: int
+    max_rows: int
     cost: float = 0.0
 
 
+class NGramIndex:
+    """The position after the latest occurrence of each n-gram of a growing list of tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        self._indexed = 1
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append tokens; they are indexed by the calls of ``draft`` that follow."""
+        self.tokens += tokens
+
+    def draft(self, max_tokens: int) -> list[int]:
+        """Up to ``max_tokens`` tokens that may follow; none while tokens are left to index.
+
+        At the end of the known tokens the draft continues with itself: what repeats, repeats.
+        """
+        tokens, after = self.tokens, self._after
+        end = min(len(tokens), self._indexed + _INDEXED_PER_STEP)
+        for position in range(self._indexed, end):
+            for size in _NGRAM_SIZES:
+                if size <= position:
+                    after[tuple(tokens[position - size : position])] = position
+        self._indexed = max(self._indexed, end)
+        if self._indexed < len(tokens):
+            return []
+        for size in _NGRAM_SIZES:
+            start = after.get(tuple(tokens[-size:]))
+            if start is not None and len(tokens) >= size:
+                period = len(tokens) - start
+                return [tokens[start + i % period] for i in range(max_tokens)]
+        return []
+
+
 @dataclass(slots=True)
-class Luck:
-    """How well a sequence's drafts do, and whether to make one.
+class Acceptance:
+    """How many tokens of a sequence's drafts are accepted, and whether to make another draft.
 
     Attributes:
-        accepted: tokens of a draft that are accepted, on average.
-        rest: tokens for which no draft is made.
+        mean: accepted tokens of a draft, as a moving average.
+        cooldown: number of tokens still to decode before the next draft.
     """
 
-    accepted: float = 2.0
-    rest: int = 0
-    _rests: int = 0
+    mean: float = 2.0
+    cooldown: int = 0
+    _cooldowns: int = 0
 
-    def learn(self, drafted: int, accepted: int, cost: float) -> None:
-        """Note what came of a draft.
+    def update(self, drafted: int, accepted: int, cost: float) -> None:
+        """Record the result of a draft.
 
-        When they are not worth their cost, none is made for a while, and longer each time.
+        Drafts that cost more than they bring start a cooldown, each longer than the last.
         """
-        self.accepted += _LEARNING * (accepted - self.accepted)
+        self.mean += _LEARNING_RATE * (accepted - self.mean)
         if accepted == drafted:
-            self._rests = 0
-        if 1 + self.accepted < cost:
-            self.rest = min(_REST << self._rests, _LONGEST_REST)
-            self._rests += 1
-            self.accepted = cost  # one more try, then
+            self._cooldowns = 0
+        if 1 + self.mean < cost:
+            self.cooldown = min(_COOLDOWN << self._cooldowns, _LONGEST_COOLDOWN)
+            self._cooldowns += 1
+            self.mean = cost  # one draft is tried after the cooldown
 
 
 @dataclass(slots=True)
-class Drafting:
-    """A sequence's drafts: where they come from, and how they did."""
+class _Drafter:
+    """What is kept for one sequence."""
 
-    ngrams: NGrams = field(default_factory=NGrams)
-    luck: Luck = field(default_factory=Luck)
+    index: NGramIndex = field(default_factory=NGramIndex)
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
-def accepted(draft: Tokens[int], sampled: Tokens[int]) -> list[int]:
-    """The tokens that a step brought: as much of the draft as was sampled too, and one more."""
+class Speculator:
+    """Makes the drafts of all sequences of a scheduler. Not thread-safe.
+
+    Args:
+        config: None to make no drafts.
+    """
+
+    def __init__(self, config: SpeculativeConfig | None) -> None:
+        self._config = config
+        self._drafters: dict[Sequence, _Drafter] = {}
+
+    def allows(self, num_rows: int) -> bool:
+        """Whether a rank that decodes that many rows may have drafts."""
+        return self._config is not None and num_rows <= self._config.max_rows
+
+    def draft(self, sequence: Sequence) -> list[int]:
+        """Tokens that may follow the known ones of a sequence; often none."""
+        if not self._config:
+            return []
+        drafter = self._drafters.setdefault(sequence, _Drafter())
+        wanted = sequence.request.max_tokens - len(sequence.output) - 1
+        max_tokens = min(self._config.max_tokens, wanted)
+        if max_tokens < 1 or drafter.acceptance.cooldown:
+            return []
+        drafter.index.extend(sequence.tokens(len(drafter.index.tokens)))
+        return drafter.index.draft(max_tokens)
+
+    def decoded(self, sequence: Sequence) -> None:
+        """Count a decode step of a sequence, with or without a draft, towards its cooldown."""
+        if (drafter := self._drafters.get(sequence)) and drafter.acceptance.cooldown:
+            drafter.acceptance.cooldown -= 1
+
+    def update(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """Learn how many tokens of a sequence's draft were accepted."""
+        if self._config and (drafter := self._drafters.get(sequence)):
+            drafter.acceptance.update(drafted, accepted, self._config.cost)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence that has ended."""
+        self._drafters.pop(sequence, None)
+
+
+def accepted_tokens(draft: Tokens[int], sampled: Tokens[int]) -> tuple[int, ...]:
+    """The tokens a verifying step yields: the part of the draft that was sampled, and one more."""
     count = 0
     while count < len(draft) and draft[count] == sampled[count]:
         count += 1
-    return [*sampled[: count + 1]]
+    return tuple(sampled[: count + 1])

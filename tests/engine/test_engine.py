@@ -15,9 +15,7 @@ from inferneo_jax.errors import (
 )
 from inferneo_jax.request import SamplingParams
 from inferneo_jax.runner.runner import PendingStep, Runner
-from inferneo_jax.scheduler.data_parallel import DataParallelScheduler
-from inferneo_jax.scheduler.output import SchedulerOutputs
-from inferneo_jax.scheduler.scheduler import Scheduler
+from inferneo_jax.scheduler.scheduler import DataParallelScheduler, Scheduler, SchedulerOutputs
 from tests.support.tiny_model import MIXED, Collected, MakeEngine, close, prompt, submit
 
 with_kernels = pytest.mark.parametrize("kernels", ["xla", "native"])
@@ -227,7 +225,7 @@ def test_a_paused_request_waits_and_harms_nobody(
     scheduled = []
     schedule = Scheduler.schedule
     monkeypatch.setattr(
-        Scheduler, "schedule", lambda s, *a: (scheduled.append(1), schedule(s, *a))[1]
+        Scheduler, "schedule", lambda s, *a, **k: (scheduled.append(1), schedule(s, *a, **k))[1]
     )
     time.sleep(0.1)
     assert len(scheduled) < 20, "an engine that has nothing but paused requests spins"
@@ -245,8 +243,8 @@ def test_what_is_asked_while_a_step_is_planned_is_not_forgotten(
     paused.wait_for_tokens(1)
     schedule, asked, late = DataParallelScheduler.schedule, threading.Event(), []
 
-    def ask_late(scheduler: DataParallelScheduler, *args: Any) -> SchedulerOutputs | None:
-        scheduled = schedule(scheduler, *args)
+    def ask_late(scheduler: DataParallelScheduler, **fields: Any) -> SchedulerOutputs | None:
+        scheduled = schedule(scheduler, **fields)
         if scheduled is None and engine._in_flight is None and not asked.is_set():
             if change == "submit":
                 late.append(submit(engine, prompt(5)))
@@ -272,10 +270,10 @@ def test_nobody_waits_for_a_step_to_be_planned(
     long = submit(engine, prompt(6), 50)
     schedule, planning, go_on = DataParallelScheduler.schedule, threading.Event(), threading.Event()
 
-    def plan_slowly(scheduler: DataParallelScheduler, *args: Any) -> SchedulerOutputs | None:
+    def plan_slowly(scheduler: DataParallelScheduler, **fields: Any) -> SchedulerOutputs | None:
         planning.set()
         assert go_on.wait(120)
-        return schedule(scheduler, *args)
+        return schedule(scheduler, **fields)
 
     monkeypatch.setattr(DataParallelScheduler, "schedule", plan_slowly)
     with ThreadPoolExecutor(1) as pool:
@@ -298,9 +296,9 @@ def test_no_step_is_run_after_the_engine_has_failed(
     engine = tiny_engine()
     schedule, run, late = DataParallelScheduler.schedule, Runner.run, []
 
-    def fail_first(scheduler: DataParallelScheduler, *args: Any) -> SchedulerOutputs | None:
+    def fail_first(scheduler: DataParallelScheduler, **fields: Any) -> SchedulerOutputs | None:
         engine.fail("the device is gone")
-        return schedule(scheduler, *args)
+        return schedule(scheduler, **fields)
 
     def note(runner: Runner, scheduled: SchedulerOutputs) -> PendingStep:
         late.append(scheduled)

@@ -26,7 +26,7 @@ from inferneo_jax.platform import memory
 from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import GenerationOutput, GenerationRequest
 from inferneo_jax.runner.runner import PendingStep, Runner
-from inferneo_jax.scheduler.output import SchedulerOutputs
+from inferneo_jax.scheduler.scheduler import SchedulerOutputs
 from inferneo_jax.weights.convert import convert
 from tests.support.machine_speed import Machine
 from tests.support.paths import FAMILIES

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from inferneo_jax.layers.sampler import Sampler, SamplingParamsBatch, argmax
 from inferneo_jax.request import GenerationRequest, SamplingParams
 from inferneo_jax.runner.inputs import InputBuilder
-from inferneo_jax.scheduler.output import PrefillChunk
+from inferneo_jax.scheduler.scheduler import PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
 
 VOCAB, MAX_LEN = 300, 16

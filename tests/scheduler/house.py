@@ -4,10 +4,9 @@ from collections import Counter
 
 from inferneo_jax.request import GenerationRequest
 from inferneo_jax.scheduler.block_pool import PagePool
-from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
-from inferneo_jax.scheduler.output import SchedulerOutput
-from inferneo_jax.scheduler.scheduler import Scheduler
+from inferneo_jax.scheduler.scheduler import PrefillShapes, Scheduler, SchedulerOutput
 from inferneo_jax.scheduler.sequence import Sequence
+from inferneo_jax.scheduler.speculation import Speculator
 
 PAGE = 4
 SHAPES = PrefillShapes.of((4, 8), slots=5, overhead=2)
@@ -17,7 +16,7 @@ class House:
     """A scheduler, and steps that take no time: every token is 1."""
 
     def __init__(self, slots: int = 4, pages: int = 1000) -> None:
-        self.scheduler = Scheduler(slots, PagePool(pages, PAGE), SHAPES)
+        self.scheduler = Scheduler(slots, PagePool(pages, PAGE), SHAPES, Speculator(None))
         self.slots = slots
         self.sequences: list[Sequence] = []
         self.tokens: Counter[str] = Counter()
@@ -73,7 +72,8 @@ class House:
         for sequence in rows:
             if not sequence.finished:
                 self.tokens[sequence.request.owner] += 1
-                if reason := sequence.accept(1):
+                _, reason = self.scheduler.commit(sequence, (1,))
+                if reason:
                     self.end(sequence)
                     sequence.deliver((1,), reason=reason)
 

@@ -19,7 +19,7 @@ def _chain(tokens: list[int], page_len: int, salt: bytes = b"") -> list[bytes]:
 
 
 class Pages(RuleBasedStateMachine):
-    """Random readers that allocate, publish, match and release."""
+    """Random readers that allocate, cache, match and release."""
 
     @initialize(num_pages=st.integers(2, 12))
     def make(self, num_pages: int) -> None:
@@ -30,7 +30,7 @@ class Pages(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=10))
     def admit(self, tokens: list[int]) -> None:
         hashes = _chain(tokens, 2)
-        shared = self.pool.match(hashes)
+        shared = self.pool.match_prefix(hashes)
         assert [self.contents[page] for page in shared] == hashes[: len(shared)]
         own = self.pool.allocate(self.pool.pages_for(len(tokens)) - len(shared))
         if own is None:
@@ -40,7 +40,7 @@ class Pages(RuleBasedStateMachine):
         assert not {page for reader in self.readers for page in reader} & set(own)
         pages = shared + own
         for page, digest in list(zip(pages, hashes, strict=False))[len(shared) :]:
-            self.pool.publish(page, digest)
+            self.pool.cache_page(page, digest)
             self.contents[page] = digest
         self.readers.append(pages)
 
@@ -72,11 +72,11 @@ def test_the_deepest_page_of_the_oldest_reader_goes_first() -> None:
         pages = pool.allocate(2)
         assert pages
         for page, digest in zip(pages, chain, strict=True):
-            pool.publish(page, digest)
+            pool.cache_page(page, digest)
         pool.release(pages)
     assert pool.allocate(1)
-    assert len(pool.match(first)) == 1
-    assert len(pool.match(second)) == 2
+    assert len(pool.match_prefix(first)) == 1
+    assert len(pool.match_prefix(second)) == 2
 
 
 def test_hashes_know_all_before_and_the_salt() -> None:

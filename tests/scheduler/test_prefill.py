@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.programs import Admit, Prefill, Verify
-from inferneo_jax.scheduler.chunked_prefill import PrefillShapes
+from inferneo_jax.scheduler.scheduler import PrefillShapes
 from tests.scheduler.house import SHAPES, House
 from tests.support.tiny_model import (
     MIXED,

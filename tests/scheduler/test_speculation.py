@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax.engine.engine import Engine
-from inferneo_jax.scheduler.speculation import Luck, NGrams, accepted
+from inferneo_jax.scheduler.speculation import Acceptance, NGramIndex, accepted_tokens
 from tests.support.tiny_model import MIXED, Collected, close, prompt, submit
 
 Make = Callable[..., Engine]
@@ -36,6 +36,7 @@ def test_speculative_equals_plain(tiny_engine: Make, together: bool) -> None:
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert stats.steps < without.steps
     assert (without.drafted_tokens, stats.compiles_after_ready) == (0, 0)
+    assert not drafted._scheduler._speculator._drafters, "it keeps drafts of what has ended"
 
 
 def test_a_stop_token_inside_a_draft_ends_the_request(tiny_engine: Make) -> None:
@@ -90,29 +91,39 @@ def _looked_up(tokens: Sequence[int], most: int) -> list[int]:
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 6), st.integers(1, 9))
 def test_a_draft_is_what_followed_the_last_time(tokens: list[int], most: int, step: int) -> None:
-    grams = NGrams()
+    index = NGramIndex()
     for end in range(1, len(tokens) + 1, step):
-        assert grams.draft(tokens[:end], most) == _looked_up(tokens[:end], most)
+        index.extend(tokens[len(index.tokens) : end])
+        assert index.draft(most) == _looked_up(tokens[:end], most)
+
+
+def test_a_long_prompt_is_indexed_in_parts() -> None:
+    index = NGramIndex()
+    index.extend(prompt(12) * 400)
+    drafts = [index.draft(5) for _ in range(6)]
+    assert drafts[0] == []
+    assert drafts[-1] == list(prompt(12)[:5])
+    assert sum(not draft for draft in drafts) == 4
 
 
 def test_a_draft_is_accepted_as_far_as_it_is_sampled() -> None:
-    assert accepted([], [5]) == [5]
-    assert accepted([1, 2, 3], [1, 2, 3, 4]) == [1, 2, 3, 4]
-    assert accepted([1, 2, 3], [1, 7, 3, 4]) == [1, 7]
-    assert accepted([1, 2], [9, 2, 4, 0]) == [9]
+    assert accepted_tokens([], [5]) == (5,)
+    assert accepted_tokens([1, 2, 3], [1, 2, 3, 4]) == (1, 2, 3, 4)
+    assert accepted_tokens([1, 2, 3], [1, 7, 3, 4]) == (1, 7)
+    assert accepted_tokens([1, 2], [9, 2, 4, 0]) == (9,)
 
 
 def test_drafts_that_do_not_pay_are_made_ever_less_often() -> None:
-    luck, rests = Luck(), []
+    acceptance, cooldowns = Acceptance(), []
     for _ in range(100):
-        luck.learn(5, 0, cost=1.5)
-        if luck.rest:
-            rests.append(luck.rest)
-            luck.rest = 0
-    assert rests == sorted(rests)
-    assert rests[0] < rests[-1] == 256
+        acceptance.update(5, 0, cost=1.5)
+        if acceptance.cooldown:
+            cooldowns.append(acceptance.cooldown)
+            acceptance.cooldown = 0
+    assert cooldowns == sorted(cooldowns)
+    assert cooldowns[0] < cooldowns[-1] == 256
     for _ in range(5):
-        luck.learn(5, 5, cost=1.5)
-        assert luck.rest == 0
-    luck.learn(5, 0, cost=0.0)
-    assert luck.rest == 0
+        acceptance.update(5, 5, cost=1.5)
+        assert acceptance.cooldown == 0
+    acceptance.update(5, 0, cost=0.0)
+    assert acceptance.cooldown == 0

@@ -1,45 +1,41 @@
 """Makes the application; importing this makes none."""
 
 import asyncio
+import functools
 import gc
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import TYPE_CHECKING
 
+import orjson
 import structlog
 from quart import (
-    Blueprint,
     Quart,
     Response,
     has_request_context,
     has_websocket_context,
-    request,
 )
 
 from inferneo_jax import InferneoError
-from server.api.admin import account
-from server.api.admin import routes as admin_routes
-from server.api.openai import embeddings_route, generate, models
-from server.api.system import docs, health
-from server.api.system import metrics as routes_metrics
-from server.api.vllm import routes as vllm_routes
+from server.api.endpoint import access_of, add_routes
+from server.api.openapi import document
 from server.config.settings import Settings, unknown_variables
+from server.endpoints import ENDPOINTS
 from server.http import connection
 from server.http.codec import json_response
 from server.http.connection import current_request
-from server.http.deadline import TIMEOUT_HEADER
 from server.http.errors import as_api_error
 from server.http.frames import patch_websockets
 from server.http.socket_connection import current_socket, install_sockets
 from server.http.transport import patch_hypercorn
 from server.keys.guard import Guard
+from server.keys.keyring import Keyring
 from server.keys.limits import Limiter
 from server.keys.socket_auth import admit_socket
 from server.keys.sockets import SocketAdmission
 from server.keys.store.open import open_store
-from server.keys.store.store import Usage
 from server.keys.store.threads import StoreThreads
-from server.models.registry import Registry, still_loading
+from server.models.registry import Registry
 from server.models.sources import Loader, load_from_disk
 from server.observe import log
 from server.observe.collector import ServerState
@@ -50,7 +46,6 @@ from server.process.shutdown import drain, end_if_lost, held_up
 from server.prompt.cpu_pool import CpuPool
 from server.run.admission import Admission
 from server.services import Services, attach
-from server.web import pages
 
 if TYPE_CHECKING:
     from inferneo_jax import Job
@@ -70,7 +65,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     settings = settings or Settings.load()
     log.configure(settings.log_format)
     threads = StoreThreads(open_store(settings.keys_location(), settings.named("keys_db")))
-    guard, limiter = Guard(settings, threads), Limiter(threads)
+    guard, limiter = Guard(settings, threads, access_of(ENDPOINTS)), Limiter(threads)
     job = _lead(settings)
     registry = Registry(
         settings, loader or partial(load_from_disk, job=job), guard.check_model, job
@@ -88,23 +83,27 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         )
 
     metrics = Metrics(state)
-    tracing = open_tracing()
+    operations = {each.path: each.gen_ai_operation for each in ENDPOINTS if each.gen_ai_operation}
+    tracing = open_tracing(operations, [each.path for each in ENDPOINTS if not each.traced])
     services = Services(
         settings=settings,
         registry=registry,
         cpu_pool=CpuPool(),
         threads=threads,
         guard=guard,
+        keyring=Keyring(threads.store, keep_admin=True),
         limiter=limiter,
         admission=admission,
         sockets=sockets,
         metrics=metrics,
         tracing=tracing,
+        description=functools.cache(lambda: orjson.dumps(document(ENDPOINTS))),
     )
 
     app = Quart("server", static_folder=None)
     attach(app, services)
-    connections = connection.install(app, tracing)
+    unlogged = [each.path for each in ENDPOINTS if not each.logged]
+    connections = connection.install(app, tracing, unlogged)
     install_sockets(app, metrics, settings.max_body_bytes)
     patch_hypercorn()
     patch_websockets()
@@ -116,18 +115,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     _name_responses(app, services)
     app.before_request(guard.admit_request)
     app.before_websocket(partial(admit_socket, settings, guard, limiter, sockets, registry))
-    app.register_blueprint(health.blueprint(services))
-    app.register_blueprint(docs.blueprint())
-    app.register_blueprint(pages.blueprint())
-    app.register_blueprint(routes_metrics.blueprint(services))
-    app.register_blueprint(account.blueprint(services))
-    app.register_blueprint(admin_routes.blueprint(services))
-    api = (models.add_routes, generate.add_routes, embeddings_route.add_routes)
-    app.register_blueprint(_with_models("v1", "/v1", services, *api))
-    app.register_blueprint(_with_models("text", None, services, vllm_routes.add_routes))
-    for rule in app.url_map.iter_rules():
-        if rule.websocket:
-            rule.methods = None  # or Allow would name GET, which those paths do not take
+    add_routes(app, services, ENDPOINTS)
 
     @app.while_serving
     async def run_models() -> AsyncGenerator[None, None]:
@@ -166,32 +154,6 @@ def _lead(settings: Settings) -> "Job | None":
         end_orderly()
 
     return Job(config, leads=True, on_leave=leave)
-
-
-def _with_models(
-    name: str, prefix: str | None, services: Services, *parts: Callable[[Blueprint, Services], None]
-) -> Blueprint:
-    """Routes that need the models."""
-    routes = Blueprint(name, __name__, url_prefix=prefix)
-
-    async def require_models() -> None:
-        if not services.registry.loaded:
-            raise still_loading()
-
-    async def take_place() -> None:
-        if request.method == "POST":
-            # Both before the body is waited for, which may be as slow as its sender likes.
-            current, timeout = current_request(), request.headers.get(TIMEOUT_HEADER)
-            current.charge = await services.limiter.enter(current.caller)
-            current.cleanup.callback(current.charge.settle, Usage())  # unless it has been
-            current.hold(services.admission.enter(current.caller.id, timeout))
-
-    routes.before_request(require_models)
-    routes.before_request(take_place)
-    routes.before_websocket(require_models)
-    for add_routes in parts:
-        add_routes(routes, services)
-    return routes
 
 
 async def _load(registry: Registry) -> None:

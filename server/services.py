@@ -1,5 +1,6 @@
 """What the routes share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -7,6 +8,7 @@ from quart import Quart
 
 from server.config.settings import Settings
 from server.keys.guard import Guard
+from server.keys.keyring import Keyring
 from server.keys.limits import Limiter
 from server.keys.sockets import SocketAdmission
 from server.keys.store.threads import StoreThreads
@@ -21,18 +23,24 @@ _NAME = "services"
 
 @dataclass(frozen=True)
 class Services:
-    """What one application has, made once by ``create_app``."""
+    """What one application has, made once by ``create_app``.
+
+    Attributes:
+        description: makes the API's description, an OpenAPI document as JSON.
+    """
 
     settings: Settings
     registry: Registry
     cpu_pool: CpuPool
     threads: StoreThreads
     guard: Guard
+    keyring: Keyring
     limiter: Limiter
     admission: Admission
     sockets: SocketAdmission
     metrics: Metrics
     tracing: Tracing | None
+    description: Callable[[], bytes]
 
 
 def services_of(app: Quart) -> Services:

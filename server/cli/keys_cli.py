@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import orjson
 import typer
@@ -44,6 +44,10 @@ Rpm = Annotated[str | None, typer.Option(help="Requests a minute, or none.", met
 Tpm = Annotated[str | None, typer.Option(help="Tokens a minute, or none.", metavar="N")]
 Rpd = Annotated[str | None, typer.Option(help="Requests a day, or none.", metavar="N")]
 Concurrent = Annotated[str | None, typer.Option(help="Requests at once, or none.", metavar="N")]
+
+
+Column = Literal["date", "model", "requests", "prompt_tokens", "completion_tokens", "cached_tokens"]
+"""What is shown of the usage, in this order."""
 
 
 @app.command()
@@ -140,7 +144,7 @@ def usage(
     as_json: Json = False,
 ) -> None:
     """Show what keys took, by day (UTC) and model."""
-    columns = ("date", "model", "requests", "prompt_tokens", "completion_tokens", "cached_tokens")
+    columns: tuple[Column, ...] = get_args(Column)
     with _store(db) as store:
         store.sweep(None)
         keyring = Keyring(store)

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import secrets
-from collections.abc import Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 CONNECTIONS = "connections"
 _TRACING = "tracing"
+_UNLOGGED = "unlogged"
 _INSIST_SECONDS = 0.05
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -160,7 +161,7 @@ class HttpConnection(ASGIHTTPConnection):
                 rule = current.url_rule.rule if current.url_rule else "none"
                 facts = {"method": current.method, "route": rule}
                 current.log_entry.fields = facts | current.log_entry.fields
-                if rule not in ("/health", "/ready"):  # probes would drown everything else
+                if rule not in self.app.extensions[_UNLOGGED]:
                     current.log_entry.write("request")
                 # The loop keeps a cancelled timer until it would have been due (a deadline for an
                 # hour), and with it the context that it was set in, which leads here.
@@ -191,10 +192,14 @@ class HttpConnection(ASGIHTTPConnection):
         return request
 
 
-def install(app: Quart, tracing: Tracing | None) -> Connections:
-    """Make ``app`` use these classes; its open connections."""
+def install(app: Quart, tracing: Tracing | None, unlogged: Collection[str]) -> Connections:
+    """Make ``app`` use these classes; its open connections.
+
+    Routes that are ``unlogged`` have no entries in the access log: probes would drown the others.
+    """
     connections = app.extensions[CONNECTIONS] = Connections()
     app.extensions[_TRACING] = tracing
+    app.extensions[_UNLOGGED] = unlogged
     app.request_class = ApiRequest
     app.asgi_http_class = HttpConnection
     return connections

@@ -1,9 +1,10 @@
 """Every error as the one envelope ``{"error": {"message", "type", "param", "code"}}``."""
 
-from typing import Any
+from typing import Annotated, Literal
 
 import structlog
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
+from typing_extensions import TypedDict
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from inferneo_jax import (
@@ -22,6 +23,33 @@ RETRY_LOADING_SECONDS = 5
 RETRY_OVERLOADED_SECONDS = 1
 
 
+ErrorType = Literal[
+    "invalid_request_error",
+    "server_error",
+    "permission_error",
+    "authentication_error",
+    "rate_limit_exceeded",
+    "insufficient_quota",
+]
+
+
+class ErrorDetails(TypedDict):
+    """What went wrong, and what to do about it."""
+
+    message: Annotated[
+        str, Field(description="A sentence that names the field, its value and its bound.")
+    ]
+    type: Annotated[ErrorType, Field(description="The kind of error.")]
+    param: Annotated[str | None, Field(description="The path of the field at fault.")]
+    code: Annotated[str | None, Field(description="What programs may tell errors apart by.")]
+
+
+class Error(TypedDict):
+    """Every error has this body."""
+
+    error: Annotated[ErrorDetails, Field(description="What it is.")]
+
+
 class ApiError(Exception):
     """An error as the client sees it.
 
@@ -35,7 +63,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        kind: str = "invalid_request_error",
+        kind: ErrorType = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
@@ -53,7 +81,7 @@ class ApiError(Exception):
         """In one word, for logs and close frames."""
         return self.code or self.kind
 
-    def envelope(self) -> dict[str, Any]:
+    def envelope(self) -> Error:
         """The body."""
         return {
             "error": {
@@ -121,7 +149,7 @@ def _from_http(error: HTTPException) -> ApiError:
         allowed = ", ".join(sorted(error.valid_methods or ()))
         message = f"This path does not take the method; it takes {allowed}."
         return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
-    kind = "server_error" if status >= 500 else "invalid_request_error"
+    kind: ErrorType = "server_error" if status >= 500 else "invalid_request_error"
     return ApiError(status, error.description or error.name, kind=kind)
 
 

@@ -2,15 +2,20 @@
 
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar, get_args
 
 import orjson
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema
 
 PIECE = 64 * 1024
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY
 
 
-class JsonList:
+Item = TypeVar("Item")
+
+
+class JsonList(Generic[Item]):
     """A JSON array that is serialized as it grows, and takes no more memory than its text."""
 
     __slots__ = ("text",)
@@ -18,7 +23,12 @@ class JsonList:
     def __init__(self) -> None:
         self.text = bytearray(b"[]")
 
-    def extend(self, values: Sequence[Any]) -> None:
+    @classmethod
+    def __get_pydantic_core_schema__(cls, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """That of a list: in a schema both are the same array."""
+        return handler.generate_schema(list[*get_args(kind)])  # type: ignore[misc]
+
+    def extend(self, values: Sequence[Item]) -> None:
         """Append ``values``; NumPy arrays among them become lists of numbers."""
         if values:
             self.text[-1:] = b"," if len(self.text) > 2 else b""
@@ -33,7 +43,7 @@ class Json:
     """
 
     def __init__(self, payload: Any) -> None:
-        lists: list[JsonList] = []
+        lists: list[JsonList[Any]] = []
         mark = secrets.token_hex(16)
 
         def note(value: Any) -> str:

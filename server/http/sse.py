@@ -1,6 +1,6 @@
 """Server-sent events, as in the HTML standard's "Server-sent events" section."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -18,14 +18,14 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 
 
-def event(payload: dict[str, Any]) -> bytes:
+def event(payload: Mapping[str, Any]) -> bytes:
     """One event."""
     return b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
 async def stream(
-    first: dict[str, Any] | None,
-    rest: AsyncGenerator[dict[str, Any] | None, None],
+    first: Mapping[str, Any] | None,
+    rest: AsyncGenerator[Mapping[str, Any] | None, None],
     entry: AccessLogEntry,
 ) -> AsyncGenerator[bytes, None]:
     """The events of an answer whose first chunk is there already.

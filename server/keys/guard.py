@@ -1,10 +1,11 @@
-"""Who may do what. Every route needs a key unless this file says otherwise."""
+"""Who may do what: every endpoint needs a key unless its declaration says otherwise."""
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import partial
+from typing import Literal
 
 import structlog
 from quart import request
@@ -15,44 +16,14 @@ from server.http.connection import current_request
 from server.http.errors import ApiError
 from server.http.locality import is_local_name, is_near, name_of, proxy_header
 from server.keys.caller import Caller
-from server.keys.key import TICKET_SECONDS, Key, digest, id_of, is_ticket, new_ticket
+from server.keys.key import TICKET_SECONDS, Key, Scope, digest, id_of, is_ticket, new_ticket
 from server.keys.lookup import KeyLookup
 from server.keys.store.threads import StoreThreads
 
 log = structlog.get_logger(__name__)
 
-OPEN_ENDPOINTS = frozenset(
-    {
-        "health.health",
-        "health.ready",
-        # Pages, which are the same for everybody; what they show is asked for with a key.
-        "pages.chat",
-        "pages.dashboard",
-        "pages.page_file",
-        "pages.docs",
-        "docs.docs_file",
-    }
-)
-SCOPE_OF = {
-    "/v1/models": None,
-    "/v1/models/<path:model_id>": None,
-    "/v1/usage": None,
-    "/v1/ws-tickets": None,
-    "/version": None,
-    "/openapi.json": None,
-    "/v1/completions": "inference",
-    "/v1/chat/completions": "inference",
-    "/tokenize": "inference",
-    "/detokenize": "inference",
-    "/v1/embeddings": "embeddings",
-    "/metrics": "metrics",
-    "/admin/keys": "admin",
-    "/admin/keys/<key_id>": "admin",
-    "/admin/keys/<key_id>/rotate": "admin",
-    "/admin/keys/<key_id>/usage": "admin",
-    "/admin/usage": "admin",
-}
-"""The scope that a rule asks of a key; None: any will do. What is not listed needs ``admin``."""
+Access = Scope | Literal["any", "public"]
+"""What an endpoint needs: a key of this scope, any key, or no key at all."""
 
 MAX_TICKETS = 64
 """Unused tickets that a key may have at once."""
@@ -78,8 +49,12 @@ def forbidden(message: str, code: str, param: str | None = None) -> ApiError:
 class Guard:
     """Finds the key of every request, and refuses those without."""
 
-    def __init__(self, settings: Settings, threads: StoreThreads) -> None:
+    def __init__(
+        self, settings: Settings, threads: StoreThreads, access: Mapping[str, Access]
+    ) -> None:
+        """``access`` has what is needed for each of Quart's endpoints, by its name."""
         self._settings = settings
+        self._access = access
         self._threads = threads
         self._store = threads.store
         self._keys_exist = settings.require_key == "true"
@@ -105,12 +80,42 @@ class Guard:
         """
         current = current_request()
         current.caller = caller = Caller()
-        if request.endpoint in OPEN_ENDPOINTS or await self.serves_without_key(request):
+        access = self._access_to(request)
+        if access == "public":
             return
-        caller.key = key = await self.identify(bearer(request))
+        text = None
+        if await self.serves_without_key(request):
+            if access != "admin":
+                return
+            # Keys are managed with a key only, even where everybody is served without one.
+            text = bearer(request) if self._store.exists() else None
+            if text is None:
+                raise forbidden(
+                    "Keys are managed here with a key of the scope admin only. Create one on the "
+                    "server: inferneo keys create NAME --scope admin.",
+                    "admin_key_required",
+                )
+        caller.key = key = await self.identify(text or bearer(request))
         current.log_entry.add(key=key.id)
-        if request.url_rule is not None:  # else: a 404 or 405, which says little to any key
-            check_scope(key, request.url_rule.rule)
+        self.check_access(key, request)
+
+    def check_access(self, key: Key, connection: BaseRequestWebsocket) -> None:
+        """Let a key do what an endpoint does.
+
+        Raises:
+            ApiError: it lacks the scope.
+        """
+        access = self._access_to(connection)
+        if access not in ("any", "public") and access not in key.scopes:
+            raise forbidden(
+                f"This API key lacks the scope {access}, which this path needs.",
+                "insufficient_scope",
+            )
+
+    def _access_to(self, connection: BaseRequestWebsocket) -> Access:
+        if connection.endpoint is None:  # a 404 or 405, which says little to any key
+            return "any"
+        return self._access[connection.endpoint]
 
     async def serves_without_key(self, connection: BaseRequestWebsocket) -> bool:
         """Whether this one needs no key.
@@ -244,19 +249,6 @@ def bearer(connection: BaseRequestWebsocket) -> str | None:
     if len(values) > 1 or scheme.lower() != "bearer" or not token.strip():
         raise unauthenticated("The Authorization header must be one: Authorization: Bearer <key>.")
     return token.strip()
-
-
-def check_scope(key: Key, rule: str) -> None:
-    """Let a key do what a route does.
-
-    Raises:
-        ApiError: it lacks the scope.
-    """
-    scope = SCOPE_OF.get(rule, "admin")
-    if scope is not None and scope not in key.scopes:
-        raise forbidden(
-            f"This API key lacks the scope {scope}, which this path needs.", "insufficient_scope"
-        )
 
 
 def check_local(connection: BaseRequestWebsocket, hosts: Collection[str] = ()) -> None:

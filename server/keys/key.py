@@ -60,7 +60,7 @@ class Key:
     id: str
     name: str
     digest: str
-    scopes: frozenset[str] = frozenset(DEFAULT_SCOPES)
+    scopes: frozenset[Scope] = frozenset(DEFAULT_SCOPES)
     models: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     created: float = 0.0

@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from inferneo_jax import InferneoError
 from server.keys.key import (
@@ -12,6 +16,7 @@ from server.keys.key import (
     SCOPES,
     Key,
     Limits,
+    Scope,
     digest,
     encode_fields,
     id_of,
@@ -21,8 +26,33 @@ from server.keys.key import (
 from server.keys.store.store import Store
 from server.observe.visible import hidden_in
 
+State = Literal["active", "expired", "revoked"]
 LONGEST_NAME = 100
 LONGEST_MODEL = 512
+
+
+class KeyLimits(TypedDict):
+    """Of a key; null is without limit."""
+
+    requests: Annotated[int | None, Field(description="Requests a minute.")]
+    tokens: Annotated[int | None, Field(description="Tokens a minute.")]
+    day_requests: Annotated[int | None, Field(description="Requests a day of UTC.")]
+    concurrent: Annotated[int | None, Field(description="Requests at once.")]
+
+
+class KeyState(TypedDict):
+    """A key, without its secret; times are in seconds since 1970, null: never."""
+
+    object: Literal["key"]
+    id: Annotated[str, Field(description="The middle part of its text.")]
+    name: Annotated[str, Field(description="What people call it.")]
+    state: Annotated[State, Field(description="Only active keys count.")]
+    scopes: Annotated[list[Scope], Field(description="What it may be used for.")]
+    models: Annotated[list[str], Field(description="That it may use; empty: all.")]
+    limits: Annotated[KeyLimits, Field(description="What it may take.")]
+    created: Annotated[int, Field(description="When it was made.")]
+    expires: Annotated[int | None, Field(description="When it ends by itself.")]
+    revoked: Annotated[int | None, Field(description="When it was ended.")]
 
 
 class KeyringError(InferneoError):
@@ -47,9 +77,13 @@ class Keyring:
     Args:
         store: where they are.
         keep_admin: whether to refuse what would leave nobody to manage keys.
+
+    Attributes:
+        turn: to be held by one change after another where several threads make changes.
     """
 
     def __init__(self, store: Store, *, keep_admin: bool = False) -> None:
+        self.turn = threading.Lock()
         self._store = store
         self._keep_admin = keep_admin
 
@@ -187,14 +221,14 @@ def _manages_until(key: Key) -> float:
     return math.inf if key.expires is None else key.expires
 
 
-def state_of(key: Key) -> Literal["active", "expired", "revoked"]:
+def state_of(key: Key) -> State:
     """Whether a key counts now."""
     if key.revoked is not None:
         return "revoked"
     return "expired" if key.expires is not None and key.expires <= time.time() else "active"
 
 
-def describe(key: Key) -> dict[str, Any]:
+def describe(key: Key) -> KeyState:
     """A key as it may be shown: without what is kept of its secret; times are epoch seconds."""
     return {
         "object": "key",
@@ -203,10 +237,20 @@ def describe(key: Key) -> dict[str, Any]:
         "state": state_of(key),
         "scopes": sorted(key.scopes),
         "models": list(key.models),
-        "limits": dataclasses.asdict(key.limits),
+        "limits": describe_limits(key.limits),
         "created": int(key.created),
         "expires": None if key.expires is None else int(key.expires),
         "revoked": None if key.revoked is None else int(key.revoked),
+    }
+
+
+def describe_limits(limits: Limits) -> KeyLimits:
+    """The limits as they may be shown."""
+    return {
+        "requests": limits.requests,
+        "tokens": limits.tokens,
+        "day_requests": limits.day_requests,
+        "concurrent": limits.concurrent,
     }
 
 
@@ -244,7 +288,7 @@ def _models(models: Collection[str]) -> tuple[str, ...]:
     return tuple(models)
 
 
-def _scopes(scopes: Collection[str]) -> frozenset[str]:
+def _scopes(scopes: Collection[str]) -> frozenset[Scope]:
     for scope in scopes:
         if scope not in SCOPES:
             raise KeyringError(
@@ -252,4 +296,4 @@ def _scopes(scopes: Collection[str]) -> frozenset[str]:
             )
     if not scopes:
         raise KeyringError("scopes is empty; a key needs at least one", "wrong", "scopes")
-    return frozenset(scopes)
+    return frozenset(cast("Collection[Scope]", scopes))

@@ -10,7 +10,7 @@ from server.http.codec import parse_object
 from server.http.errors import ApiError
 from server.http.socket_connection import current_socket
 from server.keys.caller import Caller
-from server.keys.guard import Guard, bearer, check_scope, unauthenticated
+from server.keys.guard import Guard, bearer, unauthenticated
 from server.keys.key import Key
 from server.keys.limits import Limiter, exhausted
 from server.keys.sockets import SocketAdmission
@@ -57,7 +57,7 @@ async def admit_socket(
         await open_socket(settings, limiter)
         key = await guard.identify(await _first_frame())
     if key is not None:
-        await _enter(limiter, key)
+        await _enter(guard, limiter, key)
     place = sockets.enter(None if key is None else key.id)
     socket.cleanup.callback(place.leave)
     if waiting is not None:
@@ -83,12 +83,11 @@ async def open_socket(settings: Settings, limiter: Limiter) -> None:
     )
 
 
-async def _enter(limiter: Limiter, key: Key) -> None:
+async def _enter(guard: Guard, limiter: Limiter, key: Key) -> None:
     socket = current_socket()
     socket.caller.key = key
     socket.log_entry.add(key=key.id)
-    if websocket.url_rule is not None:
-        check_scope(key, websocket.url_rule.rule)
+    guard.check_access(key, websocket)
     found = await limiter.quota_status(key)
     socket.caller.quota_status = found
     if (refusal := exhausted(key, found)) is not None:

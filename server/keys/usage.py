@@ -2,14 +2,17 @@
 
 import dataclasses
 import datetime
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from server.http.schema import Count
 from server.keys.key import Key
-from server.keys.keyring import describe
+from server.keys.keyring import KeyLimits, KeyState, describe, describe_limits
 from server.keys.store.store import Store
 
-_TOTALS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
 _EPOCH = datetime.date(1970, 1, 1)
 
 
@@ -29,10 +32,84 @@ class Days:
 ALWAYS = Days()
 
 
-def key_status(store: Store, key: Key) -> dict[str, Any]:
+class KeyCard(TypedDict):
+    """The caller's key, without its secret."""
+
+    id: Annotated[str, Field(description="The middle part of its text.")]
+    name: Annotated[str, Field(description="What people call it.")]
+    limits: Annotated[KeyLimits, Field(description="What it may take.")]
+
+
+class UsageTotal(TypedDict):
+    """What was used."""
+
+    requests: Annotated[Count, Field(description="Requests that were served.")]
+    prompt_tokens: Annotated[Count, Field(description="Tokens of their prompts.")]
+    completion_tokens: Annotated[Count, Field(description="Tokens that were sampled for them.")]
+    cached_tokens: Annotated[
+        Count, Field(description="Of the prompts' tokens, those found in the cache.")
+    ]
+
+
+class UsageRow(UsageTotal):
+    """What was used of a model on a day of UTC."""
+
+    date: Annotated[str, Field(description="As 2026-01-31.")]
+    model: Annotated[str, Field(description="The model's own id.")]
+
+
+class KeyUsage(TypedDict):
+    """What the caller's key has used."""
+
+    object: Literal["usage"]
+    key: Annotated[KeyCard, Field(description="Whose it is.")]
+    data: Annotated[list[UsageRow], Field(description="By day and model.")]
+    total: Annotated[UsageTotal, Field(description="Of all of these.")]
+
+
+class KeyUsageRow(UsageRow):
+    """What a key has used of a model on a day of UTC."""
+
+    key: Annotated[str, Field(description="The key's id.")]
+    name: Annotated[str, Field(description="The key's name.")]
+
+
+class AllUsage(TypedDict):
+    """What all keys have used."""
+
+    object: Literal["usage"]
+    data: Annotated[list[KeyUsageRow], Field(description="By day, key and model.")]
+    total: Annotated[UsageTotal, Field(description="Of all of these.")]
+
+
+class KeyUse(TypedDict):
+    """What a key uses now of each of its limits, requests under way included."""
+
+    requests: Annotated[Count, Field(description="In the last sixty seconds.")]
+    tokens: Annotated[
+        Count, Field(description="In the last sixty seconds, those reserved included.")
+    ]
+    day_requests: Annotated[Count, Field(description="Of this day of UTC.")]
+    concurrent: Annotated[Count, Field(description="At once.")]
+
+
+class KeyStanding(KeyState):
+    """A key, without its secret, and how it stands."""
+
+    used: Annotated[KeyUse, Field(description="What it uses of its limits now.")]
+
+
+class KeyList(TypedDict):
+    """All keys, oldest first."""
+
+    object: Literal["list"]
+    data: Annotated[list[KeyStanding], Field(description="Those that have ended, too.")]
+
+
+def key_status(store: Store, key: Key) -> KeyStanding:
     """A key as it may be shown, and what it uses now of each of its limits; blocks."""
     quota_status = store.quota_status(key.id, None)
-    used = {
+    used: KeyUse = {
         "requests": quota_status.requests,
         "tokens": quota_status.tokens,
         "day_requests": quota_status.day_requests,
@@ -41,25 +118,25 @@ def key_status(store: Store, key: Key) -> dict[str, Any]:
     return {**describe(key), "used": used}
 
 
-def key_list(store: Store, keys: Iterable[Key]) -> dict[str, Any]:
+def key_list(store: Store, keys: Iterable[Key]) -> KeyList:
     """Several keys, each as :func:`key_status` shows it; blocks."""
     return {"object": "list", "data": [key_status(store, key) for key in keys]}
 
 
-def key_usage(store: Store, key: Key, days: Days = ALWAYS) -> dict[str, Any]:
+def key_usage(store: Store, key: Key, days: Days = ALWAYS) -> KeyUsage:
     """What a key took, for its holder or for an administrator; blocks, as the store does."""
     data = usage_rows(store, key, days)
     return {
         "object": "usage",
-        "key": {"id": key.id, "name": key.name, "limits": dataclasses.asdict(key.limits)},
+        "key": {"id": key.id, "name": key.name, "limits": describe_limits(key.limits)},
         "data": data,
         "total": _total(data),
     }
 
 
-def usage_of(store: Store, keys: Iterable[Key], days: Days = ALWAYS) -> dict[str, Any]:
+def usage_of(store: Store, keys: Iterable[Key], days: Days = ALWAYS) -> AllUsage:
     """What several keys took; blocks, as the store does."""
-    data = [
+    data: list[KeyUsageRow] = [
         {"key": key.id, "name": key.name, **row}
         for key in keys
         for row in usage_rows(store, key, days)
@@ -67,7 +144,7 @@ def usage_of(store: Store, keys: Iterable[Key], days: Days = ALWAYS) -> dict[str
     return {"object": "usage", "data": data, "total": _total(data)}
 
 
-def usage_rows(store: Store, key: Key, days: Days = ALWAYS) -> list[dict[str, Any]]:
+def usage_rows(store: Store, key: Key, days: Days = ALWAYS) -> list[UsageRow]:
     """One object for each day and model."""
     return [
         {
@@ -83,5 +160,10 @@ def usage_rows(store: Store, key: Key, days: Days = ALWAYS) -> list[dict[str, An
     ]
 
 
-def _total(rows: list[dict[str, Any]]) -> dict[str, int]:
-    return {name: sum(row[name] for row in rows) for name in _TOTALS}
+def _total(rows: Sequence[UsageTotal]) -> UsageTotal:
+    return {
+        "requests": sum(row["requests"] for row in rows),
+        "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
+        "completion_tokens": sum(row["completion_tokens"] for row in rows),
+        "cached_tokens": sum(row["cached_tokens"] for row in rows),
+    }

@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import structlog
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from inferneo_jax import InferneoError
 from server.config.settings import Settings
 from server.http.errors import RETRY_LOADING_SECONDS, ApiError, bad_request, unavailable
+from server.http.schema import Count
 from server.models.sources import Loader, Source, load_from_disk, sources_of
 
 if TYPE_CHECKING:
@@ -23,6 +26,15 @@ log = structlog.get_logger(__name__)
 
 LOST_SECONDS = 30.0
 """A step that takes so much longer than it should is not waited for any more."""
+
+
+class Progress(TypedDict):
+    """How far a model's loading is."""
+
+    id: Annotated[str, Field(description="The model's own id.")]
+    stage: Annotated[str, Field(description="What is being done.")]
+    done: Annotated[Count, Field(description="How much of it is.")]
+    total: Annotated[Count, Field(description="How much there is; 0 where that is not known.")]
 
 
 @dataclass
@@ -90,7 +102,7 @@ class Registry:
         """Those that are loaded."""
         return [entry.model for entry in self._entries.values() if entry.model]
 
-    def progress(self) -> list[dict[str, Any]]:
+    def progress(self) -> list[Progress]:
         """Of each model: its id, and what is being done for it, ``ready`` at the end."""
         return [
             {"id": entry.source.id, "stage": entry.stage, "done": entry.done, "total": entry.total}

@@ -18,7 +18,7 @@ from inferneo_jax import __version__
 from server.config.settings import traces_wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -32,19 +32,12 @@ METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 """Of HTTP; clients may make up others, which must name no figure and no span."""
 WEBSOCKET = "WEBSOCKET"
 """In place of a method: requests on a socket have none."""
-UNTRACED = frozenset({"/health", "/ready", "/metrics"})
-"""Paths that are asked for every few seconds, and would drown everything else."""
 CLOSE_SECONDS = 3.0
 """How long the end of the server waits for a collector."""
 _LONGEST_PATH = 200
 _MOST_SEQUENCES = 16
 """Sequences of one request whose times become spans."""
 
-_OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-}
 _ATTRIBUTES = {
     "route": "http.route",
     "status": "http.response.status_code",
@@ -146,7 +139,7 @@ class Trace:
         span, route = self._span, facts.get("route", "none")
         if span.is_recording():
             found = {_ATTRIBUTES[name]: fact for name, fact in facts.items() if name in _ATTRIBUTES}
-            if (operation := _OPERATIONS.get(route)) is not None:
+            if (operation := self._tracing.operations.get(route)) is not None:
                 found |= {"gen_ai.operation.name": operation, "gen_ai.provider.name": "inferneo"}
             if self._finish_reasons:
                 reasons = [reason for _, reason in sorted(self._finish_reasons.items())]
@@ -173,9 +166,16 @@ class Tracing:
 
     Args:
         provider: of OpenTelemetry's SDK; its processors decide where spans go.
+        operations: by route, what the conventions for generative AI call the operation.
+        untraced: paths whose requests have no traces.
     """
 
-    def __init__(self, provider: "TracerProvider") -> None:
+    def __init__(
+        self,
+        provider: "TracerProvider",
+        operations: "Mapping[str, str]",
+        untraced: "Collection[str]",
+    ) -> None:
         from opentelemetry import propagate, trace
         from opentelemetry.propagators.textmap import Getter
 
@@ -186,6 +186,8 @@ class Tracing:
             def keys(self, carrier: Headers) -> list[str]:
                 return list(carrier.keys())
 
+        self.operations = operations
+        self._untraced = untraced
         self._provider = provider
         self._tracer = provider.get_tracer("inferneo", __version__)
         self._propagate, self._trace, self._getter = propagate, trace, ReadHeaders()
@@ -195,11 +197,11 @@ class Tracing:
 
         Args:
             method: of HTTP, or ``WEBSOCKET`` for one of the requests on a socket.
-            path: None is begun for those in ``UNTRACED``.
+            path: None is begun for those that are untraced.
             headers: with ``traceparent`` (https://www.w3.org/TR/trace-context/), or none.
             id: of the request.
         """
-        if path in UNTRACED:
+        if path in self._untraced:
             return None
         facts = {"url.path": path[:_LONGEST_PATH], "inferneo.request_id": id}
         if method == WEBSOCKET:
@@ -235,7 +237,7 @@ class Tracing:
             log.warning("traces_lost", reason=f"not all were taken within {CLOSE_SECONDS:g} s")
 
 
-def open_tracing() -> Tracing | None:
+def open_tracing(operations: "Mapping[str, str]", untraced: "Collection[str]") -> Tracing | None:
     """What the variables of OpenTelemetry ask for; None: nothing, or what cannot be done.
 
     The latter is one warning in the log: a server without traces serves all the same.
@@ -244,7 +246,8 @@ def open_tracing() -> Tracing | None:
     if not wanted.exporters:
         return None
     try:
-        return Tracing(_provider([_exporter(name, wanted.protocol) for name in wanted.exporters]))
+        provider = _provider([_exporter(name, wanted.protocol) for name in wanted.exporters])
+        return Tracing(provider, operations, untraced)
     except ModuleNotFoundError as error:
         reason = f"{error}. Traces need OpenTelemetry: pip install 'inferneo-jax[otel]'"
     except Exception as error:  # noqa: BLE001  (of the variables that the SDK reads itself)

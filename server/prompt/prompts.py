@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from server.api.openai.completions import DEFAULT_MAX_TOKENS, CompletionBody, PromptInput
 from server.http.errors import ApiError, bad_request
 from server.run.output import Prompt
 
 if TYPE_CHECKING:
     from inferneo_jax import LanguageModel, Tokenizer
 
+PromptInput = str | list[int]
+"""A text, or token ids."""
+DEFAULT_MAX_TOKENS = 16
+"""Tokens that a completion has unless the request says otherwise."""
 CONTEXT_IS = "This model's maximum context length is"
 """OpenAI's words, by which LiteLLM and others know that a shorter prompt would do."""
 
@@ -30,19 +33,24 @@ _FILL_IN_THE_MIDDLE = (
 
 def completion_prompt(
     model: "LanguageModel",
-    body: CompletionBody,
     prompt: PromptInput,
-    index: int,
+    name: str,
+    *,
+    suffix: str,
     infill: tuple[int, int, int] | None,
+    echo: bool,
+    max_tokens: int | None,
 ) -> Prompt:
-    """One prompt of a request, of which it is number ``index``.
+    """One prompt of a request.
 
     Args:
         model: whom it is for.
-        body: the request.
         prompt: a text, or token ids as they are.
-        index: its place among the request's prompts.
+        name: the prompt's, in errors.
+        suffix: the text after what is filled in.
         infill: the model's tokens for filling in, if that is what the suffix is for.
+        echo: whether the answer repeats the prompt.
+        max_tokens: most tokens to generate, if the request says so.
 
     Raises:
         ApiError: it does not fit the context, or is empty where it must not be.
@@ -54,7 +62,7 @@ def completion_prompt(
         ids = prompt
         if isinstance(ids, str):
             ids = tokenizer.encode(ids, add_special_tokens=False)
-        after = tokenizer.encode(body.suffix, add_special_tokens=False)
+        after = tokenizer.encode(suffix, add_special_tokens=False)
         ids = [before, *ids, behind, *after, middle]
     elif isinstance(prompt, str):
         ids = tokenizer.encode(prompt) or _begin(tokenizer)
@@ -64,10 +72,9 @@ def completion_prompt(
     else:
         ids = prompt
     text = prompt if isinstance(prompt, str) else ""
-    if body.echo and not isinstance(prompt, str):
+    if echo and not isinstance(prompt, str):
         text = tokenizer.decode(prompt, skip_special_tokens=False)
-    name = f"prompt[{index}]" if len(body.prompt) > 1 else "prompt"
-    limit = fit(len(ids), body.token_limit, DEFAULT_MAX_TOKENS, model.max_len, name)
+    limit = fit(len(ids), max_tokens, DEFAULT_MAX_TOKENS, model.max_len, name)
     return Prompt(ids=tuple(ids), text=text, added=added, max_tokens=limit)
 
 

@@ -1,8 +1,8 @@
 """A conversation as token ids, by the model's chat template."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from server.api.openai.chat import Conversation
 from server.http.errors import bad_request
 
 if TYPE_CHECKING:
@@ -14,13 +14,26 @@ _MOST_NAMED = 20
 
 def conversation_ids(
     tokenizer: "Tokenizer",
-    body: Conversation,
+    messages: list[dict[str, Any]],
+    variables: Mapping[str, Any],
     warnings: list[str],
     *,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
     strict: bool,
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """The token ids of a conversation; adds to ``warnings``. Rendering the template may block.
+    """The token ids of a conversation. Rendering the template may block.
+
+    Args:
+        tokenizer: the model's.
+        messages: the conversation.
+        variables: further variables of the template.
+        warnings: gets one for each variable that the template does not read.
+        add_generation_prompt: whether to open the assistant's message.
+        continue_final_message: whether to leave the last message open.
+        strict: whether to refuse what would be a warning.
+        add_special_tokens: whether to add the tokens that the model expects around a text.
 
     Raises:
         ApiError, TemplateError: it cannot be written out as it stands.
@@ -29,31 +42,30 @@ def conversation_ids(
         raise bad_request(
             "This model has no chat template; send a prompt to /v1/completions.", "model"
         )
-    variables = _template_variables(tokenizer, body, warnings, strict=strict)
-
+    known = _known_variables(tokenizer, variables, warnings, strict=strict)
     written = tokenizer.render_chat(
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=body.continue_final_message,
-        **variables,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        **known,
     )
     # A template writes the special tokens itself.
     return tokenizer.encode(written, add_special_tokens=add_special_tokens)
 
 
-def _template_variables(
-    tokenizer: "Tokenizer", body: Conversation, warnings: list[str], *, strict: bool
+def _known_variables(
+    tokenizer: "Tokenizer", variables: Mapping[str, Any], warnings: list[str], *, strict: bool
 ) -> dict[str, Any]:
-    """Those of the request that the chat template reads; nothing else reaches it.
+    """The variables that the chat template reads; nothing else reaches it.
 
     Raises:
         ApiError: there are others, and ``strict``.
     """
     known = tokenizer.template_variables
-    for name in sorted(body.chat_template_kwargs.keys() - known)[:_MOST_NAMED]:
+    for name in sorted(variables.keys() - known)[:_MOST_NAMED]:
         path = f"chat_template_kwargs.{name}"[:_LONGEST_NAME]
         finding = f"{path} is not a variable of the model's chat template"
         if strict:
             raise bad_request(f"{finding}. Remove it.", path)
         warnings.append(f"{finding}; ignored.")
-    return {name: value for name, value in body.chat_template_kwargs.items() if name in known}
+    return {name: value for name, value in variables.items() if name in known}

@@ -1,6 +1,6 @@
 """A generation dressed as the client asked: chunks of a stream, or one whole answer."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from io import StringIO
@@ -12,13 +12,19 @@ from server.run.dialect import Dialect
 from server.run.generation import Generation
 from server.run.output import TextPart
 
+Prepare = Callable[..., "Answer"]
+"""Makes the answer to a body; called as ``(registry, caller, fields, strict=...)``.
+
+It validates, tokenizes and fits the request, perhaps in a thread of the CPU pool.
+"""
+
 
 class _Collected:
     """What a choice of a whole answer holds so far."""
 
     def __init__(self, dialect: Dialect) -> None:
         self.text = StringIO()
-        self.columns = {name: JsonList() for name in dialect.columns(())}
+        self.columns = {name: JsonList[Any]() for name in dialect.columns(())}
         self._dialect = dialect
 
     def add(self, event: TextPart) -> None:

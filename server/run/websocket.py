@@ -5,7 +5,7 @@ as fast as they are dealt with and sent as fast as the client reads, so neither 
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,8 @@ from server.observe.access_log import AccessLogEntry
 from server.observe.tracing import WEBSOCKET
 from server.prompt.cpu_pool import INLINE_BYTES
 from server.run.admission import admit
+from server.run.answer import Prepare
 from server.run.generation import Generation
-from server.run.prepare import Prepare, prepare_chat
 from server.services import Services
 
 MAX_AT_ONCE = 16
@@ -37,15 +37,17 @@ _LONGEST_ID = 128
 _ENVELOPES = ("request", "cancel")
 
 
-async def serve_socket(services: Services, prepare: Prepare) -> None:
+async def serve_socket(services: Services, prepare: Prepare, *, inline: bool) -> None:
     """Accept the connection and serve it until the client goes away.
+
+    ``prepare`` reads the bodies, small ones on the event loop if ``inline``.
 
     Raises:
         ApiError: a page of a foreign origin opened it; it was not accepted.
     """
     await open_socket(services.settings, services.limiter)
     strict = is_strict(websocket.headers.get(STRICT_HEADER))
-    await _Session(services, prepare, strict).run()
+    await _Session(services, prepare, strict=strict, inline=inline).run()
 
 
 @dataclass(slots=True)
@@ -74,10 +76,11 @@ def _shown(kind: Any) -> str:
 class _Session:
     """One open socket."""
 
-    def __init__(self, services: Services, prepare: Prepare, strict: bool) -> None:
+    def __init__(self, services: Services, prepare: Prepare, *, strict: bool, inline: bool) -> None:
         self._services = services
         self._prepare = prepare
         self._strict = strict
+        self._inline = inline
         self._caller: Caller = current_socket().caller
         self._running: dict[object, _Running] = {}
 
@@ -238,9 +241,12 @@ class _Session:
         await services.guard.recheck(self._caller)
         running.charge = charge = running.charge or await services.limiter.enter(self._caller)
         prepare = partial(self._prepare, services.registry, self._caller, body, strict=self._strict)
-        inline = self._prepare is not prepare_chat
         answer = await services.cpu_pool.run(
-            running.size, prepare, owner=self._caller.id, deadline=permit.deadline, inline=inline
+            running.size,
+            prepare,
+            owner=self._caller.id,
+            deadline=permit.deadline,
+            inline=self._inline,
         )
         running.generation = answer.generation
         if running.cancelled:
@@ -255,7 +261,7 @@ class _Session:
                 if chunk is not None:  # silence: the protocol's own pings tell of life
                     await self._send(chunk, name)
 
-    async def _send(self, payload: dict[str, Any], name: str | None) -> None:
+    async def _send(self, payload: Mapping[str, Any], name: str | None) -> None:
         if name is not None:
             payload = {**payload, "request_id": name}
         await websocket.send(bytes(Json(payload)).decode())

@@ -1,17 +1,21 @@
-"""The web pages: ``GET /``, ``GET /dashboard``, ``GET /docs``, and the files that they load.
+"""The web pages: ``GET /``, ``GET /dashboard``, and the files that they load.
 
-They are the same for everybody and hold nothing of this server, so they need no key; what they
-show, a browser asks of the API with the key that its user gave. There is no build step: what lies
-in ``server/web/static`` is what is served, and nothing comes from elsewhere.
+Pages are the same for everybody and hold no data, so they need no key: a browser asks the API for
+what they show, with the key that its user entered. There is no build step: the files in
+``server/web/static`` are served as they are, and nothing is loaded from elsewhere.
 """
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from quart import Blueprint, Response, request
+from quart import Response, request
 from werkzeug.exceptions import NotFound
+
+from server.api.endpoint import Endpoint, Parameter, ResponseSpec
+from server.services import Services
 
 _KINDS = {
     "css": "text/css; charset=utf-8",
@@ -45,46 +49,6 @@ class _File(NamedTuple):
     etag: str
 
 
-def page_files() -> list[str]:
-    """Names of the files that the pages load."""
-    return sorted(name for name in _files() if not name.endswith(".html"))
-
-
-def blueprint() -> Blueprint:
-    """These routes; they need neither keys nor models."""
-    routes = Blueprint("pages", __name__)
-
-    @routes.get("/")
-    async def chat() -> Response:
-        return await _serve("chat.html")
-
-    @routes.get("/dashboard")
-    async def dashboard() -> Response:
-        return await _serve("dashboard.html")
-
-    @routes.get("/docs")
-    async def docs() -> Response:
-        return await _serve("docs.html")
-
-    @routes.get("/pages/<file>")
-    async def page_file(file: str) -> Response:
-        if file not in page_files():
-            raise NotFound
-        return await _serve(file)
-
-    return routes
-
-
-async def _serve(name: str) -> Response:
-    """A file, or 304 for a browser that has it: one asks each time, so an upgrade shows at once."""
-    content, kind, etag = _files()[name]
-    headers = HEADERS | {"Cache-Control": "no-cache"}
-    response = Response(content, headers=headers, content_type=kind)
-    response.set_etag(etag)
-    await response.make_conditional(request)
-    return response
-
-
 @functools.cache
 def _files() -> dict[str, _File]:
     found = {}
@@ -95,3 +59,87 @@ def _files() -> dict[str, _File]:
             etag = hashlib.sha256(content).hexdigest()[:16]
             found[file.name] = _File(content, kind, etag)
     return found
+
+
+PAGE = {
+    200: ResponseSpec(
+        description="A page; everything that it loads comes from this server.",
+        content={"text/html": {"type": "string"}},
+        headers=("Content-Security-Policy",),
+    )
+}
+"""How the response of a page is described."""
+
+
+def file_parameter(names: Iterable[str]) -> dict[str, Parameter]:
+    """The parameter ``file`` of a path, which takes these names."""
+    schema = {"type": "string", "enum": sorted(names)}
+    return {"file": Parameter(schema=schema, description="The file's name.")}
+
+
+def file_response(*types: str) -> dict[int, ResponseSpec]:
+    """How the response of a path is described that serves files of these media types."""
+    content: dict[str, Any] = {each: {} for each in sorted(set(types))}
+    return {200: ResponseSpec(description="The file.", content=content)}
+
+
+def _page_files() -> dict[str, str]:
+    """The files that the pages load, and their media types."""
+    return {
+        name: file.kind.partition(";")[0]
+        for name, file in _files().items()
+        if not name.endswith(".html")
+    }
+
+
+@Endpoint(
+    method="GET",
+    path="/",
+    access="public",
+    tag="server",
+    summary="Chat in a browser",
+    responses=PAGE,
+)
+async def chat_page(services: Services) -> Response:
+    """Send the page."""
+    return await serve_file("chat.html")
+
+
+@Endpoint(
+    method="GET",
+    path="/dashboard",
+    access="public",
+    tag="server",
+    summary="Watch the server in a browser",
+    responses=PAGE,
+)
+async def dashboard_page(services: Services) -> Response:
+    """Send the page."""
+    return await serve_file("dashboard.html")
+
+
+@Endpoint(
+    method="GET",
+    path="/pages/<file>",
+    access="public",
+    tag="server",
+    summary="Get a file of the pages",
+    parameters=file_parameter(_page_files()),
+    errors=(404,),
+    responses=file_response(*_page_files().values()),
+)
+async def page_file(services: Services, file: str) -> Response:
+    """Send a file that a page loads."""
+    if file not in _page_files():
+        raise NotFound
+    return await serve_file(file)
+
+
+async def serve_file(name: str) -> Response:
+    """A file, or 304 for a browser that has it: one asks each time, so an upgrade shows at once."""
+    content, kind, etag = _files()[name]
+    headers = HEADERS | {"Cache-Control": "no-cache"}
+    response = Response(content, headers=headers, content_type=kind)
+    response.set_etag(etag)
+    await response.make_conditional(request)
+    return response

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from inferneo_jax import RequestError
-from server.api.openai.common import MAX_LOGPROBS
+from server.api.openai.generation import MAX_LOGPROBS
 from server.prompt.prompts import MAX_SCORES
 from tests.support.asking import CHATS, COMPLETIONS, HI, error_of
 from tests.support.fake_server import CHAT, Rig

@@ -8,16 +8,17 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 
 from server.api.admin.keys import AdminBody, LimitsBody
-from server.api.openai.common import StreamOptions
+from server.api.openai.generation import StreamOptions
 from server.api.openapi import document
-from server.api.openapi.operations import OPERATIONS
 from server.app import create_app
 from server.config.settings import Settings
+from server.endpoints import ENDPOINTS
 from server.models.sources import Loader
 from tests.support.fake_server import Rig
 
+DOCUMENT = document(ENDPOINTS)
 BODIES = sorted(
-    {model for operation in OPERATIONS for model in operation.body} | {StreamOptions, LimitsBody},
+    {model for endpoint in ENDPOINTS for model in endpoint.body} | {StreamOptions, LimitsBody},
     key=lambda model: model.__name__,
 )
 
@@ -40,7 +41,7 @@ def routes(*, websocket: bool) -> dict[str, set[str]]:
 
 
 def test_every_route_is_described_and_every_path_is_a_route() -> None:
-    described = {path: set(methods) for path, methods in document()["paths"].items()}
+    described = {path: set(methods) for path, methods in DOCUMENT["paths"].items()}
     assert described == routes(websocket=False)
 
 
@@ -48,17 +49,17 @@ def test_every_websocket_is_described_in_words() -> None:
     sockets = routes(websocket=True)
     assert len(sockets) == 2
     for path in sockets:
-        assert f"`{path}`" in document()["info"]["description"]
-        assert "WebSocket" in document()["paths"][path]["post"]["description"]
+        assert f"`{path}`" in DOCUMENT["info"]["description"]
+        assert "WebSocket" in DOCUMENT["paths"][path]["post"]["description"]
 
 
 def test_the_description_is_valid_openapi() -> None:
-    OpenAPIV31SpecValidator(document()).validate()
+    OpenAPIV31SpecValidator(DOCUMENT).validate()
 
 
 @pytest.mark.parametrize("model", BODIES, ids=lambda model: model.__name__)
 def test_every_parameter_is_described_with_its_bounds_and_default(model: type[BaseModel]) -> None:
-    schema = document()["components"]["schemas"][model.__name__]
+    schema = DOCUMENT["components"]["schemas"][model.__name__]
     assert schema["properties"].keys() == model.model_fields.keys()
     assert schema["additionalProperties"] is not issubclass(model, AdminBody)
     for name, field in model.model_fields.items():
@@ -85,30 +86,32 @@ def test_every_parameter_is_described_with_its_bounds_and_default(model: type[Ba
 
 
 def test_every_field_of_an_answer_is_described() -> None:
-    for name, schema in document()["components"]["schemas"].items():
+    for name, schema in DOCUMENT["components"]["schemas"].items():
         assert schema["description"], name
         for field, described in schema["properties"].items():
             assert "const" in described or len(described["description"]) > 6, f"{name}.{field}"
 
 
 def test_every_operation_has_an_envelope_for_its_errors() -> None:
-    for operation in OPERATIONS:
-        assert 500 in operation.answers
-        responses = document()["paths"][operation.path][operation.method]["responses"]
+    operations = [each for path in DOCUMENT["paths"].values() for each in path.values()]
+    assert len(operations) == len(ENDPOINTS)
+    for operation in operations:
+        responses = operation["responses"]
+        assert "500" in responses
         for status, response in responses.items():
             assert "X-Request-Id" in response["headers"]
             if int(status) >= 400:
                 (media,) = response["content"].values()
                 name = media["schema"]["$ref"].rsplit("/", 1)[1]
-                model = document()["components"]["schemas"][name]
+                model = DOCUMENT["components"]["schemas"][name]
                 assert "error" in model["required"]
 
 
 def test_the_examples_are_valid_requests() -> None:
-    posts = [operation for operation in OPERATIONS if operation.body]
+    posts = [endpoint for endpoint in ENDPOINTS if endpoint.body]
     assert posts
-    for operation in posts:
-        body = operation.body[0].model_validate(operation.example)
+    for endpoint in posts:
+        body = endpoint.body[0].model_validate(endpoint.example)
         assert body.unknown() == []  # type: ignore[attr-defined]
 
 
@@ -118,13 +121,13 @@ def test_options_names_the_methods_that_are_described(rig: Rig, path: str) -> No
     assert [response.status_code for response in responses] == [200, 405]
     for response in responses:
         allowed = set(response.headers["Allow"].lower().split(", "))
-        assert allowed - {"head", "options"} == document()["paths"][path].keys()
+        assert allowed - {"head", "options"} == DOCUMENT["paths"][path].keys()
 
 
 def test_the_description_is_served(rig: Rig) -> None:
     response = rig.client.get("/openapi.json")
     assert response.headers["content-type"] == "application/json"
-    assert response.json() == document()
+    assert response.json() == DOCUMENT
 
 
 def test_no_other_file_is_served(rig: Rig) -> None:

@@ -8,16 +8,17 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from server.api.openapi import document
+from server.endpoints import ENDPOINTS
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "compatibility.md"
-ENDPOINTS = {
+SECTIONS = {
     "Chat completions": ("/v1/chat/completions", chat_create_params.CompletionCreateParamsBase),
     "Completions": ("/v1/completions", completion_create_params.CompletionCreateParamsBase),
     "Embeddings": ("/v1/embeddings", embedding_create_params.EmbeddingCreateParams),
 }
 
-each_endpoint = pytest.mark.parametrize("heading", ENDPOINTS)
+each_endpoint = pytest.mark.parametrize("heading", SECTIONS)
 
 
 def section(heading: str) -> str:
@@ -32,7 +33,7 @@ def answers(heading: str) -> dict[str, str]:
 
 def known(path: str) -> dict[str, Any]:
     """The properties of an endpoint's body, by the API's description."""
-    described = document()
+    described = document(ENDPOINTS)
     body = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     name = body["schema"]["$ref"].rpartition("/")[2]
     properties: dict[str, Any] = described["components"]["schemas"][name]["properties"]
@@ -41,13 +42,13 @@ def known(path: str) -> dict[str, Any]:
 
 @each_endpoint
 def test_every_parameter_of_the_client_is_listed(heading: str) -> None:
-    _, params = ENDPOINTS[heading]
+    _, params = SECTIONS[heading]
     assert answers(heading).keys() - {"stream"} == params.__annotations__.keys()
 
 
 @each_endpoint
 def test_what_is_said_of_a_parameter_is_true(heading: str) -> None:
-    properties = known(ENDPOINTS[heading][0])
+    properties = known(SECTIONS[heading][0])
     for name, answer in answers(heading).items():
         words = properties.get(name, {}).get("description", "")
         expected = "ignored" if name not in properties else "supported"
@@ -63,6 +64,6 @@ def test_every_parameter_beyond_the_clients_is_listed(heading: str) -> None:
     if heading == "Completions":
         chat = section("Chat completions").partition("Beyond OpenAI's:")[2]
         listed |= set(re.findall(r"`(\w+)`", chat)[:-3])
-    ours = set(known(ENDPOINTS[heading][0]))
+    ours = set(known(SECTIONS[heading][0]))
     of_both = {"max_completion_tokens", "metadata", "store", "service_tier"}  # OpenAI's for chat
     assert ours - listed - of_both == set()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from server.api.openapi import document
+from server.endpoints import ENDPOINTS
 from server.keys.key import Key
 from tests.support.keyed_server import KeyRig, bearer
 from tests.support.schema_fuzz import Report, run
@@ -17,7 +18,7 @@ def of_admin(kept: list[Key], ended: list[Key]) -> dict[str, Any]:
     ``ended`` are those to end, so that others are left to be read and changed; the id of the key
     that asks is in neither.
     """
-    description = copy.deepcopy(document())
+    description = copy.deepcopy(document(ENDPOINTS))
     paths = {path: item for path, item in description["paths"].items() if path.startswith("/admin")}
     description["paths"] = paths
     for item in paths.values():

@@ -10,10 +10,12 @@ import pytest
 import websockets
 from websockets.sync.client import connect
 
+from server.api.endpoint import access_of
 from server.app import create_app
 from server.config.settings import Settings
-from server.keys.guard import OPEN_ENDPOINTS, SCOPE_OF
-from server.keys.key import digest, new_text
+from server.endpoints import ENDPOINTS
+from server.keys.guard import Access
+from server.keys.key import SCOPES, Scope, digest, new_text
 from server.observe import log
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import KeyRig, bearer, closing_code
@@ -22,10 +24,11 @@ from tests.support.paths import ROOT
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}
+ACCESS = access_of(ENDPOINTS)
 RULES = [
-    (rule.rule, method)
+    (rule.rule, ACCESS[rule.endpoint], method)
     for rule in create_app(Settings()).url_map.iter_rules()
-    if rule.endpoint not in OPEN_ENDPOINTS
+    if ACCESS[rule.endpoint] != "public"
     for method in (["WEBSOCKET"] if rule.websocket else sorted(rule.methods or ()))
 ]
 
@@ -75,19 +78,18 @@ def credentials(rig: KeyRig) -> dict[str, dict[str, str]]:
     }
 
 
-def test_every_route_is_listed_with_its_scope() -> None:
-    assert {rule for rule, _ in RULES} <= SCOPE_OF.keys()
-
-
-@pytest.mark.parametrize(("rule", "method"), RULES)
-def test_every_route_refuses_without_a_key_that_counts(rig: KeyRig, rule: str, method: str) -> None:
+@pytest.mark.parametrize(("rule", "access", "method"), RULES)
+def test_every_route_refuses_without_a_key_that_counts(
+    rig: KeyRig, rule: str, access: Access, method: str
+) -> None:
     path = rule.replace("<path:model_id>", CHAT).replace("<file>", "index.html")
     for name, headers in credentials(rig).items():
         assert status_of(rig, method, path, headers) in (401, 4401), name
-    if (scope := SCOPE_OF[rule]) is not None:
-        others = frozenset({"inference", "embeddings", "metrics", "admin"} - {scope})
-        assert status_of(rig, method, path, rig.headers(scopes=others)) == 403
-    good = status_of(rig, method, path, rig.headers(scopes=frozenset(filter(None, [scope]))))
+    if access != "any":
+        others = rig.headers(scopes=frozenset(SCOPES) - {access})
+        assert status_of(rig, method, path, others) == 403
+    scopes = frozenset[Scope]() if access == "any" else frozenset({access})
+    good = status_of(rig, method, path, rig.headers(scopes=scopes))
     assert good not in (401, 403, 4401, 4403)
 
 

@@ -128,7 +128,7 @@ def test_embeddings_that_cannot_be_written_cost_no_tokens(
     headers = rig.headers()
     body = {"model": EMBED, "input": "Hi"}
     with monkeypatch.context() as patched:
-        patched.setattr("server.api.openai.embeddings_route.embedding_answer", refuse)
+        patched.setattr("server.api.openai.embeddings.embedding_answer", refuse)
         assert post(rig, headers, "/v1/embeddings", body).status_code == 503
     assert total(rig, headers) == (0, 0)
     assert post(rig, headers, "/v1/embeddings", body).status_code == 200

@@ -9,17 +9,19 @@ import h2.connection
 import h2.events
 import pytest
 
+from server.api.endpoint import access_of
 from server.app import create_app
 from server.config.settings import Settings
-from server.keys.guard import OPEN_ENDPOINTS
+from server.endpoints import ENDPOINTS
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import KeyRig
 
+ACCESS = access_of(ENDPOINTS)
 PATHS = sorted(
     {
         re.sub(r"<path:model_id>", CHAT, re.sub(r"<(?!path)\w+>", "x", rule.rule))
         for rule in create_app(Settings()).url_map.iter_rules()
-        if rule.endpoint not in OPEN_ENDPOINTS
+        if ACCESS[rule.endpoint] != "public"
     }
 )
 UPGRADE = (

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -55,10 +55,10 @@ class Kept(SpanExporter):
     def spans(self) -> list[ReadableSpan]:
         return list(self._spans)
 
-    def tracing(self) -> Tracing:
+    def tracing(self, operations: Mapping[str, str], untraced: Collection[str]) -> Tracing:
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self))
-        return Tracing(provider)
+        return Tracing(provider, operations, untraced)
 
 
 class Collector:

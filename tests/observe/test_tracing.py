@@ -116,7 +116,7 @@ def test_a_request_is_one_span_with_its_facts(traced: Rig, kept: Kept, stream: b
 
 def test_parts_are_cut_where_the_figures_are() -> None:
     kept, metrics = Kept(), Metrics()
-    trace = kept.tracing().begin("POST", "/v1/completions", Headers(), "id")
+    trace = kept.tracing({}, ()).begin("POST", "/v1/completions", Headers(), "id")
     meter = metrics.meter("m", trace)
     for index in range(20):
         meter.submitted(index, 7)
@@ -248,13 +248,13 @@ def test_log_lines_name_the_trace(
 
 
 def test_nothing_is_traced_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_tracing() is None
+    assert open_tracing({}, ()) is None
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    assert open_tracing() is None
+    assert open_tracing({}, ()) is None
     monkeypatch.delenv("OTEL_TRACES_EXPORTER")
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    assert open_tracing() is None
+    assert open_tracing({}, ()) is None
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_what_cannot_be_done_is_one_warning(
         module = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
         monkeypatch.setitem(sys.modules, module, None)
     with structlog.testing.capture_logs() as lines:
-        assert open_tracing() is None
+        assert open_tracing({}, ()) is None
     (line,) = lines
     assert (line["event"], line["log_level"]) == ("traces_off", "warning")
     assert said in line["reason"]

@@ -17,6 +17,7 @@ from schemathesis.config._checks import NegativeDataRejectionConfig
 from schemathesis.engine import events
 
 from server.api.openapi import document
+from server.endpoints import ENDPOINTS
 from tests.support.fake_server import CHAT, EMBED, Rig, make_tokenizer, running
 
 SEED = 20_250_401
@@ -42,7 +43,7 @@ class Report:
 
 def known_models() -> dict[str, Any]:
     """The description with the models that there are: a made-up name ends every request early."""
-    description = copy.deepcopy(document())
+    description = copy.deepcopy(document(ENDPOINTS))
     for name, schema in description["components"]["schemas"].items():
         if schema.get("additionalProperties") is True and "model" in schema["properties"]:
             optional = "anyOf" in schema["properties"]["model"]

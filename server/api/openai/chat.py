@@ -1,14 +1,43 @@
-"""``/v1/chat/completions``: what a request may hold, and the shapes of its answers."""
+"""``/v1/chat/completions``: the body, the answers and their dialect, and the endpoint."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from quart import Response
+from typing_extensions import TypedDict
 
-from server.api.openai.common import MAX_LOGPROBS, Body, GenerationBody
+from server.api.body import Body, validate
+from server.api.endpoint import Endpoint
+from server.api.examples import CHAT_MODEL
+from server.api.openai.generation import (
+    MAX_LOGPROBS,
+    SOCKET,
+    Finish,
+    Generated,
+    GenerationBody,
+    Index,
+    Unfinished,
+    Usage,
+    generate,
+    prepare,
+    streamed,
+)
 from server.config.validation import FieldError, json_kind
+from server.http.errors import bad_request
+from server.http.schema import Null
+from server.keys.caller import Caller
+from server.prompt.prompts import fit
+from server.prompt.templates import conversation_ids
+from server.run.answer import Answer
 from server.run.dialect import Dialect
-from server.run.output import NamedToken, TextPart, TokenInfo
+from server.run.output import NamedToken, Prompt, TextPart, TokenInfo
+from server.run.websocket import serve_socket
+from server.services import Services
+
+if TYPE_CHECKING:
+    from inferneo_jax import Tokenizer
+    from server.models.registry import Registry
 
 MAX_MESSAGES = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -123,6 +152,26 @@ class Conversation(Body):
         "is.",
     )
 
+    def token_ids(
+        self,
+        tokenizer: "Tokenizer",
+        warnings: list[str],
+        *,
+        strict: bool,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """The conversation as token ids, as :func:`conversation_ids` makes them."""
+        return conversation_ids(
+            tokenizer,
+            self.messages,
+            self.chat_template_kwargs,
+            warnings,
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=self.continue_final_message,
+            strict=strict,
+            add_special_tokens=add_special_tokens,
+        )
+
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
@@ -161,6 +210,82 @@ class ChatBody(Conversation, GenerationBody):
         if self.token_limit == 0:
             raise FieldError("max_tokens", "is 0; it must be at least 1.")
         return self
+
+
+class Alternative(TypedDict):
+    """A token that was likely at its place."""
+
+    token: Annotated[str, Field(description="As text; a part of a character is `bytes:\\x..`.")]
+    logprob: Annotated[float, Field(description="Its log probability, before temperature.")]
+    bytes: Annotated[
+        list[Annotated[int, Field(ge=0, le=255)]], Field(description="Of its text in UTF-8.")
+    ]
+
+
+class ChatToken(Alternative):
+    """A token of an answer."""
+
+    top_logprobs: Annotated[list[Alternative], Field(description="So many as were asked for.")]
+
+
+class ChatLogprobs(TypedDict):
+    """Log probabilities, token by token."""
+
+    content: Annotated[list[ChatToken], Field(description="In their order.")]
+    refusal: Null
+
+
+class AnswerMessage(TypedDict):
+    """The assistant's message."""
+
+    role: Literal["assistant"]
+    content: Annotated[str, Field(description="The text.")]
+    refusal: Null
+
+
+class ChatChoice(TypedDict):
+    """A next message."""
+
+    index: Index
+    message: Annotated[AnswerMessage, Field(description="What the model says.")]
+    logprobs: Annotated[ChatLogprobs | None, Field(description="Null unless they were asked for.")]
+    finish_reason: Finish
+
+
+class ChatCompletion(Generated):
+    """Next messages of a conversation."""
+
+    object: Literal["chat.completion"]
+    choices: Annotated[list[ChatChoice], Field(description="So many as `n` asked for.")]
+    usage: Annotated[Usage, Field(description="What the request took.")]
+
+
+class MessageDelta(TypedDict):
+    """What is new in a message; the role comes once, first."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[
+        Annotated[str, Field(description="The text that follows what came before.")]
+    ]
+
+
+class ChatDelta(TypedDict):
+    """What is new in a choice."""
+
+    index: Index
+    delta: Annotated[MessageDelta, Field(description="Empty where the choice ends.")]
+    logprobs: Annotated[ChatLogprobs | None, Field(description="Null unless they were asked for.")]
+    finish_reason: Unfinished
+
+
+class ChatCompletionChunk(Generated):
+    """An event of a stream."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: Annotated[list[ChatDelta], Field(description="What is new; empty beside the usage.")]
+    usage: NotRequired[
+        Annotated[Usage | None, Field(description="With stream_options.include_usage.")]
+    ]
 
 
 class ChatDialect(Dialect):
@@ -202,3 +327,56 @@ class ChatDialect(Dialect):
 
 def _entry(token: NamedToken) -> dict[str, Any]:
     return {"token": token.name, "logprob": token.logprob, "bytes": list(token.bytes)}
+
+
+def prepare_chat(registry: "Registry", caller: Caller, fields: Any, *, strict: bool) -> Answer:
+    """The answer to a request of ``/v1/chat/completions``.
+
+    Raises:
+        ApiError, RequestError: it cannot be served as it stands.
+    """
+    body, warnings = validate(ChatBody, fields, strict=strict)
+    model = registry.language_model(body.model, caller)
+    ids = tuple(body.token_ids(model.tokenizer, warnings, strict=strict))
+    if not ids:
+        raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
+    max_tokens = fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
+    return prepare(
+        model,
+        caller,
+        body,
+        ChatDialect,
+        "chatcmpl",
+        warnings,
+        [Prompt(ids=ids, max_tokens=max_tokens)],
+        num_choices=body.n,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs_field="top_logprobs" if body.top_logprobs else "logprobs",
+    )
+
+
+async def _serve_socket(services: Services) -> None:
+    await serve_socket(services, prepare_chat, inline=False)
+
+
+@Endpoint(
+    method="POST",
+    path="/v1/chat/completions",
+    access="inference",
+    tag="generation",
+    summary="Continue a conversation",
+    description=SOCKET,
+    body=(ChatBody,),
+    example={
+        "model": CHAT_MODEL,
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 64,
+    },
+    responses=streamed(ChatCompletion, ChatCompletionChunk),
+    admitted=True,
+    socket=_serve_socket,
+    gen_ai_operation="chat",
+)
+async def create_chat_completion(services: Services) -> Response:
+    """Continue a conversation; its template is rendered off the event loop."""
+    return await generate(services, prepare_chat, inline=False)

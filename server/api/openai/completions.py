@@ -1,18 +1,42 @@
-"""``/v1/completions``: what a request may hold, and the shapes of its answers."""
+"""``/v1/completions``: the body, the answers and their dialect, and the endpoint."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from quart import Response
+from typing_extensions import TypedDict
 
-from server.api.openai.common import MAX_LOGPROBS, MAX_SEQUENCES, GenerationBody
+from server.api.body import validate
+from server.api.endpoint import Endpoint
+from server.api.examples import CHAT_MODEL
+from server.api.openai.generation import (
+    MAX_LOGPROBS,
+    MAX_SEQUENCES,
+    SOCKET,
+    Finish,
+    Generated,
+    GenerationBody,
+    Index,
+    Unfinished,
+    Usage,
+    generate,
+    prepare,
+    streamed,
+)
 from server.config.validation import FieldError, json_kind
+from server.http.errors import bad_request
+from server.http.schema import Count
+from server.keys.caller import Caller
+from server.prompt.prompts import PromptInput, completion_prompt, infill_tokens
+from server.run.answer import Answer
 from server.run.dialect import Dialect
 from server.run.output import TextPart, TokenInfo
+from server.run.websocket import serve_socket
+from server.services import Services
 
-DEFAULT_MAX_TOKENS = 16
-
-PromptInput = str | list[int]
+if TYPE_CHECKING:
+    from server.models.registry import Registry
 
 MAX_ITEMS = 500_000
 """Longest list of token ids; beyond any context, and looked at quickly."""
@@ -133,6 +157,60 @@ class CompletionBody(GenerationBody):
         return self.best_of or self.n
 
 
+class CompletionLogprobs(TypedDict):
+    """Log probabilities, token by token; those of a prompt's first token are null."""
+
+    tokens: Annotated[
+        list[str], Field(description="As text; a part of a character is `bytes:\\x..`.")
+    ]
+    token_logprobs: Annotated[list[float | None], Field(description="Of each of them.")]
+    top_logprobs: Annotated[
+        list[dict[str, float | None] | None],
+        Field(description="At each place the likeliest tokens, and the one that was chosen."),
+    ]
+    text_offset: Annotated[list[Count], Field(description="Where each begins, in characters.")]
+
+
+class _CompletionText(TypedDict):
+    index: Index
+    text: Annotated[str, Field(description="What was generated; with echo the prompt before it.")]
+    logprobs: Annotated[
+        CompletionLogprobs | None, Field(description="Null unless they were asked for.")
+    ]
+
+
+class CompletionChoice(_CompletionText):
+    """A continuation of a prompt."""
+
+    finish_reason: Finish
+
+
+class Completion(Generated):
+    """Continuations of prompts."""
+
+    object: Literal["text_completion"]
+    choices: Annotated[list[CompletionChoice], Field(description="In the order of their prompts.")]
+    usage: Annotated[Usage, Field(description="What the request took.")]
+
+
+class CompletionDelta(_CompletionText):
+    """What is new in a choice."""
+
+    finish_reason: Unfinished
+
+
+class CompletionChunk(Generated):
+    """An event of a stream."""
+
+    object: Literal["text_completion"]
+    choices: Annotated[
+        list[CompletionDelta], Field(description="What is new; empty beside the usage.")
+    ]
+    usage: NotRequired[
+        Annotated[Usage | None, Field(description="With stream_options.include_usage.")]
+    ]
+
+
 class CompletionDialect(Dialect):
     """Answers of ``/v1/completions``."""
 
@@ -168,3 +246,73 @@ def _top(token: TokenInfo) -> dict[str, float | None] | None:
     for other in (*token.top, token):
         top.setdefault(other.name, other.logprob)  # names may collide; the likeliest keeps it
     return top
+
+
+def prepare_completion(
+    registry: "Registry", caller: Caller, fields: Any, *, strict: bool
+) -> Answer:
+    """The answer to a request of ``/v1/completions``.
+
+    Raises:
+        ApiError, RequestError: it cannot be served as it stands.
+    """
+    body, warnings = validate(CompletionBody, fields, strict=strict)
+    model = registry.language_model(body.model, caller)
+    infill = infill_tokens(model.tokenizer) if body.suffix else None
+    suffix = "" if infill else body.suffix
+    if infill and body.echo and body.logprobs is not None:
+        raise bad_request(
+            "suffix cannot be filled in with both echo and logprobs: what the model reads is not "
+            "the text that is echoed. Leave out one of the three.",
+            "suffix",
+        )
+    if suffix:
+        warnings.append("suffix was appended to the text: this model cannot fill in a middle.")
+
+    return prepare(
+        model,
+        caller,
+        body,
+        CompletionDialect,
+        "cmpl",
+        warnings,
+        [
+            completion_prompt(
+                model,
+                prompt,
+                f"prompt[{i}]" if len(body.prompt) > 1 else "prompt",
+                suffix=body.suffix,
+                infill=infill,
+                echo=body.echo,
+                max_tokens=body.token_limit,
+            )
+            for i, prompt in enumerate(body.prompt)
+        ],
+        num_choices=body.num_sampled,
+        logprobs=body.logprobs,
+        echo=body.echo,
+        suffix=suffix,
+    )
+
+
+async def _serve_socket(services: Services) -> None:
+    await serve_socket(services, prepare_completion, inline=True)
+
+
+@Endpoint(
+    method="POST",
+    path="/v1/completions",
+    access="inference",
+    tag="generation",
+    summary="Continue a text",
+    description=SOCKET,
+    body=(CompletionBody,),
+    example={"model": CHAT_MODEL, "prompt": "Once upon a time", "max_tokens": 32},
+    responses=streamed(Completion, CompletionChunk),
+    admitted=True,
+    socket=_serve_socket,
+    gen_ai_operation="text_completion",
+)
+async def create_completion(services: Services) -> Response:
+    """Continue a text."""
+    return await generate(services, prepare_completion, inline=True)

@@ -1,17 +1,41 @@
-"""``/v1/embeddings``: what a request may hold, and the shape of its answer."""
+"""``/v1/embeddings``: the body, the answer, and the endpoint."""
 
+import asyncio
 import base64
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from quart import Response
+from typing_extensions import TypedDict
 
-from server.api.openai.common import MAX_NAME, Body
-from server.api.openai.completions import MAX_TOKEN_ID, PromptInput, prompts_of, prompts_schema
+from server.api.body import MAX_NAME, Body, validate
+from server.api.endpoint import Endpoint
+from server.api.examples import EMBEDDING_MODEL
+from server.api.openai.completions import MAX_TOKEN_ID, prompts_of, prompts_schema
 from server.config.validation import FieldError
-from server.http.pieces import JsonList
+from server.http.codec import long_response, wants_strict
+from server.http.connection import current_request
+from server.http.errors import bad_request
+from server.http.pieces import Json, JsonList
+from server.http.schema import Count, Warned
+from server.keys.caller import Caller
+from server.keys.store.store import Usage
+from server.prompt.body import read_body
+from server.prompt.prompts import CONTEXT_IS, PromptInput
+from server.services import Services
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from inferneo_jax import EmbeddingModel
+    from server.models.registry import Registry
+
+    Vectors = np.ndarray[Any, np.dtype[np.float32]]
+    Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
+else:
+    Vector = list[float]  # as it is written
 
 MAX_INPUTS = 2048
 
@@ -68,24 +92,166 @@ class EmbeddingBody(Body):
         return self
 
 
+class Embedding(TypedDict):
+    """The vector of an input."""
+
+    object: Literal["embedding"]
+    embedding: Annotated[
+        Vector | str, Field(description="Numbers, or the base64 of little-endian 32-bit floats.")
+    ]
+    index: Annotated[Count, Field(description="Which input it is of, from 0.")]
+
+
+class EmbeddingUsage(TypedDict):
+    """Tokens of a request."""
+
+    prompt_tokens: Annotated[Count, Field(description="Tokens that were embedded.")]
+    total_tokens: Annotated[Count, Field(description="The same number.")]
+
+
+class EmbeddingList(Warned):
+    """Vectors, in the order of the inputs."""
+
+    object: Literal["list"]
+    data: Annotated[JsonList[Embedding], Field(description="One for each input.")]
+    model: Annotated[str, Field(description="The name that was asked for.")]
+    usage: Annotated[EmbeddingUsage, Field(description="What the request took.")]
+
+
+@Endpoint(
+    method="POST",
+    path="/v1/embeddings",
+    access="embeddings",
+    tag="embeddings",
+    summary="Embed texts",
+    body=(EmbeddingBody,),
+    example={"model": EMBEDDING_MODEL, "input": ["Hello!"]},
+    answer=EmbeddingList,
+    admitted=True,
+    gen_ai_operation="embeddings",
+)
+async def create_embeddings(services: Services) -> Response:
+    """Embed texts."""
+    caller: Caller = current_request().caller
+    work = partial(_read, services.registry, caller, strict=wants_strict())
+    body, model, ids, warnings = await read_body(services.cpu_pool, work)
+    current = current_request()
+    permit, charge = current.permit, current.charge
+    assert permit is not None
+    assert charge is not None
+    num_tokens = sum(map(len, ids))
+    current.log_entry.add(model=body.model, user=body.user, prompt_tokens=num_tokens)
+    await charge.reserve(model.name, num_tokens, 0)
+    permit.served = True
+    try:
+        # Should the client leave, this is cancelled, and the future with it.
+        async with asyncio.timeout_at(permit.deadline.at):
+            vectors = await asyncio.wrap_future(model.embedder.embed(ids, caller.id or ""))
+    except TimeoutError:
+        charge.settle(Usage(prompt=num_tokens))
+        raise permit.deadline.missed() from None
+    except asyncio.CancelledError:
+        charge.settle(Usage(prompt=num_tokens))
+        raise
+    services.metrics.embedded(model.name, num_tokens)
+
+    def write() -> Json:
+        shortened = _shorten(vectors, body.dimensions)
+        return Json(
+            embedding_answer(body.model, shortened, body.encoding_format, num_tokens, warnings)
+        )
+
+    written = await services.cpu_pool.run(
+        vectors.nbytes, write, owner=caller.id, deadline=permit.deadline
+    )
+    charge.settle(Usage(prompt=num_tokens))
+    return long_response(written)
+
+
+def _read(
+    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
+) -> tuple[EmbeddingBody, "EmbeddingModel", list[list[int]], list[str]]:
+    """The request, its model, the token ids of its inputs, and warnings."""
+    body, warnings = validate(EmbeddingBody, fields, strict=strict)
+    model = registry.embedding_model(body.model, caller)
+    hidden_size = model.embedder.hidden_size
+    if body.dimensions is not None and body.dimensions > hidden_size:
+        raise bad_request(
+            f"dimensions is {body.dimensions}; it must be from 1 to {hidden_size}.", "dimensions"
+        )
+    keep = _longest(model, body.truncate_prompt_tokens)
+    return body, model, _tokenize(model, body.input, keep), warnings
+
+
+def _longest(model: "EmbeddingModel", truncate: int | None) -> int | None:
+    """The tokens to which every input is cut; None: it is not cut.
+
+    Raises:
+        ApiError: the model does not read so many.
+    """
+    if truncate is not None and truncate > model.max_tokens:
+        raise bad_request(
+            f"truncate_prompt_tokens is {truncate}; it must be from 1 to {model.max_tokens}, which "
+            "this model reads at most, or -1 for just that.",
+            "truncate_prompt_tokens",
+        )
+    return model.max_tokens if truncate == -1 else truncate
+
+
+def _tokenize(
+    model: "EmbeddingModel", inputs: Sequence[PromptInput], keep: int | None
+) -> list[list[int]]:
+    """Token ids of each input, none longer than the model reads.
+
+    A text gets what the tokenizer adds to it; token ids are taken as they are.
+    """
+    texts = iter(
+        model.tokenizer.encode_batch(
+            [text for text in inputs if isinstance(text, str)], max_tokens=keep
+        )
+    )
+    ids = [next(texts) if isinstance(item, str) else item[:keep] for item in inputs]
+    for i, each in enumerate(ids):
+        if len(each) > model.max_tokens:
+            name = f"input[{i}]" if len(ids) > 1 else "input"
+            raise bad_request(
+                f"{name} has {len(each)} tokens. {CONTEXT_IS} {model.max_tokens} tokens. "
+                "Shorten it, cut it into several, or set truncate_prompt_tokens to -1.",
+                name,
+                "context_length_exceeded",
+            )
+    return ids
+
+
+def _shorten(vectors: "Vectors", dimensions: int | None) -> "Vectors":
+    """The first ``dimensions`` of every vector, of length one again."""
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    cut = vectors[:, :dimensions]
+    norms = (cut * cut).sum(axis=1, keepdims=True) ** 0.5
+    return cut / norms.clip(1e-12)
+
+
 def embedding_answer(
     model: str,
-    vectors: "np.ndarray[Any, np.dtype[np.float32]]",
+    vectors: "Vectors",
     encoding: Literal["float", "base64"],
     num_tokens: int,
     warnings: list[str],
-) -> dict[str, Any]:
+) -> EmbeddingList:
     """The answer: ``vectors`` is ``[inputs, dimensions]``; base64 is of little-endian float32."""
-    data = JsonList()
+    data = JsonList[Embedding]()
     for index, vector in enumerate(vectors):
         embedding = vector
         if encoding == "base64":
             embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         data.extend([{"object": "embedding", "embedding": embedding, "index": index}])
-    answer: dict[str, Any] = {
+    answer: EmbeddingList = {
         "object": "list",
         "data": data,
         "model": model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
-    return answer | {"warnings": warnings} if warnings else answer
+    if warnings:
+        answer["warnings"] = warnings
+    return answer

@@ -1,35 +1,82 @@
 """``GET /v1/models`` and ``GET /v1/models/{id}``."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from quart import Blueprint, Response
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from server.http.codec import json_response
+from server.api.endpoint import Endpoint, Parameter
 from server.http.connection import current_request
+from server.http.schema import Null
 from server.services import Services
 
 if TYPE_CHECKING:
     from server.models.sources import Model
 
 
-def add_routes(blueprint: Blueprint, services: Services) -> None:
-    """The list of models, and each by its id or alias."""
+class ModelCard(TypedDict):
+    """A model."""
 
-    @blueprint.get("/models")
-    async def list_models() -> Response:
-        caller = current_request().caller
-        mine = [
-            m for m in services.registry.models() if services.guard.allows_model(caller, m.name)
-        ]
-        models = [_card(model, model.name) for model in mine]
-        return json_response({"object": "list", "data": models})
-
-    @blueprint.get("/models/<path:model_id>")
-    async def get_model(model_id: str) -> Response:
-        model = services.registry.get(model_id, current_request().caller)
-        card = _card(model, model_id)
-        return json_response(card | {"permission": [], "root": model.name, "parent": None})
+    id: Annotated[str, Field(description="The name to ask for it by.")]
+    object: Literal["model"]
+    created: Annotated[
+        int, Field(description="When its checkpoint was made, in seconds since 1970.")
+    ]
+    owned_by: Literal["inferneo"]
 
 
-def _card(model: "Model", name: str) -> dict[str, Any]:
+class ModelList(TypedDict):
+    """The models served."""
+
+    object: Literal["list"]
+    data: Annotated[list[ModelCard], Field(description="Those that the caller's key may use.")]
+
+
+class ModelDetails(ModelCard):
+    """A model; ``id`` is the name that was asked for, ``root`` the model's own."""
+
+    permission: Annotated[list[Any], Field(max_length=0, description="Always empty.")]
+    root: Annotated[str, Field(description="Its own id, where `id` is an alias.")]
+    parent: Null
+
+
+@Endpoint(
+    method="GET",
+    path="/v1/models",
+    access="any",
+    tag="models",
+    summary="List the models served",
+    answer=ModelList,
+    needs_models=True,
+)
+async def list_models(services: Services) -> ModelList:
+    """List the models that the caller may use."""
+    caller, guard = current_request().caller, services.guard
+    mine = [m for m in services.registry.models() if guard.allows_model(caller, m.name)]
+    return {"object": "list", "data": [_card(model, model.name) for model in mine]}
+
+
+@Endpoint(
+    method="GET",
+    path="/v1/models/<path:model_id>",
+    access="any",
+    tag="models",
+    summary="Get a model by its id or alias",
+    parameters={
+        "model_id": Parameter(
+            schema={"type": "string", "minLength": 1},
+            description="Ids may hold slashes, written as they are or as %2F.",
+        )
+    },
+    answer=ModelDetails,
+    errors=(404,),
+    needs_models=True,
+)
+async def get_model(services: Services, model_id: str) -> ModelDetails:
+    """Describe a model under the name that was asked for."""
+    model = services.registry.get(model_id, current_request().caller)
+    return {**_card(model, model_id), "permission": [], "root": model.name, "parent": None}
+
+
+def _card(model: "Model", name: str) -> ModelCard:
     return {"id": name, "object": "model", "created": model.created, "owned_by": "inferneo"}

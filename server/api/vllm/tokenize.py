@@ -1,14 +1,33 @@
-"""``/tokenize`` and ``/detokenize``: vLLM's names for what a tokenizer does."""
+"""``POST /tokenize`` and ``POST /detokenize``, at vLLM's paths and in its words."""
 
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field, PlainValidator, WithJsonSchema
+from quart import Response
 
+from server.api.body import Body, validate
+from server.api.endpoint import Endpoint
+from server.api.examples import CHAT_MODEL
 from server.api.openai.chat import Conversation
-from server.api.openai.common import Body
 from server.api.openai.completions import TOKEN_ID, checked_ids
 from server.config.validation import FieldError, json_kind
+from server.http.codec import long_response, wants_strict
+from server.http.connection import current_request
+from server.http.errors import bad_request
+from server.http.pieces import Json, JsonList
+from server.http.schema import Count, Warned
+from server.keys.caller import Caller
+from server.keys.store.store import Usage
+from server.prompt.body import read_body
+from server.services import Services
 
+if TYPE_CHECKING:
+    from inferneo_jax import Tokenizer
+    from server.models.registry import Registry
+    from server.models.sources import Model
+
+_SLICE = 10_000
 _MODEL = "The id or an alias of a model; by default the first that is served."
 _STRINGS = "Give the tokens as the vocabulary spells them, too."
 
@@ -52,3 +71,136 @@ class DetokenizeBody(Body):
         PlainValidator(_tokens),
         WithJsonSchema({"type": "array", "items": TOKEN_ID}),
     ] = Field(description="Token ids, all of the model's vocabulary.")
+
+
+class TokenList(Warned):
+    """The tokens of a text or a conversation."""
+
+    count: Annotated[Count, Field(description="How many there are.")]
+    max_model_len: Annotated[
+        Count, Field(description="Most tokens that the model reads, or context.")
+    ]
+    tokens: Annotated[JsonList[Count], Field(description="Their ids.")]
+    token_strs: Annotated[
+        JsonList[str] | None, Field(description="Null unless they were asked for.")
+    ]
+
+
+class Detokenized(Warned):
+    """A text."""
+
+    prompt: Annotated[str, Field(description="Special tokens written out.")]
+
+
+class _Written(NamedTuple):
+    """An answer, and the model that it is about."""
+
+    model: str
+    text: Json
+
+
+@Endpoint(
+    method="POST",
+    path="/tokenize",
+    access="inference",
+    tag="tokens",
+    summary="Get the token ids of a text or a conversation",
+    description="Send `prompt` or `messages`, as to vLLM.",
+    body=(TokenizeTextBody, TokenizeChatBody),
+    example={"model": CHAT_MODEL, "prompt": "Hello!", "return_token_strs": True},
+    answer=TokenList,
+    admitted=True,
+)
+async def tokenize(services: Services) -> Response:
+    """Encode a text, or a conversation by its model's chat template."""
+    caller = current_request().caller
+    work = partial(_tokenize, services.registry, caller, strict=wants_strict())
+    return _respond(await read_body(services.cpu_pool, work, inline=False))
+
+
+@Endpoint(
+    method="POST",
+    path="/detokenize",
+    access="inference",
+    tag="tokens",
+    summary="Get the text of token ids",
+    description="Special tokens are written out; bytes that are no UTF-8 become U+FFFD.",
+    body=(DetokenizeBody,),
+    example={"model": CHAT_MODEL, "tokens": [19556, 17]},
+    answer=Detokenized,
+    admitted=True,
+)
+async def detokenize(services: Services) -> Response:
+    """Decode token ids."""
+    caller = current_request().caller
+    work = partial(_detokenize, services.registry, caller, strict=wants_strict())
+    return _respond(await read_body(services.cpu_pool, work))
+
+
+def _respond(written: _Written) -> Response:
+    current = current_request()
+    current.log_entry.add(model=written.model)
+    assert current.charge is not None
+    current.charge.settle(Usage())  # before the client knows, who may send its next request
+    return long_response(written.text)
+
+
+def _tokenize(
+    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
+) -> _Written:
+    if fields.get("messages") is None:
+        text, warnings = validate(TokenizeTextBody, fields, strict=strict)
+        model, spelled = _model(registry, caller, text.model), text.return_token_strs
+        tokens = model.tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
+    else:
+        if fields.get("prompt") is not None:
+            message = "prompt and messages exclude each other; send one of them."
+            raise bad_request(message, "prompt")
+        chat, warnings = validate(TokenizeChatBody, fields, strict=strict)
+        model, spelled = _model(registry, caller, chat.model), chat.return_token_strs
+        tokens = chat.token_ids(
+            model.tokenizer, warnings, strict=strict, add_special_tokens=chat.add_special_tokens
+        )
+    ids, pieces = JsonList[int](), JsonList[str]()
+    spell = model.tokenizer.token_piece
+    for start in range(0, len(tokens), _SLICE):
+        part = tokens[start : start + _SLICE]
+        ids.extend(part)
+        if spelled:
+            pieces.extend([spell(token) for token in part])
+    answer: TokenList = {
+        "count": len(tokens),
+        "max_model_len": model.max_tokens if model.kind == "encoder" else model.max_len,
+        "tokens": ids,
+        "token_strs": pieces if spelled else None,
+    }
+    if warnings:
+        answer["warnings"] = warnings
+    return _Written(fields.get("model") or model.name, Json(answer))
+
+
+def _detokenize(
+    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
+) -> _Written:
+    body, warnings = validate(DetokenizeBody, fields, strict=strict)
+    model = _model(registry, caller, body.model)
+    _check(body.tokens, model.tokenizer)
+    text = model.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    answer: Detokenized = {"prompt": text}
+    if warnings:
+        answer["warnings"] = warnings
+    return _Written(body.model or model.name, Json(answer))
+
+
+def _model(registry: "Registry", caller: Caller, name: str | None) -> "Model":
+    """The model of this name, or the first one."""
+    return registry.get(registry.models()[0].name if name is None else name, caller)
+
+
+def _check(tokens: list[int], tokenizer: "Tokenizer") -> None:
+    if tokens and (highest := max(tokens)) >= tokenizer.vocab_size:
+        raise bad_request(
+            f"tokens holds {highest}; this model's token ids go from 0 to "
+            f"{tokenizer.vocab_size - 1}.",
+            "tokens",
+        )

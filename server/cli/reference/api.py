@@ -7,6 +7,7 @@ from typing import Any
 from server.api.openapi import document
 from server.cli.reference.markdown import anchor, code, fence, join, table
 from server.cli.reference.types import Schema, words
+from server.endpoints import ENDPOINTS
 
 _ADDRESS = "http://127.0.0.1:8000"
 _EVENTS = "text/event-stream"
@@ -22,7 +23,7 @@ default, the words say what holds when the field is left out."""
 
 def api_page() -> str:
     """The page."""
-    found = document()
+    found = document(ENDPOINTS)
     operations = [
         (method.upper(), path, operation)
         for path, methods in found["paths"].items()
@@ -34,7 +35,7 @@ def api_page() -> str:
         parts += [f"## {tag['name'].title()}", tag["description"]]
         for method, path, operation in operations:
             if tag["name"] in operation["tags"]:
-                parts += _operation(method, path, operation, usual)
+                parts += _operation(method, path, operation, usual, found["components"])
     parts += ["## Headers", *_headers(found), "## Errors", *_errors(usual), "## Objects"]
     return join([*parts, *_objects(found)])
 
@@ -59,7 +60,7 @@ def _usual(found: Schema) -> dict[str, Schema]:
 
 
 def _operation(
-    method: str, path: str, operation: Schema, usual: dict[str, Schema]
+    method: str, path: str, operation: Schema, usual: dict[str, Schema], components: Schema
 ) -> Iterator[str]:
     yield f"### `{method} {path}`"
     yield f"{operation['summary']}. {operation.get('description', '')}".rstrip()
@@ -75,7 +76,7 @@ def _operation(
     if body:
         for schema in body["schema"].get("anyOf", [body["schema"]]):
             name = schema["$ref"].rsplit("/", 1)[1]
-            yield _parameters(document()["components"]["schemas"][name])
+            yield _parameters(components["schemas"][name])
     yield fence("bash", _curl(method, path, own, body))
     answers, usually = [], []
     for status, response in operation["responses"].items():
@@ -85,7 +86,7 @@ def _operation(
             answers.append((status, _contents_of(response), _meaning(response)))
     yield table(("status", "body", "meaning"), answers)
     names = [each["$ref"].rsplit("/", 1)[1] for each in operation["parameters"] if "$ref" in each]
-    spelled = [document()["components"]["parameters"][name]["name"] for name in names]
+    spelled = [components["parameters"][name]["name"] for name in names]
     yield (
         f"[Errors](#errors): {', '.join(usually)}. "
         f"[Headers](#headers): {', '.join(f'`{name}`' for name in spelled)}."

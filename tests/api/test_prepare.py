@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from inferneo_jax import Tokenizer
+from server.api.openai.chat import prepare_chat
+from server.api.openai.completions import prepare_completion
 from server.http.errors import ApiError
 from server.keys.caller import Caller
-from server.run.prepare import prepare_chat, prepare_completion
 from tests.support.fake_server import make_tokenizer
 
 

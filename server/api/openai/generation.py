@@ -1,20 +1,36 @@
-"""What the requests of several endpoints have in common."""
+"""What the endpoints that generate text share: parameters, parts of answers, and the operation."""
 
-from typing import Annotated, Any, Self
+import secrets
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    PlainValidator,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from quart import Response
+from typing_extensions import TypedDict
 
+from inferneo_jax import SamplingParams
+from server.api.body import MAX_NAME, Body
+from server.api.endpoint import ResponseSpec
 from server.config.validation import FieldError, json_kind
+from server.http import sse
+from server.http.codec import long_response, wants_strict
+from server.http.connection import current_request
+from server.http.pieces import Json
+from server.http.schema import Count, Warned
+from server.keys.caller import Caller
+from server.prompt.body import read_body
+from server.prompt.prompts import check_scores
+from server.run.admission import admit
+from server.run.answer import Answer, Prepare
+from server.run.dialect import Dialect
+from server.run.generation import Generation, Plan
+from server.run.output import Prompt, TextOptions
+from server.services import Services
+
+if TYPE_CHECKING:
+    from inferneo_jax import LanguageModel
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -25,59 +41,6 @@ MAX_STOP_TOKENS = 1024
 """Far more than an engine takes, which knows its own bound."""
 MAX_BIASES = 10_000
 MAX_LOGPROBS = 20
-MAX_NAME = 512
-"""Most characters of ``user`` and ``cache_salt``."""
-
-
-_ANNOTATIONS: tuple[str, ...] = ("description", "default", "examples")
-
-
-class Body(BaseModel):
-    """A request body.
-
-    Values have the JSON type they should have: no string passes for a number. ``null`` counts as
-    absent. Names that are not known are kept, for a warning.
-    """
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            known = cls.model_fields
-            return {k: value for k, value in values.items() if value is not None or k not in known}
-        return values
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """The schema, with what ``_drop_nulls`` means for it."""
-        reference = handler(core_schema)
-        schema = handler.resolve_ref_schema(reference)
-        required = schema.get("required", ())
-        for name, field in schema["properties"].items():
-            factory = cls.model_fields[name].default_factory
-            if factory is not None:
-                field["default"] = factory()  # type: ignore[call-arg]  # none takes other fields
-            if name not in required:
-                schema["properties"][name] = _or_null(field)
-        return reference
-
-    def unknown(self) -> list[str]:
-        """Names in the body that this endpoint does not know, nested ones with their path."""
-        return sorted(self.model_extra or ())
-
-
-def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """A schema that null passes too; what annotates it stays outside."""
-    if {"type": "null"} in schema.get("anyOf", ()):
-        return schema
-    outside = {key: schema[key] for key in _ANNOTATIONS if key in schema}
-    inside = {key: value for key, value in schema.items() if key not in outside}
-    options = inside["anyOf"] if inside.keys() == {"anyOf"} else [inside]
-    return {"anyOf": [*options, {"type": "null"}], **outside}
 
 
 class StreamOptions(Body):
@@ -309,3 +272,182 @@ class GenerationBody(Body):
                 "this server has one tier, default."
             )
         return notes
+
+
+class CachedTokens(TypedDict):
+    """Where a prompt's tokens came from."""
+
+    cached_tokens: Annotated[Count, Field(description="Found in the prefix cache.")]
+
+
+class Usage(TypedDict):
+    """Tokens of a request, those of choices that ``best_of`` left out included."""
+
+    prompt_tokens: Annotated[Count, Field(description="Tokens of the prompts, cached or not.")]
+    completion_tokens: Annotated[Count, Field(description="Tokens that were sampled.")]
+    total_tokens: Annotated[Count, Field(description="Both together.")]
+    prompt_tokens_details: Annotated[
+        CachedTokens, Field(description="Where those of the prompts came from.")
+    ]
+
+
+class Generated(Warned):
+    """What answers of generation have in common; in a stream it is the same in every chunk."""
+
+    id: Annotated[str, Field(description="The answer's own id.")]
+    created: Annotated[int, Field(description="Seconds since 1970.")]
+    model: Annotated[str, Field(description="The name that was asked for.")]
+
+
+Index = Annotated[
+    int, Field(ge=0, description="Its place: choices are numbered prompt by prompt, from 0.")
+]
+FinishReason = Literal["stop", "length", "abort"]
+Finish = Annotated[
+    FinishReason,
+    Field(
+        description="`stop`: the end token or a stop; `length`: max_tokens; `abort`: it was "
+        "cancelled over its WebSocket."
+    ),
+]
+Unfinished = Annotated[
+    FinishReason | None, Field(description="Null until the choice ends; then why it did.")
+]
+SOCKET = (
+    "The path takes WebSocket connections too: send such a body as a text frame, and the answer "
+    "comes in frames. See the description at the top."
+)
+"""What the description of an endpoint says of its WebSocket."""
+
+
+def streamed(whole: type, chunk: type) -> dict[int, ResponseSpec]:
+    """How the response is described that holds a whole answer, or its chunks as events."""
+    return {
+        200: ResponseSpec(
+            description="The whole answer, or with `stream` its chunks as events: "
+            f"`data: {{...}}`, each a {chunk.__name__}, and at the end `data: [DONE]`. What fails "
+            'after the first of them is an event `{"error": {...}}`.',
+            content={"application/json": whole},
+            events=chunk,
+        )
+    }
+
+
+def prepare(
+    model: "LanguageModel",
+    caller: Caller,
+    body: GenerationBody,
+    dialect: type[Dialect],
+    prefix: str,
+    warnings: list[str],
+    prompts: Sequence[Prompt],
+    *,
+    num_choices: int,
+    logprobs: int | None,
+    logprobs_field: str = "logprobs",
+    echo: bool = False,
+    suffix: str = "",
+) -> Answer:
+    """The answer to a request of either endpoint, which only needs to be run.
+
+    Args:
+        model: whom it is for.
+        caller: who sent it.
+        body: the request.
+        dialect: of the answer.
+        prefix: what the answer's id begins with.
+        warnings: about the request, for the client.
+        prompts: of the request.
+        num_choices: sequences for each prompt.
+        logprobs: alternatives wanted beside each token's log probability; None: nothing.
+        logprobs_field: what the request calls those.
+        echo: whether the answer repeats the prompts.
+        suffix: text to append to the answer.
+
+    Raises:
+        ApiError: the log probabilities would take too much memory.
+    """
+    if logprobs is not None:
+        check_scores(
+            prompts, num_choices, logprobs, name=logprobs_field, echo=echo, stream=body.stream
+        )
+    answer_id = f"{prefix}-{secrets.token_hex(12)}"
+    stop_token_ids = frozenset(body.stop_token_ids)
+    if not body.ignore_eos:
+        stop_token_ids |= model.tokenizer.eos_token_ids
+    plan = Plan(
+        id=answer_id,
+        prompts=tuple(prompts),
+        num_choices=num_choices,
+        sampling=_sampling(body),
+        stop_token_ids=stop_token_ids,
+        text=TextOptions(
+            stops=tuple(body.stop),
+            include_stop=body.include_stop_str_in_output,
+            min_tokens=body.min_tokens,
+            stop_token_ids=stop_token_ids,
+            skip_special_tokens=body.skip_special_tokens,
+            logprobs=logprobs is not None,
+            echo=echo,
+            suffix=suffix,
+        ),
+        logprobs=logprobs,
+        ranked=num_choices > body.n,
+        priority=body.priority,
+        cache_salt=caller.cache_salt(body.cache_salt),
+        owner=caller.id or "",
+    )
+    return Answer(
+        caller=caller,
+        generation=Generation(model.engine, model.tokenizer, plan),
+        dialect=dialect(
+            id=answer_id,
+            created=int(time.time()),
+            model=body.model,
+            with_logprobs=logprobs is not None,
+            include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
+            warnings=(*warnings, *body.notes()),
+        ),
+        stream=body.stream,
+        num_returned=body.n,
+        user=body.user,
+    )
+
+
+def _sampling(body: GenerationBody) -> SamplingParams:
+    return SamplingParams(
+        temperature=body.temperature,
+        top_k=max(0, body.top_k),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
+        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+    )
+
+
+async def generate(services: Services, prepare: Prepare, *, inline: bool) -> Response:
+    """Answer a request whose body ``prepare`` reads, on the event loop if ``inline``."""
+    caller = current_request().caller
+    work = partial(prepare, services.registry, caller, strict=wants_strict())
+    answer = await read_body(services.cpu_pool, work, inline=inline)
+    return await _respond(services, answer)
+
+
+async def _respond(services: Services, answer: Answer) -> Response:
+    current, generation = current_request(), answer.generation
+    current.cleanup.callback(lambda: current.log_entry.add_usage(generation.usage))
+    assert current.permit is not None
+    assert current.charge is not None
+    await admit(services, current.permit, current.charge, answer, current.log_entry)
+    current.cleanup.callback(generation.end)  # should it never begin
+    if not answer.stream:
+        return long_response(Json(await answer.whole()))
+    chunks = answer.chunks()
+    current.cleanup.push_async_callback(chunks.aclose)
+    # The engine is asked here, so that what fails at once has an HTTP status.
+    first = await anext(chunks)
+    return Response(sse.stream(first, chunks, current.log_entry), headers=sse.HEADERS)

@@ -1,0 +1,100 @@
+"""Request bodies: what all of them have in common, and how they are validated."""
+
+from typing import Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from server.http.errors import as_api_error, bad_request
+
+MAX_NAME = 512
+"""Most characters of ``user`` and ``cache_salt``."""
+
+_LONGEST_NAME = 100
+_MOST_NAMED = 20
+"""Most unknown parameters that the warnings name."""
+
+_ANNOTATIONS: tuple[str, ...] = ("description", "default", "examples")
+
+
+class Body(BaseModel):
+    """A request body.
+
+    Values have the JSON type they should have: no string passes for a number. ``null`` counts as
+    absent. Names that are not known are kept, for a warning.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            known = cls.model_fields
+            return {k: value for k, value in values.items() if value is not None or k not in known}
+        return values
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The schema, with what ``_drop_nulls`` means for it."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        required = schema.get("required", ())
+        for name, field in schema["properties"].items():
+            factory = cls.model_fields[name].default_factory
+            if factory is not None:
+                field["default"] = factory()  # type: ignore[call-arg]  # none takes other fields
+            if name not in required:
+                schema["properties"][name] = _or_null(field)
+        return reference
+
+    def unknown(self) -> list[str]:
+        """Names in the body that this endpoint does not know, nested ones with their path."""
+        return sorted(self.model_extra or ())
+
+
+def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """A schema that null passes too; what annotates it stays outside."""
+    if {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    outside = {key: schema[key] for key in _ANNOTATIONS if key in schema}
+    inside = {key: value for key, value in schema.items() if key not in outside}
+    options = inside["anyOf"] if inside.keys() == {"anyOf"} else [inside]
+    return {"anyOf": [*options, {"type": "null"}], **outside}
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def validate(kind: type[AnyBody], fields: Any, *, strict: bool) -> tuple[AnyBody, list[str]]:
+    """The validated body, and warnings about names in it that are not known.
+
+    Raises:
+        ApiError: a field is missing or wrong, or a name is not known, and ``strict``.
+    """
+    try:
+        body = kind.model_validate(fields)
+    except ValidationError as error:
+        raise as_api_error(error) from None
+    unknown = body.unknown()
+    if unknown and strict:
+        raise bad_request(
+            f"{unknown[0][:_LONGEST_NAME]} is not a parameter of this endpoint. Remove it, or "
+            "leave out the header X-Inferneo-Strict.",
+            unknown[0][:_LONGEST_NAME],
+        )
+    named = [name[:_LONGEST_NAME] for name in unknown[:_MOST_NAMED]]
+    warnings = [f"{name} is not a parameter of this endpoint; ignored." for name in named]
+    if len(unknown) > _MOST_NAMED:
+        rest = len(unknown) - _MOST_NAMED
+        warnings.append(f"{rest} more are not parameters of this endpoint; ignored.")
+    return body, warnings

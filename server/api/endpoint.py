@@ -1,0 +1,196 @@
+"""The declaration of an endpoint, and the routes made of declarations.
+
+Everything that knows endpoints reads their declarations: routes, the access check, the labels of
+metrics, the names of traces, the OpenAPI document and ``docs/reference``. A new endpoint is a
+declaration beside its body and answer, and a line in :mod:`server.endpoints`.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
+from quart import Quart, Response, request
+
+from server.http.codec import json_response
+from server.http.connection import current_request
+from server.http.deadline import TIMEOUT_HEADER
+from server.keys.guard import Access
+from server.keys.store.store import Usage
+from server.models.registry import still_loading
+from server.services import Services
+
+Schema = dict[str, Any]
+"""A JSON schema."""
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter of the path or the query.
+
+    Attributes:
+        schema: its JSON schema.
+        description: what it means.
+    """
+
+    schema: Schema
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseSpec:
+    """How the response of one status is described.
+
+    Attributes:
+        description: when it is sent.
+        content: its media types, each with the type of what it holds, or a JSON schema.
+        headers: names of headers that it carries besides ``X-Request-Id``.
+        events: the type of the events if it may be a stream.
+    """
+
+    description: str
+    content: Mapping[str, Any]
+    headers: tuple[str, ...] = ()
+    events: type | None = None
+
+
+@dataclass(kw_only=True)
+class Endpoint(Generic[Answer]):
+    """An operation of the API. Calling the declaration with a function attaches the operation.
+
+    The operation is called with the services and with the parameters of the path by name. It
+    returns the answer, or a response of its own making.
+
+    Attributes:
+        method: of HTTP, in capitals.
+        path: as Quart writes it, with ``<name>`` for a parameter.
+        access: what a key needs.
+        tag: the group under which it is described.
+        summary: a few words.
+        description: the rest, in Markdown.
+        answer: the type of the answer, a TypedDict whose docstring says what it is.
+        status: of the answer.
+        headers: of the answer.
+        body: the models of the request's body, any of which it may be.
+        example: a body.
+        parameters: those of the path.
+        query: those of the query; all are optional.
+        errors: statuses beyond those that follow from access, body and admission.
+        responses: descriptions by status, where they are not the usual ones.
+        needs_models: whether it is refused until the models are loaded.
+        admitted: whether a request counts against its key's limits and needs a permit, and so
+            the models.
+        socket: what serves a WebSocket connection to the same path.
+        traced: whether requests have traces.
+        logged: whether requests have an entry in the access log.
+        gen_ai_operation: its name in OpenTelemetry's conventions for generative AI.
+    """
+
+    method: str
+    path: str
+    access: Access
+    tag: str
+    summary: str
+    description: str = ""
+    answer: type[Answer] | None = None
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: tuple[type[BaseModel], ...] = ()
+    example: dict[str, Any] | None = None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    query: Mapping[str, Parameter] = field(default_factory=dict)
+    errors: tuple[int, ...] = ()
+    responses: Mapping[int, ResponseSpec] = field(default_factory=dict)
+    needs_models: bool = False
+    admitted: bool = False
+    socket: Callable[[Services], Awaitable[None]] | None = None
+    traced: bool = True
+    logged: bool = True
+    gen_ai_operation: str | None = None
+    operation: Callable[..., Awaitable[Any]] = field(init=False)
+
+    def __call__(
+        self, operation: Callable[..., Awaitable[Answer | Response]]
+    ) -> "Endpoint[Answer]":
+        """Attach the operation."""
+        self.operation = operation
+        return self
+
+    @property
+    def name(self) -> str:
+        """The operation's name, unique among endpoints."""
+        return self.operation.__name__
+
+    @property
+    def socket_name(self) -> str:
+        """What Quart calls the WebSocket at the same path."""
+        return f"{self.name}_socket"
+
+    @property
+    def openapi_path(self) -> str:
+        """The path as OpenAPI writes it, with ``{name}`` for a parameter."""
+        return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", self.path)
+
+
+AnyEndpoint = Endpoint[Any]
+
+
+def access_of(endpoints: Iterable[AnyEndpoint]) -> dict[str, Access]:
+    """What a key needs for each of Quart's endpoints."""
+    access = {}
+    for endpoint in endpoints:
+        access[endpoint.name] = access[endpoint.socket_name] = endpoint.access
+    return access
+
+
+def add_routes(app: Quart, services: Services, endpoints: Iterable[AnyEndpoint]) -> None:
+    """Add the routes of the endpoints, and those of their WebSockets."""
+    for endpoint in endpoints:
+        view = _view(services, endpoint)
+        app.add_url_rule(endpoint.path, endpoint.name, view, methods=[endpoint.method])
+        if endpoint.socket is not None:
+            serve = _socket_view(services, endpoint, endpoint.socket)
+            app.add_websocket(endpoint.path, endpoint.socket_name, serve)
+    for rule in app.url_map.iter_rules():
+        if rule.websocket:
+            rule.methods = None  # or Allow would name GET, which those paths do not take
+
+
+def _view(services: Services, endpoint: AnyEndpoint) -> Callable[..., Awaitable[Response]]:
+    async def view(**parameters: str) -> Response:
+        _check_models(services, endpoint)
+        if endpoint.admitted:
+            await _take_place(services)
+        answer = await endpoint.operation(services, **parameters)
+        if isinstance(answer, Response):
+            return answer
+        return json_response(answer, endpoint.status, dict(endpoint.headers))
+
+    return view
+
+
+def _socket_view(
+    services: Services, endpoint: AnyEndpoint, serve: Callable[[Services], Awaitable[None]]
+) -> Callable[[], Awaitable[None]]:
+    async def view() -> None:
+        _check_models(services, endpoint)
+        await serve(services)
+
+    return view
+
+
+def _check_models(services: Services, endpoint: AnyEndpoint) -> None:
+    needed = endpoint.needs_models or endpoint.admitted
+    if needed and not services.registry.loaded:
+        raise still_loading()
+
+
+async def _take_place(services: Services) -> None:
+    """Count the request and take its place before its body arrives, which may be slow."""
+    current, timeout = current_request(), request.headers.get(TIMEOUT_HEADER)
+    current.charge = await services.limiter.enter(current.caller)
+    current.cleanup.callback(current.charge.settle, Usage())  # unless it has been
+    current.hold(services.admission.enter(current.caller.id, timeout))

@@ -1,0 +1,288 @@
+"""The OpenAPI 3.1 document, of declarations: https://spec.openapis.org/oas/v3.1.0."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core.core_schema import TypedDictSchema
+
+from inferneo_jax import __version__
+from server.api.endpoint import AnyEndpoint, Parameter, ResponseSpec, Schema
+from server.http.codec import STRICT_HEADER
+from server.http.deadline import TIMEOUT_HEADER
+from server.http.errors import Error
+
+_REFERENCE = "#/components/schemas/{model}"
+
+_ABOUT = """
+The server speaks OpenAI's API, and a little of vLLM's.
+
+**Requests** are JSON objects. `null` means that a parameter was not sent. A parameter that is not
+known is named in `warnings` of the answer, or refused if the header `X-Inferneo-Strict: true` is
+there. Every response carries `X-Request-Id`, and every error the body `Error`; a path that takes
+another method answers 405 with `Allow`.
+
+**Keys.** Once the server has API keys, every path but `/health`, `/ready` and the web pages needs
+one: `Authorization: Bearer <key>`.
+
+**WebSocket.** `/v1/completions` and `/v1/chat/completions` take WebSocket connections too. A text
+frame with a request body starts an answer: with `"stream": true` its frames are the chunks that the
+events hold, then `{"object": "done", "id": "..."}`; without, one frame holds it whole.
+`{"type": "request", "id": "a", "body": {...}}` names a request: its frames carry
+`"request_id": "a"`, and `{"type": "cancel", "id": "a"}` ends it. An error is a frame
+`{"error": {...}}`, and the connection stays open.
+"""
+
+_TAGS = {
+    "generation": "Text from a model.",
+    "embeddings": "Vectors of texts.",
+    "models": "Which models there are.",
+    "tokens": "What the tokenizers do, at vLLM's paths.",
+    "keys": "The caller's API key.",
+    "admin": "All keys, for a key of the scope `admin`.",
+    "server": "The server itself.",
+}
+
+
+_REQUEST_HEADERS = {
+    "RequestId": (
+        "X-Request-Id",
+        Parameter(schema={"type": "string"}, description="Your name for the request."),
+    ),
+    "Timeout": (
+        TIMEOUT_HEADER,
+        Parameter(
+            schema={
+                "type": "string",
+                "pattern": r"^\d{1,9}(\.\d{1,9})?$",
+                "examples": ["30"],
+            },
+            description="How many seconds the request may take, above 0; the server may allow "
+            "fewer.",
+        ),
+    ),
+    "Strict": (
+        STRICT_HEADER,
+        Parameter(
+            schema={"type": "string", "examples": ["true"]},
+            description="`true` refuses parameters that are not known.",
+        ),
+    ),
+}
+
+_HEADERS: dict[str, tuple[Schema, str]] = {
+    "X-Request-Id": (
+        {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+        "The request's own id if it had a usable one, else a new one; the server's log names it.",
+    ),
+    "Retry-After": ({"type": "string", "pattern": "^[0-9]+$"}, "In seconds."),
+    "Retry-After-Ms": ({"type": "string", "pattern": "^[0-9]+$"}, "In milliseconds."),
+    "X-Should-Retry": ({"enum": ["true", "false"]}, "Whether to send it again at all."),
+    "WWW-Authenticate": ({"const": "Bearer"}, "How to send a key."),
+    "Cache-Control": ({"const": "no-store"}, "It is not to be kept."),
+    "Content-Security-Policy": ({"type": "string"}, "What the page may load: nothing from afar."),
+}
+
+
+def _error(description: str, *headers: str) -> ResponseSpec:
+    return ResponseSpec(
+        description=description, content={"application/json": Error}, headers=headers
+    )
+
+
+_ERRORS = {
+    400: _error("A parameter is missing or wrong, or the body is no JSON object."),
+    401: _error("The server needs an API key, and none that counts was sent.", "WWW-Authenticate"),
+    403: _error("The key may not do this, or there are no keys and the request is not local."),
+    404: _error("There is no such model (`model_not_found`), or path (`not_found`)."),
+    409: _error("The key is revoked, or the last that may manage keys (`key_conflict`)."),
+    408: _error("The body did not arrive in time."),
+    413: _error("The body is too large."),
+    415: _error("The body is not declared to be JSON."),
+    429: _error(
+        "A limit of the key (`rate_limit_exceeded`), or of its day (`insufficient_quota`).",
+        "Retry-After",
+        "Retry-After-Ms",
+        "X-Should-Retry",
+    ),
+    500: _error("The fault is the server's; its log has the details under the request's id."),
+    503: _error(
+        "The models are still being loaded (`model_loading`), or too many requests wait "
+        "(`overloaded`).",
+        "Retry-After",
+        "Retry-After-Ms",
+    ),
+    504: _error("It was not done in the time that it was allowed.", "X-Should-Retry"),
+}
+"""The usual description of each error."""
+
+
+class _Schemas(GenerateJsonSchema):
+    """Pydantic's schemas without titles, which would only repeat the names.
+
+    An answer has no other keys than those of its TypedDict.
+    """
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def typed_dict_schema(self, schema: TypedDictSchema) -> JsonSchemaValue:
+        return {"additionalProperties": False} | super().typed_dict_schema(schema)
+
+
+def document(endpoints: Iterable[AnyEndpoint]) -> dict[str, Any]:
+    """The whole document that describes the endpoints."""
+    endpoints = tuple(endpoints)
+    types: dict[type, TypeAdapter[Any]] = {
+        kind: TypeAdapter(kind) for each in endpoints for kind in _types(each)
+    }
+    _, definitions = TypeAdapter.json_schemas(
+        [(kind, "validation", adapter) for kind, adapter in types.items()],
+        ref_template=_REFERENCE,
+        schema_generator=_Schemas,
+    )
+    schemas = {name: _untitled(schema) for name, schema in sorted(definitions["$defs"].items())}
+    paths: dict[str, Any] = {}
+    for endpoint in endpoints:
+        path = paths.setdefault(endpoint.openapi_path, {})
+        path[endpoint.method.lower()] = _operation(endpoint)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Inferneo-JAX",
+            "version": __version__,
+            "description": _ABOUT.strip(),
+            "license": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "headers": {name: _header(name) for name in _HEADERS},
+            "parameters": {
+                name: _parameter(header, "header", each)
+                for name, (header, each) in _REQUEST_HEADERS.items()
+            },
+        },
+    }
+
+
+def _types(endpoint: AnyEndpoint) -> Iterator[type]:
+    """Every type that an endpoint's description names."""
+    yield from endpoint.body
+    for response in _responses(endpoint).values():
+        for kind in (*response.content.values(), response.events):
+            if isinstance(kind, type):
+                yield kind
+
+
+def _untitled(schema: dict[str, Any]) -> dict[str, Any]:
+    """A component without its title, its description in one line."""
+    rest = {key: value for key, value in schema.items() if key != "title"}
+    if "description" in rest:
+        rest["description"] = " ".join(rest["description"].replace("``", "`").split())
+    return rest
+
+
+def _reference(kind: type) -> Schema:
+    return {"$ref": _REFERENCE.format(model=kind.__name__)}
+
+
+def _operation(endpoint: AnyEndpoint) -> dict[str, Any]:
+    parameters: list[dict[str, Any]] = [
+        *(
+            _parameter(name, "path", each, required=True)
+            for name, each in endpoint.parameters.items()
+        ),
+        *(_parameter(name, "query", each) for name, each in endpoint.query.items()),
+        {"$ref": "#/components/parameters/RequestId"},
+    ]
+    described: dict[str, Any] = {
+        "operationId": _camel_case(endpoint.name),
+        "tags": [endpoint.tag],
+        "summary": endpoint.summary,
+    }
+    if endpoint.description:
+        described["description"] = endpoint.description
+    if endpoint.body:
+        if endpoint.admitted:
+            names = ("Strict", "Timeout")
+            parameters += [{"$ref": f"#/components/parameters/{name}"} for name in names]
+        references = [_reference(model) for model in endpoint.body]
+        media: dict[str, Any] = {
+            "schema": references[0] if len(references) == 1 else {"anyOf": references}
+        }
+        if endpoint.example:
+            media["example"] = endpoint.example
+        described["requestBody"] = {"required": True, "content": {"application/json": media}}
+    responses = {
+        str(status): _response(each) for status, each in sorted(_responses(endpoint).items())
+    }
+    return described | {"parameters": parameters, "responses": responses}
+
+
+def _responses(endpoint: AnyEndpoint) -> dict[int, ResponseSpec]:
+    """The responses by status: of success, and of the errors that the declaration implies."""
+    found = {}
+    if endpoint.answer is not None:
+        words = (endpoint.answer.__doc__ or "").split("\n")[0].replace("``", "`")
+        content, headers = {"application/json": endpoint.answer}, tuple(endpoint.headers)
+        found[endpoint.status] = ResponseSpec(description=words, content=content, headers=headers)
+    statuses = {500, *endpoint.errors}
+    if endpoint.access != "public":
+        statuses |= {401, 403, 503}
+    if endpoint.body:
+        statuses |= {400, 408, 413, 415}
+    if endpoint.admitted:
+        statuses |= {404, 429, 504}
+    return found | {status: _ERRORS[status] for status in statuses} | dict(endpoint.responses)
+
+
+def _camel_case(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def _response(response: ResponseSpec) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        media: {"schema": _reference(kind) if isinstance(kind, type) else kind}
+        for media, kind in response.content.items()
+    }
+    if response.events:
+        content["text/event-stream"] = {"schema": _event(response.events)}
+    names = ("X-Request-Id", *response.headers)
+    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+    return {"description": response.description, "headers": headers, "content": content}
+
+
+def _event(kind: type) -> dict[str, Any]:
+    """One event of a stream: what schemas of streams describe until OpenAPI 3.2."""
+    payload = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(kind), _reference(Error)]},
+    }
+    return {
+        "type": "object",
+        "properties": {"data": {"if": {"const": "[DONE]"}, "then": True, "else": payload}},
+        "required": ["data"],
+    }
+
+
+def _header(name: str) -> dict[str, Any]:
+    schema, text = _HEADERS[name]
+    return {"description": text, "required": True, "schema": schema}
+
+
+def _parameter(
+    name: str, place: str, parameter: Parameter, *, required: bool = False
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": place,
+        "required": required,
+        "description": parameter.description,
+        "schema": parameter.schema,
+    }

@@ -1,0 +1,33 @@
+"""``GET /openapi.json``: the API's description."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, with_config
+from quart import Response
+from typing_extensions import TypedDict
+
+from server.api.endpoint import Endpoint
+from server.services import Services
+
+
+@with_config(ConfigDict(extra="allow"))
+class Document(TypedDict):
+    """This description."""
+
+    openapi: Literal["3.1.0"]
+    info: Annotated[dict[str, Any], Field(description="Name, version and description of the API.")]
+    paths: Annotated[dict[str, Any], Field(description="Its endpoints.")]
+    components: Annotated[dict[str, Any], Field(description="What they share.")]
+
+
+@Endpoint(
+    method="GET",
+    path="/openapi.json",
+    access="any",
+    tag="server",
+    summary="Get this description",
+    answer=Document,
+)
+async def openapi(services: Services) -> Response:
+    """Send the document, which is the same for everybody."""
+    return Response(services.description(), content_type="application/json")

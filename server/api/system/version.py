@@ -1,0 +1,29 @@
+"""``GET /version``."""
+
+from typing import Annotated
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from inferneo_jax import __version__
+from server.api.endpoint import Endpoint
+from server.services import Services
+
+
+class Version(TypedDict):
+    """The server's version."""
+
+    version: Annotated[str, Field(description="Such as 0.1.0.")]
+
+
+@Endpoint(
+    method="GET",
+    path="/version",
+    access="any",
+    tag="server",
+    summary="Get the server's version",
+    answer=Version,
+)
+async def version(services: Services) -> Version:
+    """Name the version."""
+    return {"version": __version__}

@@ -19,7 +19,7 @@ from server.keys.keyring import Keyring, state_of
 from server.keys.store.open import open_store
 from server.keys.store.store import Store
 from server.keys.usage import key_list, usage_of
-from server.observe.visible import escaped
+from server.observe.terminal import escaped
 
 app = typer.Typer(help="Make, list and end API keys.", no_args_is_help=True)
 

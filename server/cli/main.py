@@ -13,13 +13,13 @@ from inferneo_jax import InferneoError, __version__
 from server.cli import keys_cli, plan_cli
 from server.cli.bench import cli as bench_cli
 from server.cli.chat.cli import chat
-from server.cli.clean import clean
 from server.cli.doctor.cli import doctor
 from server.cli.flags import with_flags
 from server.cli.follow import GROUPS, follow
 from server.cli.progress import ModelProgress
 from server.cli.serve import EPILOG, serve
 from server.config.settings import Settings
+from server.observe.terminal import clean
 
 MODELS, SERVE, MEASURE = "Models", "Serve", "Plan and measure"
 

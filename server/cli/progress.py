@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from server.cli.clean import clean
+from server.observe.terminal import clean
 
 _BAR, _NAME, _REFRESHES_PER_SECOND = 16, 26, 8
 _WORDS = {

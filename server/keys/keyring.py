@@ -24,7 +24,7 @@ from server.keys.key import (
     new_text,
 )
 from server.keys.store.store import Store
-from server.observe.visible import hidden_in
+from server.observe.terminal import hidden_in
 
 State = Literal["active", "expired", "revoked"]
 LONGEST_NAME = 100

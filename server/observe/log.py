@@ -8,7 +8,7 @@ from typing import Any, Literal
 import structlog
 from structlog.typing import EventDict, Processor
 
-from server.observe.visible import escaped
+from server.observe.terminal import escaped
 
 
 def to_console(log_format: Literal["auto", "json", "console"]) -> bool:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from server.cli.main import app
 from server.keys.key import new_key
 from server.keys.store.open import open_store
-from server.observe.visible import escaped, hidden_in
+from server.observe.terminal import escaped, hidden_in
 from tests.keys.admins import Ask, ask, rig
 
 __all__ = ["ask", "rig"]

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from inferneo_jax import __version__
 from server.cli.bench.errors import BenchError
-from server.cli.clean import clean
+from server.observe.terminal import clean
 
 BUSY_SHARE = 0.1
 """A client that takes so much of the machine is told of: the server lacks it."""

@@ -12,11 +12,22 @@ import orjson
 
 from server.cli.bench.errors import RequestFailedError
 from server.cli.bench.sse import EventReader
-from server.cli.chat.errors import ChatError, KeyNeededError, NoServerError
 from server.process.listening import is_local
 
 _CONNECT_SECONDS, _SILENT_SECONDS = 5.0, 120.0
 """This server sends something every 15 s; another one may compute a long prompt in silence."""
+
+
+class ChatError(Exception):
+    """A sentence for whoever chats."""
+
+
+class NoServerError(ChatError):
+    """Nobody answers at the address."""
+
+
+class KeyNeededError(ChatError):
+    """The server wants an API key, or another one."""
 
 
 @dataclass

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from server.cli.chat import files
+from server.cli.chat.client import ChatError
 from server.cli.chat.dialogue import PARAMETERS
-from server.cli.chat.errors import ChatError
 from server.cli.chat.talk import Talk
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from server.api.openai.chat import ChatBody
 from server.cli.chat import BEGINNING
-from server.cli.chat.errors import ChatError
+from server.cli.chat.client import ChatError
 from server.config.validation import describe
 
 _FIXED = frozenset(

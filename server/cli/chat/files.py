@@ -8,9 +8,9 @@ from pathlib import Path
 
 import orjson
 
+from server.cli.chat.client import ChatError
 from server.cli.chat.dialogue import PARAMETERS, Dialogue, Turn, validated
-from server.cli.chat.errors import ChatError
-from server.cli.clean import clean
+from server.observe.terminal import clean
 
 _TITLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 _ROLES = {title: role for role, title in _TITLES.items()}

@@ -10,8 +10,7 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from server.cli.chat.client import Server
-from server.cli.chat.errors import ChatError
+from server.cli.chat.client import ChatError, Server
 from server.cli.progress import ModelProgress
 from server.config.schema import variable_of
 from server.config.settings import Settings

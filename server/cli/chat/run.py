@@ -7,10 +7,9 @@ import sys
 from dataclasses import dataclass
 
 from server.cli.chat import commands
-from server.cli.chat.client import Answer, Server
+from server.cli.chat.client import Answer, ChatError, NoServerError, Server
 from server.cli.chat.dialogue import Dialogue
 from server.cli.chat.editor import Editor, history_file
-from server.cli.chat.errors import ChatError, NoServerError
 from server.cli.chat.local import local_server, waiting
 from server.cli.chat.screen import Screen, terminal
 from server.cli.chat.talk import Talk

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
-from server.cli.chat.client import Answer, Server
+from server.cli.chat.client import Answer, ChatError, KeyNeededError, Server
 from server.cli.chat.dialogue import Dialogue
-from server.cli.chat.errors import ChatError, KeyNeededError
 from server.cli.chat.screen import Screen
 
 

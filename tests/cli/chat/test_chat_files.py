@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from server.api.openai.chat import ChatBody
 from server.cli.chat import files
+from server.cli.chat.client import ChatError
 from server.cli.chat.dialogue import Dialogue, Turn
-from server.cli.chat.errors import ChatError
-from server.cli.clean import clean
+from server.observe.terminal import clean
 from tests.support.fake_server import CHAT
 
 TEXT = st.one_of(

@@ -9,9 +9,8 @@ import pytest
 
 from inferneo_jax import EngineFailedError, Tokenizer
 from server.cli.chat import commands
-from server.cli.chat.client import Answer, Server
+from server.cli.chat.client import Answer, ChatError, NoServerError, Server
 from server.cli.chat.dialogue import Turn
-from server.cli.chat.errors import ChatError, NoServerError
 from server.keys.key import Limits
 from tests.cli.chat.chats import Paper, answering, talk_to
 from tests.support.fake_engine import writes

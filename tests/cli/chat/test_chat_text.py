@@ -11,9 +11,9 @@ from prompt_toolkit.utils import get_cwidth
 from rich.console import Console
 
 from server.cli.bench.report import embedding_table, level_table
-from server.cli.chat.text import Wrapper
-from server.cli.clean import clean
+from server.cli.chat.screen import Wrapper
 from server.cli.progress import ModelProgress
+from server.observe.terminal import clean
 
 PIECES = st.lists(st.text(max_size=8), max_size=8)
 LETTERS = st.text("abcdefgh \n", max_size=200)
@@ -93,7 +93,7 @@ def test_the_work_of_wrapping_grows_with_the_text_and_no_faster(
         work += len(text)
         return get_cwidth(text)
 
-    monkeypatch.setattr("server.cli.chat.text.get_cwidth", measured)
+    monkeypatch.setattr("server.cli.chat.screen.get_cwidth", measured)
     wrapper = Wrapper(80)
     for _ in range(20_000):
         wrapper.feed(unit)

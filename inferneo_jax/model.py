@@ -28,6 +28,7 @@ from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import oom_as_config_error, require
+from inferneo_jax.request import EngineStats
 from inferneo_jax.runner.backends import resolve_decoder, resolve_encoder
 from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.runner import Runner, sharing
@@ -53,6 +54,27 @@ class LanguageModel:
     info: ModelInfo
     kind: Literal["decoder"] = "decoder"
 
+    @property
+    def max_sequence(self) -> int:
+        """The longest sequence in tokens: prompt and output."""
+        return self.max_len
+
+    def ready(self) -> bool:
+        """Whether it takes requests now."""
+        return self.engine.stats().ready
+
+    def stuck(self) -> float:
+        """Seconds by which its current step has exceeded its limit."""
+        return self.engine.stuck()
+
+    def ended(self) -> bool:
+        """Whether it was stopped or has failed for good."""
+        return self.engine.ended()
+
+    def stats(self) -> EngineStats:
+        """The engine's numbers as of its latest step."""
+        return self.engine.stats()
+
     def stop(self) -> None:
         """End all its requests and its thread."""
         self.engine.stop()
@@ -69,6 +91,27 @@ class EmbeddingModel:
     max_tokens: int
     info: ModelInfo
     kind: Literal["encoder"] = "encoder"
+
+    @property
+    def max_sequence(self) -> int:
+        """The longest input in tokens."""
+        return self.max_tokens
+
+    def ready(self) -> bool:
+        """Whether it takes requests now."""
+        return self.stuck() == 0.0
+
+    def stuck(self) -> float:
+        """Seconds by which its current round has exceeded its limit."""
+        return self.embedder.stuck()
+
+    def ended(self) -> bool:
+        """Whether it has failed for good: an embedder never does."""
+        return False
+
+    def stats(self) -> None:
+        """An embedder has no slots, pages or steps to count."""
+        return
 
     def stop(self) -> None:
         """End all its requests and its thread."""

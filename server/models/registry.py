@@ -78,7 +78,7 @@ class Registry:
     @property
     def ready(self) -> bool:
         """Every model is loaded and its engine runs."""
-        return all(_serves(entry.model) for entry in self._entries.values())
+        return all(entry.model and entry.model.ready() for entry in self._entries.values())
 
     @property
     def loaded(self) -> bool:
@@ -247,18 +247,9 @@ def still_loading() -> ApiError:
     )
 
 
-def _serves(model: "Model | None") -> bool:
-    if model is None:
-        return False
-    if model.kind == "encoder":
-        return model.embedder.stuck() == 0.0
-    return model.engine.stats().ready
-
-
 def _lost(model: "Model") -> str | None:
-    worker = model.embedder if model.kind == "encoder" else model.engine
-    if (seconds := worker.stuck()) > LOST_SECONDS:
+    if (seconds := model.stuck()) > LOST_SECONDS:
         return f"{model.name} has not answered for {seconds:.0f} s"
-    if model.kind == "decoder" and model.engine.ended():
+    if model.ended():
         return f"{model.name} has failed for good"
     return None

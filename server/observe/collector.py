@@ -60,7 +60,7 @@ _INFO = ("dtype", "quantization", "kv_dtype", "kernels", "mesh", "device")
 _OF_MODELS: dict[str, tuple[str, Callable[["Model"], float]]] = {
     "inferneo_max_model_len_tokens": (
         "The longest sequence: prompt and output, or a text to be embedded.",
-        lambda m: m.max_tokens if m.kind == "encoder" else m.max_len,
+        lambda m: m.max_sequence,
     ),
     "inferneo_model_weights_bytes": (
         "What this process's devices hold of the weights.",
@@ -138,7 +138,7 @@ def _of_models(models: Sequence["Model"]) -> Iterator[Metric]:
 
 
 def _of_engines(models: Sequence["Model"]) -> Iterator[Metric]:
-    stats = {model.name: model.engine.stats() for model in models if model.kind == "decoder"}
+    stats = {model.name: found for model in models if (found := model.stats()) is not None}
     for family, figures in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
         for name, (words, read) in figures.items():
             metric = family(name, words, labels=[MODEL])

@@ -170,7 +170,7 @@ def _tokenize(
             pieces.extend([spell(token) for token in part])
     answer: TokenList = {
         "count": len(tokens),
-        "max_model_len": model.max_tokens if model.kind == "encoder" else model.max_len,
+        "max_model_len": model.max_sequence,
         "tokens": ids,
         "token_strs": pieces if spelled else None,
     }

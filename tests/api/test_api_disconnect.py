@@ -1,7 +1,6 @@
 """A client that goes away frees what it had; a stream that is silent says that it lives."""
 
 import socket
-from typing import Any
 
 import httpx
 import orjson
@@ -11,7 +10,9 @@ from websockets.sync.client import connect
 from inferneo_jax import Tokenizer
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, Rig
+from tests.support.raw_http import post
 
+PATH = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}
 
 
@@ -23,12 +24,6 @@ def endless(rig: Rig, tokenizer: Tokenizer) -> Rig:
     return rig
 
 
-def raw_request(rig: Rig, **changes: Any) -> bytes:
-    content = orjson.dumps(BODY | changes)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
-    return head.encode() + b"Content-Type: application/json\r\n\r\n" + content
-
-
 def all_aborted(rig: Rig, number: int) -> None:
     rig.engine.wait_until(lambda e: len(e.aborted) == number and e.num_running == 0)
 
@@ -37,7 +32,7 @@ def test_closing_a_stream_aborts_every_choice(endless: Rig) -> None:
     body = {**BODY, "stream": True, "n": 3}
     with (
         httpx.Client(base_url=endless.url) as client,
-        client.stream("POST", "/v1/completions", json=body) as response,
+        client.stream("POST", PATH, json=body) as response,
     ):
         next(response.iter_bytes())
     all_aborted(endless, 3)
@@ -46,7 +41,7 @@ def test_closing_a_stream_aborts_every_choice(endless: Rig) -> None:
 @pytest.mark.parametrize("best_of", [1, 3])
 def test_closing_a_plain_request_aborts_it(endless: Rig, best_of: int) -> None:
     with socket.create_connection(("127.0.0.1", endless.server.port)) as raw:
-        raw.sendall(raw_request(endless, best_of=best_of))
+        raw.sendall(post(PATH, BODY | {"best_of": best_of}))
         endless.engine.wait_until(lambda e: e.num_running == best_of)
     all_aborted(endless, best_of)
 
@@ -59,7 +54,7 @@ def test_bytes_sent_ahead_do_not_hide_that_a_client_left(
     endless: Rig, stream: bool, behind: bytes
 ) -> None:
     with socket.create_connection(("127.0.0.1", endless.server.port)) as raw:
-        raw.sendall(raw_request(endless, stream=stream))
+        raw.sendall(post(PATH, BODY | {"stream": stream}))
         endless.engine.wait_until(lambda e: e.num_running == 1)
         if stream:
             raw.recv(1)
@@ -69,7 +64,7 @@ def test_bytes_sent_ahead_do_not_hide_that_a_client_left(
 
 def test_pipelined_requests_are_answered_in_turn(rig: Rig) -> None:
     with socket.create_connection(("127.0.0.1", rig.server.port), timeout=10) as raw:
-        raw.sendall(raw_request(rig) * 3 + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        raw.sendall(post(PATH, BODY) * 3 + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         received = b""
         while b'{"status":"ok"}' not in received:
             received += raw.recv(65536)
@@ -78,7 +73,7 @@ def test_pipelined_requests_are_answered_in_turn(rig: Rig) -> None:
 
 
 def test_closing_a_socket_aborts_all_its_requests(endless: Rig) -> None:
-    with connect(endless.ws + "/v1/completions") as ws:
+    with connect(endless.ws + PATH) as ws:
         for name in "abc":
             envelope = {"type": "request", "id": name, "body": {**BODY, "stream": True}}
             ws.send(orjson.dumps(envelope).decode())
@@ -87,7 +82,7 @@ def test_closing_a_socket_aborts_all_its_requests(endless: Rig) -> None:
 
 
 def test_a_connection_that_breaks_aborts_its_requests(endless: Rig) -> None:
-    with connect(endless.ws + "/v1/completions", close_timeout=0) as ws:
+    with connect(endless.ws + PATH, close_timeout=0) as ws:
         ws.send(orjson.dumps({**BODY, "stream": True}).decode())
         endless.engine.wait_until(lambda e: e.num_running == 1)
         ws.socket.shutdown(socket.SHUT_RDWR)
@@ -98,7 +93,7 @@ def test_a_reader_that_does_not_read_holds_up_nobody(endless: Rig, tokenizer: To
     endless.engine.release()
     with httpx.Client(base_url=endless.url) as client:
         body = {**BODY, "stream": True, "n": 20}
-        with client.stream("POST", "/v1/completions", json=body):
+        with client.stream("POST", PATH, json=body):
             # That one is not read; others are served, and its own sequences come to their end.
-            assert endless.post("/v1/completions", BODY).status_code == 200
+            assert endless.post(PATH, BODY).status_code == 200
             endless.engine.wait_until(lambda e: len(e.finished) == 21)

@@ -13,6 +13,8 @@ import websockets
 from openai import AsyncOpenAI, OpenAI
 
 from inferneo_jax import Tokenizer
+from tests.support.asking import joined, whole_texts
+from tests.support.raw_http import parse_stream
 from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, stats_of
 from tests.support.tiny_model import golden
 
@@ -57,24 +59,14 @@ def chat(api: httpx.Client, **fields: Any) -> Any:
     return response.json()
 
 
-def texts(answer: Any) -> list[str]:
-    return [choice["text"] for choice in answer["choices"]]
+def texts_of(answer: Any) -> list[str]:
+    return [*whole_texts(answer).values()]
 
 
 def streamed(api: httpx.Client, **fields: Any) -> list[Any]:
     body = {"model": CHAT_MODEL, "temperature": 0, "max_tokens": 8, "stream": True}
     response = api.post("/completions", json=body | fields)
-    blocks = response.text.split("\n\n")
-    assert blocks[-2:] == ["data: [DONE]", ""]
-    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
-
-
-def joined(chunks: list[Any]) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
-    return found
+    return parse_stream(response.text)
 
 
 def test_created_is_the_checkpoints_whatever_the_process(
@@ -109,7 +101,7 @@ def test_streamed_text_joined_is_the_plain_text(api: httpx.Client, prompt: str, 
 
 
 def test_stops_cut_a_generation_where_they_first_complete(api: httpx.Client) -> None:
-    whole = texts(complete(api, max_tokens=16))[0]
+    whole = texts_of(complete(api, max_tokens=16))[0]
     for start in range(1, len(whole) - 3, 14):
         stop = whole[start : start + 3]
         cut = complete(api, max_tokens=16, stop=stop)["choices"][0]
@@ -142,9 +134,9 @@ def test_prompts_of_ids_equal_prompts_of_text(api: httpx.Client, real_tokenizer:
     prompts = ["The sky is", "One, two, three,", "caf\u00e9 \U0001f600"]
     ids = [real_tokenizer.encode(prompt) for prompt in prompts]
     one, other = complete(api, prompt=prompts), complete(api, prompt=ids)
-    assert texts(one) == texts(other)
+    assert texts_of(one) == texts_of(other)
     assert one["usage"]["prompt_tokens"] == other["usage"]["prompt_tokens"]
-    assert texts(one) == [texts(complete(api, prompt=prompt))[0] for prompt in prompts]
+    assert texts_of(one) == [texts_of(complete(api, prompt=prompt))[0] for prompt in prompts]
 
 
 def test_logit_bias_forbids_and_forces(api: httpx.Client, real_tokenizer: Tokenizer) -> None:
@@ -184,24 +176,24 @@ def test_min_tokens_keeps_the_end_away(api: httpx.Client) -> None:
 
 def test_penalties_make_repetition_dearer(api: httpx.Client) -> None:
     asked: dict[str, Any] = {"prompt": "one two " * 8, "max_tokens": 12}
-    plain = texts(complete(api, **asked))[0].split()
+    plain = texts_of(complete(api, **asked))[0].split()
     assert len(set(plain)) < len(plain)
     for penalty in ({"frequency_penalty": 2}, {"presence_penalty": 2}, {"repetition_penalty": 2}):
-        got = texts(complete(api, **asked, **penalty))[0].split()
+        got = texts_of(complete(api, **asked, **penalty))[0].split()
         assert len(got) - len(set(got)) < len(plain) - len(set(plain))
 
 
 def test_the_smallest_nuclei_are_greedy(api: httpx.Client) -> None:
-    greedy = texts(complete(api))
+    greedy = texts_of(complete(api))
     for nucleus in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
-        assert texts(complete(api, temperature=1.5, **nucleus)) == greedy
+        assert texts_of(complete(api, temperature=1.5, **nucleus)) == greedy
 
 
 def test_seeds_repeat_and_choices_differ(api: httpx.Client) -> None:
     asked = {"temperature": 1.2, "seed": 3, "n": 4}
     one, again = complete(api, **asked), complete(api, **asked, prompt=["The sky is", "Another"])
-    assert texts(one) == texts(again)[:4]
-    assert len(set(texts(one))) > 1
+    assert texts_of(one) == texts_of(again)[:4]
+    assert len(set(texts_of(one))) > 1
 
 
 def test_best_of_returns_the_likeliest_of_what_n_samples(api: httpx.Client) -> None:
@@ -213,7 +205,7 @@ def test_best_of_returns_the_likeliest_of_what_n_samples(api: httpx.Client) -> N
         return float(sum(choice["logprobs"]["token_logprobs"]))
 
     ranked = sorted(every["choices"], key=mean, reverse=True)
-    assert texts(best) == [choice["text"] for choice in ranked[:2]]
+    assert texts_of(best) == [choice["text"] for choice in ranked[:2]]
     assert best["usage"]["completion_tokens"] == every["usage"]["completion_tokens"] == 32
 
 

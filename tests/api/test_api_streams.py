@@ -21,6 +21,7 @@ from tests.support.asking import (
 )
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, REPLY, Rig
+from tests.support.raw_http import events, parse_stream
 
 BOTH = pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
 OBJECTS = {COMPLETIONS: "text_completion", CHATS: "chat.completion.chunk"}
@@ -131,8 +132,7 @@ def test_silence_is_a_comment_and_no_event(
             seen.append(line)
             if seen.count(": keep-alive") == 2:
                 rig.engine.release()
-    events = [orjson.loads(s.removeprefix("data: ")) for s in seen if s.startswith("data: {")]
-    assert joined(events) == {0: REPLY}
+    assert joined(events(seen)) == {0: REPLY}
     assert seen[-2:] == ["data: [DONE]", ""]
 
 
@@ -140,13 +140,10 @@ def test_silence_is_a_comment_and_no_event(
 def test_a_failure_after_the_first_byte_is_an_event_then_done(rig: Rig, path: str) -> None:
     rig.engine.limit, rig.engine.failure = 3, EngineFailedError("a step failed")
     raw = b"".join(pieces(rig, path))
-    *events, error, done, rest = raw.split(b"\n\n")
-    assert (done, rest) == (b"data: [DONE]", b"")
-    envelope = orjson.loads(error.removeprefix(b"data: "))
+    *shown, envelope = parse_stream(raw.decode())
     assert envelope.keys() == {"error"}
     assert envelope["error"].keys() == {"message", "type", "param", "code"}
     assert envelope["error"]["type"] == "server_error"
-    shown = [orjson.loads(each.removeprefix(b"data: ")) for each in events]
     assert joined(shown) == {0: REPLY[:3]}
     assert all(c["finish_reason"] is None for chunk in shown for c in chunk["choices"])
 

@@ -24,22 +24,21 @@ from server.cli.progress import ModelProgress
 from server.config.schema import setting_docs
 from tests.support.machine_speed import Machine
 from tests.support.paths import ROOT
+from tests.support.server_process import environment
 
 FAKES = [sys.executable, "-m", "tests.support.serve_fakes"]
 INFERNEO = [sys.executable, "-m", "server.cli", "serve"]
 SECONDS = 30.0
 
 
-def environment(tmp_path: Path, **changes: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("INFERNEO_", "COLUMNS"))}
+def settings(tmp_path: Path, **changes: str) -> dict[str, str]:
     own = {
-        "PYTHONPATH": str(ROOT),
         "INFERNEO_KEYS_DB": str(tmp_path / "keys.db"),
         "INFERNEO_CHECKPOINTS": str(tmp_path),
         "INFERNEO_PORT": "0",
         "TERM": "xterm",
     }
-    return kept | own | changes
+    return environment(own | changes)
 
 
 class Terminal:
@@ -118,7 +117,7 @@ def test_help_shows_every_flag_and_default() -> None:
 
 
 def test_a_terminal_sees_how_it_loads_and_where_it_is(tmp_path: Path) -> None:
-    with terminal(FAKES, environment(tmp_path)) as shown:
+    with terminal(FAKES, settings(tmp_path)) as shown:
         text = shown.until("Ctrl-C ends it")
         url = re.search(r"at (http://127\.0\.0\.1:\d+)", text)[1]
         assert "org/tiny-chat" in text
@@ -165,7 +164,7 @@ def test_progress_says_what_is_done_and_how_far() -> None:
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path, machine: Machine) -> None:
-    with terminal(FAKES, environment(tmp_path)) as shown:
+    with terminal(FAKES, settings(tmp_path)) as shown:
         url = re.search(r"at (http\S+)", shown.until("Ctrl-C ends it"))[1]
         body = {"model": "org/tiny-chat", "prompt": "x", "max_tokens": 9, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -182,14 +181,14 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, machine: Machine) -> None:
 
 
 def test_a_terminal_is_told_what_failed(tmp_path: Path) -> None:
-    with terminal(FAKES, environment(tmp_path, FAKES="broken")) as shown:
+    with terminal(FAKES, settings(tmp_path, FAKES="broken")) as shown:
         shown.until("error: broken: its weights cannot be read; pull it again")
         assert shown.ended() == 1
         assert "Traceback" not in shown.text
 
 
 def test_elsewhere_it_logs_and_drains(tmp_path: Path) -> None:
-    env = environment(tmp_path, INFERNEO_DRAIN_SECONDS="0.5")
+    env = settings(tmp_path, INFERNEO_DRAIN_SECONDS="0.5")
     process = subprocess.Popen(FAKES, stderr=subprocess.PIPE, text=True, env=env)
     try:
         lines = []
@@ -213,7 +212,7 @@ def test_elsewhere_it_logs_and_drains(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_an_exit_code_elsewhere_too(tmp_path: Path) -> None:
-    env = environment(tmp_path, FAKES="broken")
+    env = settings(tmp_path, FAKES="broken")
     done = subprocess.run(FAKES, env=env, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 1
     assert "broken: its weights cannot be read" in done.stderr
@@ -226,16 +225,16 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         other.listen()
         port = other.getsockname()[1]
         other.settimeout(SECONDS)
-        code, said = outcome(["--port", str(port)], environment(tmp_path))
+        code, said = outcome(["--port", str(port)], settings(tmp_path))
     assert code == 1
     assert f"port {port} of 127.0.0.1 is taken by another program" in said
     assert "--port 0" in said
 
 
 def test_a_server_of_ours_at_the_port_is_recognized(tmp_path: Path) -> None:
-    with terminal(FAKES, environment(tmp_path)) as first:
+    with terminal(FAKES, settings(tmp_path)) as first:
         port = re.search(r"at http\S+:(\d+)", first.until("Ctrl-C ends it"))[1]
-        code, said = outcome(["--port", port], environment(tmp_path))
+        code, said = outcome(["--port", port], settings(tmp_path))
     assert code == 1
     assert f"port {port} of 127.0.0.1 is taken by an Inferneo server, which is ready" in said
 
@@ -256,7 +255,7 @@ def test_a_server_of_ours_at_the_port_is_recognized(tmp_path: Path) -> None:
 def test_what_cannot_be_served_is_a_sentence(
     tmp_path: Path, arguments: list[str], words: str
 ) -> None:
-    env = environment(tmp_path)
+    env = settings(tmp_path)
     if "--keys-db" in arguments:
         del env["INFERNEO_KEYS_DB"]
     code, said = outcome(arguments, env)

@@ -18,6 +18,7 @@ from server.config.settings import Settings
 from tests.deploy.files import DEPLOY, check
 from tests.support.fake_server import CHAT, Rig, make_tokenizer, running
 from tests.support.programs import program
+from tests.support.raw_http import event_of
 from tests.support.server_process import free_address
 
 NAME = "inferneo.example.com"
@@ -99,7 +100,7 @@ def test_tokens_pass_when_they_come_and_the_rest_stays_inside(proxied: Proxy) ->
             assert response.status_code == 200
             lines = (line for line in response.iter_lines() if line)
             # The engine goes on once its first token is here: one held back would never come.
-            assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"] == "C"
+            assert event_of(next(lines))["choices"][0]["text"] == "C"
             rig.engine.release()
             assert list(lines)[-1] == "data: [DONE]"
         for path in ("/metrics", "/admin/keys"):

@@ -72,6 +72,7 @@ def job(folder: Path, settings: dict[str, str], **follower: str) -> Iterator[Job
         "INFERNEO_NUM_PROCESSES": "2",
         "INFERNEO_JOB_TOKEN": TOKEN,
         "INFERNEO_MESH": "data=2,model=2",
+        "INFERNEO_LOG_FORMAT": "json",
         "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=2",
     }
     with process(

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import httpx
 
 from server.keys.key import SCOPES, Limits, new_key
 from server.keys.store.open import open_store
-from tests.support.paths import ROOT
+from tests.support.server_process import environment
 
 PATH = "/v1/chat/completions"
 TEXT, BINARY = 0x81, 0x82
@@ -80,16 +79,16 @@ def serving(folder: Path, **settings: str) -> Iterator[Served]:
     key, text = new_key(store.pepper(), name="test", created=time.time(), **rights)
     store.add_key(key)
     store.close()
-    env = {k: v for k, v in os.environ.items() if not k.startswith("INFERNEO_")}
-    env |= {
-        "PYTHONPATH": str(ROOT),
-        "INFERNEO_KEYS_DB": location,
-        "INFERNEO_CHECKPOINTS": str(folder),
-        "INFERNEO_PORT": "0",
-        "INFERNEO_LOG_FORMAT": "json",
-        "INFERNEO_REQUIRE_KEY": "true",
-        **settings,
-    }
+    env = environment(
+        {
+            "INFERNEO_KEYS_DB": location,
+            "INFERNEO_CHECKPOINTS": str(folder),
+            "INFERNEO_PORT": "0",
+            "INFERNEO_LOG_FORMAT": "json",
+            "INFERNEO_REQUIRE_KEY": "true",
+            **settings,
+        }
+    )
     command = [sys.executable, "-m", "tests.support.serve_fakes"]
     with log.open("wb") as file, subprocess.Popen(command, stderr=file, env=env) as process:
         try:

@@ -22,6 +22,7 @@ from tests.support.fake_engine import FakeEmbedder
 from tests.support.fake_server import CHAT, EMBED, Server, wait_ready
 from tests.support.machine_speed import Machine
 from tests.support.paths import FAMILIES
+from tests.support.raw_http import post
 
 pytestmark = pytest.mark.alone
 
@@ -81,12 +82,6 @@ def body(rng: random.Random, **changes: Any) -> dict[str, Any]:
     return asked | {"n": rng.choice([1, 1, 2])} | changes
 
 
-def raw_request(asked: dict[str, Any]) -> bytes:
-    content = json.dumps(asked).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
-    return head.encode() + b"Content-Type: application/json\r\n\r\n" + content
-
-
 async def wait_a_little(rng: random.Random) -> None:
     """A moment of the request's life: queued, in prefill, or between tokens."""
     await asyncio.sleep(rng.choice([0, 0, 0.001, 0.003, 0.01]))
@@ -105,7 +100,7 @@ async def opened(target: Target) -> Any:
 
 async def leave_sse(target: Target, rng: random.Random) -> None:
     async with opened(target) as (reader, writer):
-        writer.write(raw_request(body(rng, stream=True)))
+        writer.write(post(PATH, body(rng, stream=True)))
         if rng.random() < 0.5:
             await reader.readuntil(b"data: ")
         await wait_a_little(rng)
@@ -113,7 +108,7 @@ async def leave_sse(target: Target, rng: random.Random) -> None:
 
 async def leave_plain(target: Target, rng: random.Random) -> None:
     async with opened(target) as (_, writer):
-        writer.write(raw_request(body(rng)))
+        writer.write(post(PATH, body(rng)))
         await writer.drain()
         await wait_a_little(rng)
 
@@ -121,7 +116,7 @@ async def leave_plain(target: Target, rng: random.Random) -> None:
 async def leave_pipelined(target: Target, rng: random.Random) -> None:
     async with opened(target) as (reader, writer):
         stream = rng.random() < 0.5
-        writer.write(raw_request(body(rng, stream=stream)) * 2 + b"GET /hea")
+        writer.write(post(PATH, body(rng, stream=stream)) * 2 + b"GET /hea")
         if stream:
             await reader.readuntil(b"data: ")
         await wait_a_little(rng)

@@ -15,6 +15,7 @@ from inferneo_jax import Tokenizer
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, Rig
 from tests.support.machine_speed import Machine
+from tests.support.raw_http import events, post
 
 pytestmark = pytest.mark.alone
 
@@ -33,12 +34,10 @@ def endless(rig: Rig, tokenizer: Tokenizer) -> Rig:
 @contextmanager
 def slow_sse(rig: Rig) -> Iterator[socket.socket]:
     """A stream whose client has read nothing yet, and has little room for it."""
-    content = orjson.dumps(BODY)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
         raw.connect(("127.0.0.1", rig.server.port))
-        raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+        raw.sendall(post("/v1/completions", BODY))
         yield raw
 
 
@@ -87,12 +86,8 @@ def test_a_reader_that_reads_on_gets_every_token(endless: Rig) -> None:
             received += raw.recv(2**20)
     assert received.count(b'"finish_reason":"length"') == 1
     assert received.count(b"data: [DONE]") == 1
-    texts = [
-        orjson.loads(line.removeprefix(b"data: "))["choices"][0]["text"]
-        for line in bytes(received).splitlines()
-        if line.startswith(b"data: {")
-    ]
-    assert len("".join(texts)) == TOKENS
+    chunks = events(received.decode().splitlines())
+    assert len("".join(chunk["choices"][0]["text"] for chunk in chunks)) == TOKENS
 
 
 @pytest.mark.parametrize("slow", [slow_sse, slow_websocket])

@@ -18,6 +18,7 @@ from server.keys.key import Limits
 from server.run.admission import Admission
 from tests.support.fake_server import CHAT
 from tests.support.keyed_server import KeyRig, bearer, key_rig
+from tests.support.raw_http import post
 
 pytestmark = pytest.mark.alone
 
@@ -44,16 +45,11 @@ def rig(tokenizer: Tokenizer, tmp_path: Path, made: list[Admission]) -> Iterator
         yield found
 
 
-def head(key: dict[str, str], length: int, *more: str) -> bytes:
-    lines = [
-        f"POST {PATH} HTTP/1.1",
-        "Host: localhost",
-        "Content-Type: application/json",
-        f"Content-Length: {length}",
-        *(f"{name}: {value}" for name, value in key.items()),
-        *more,
-    ]
-    return "\r\n".join([*lines, "", ""]).encode()
+def head(length: int, key: dict[str, str], *more: str) -> bytes:
+    """Of a request whose body does not follow at once."""
+    return post(
+        PATH, None, *(f"{name}: {value}" for name, value in key.items()), *more, length=length
+    )
 
 
 def answer(raw: socket.socket) -> tuple[int, bytes]:
@@ -77,7 +73,7 @@ def test_idle_bodies_hold_no_more_places_than_their_key_has_requests(
     admission, most = made[0], 0
     assert rig.client.get("/v1/models", headers=flood).status_code == 200  # the key is known now
     with ExitStack() as held:
-        raws = [opened(rig, held, head(flood, 100) + b"{") for _ in range(200)]
+        raws = [opened(rig, held, head(100, flood) + b"{") for _ in range(200)]
         refused = 0
         for raw in raws:
             raw.settimeout(0.0)
@@ -118,7 +114,7 @@ def test_bodies_under_way_count_as_requests_at_once(rig: KeyRig, made: list[Admi
     key = rig.headers(Limits(requests=None, tokens=None, day_requests=None, concurrent=2))
     content = orjson.dumps(BODY)
     with ExitStack() as held:
-        waiting = [opened(rig, held, head(key, len(content), "Connection: close")) for _ in "ab"]
+        waiting = [opened(rig, held, head(len(content), key, "Connection: close")) for _ in "ab"]
         end = time.monotonic() + 10
         while made[0].in_use < 2:
             assert time.monotonic() < end
@@ -140,7 +136,7 @@ def test_a_trickle_is_ended_and_a_poor_line_is_served(
     key = rig.headers()
     ended = threading.Event()
     with ExitStack() as held:
-        trickle = opened(rig, held, head(key, 10_000))
+        trickle = opened(rig, held, head(10_000, key))
 
         def drip() -> None:
             with suppress(OSError):  # the server closes it
@@ -156,7 +152,7 @@ def test_a_trickle_is_ended_and_a_poor_line_is_served(
             dripping.join()
 
         content = orjson.dumps(BODY | {"prompt": "x" * 200}).ljust(8 * 1024)
-        honest = opened(rig, held, head(key, len(content), "Connection: close"))
+        honest = opened(rig, held, head(len(content), key, "Connection: close"))
         for at in range(0, len(content), 512):  # 2.5 KiB a second, for 3.2 s
             time.sleep(0.2)
             honest.sendall(content[at : at + 512])
@@ -166,7 +162,7 @@ def test_a_trickle_is_ended_and_a_poor_line_is_served(
 
 def test_a_body_is_waited_for_until_the_requests_deadline_only(rig: KeyRig) -> None:
     with ExitStack() as held:
-        raw = opened(rig, held, head(rig.headers(), 100, "X-Request-Timeout: 0.2"))
+        raw = opened(rig, held, head(100, rig.headers(), "X-Request-Timeout: 0.2"))
         status, received = answer(raw)
     assert status == 504
     assert b"deadline_exceeded" in received
@@ -178,7 +174,7 @@ def test_a_client_that_leaves_its_body_unsent_has_made_a_request(
     text = rig.key(Limits(requests=2))[1]
     for _ in range(2):
         with ExitStack() as held:
-            opened(rig, held, head(bearer(text), 100))
+            opened(rig, held, head(100, bearer(text)))
             _wait(made[0], 1)
         _wait(made[0], 0)
     assert rig.client.post(PATH, headers=bearer(text), json=BODY).status_code == 429

@@ -15,8 +15,9 @@ from inferneo_jax import EngineFailedError, OverloadedError, Tokenizer
 from server.keys.key import Limits
 from server.keys.limits import duration
 from tests.support.fake_engine import writes
-from tests.support.fake_server import CHAT, EMBED, parse_events
+from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import KeyRig, bearer, key_rig
+from tests.support.raw_http import parse_stream
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 100}
@@ -139,7 +140,7 @@ def test_what_was_used_is_charged_before_the_answer_ends(rig: KeyRig, stream: bo
     if stream:
         body["stream_options"] = {"include_usage": True}
         answer = rig.client.post(COMPLETIONS, headers=headers, json=body)
-        found = parse_events(answer.text)[-1]["usage"]
+        found = parse_stream(answer.text)[-1]["usage"]
     else:
         found = rig.client.post(COMPLETIONS, headers=headers, json=body).json()["usage"]
     assert usage(rig, headers) == {

@@ -1,6 +1,5 @@
 """The server as a process: what an import does, exit codes, signals."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -11,6 +10,7 @@ import httpx
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.server_process import environment
 
 APP = """
 import sys
@@ -27,11 +27,6 @@ app = create_app(Settings(models=tuple(models)), lambda source, *_: models[sourc
 """
 
 
-def environment(**changes: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("INFERNEO_")}
-    return {**kept, "JAX_PLATFORMS": "cpu", **changes}
-
-
 def hypercorn(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "hypercorn", *arguments]
 
@@ -44,7 +39,7 @@ def test_importing_the_app_brings_in_no_jax() -> None:
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment(),
+        env=environment({}),
         capture_output=True,
         text=True,
         check=True,
@@ -57,7 +52,7 @@ def test_wrong_settings_end_the_server_with_a_sentence(workers: str) -> None:
     result = subprocess.run(
         hypercorn("-w", workers, "-b", "127.0.0.1:0", "server.app:app"),
         cwd=ROOT,
-        env=environment(INFERNEO_SLOTS="many"),
+        env=environment({"INFERNEO_SLOTS": "many"}),
         capture_output=True,
         text=True,
         check=False,
@@ -71,7 +66,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     result = subprocess.run(
         hypercorn("-b", "127.0.0.1:0", "server.app:app"),
         cwd=ROOT,
-        env=environment(INFERNEO_MODELS=str(tmp_path), INFERNEO_LOG_FORMAT="json"),
+        env=environment({"INFERNEO_MODELS": str(tmp_path), "INFERNEO_LOG_FORMAT": "json"}),
         capture_output=True,
         text=True,
         check=False,
@@ -94,7 +89,7 @@ def test_sigterm_ends_the_server_cleanly(tmp_path: Path, workers: str, busy: boo
             "-w", workers, "-b", f"127.0.0.1:{port}", "--graceful-timeout", "1", "fake_app:app"
         ),
         cwd=tmp_path,
-        env=environment(INFERNEO_DRAIN_SECONDS="0.5"),
+        env=environment({"INFERNEO_DRAIN_SECONDS": "0.5"}),
         stderr=subprocess.PIPE,
         text=True,
     )

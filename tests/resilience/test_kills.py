@@ -22,6 +22,7 @@ from server.keys.store.store import LEASE_SECONDS, Store
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import FREE, bearer
 from tests.support.machine_speed import Machine
+from tests.support.raw_http import event_of
 from tests.support.server_process import Process, process
 
 pytestmark = pytest.mark.alone
@@ -46,8 +47,8 @@ class Holder:
             assert answer.status_code == 200
             self.received["requests"] += 1
             async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    self._count(json.loads(line[6:]))
+                if event := event_of(line):
+                    self._count(event)
 
     async def plain(self, client: httpx.AsyncClient, asked: dict[str, Any]) -> None:
         answer = await client.post(PATH, json=asked, headers=bearer(self.text))

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.support.machine_speed import Machine
+from tests.support.raw_http import post
 from tests.support.server_process import Process, process
 from tests.support.tiny_checkpoints import CHAT
 
@@ -42,16 +43,12 @@ async def ask(address: str, number: int) -> Answer:
     host, port = address.split(":")
     asked = {"model": CHAT, "prompt": f"{number}", "max_tokens": TOKENS, "ignore_eos": True}
     # Those whose number is negative only show what the server can do, and have time for it.
-    deadline = f"X-Request-Timeout: {DEADLINE}\r\n" if number >= 0 else ""
-    content = json.dumps(asked).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\n{deadline}Content-Length: {len(content)}\r\n\r\n"
-    )
+    headers = ["Connection: close"] + [f"X-Request-Timeout: {DEADLINE}"] * (number >= 0)
+    request = post("/v1/completions", asked, *headers, host=address)
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
-        writer.write(head.encode() + content)
+        writer.write(request)
         answer = await reader.read()
     finally:
         writer.close()

@@ -20,7 +20,8 @@ from server.http.deadline import TIMEOUT_HEADER
 from server.http.errors import ApiError
 from server.run.admission import Admission, Permit
 from tests.support.fake_engine import writes
-from tests.support.fake_server import CHAT, EMBED, Rig, parse_events, running
+from tests.support.fake_server import CHAT, EMBED, Rig, running
+from tests.support.raw_http import parse_stream
 
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}
 COMPLETIONS = "/v1/completions"
@@ -274,7 +275,7 @@ def test_a_plain_request_ends_at_its_deadline(endless: Rig) -> None:
 def test_a_stream_ends_at_its_deadline_with_an_error_event(endless: Rig) -> None:
     started = time.monotonic()
     response = endless.post(COMPLETIONS, {**BODY, "stream": True, "n": 2}, headers=SOON)
-    events = parse_events(response.text)
+    events = parse_stream(response.text)
     assert events[-1]["error"]["code"] == "deadline_exceeded"
     assert len(events) > 2
     assert time.monotonic() - started < 5

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-import orjson
 import tokenizers
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
@@ -19,6 +18,7 @@ from server.app import create_app
 from server.config.settings import Settings
 from server.models.sources import Loader
 from tests.support.fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
+from tests.support.raw_http import parse_stream
 
 CHAT, EMBED = "org/tiny-chat", "tiny-embed"
 REPLY = "Caf\u00e9 au lait, na\u00efve \U0001f600 END of it."
@@ -105,24 +105,11 @@ class Rig:
         return self.client.post(path, json=body, **kwargs)
 
     def events(self, path: str, body: dict[str, Any]) -> list[Any]:
-        """The events of a stream, parsed; the last is the text "[DONE]"."""
+        """The events of a stream, and its comments as text."""
         response = self.post(path, {**body, "stream": True})
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
-        return parse_events(response.text)
-
-
-def parse_events(text: str) -> list[Any]:
-    events = []
-    for block in text.split("\n\n")[:-1]:
-        if block.startswith(":"):
-            events.append(block)
-        else:
-            assert block.startswith("data: ")
-            data = block.removeprefix("data: ")
-            events.append(data if data == "[DONE]" else orjson.loads(data))
-    assert events[-1] == "[DONE]"
-    return events[:-1]
+        return parse_stream(response.text)
 
 
 def models_of(

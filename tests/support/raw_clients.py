@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import websockets
 
+from tests.support.raw_http import event_of, post
 from tests.support.server_process import Process
 from tests.support.tiny_checkpoints import CHAT
 
@@ -57,8 +58,8 @@ async def stream(server: Process, asked: dict[str, Any], **options: Any) -> Endi
             async for line in answer.aiter_lines():
                 if line == "data: [DONE]":
                     ending.complete = True
-                elif line.startswith("data: "):
-                    note(ending, json.loads(line.removeprefix("data: ")))
+                elif event := event_of(line):
+                    note(ending, event)
     except httpx.TransportError:
         ending.complete = False
     return ending
@@ -115,9 +116,7 @@ def stuck(server: Process) -> socket.socket:
     host, port = server.address.split(":")
     raw = socket.create_connection((host, int(port)))
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    content = json.dumps(body(30_000, stream=True, logprobs=5)).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: {server.address}\r\nContent-Length: {len(content)}\r\n"
-    raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+    raw.sendall(post(PATH, body(30_000, stream=True, logprobs=5), host=server.address))
     return raw
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -16,22 +15,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from server.keys.key import Limits, new_key
 from server.keys.store.open import open_store
-from tests.support.paths import ROOT
-from tests.support.server_process import Process
+from tests.support.server_process import environment
 
 SERVE = Path(sys.executable).with_name("serve")
 STOP_SECONDS = 45.0
 _LINE = re.compile(r"\(ServeReplica:\S+ pid=(\d+)\) (\{.*\})")
 
 
-class Replicas(Process):
-    """What ``serve run`` started; ``address`` is that of Serve's proxy."""
+class Replicas:
+    """What ``serve run`` started; ``url`` and ``ws`` are those of Serve's proxy.
 
-    redis: str
+    Attributes:
+        popen: the process of ``serve run``.
+        log: what it and the replicas wrote.
+        redis: the URL of the store of keys.
+    """
+
+    def __init__(
+        self, command: list[str], port: int, log: Path, redis: str, settings: dict[str, str]
+    ) -> None:
+        self.url, self.ws = f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}"
+        self.log, self.redis = log, redis
+        with log.open("a") as out:
+            self.popen = subprocess.Popen(
+                command, stdout=out, stderr=out, env=environment(settings)
+            )
 
     def key(self, limits: Limits) -> dict[str, str]:
         """The headers of a new key."""
@@ -66,6 +79,20 @@ class Replicas(Process):
             assert self.popen.poll() is None, self.tail()
             assert time.monotonic() < deadline, self.tail()
             time.sleep(0.2)
+
+    def wait_ready(self, seconds: float) -> None:
+        """Return once Serve's proxy reaches a replica that can serve."""
+        deadline = time.monotonic() + seconds
+        while not self._ready():
+            assert self.popen.poll() is None, self.tail()
+            assert time.monotonic() < deadline, self.tail()
+            time.sleep(0.05)
+
+    def _ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def stop(self) -> int:
         """End them all; how many processes had to be killed for it."""
@@ -122,10 +149,8 @@ def replicas(folder: Path, settings: dict[str, str]) -> Iterator[Replicas]:
         "applications": [{"name": "inferneo", "import_path": "server.replicas:app"}],
     }
     (folder / "serve.json").write_text(json.dumps(config))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("INFERNEO_")}
     with redis_server(folder) as redis, tempfile.TemporaryDirectory() as ray:  # short: for sockets
-        environment = {
-            "PYTHONPATH": str(ROOT),
+        variables = {
             "JAX_PLATFORMS": "cpu",
             "RAY_TMPDIR": ray,
             "RAY_AUTH_MODE": "token",
@@ -139,11 +164,11 @@ def replicas(folder: Path, settings: dict[str, str]) -> Iterator[Replicas]:
         }
         server = Replicas(
             [str(SERVE), "run", str(folder / "serve.json")],
-            f"127.0.0.1:{port}",
+            port,
             folder / "log",
-            env=kept | environment | settings,
+            redis,
+            variables | settings,
         )
-        server.redis = redis
         try:
             yield server
         finally:

@@ -28,7 +28,8 @@ class Process:
     """
 
     def __init__(self, command: list[str], settings: dict[str, str], log: Path) -> None:
-        self._child = Child(command, environment(settings), log_file=log)
+        variables = environment({"INFERNEO_LOG_FORMAT": "json"} | settings)
+        self._child = Child(command, variables, log_file=log)
         self.url, self.popen, self.log = self._child.url, self._child.process, log
         self.address = self.url.removeprefix("http://")
         self.ws = f"ws://{self.address}"
@@ -93,11 +94,10 @@ def free_address() -> str:
 
 
 def environment(settings: dict[str, str]) -> dict[str, str]:
-    """Of a process with these settings and one device, as a user's machine without any has."""
-    dropped = ("INFERNEO_", "XLA_FLAGS")
+    """Of a process with these settings and no others, and one device, as a user's machine has."""
+    dropped = ("INFERNEO_", "XLA_FLAGS", "COLUMNS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    found = {"PYTHONPATH": str(ROOT), "INFERNEO_LOG_FORMAT": "json"}
-    return kept | found | settings
+    return kept | {"PYTHONPATH": str(ROOT)} | settings
 
 
 @contextlib.contextmanager

@@ -6,13 +6,13 @@ The tiny model is read at a steady pace, which pauses its generation whenever it
 
 import argparse
 import asyncio
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import httpx
 
+from tests.support.raw_http import event_of
 from tests.support.server_process import Process, process
 from tests.support.tiny_checkpoints import CHAT, tiny_checkpoints
 
@@ -33,13 +33,13 @@ async def paced(server: Process, seconds: float) -> dict[str, object]:
             if line.startswith("data: "):
                 usage, last = last, line
                 events += 1
-                for choice in json.loads(line[6:])["choices"] if line != DONE else ():
+                for choice in (event_of(line) or {"choices": ()})["choices"]:
                     tokens += len((choice["logprobs"] or {"tokens": ()})["tokens"])
                 due = started + seconds * tokens / TOKENS
                 if (early := due - time.monotonic()) > 0.05:
                     await asyncio.sleep(early)
     took = time.monotonic() - started
-    assert json.loads(usage[6:])["usage"]["completion_tokens"] == tokens
+    assert event_of(usage)["usage"]["completion_tokens"] == tokens
     return {"seconds": round(took, 1), "events": events, "tokens": tokens, "last": last}
 
 

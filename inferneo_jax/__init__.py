@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         TokenizerError,
         WeightsError,
     )
-    from inferneo_jax.model import EmbeddingModel, LanguageModel, follow_model, load_model
+    from inferneo_jax.model import EmbeddingModel, LanguageModel, Model, follow_model, load_model
     from inferneo_jax.platform.memory import malloc_trim
     from inferneo_jax.request import (
         EngineStats,
@@ -88,6 +88,7 @@ _HOMES = {
     "model": (
         "EmbeddingModel",
         "LanguageModel",
+        "Model",
         "follow_model",
         "load_model",
     ),
@@ -130,6 +131,7 @@ __all__ = [
     "JobError",
     "LanguageModel",
     "MeshShape",
+    "Model",
     "ModelInfo",
     "OverloadedError",
     "RequestError",

@@ -2,11 +2,12 @@
 
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -41,38 +42,76 @@ from inferneo_jax.weights.placement import flat, local_bytes, place_weights, wei
 
 log = logging.getLogger(__name__)
 
+Task = Literal["generate", "embed"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModel:
-    """A causal model, ready to generate. ``max_len`` is prompt and output, in tokens."""
+class Model(ABC):
+    """A loaded model, whatever it does: what a server needs to know of any of them.
+
+    Attributes:
+        kind: of its checkpoint.
+        task: that it serves.
+        name: under which it was loaded.
+        created: when it was converted, in seconds since 1970.
+        tokenizer: of its texts.
+        max_len: of the longest sequence in tokens: prompt and output, or a text to be embedded.
+        info: what it is made of.
+    """
+
+    kind: ClassVar[Literal["decoder", "encoder"]]
+    task: ClassVar[Task]
 
     name: str
     created: int
     tokenizer: Tokenizer
-    engine: Engine
     max_len: int
     info: ModelInfo
-    kind: Literal["decoder"] = "decoder"
 
-    @property
-    def max_sequence(self) -> int:
-        """The longest sequence in tokens: prompt and output."""
-        return self.max_len
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether it serves requests now."""
+
+    @abstractmethod
+    def stuck(self) -> float:
+        """Seconds by which its current step has exceeded its limit; 0.0 if it has not."""
+
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether it will never serve again."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats | None:
+        """What a generating engine does now; None: the model generates nothing."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End all its requests and its thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(Model):
+    """A causal model, ready to generate."""
+
+    kind = "decoder"
+    task = "generate"
+
+    engine: Engine
 
     def ready(self) -> bool:
-        """Whether it takes requests now."""
+        """Whether the engine runs, and no step hangs."""
         return self.engine.stats().ready
 
     def stuck(self) -> float:
-        """Seconds by which its current step has exceeded its limit."""
+        """Seconds by which the current step has exceeded its limit."""
         return self.engine.stuck()
 
     def ended(self) -> bool:
-        """Whether it was stopped or has failed for good."""
+        """Whether the engine has failed for good."""
         return self.engine.ended()
 
     def stats(self) -> EngineStats:
-        """The engine's numbers as of its latest step."""
+        """The engine's figures."""
         return self.engine.stats()
 
     def stop(self) -> None:
@@ -81,37 +120,28 @@ class LanguageModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingModel:
-    """An encoder, ready to embed. ``max_tokens`` is of one input, special tokens included."""
+class EmbeddingModel(Model):
+    """An encoder, ready to embed."""
 
-    name: str
-    created: int
-    tokenizer: Tokenizer
+    kind = "encoder"
+    task = "embed"
+
     embedder: Embedder
-    max_tokens: int
-    info: ModelInfo
-    kind: Literal["encoder"] = "encoder"
-
-    @property
-    def max_sequence(self) -> int:
-        """The longest input in tokens."""
-        return self.max_tokens
 
     def ready(self) -> bool:
-        """Whether it takes requests now."""
-        return self.stuck() == 0.0
+        """Whether no batch hangs."""
+        return self.embedder.stuck() == 0.0
 
     def stuck(self) -> float:
-        """Seconds by which its current round has exceeded its limit."""
+        """Seconds by which the current round of batches has exceeded its limit."""
         return self.embedder.stuck()
 
     def ended(self) -> bool:
-        """Whether it has failed for good: an embedder never does."""
+        """Never: a failed batch ends its own request only."""
         return False
 
     def stats(self) -> None:
-        """An embedder has no slots, pages or steps to count."""
-        return
+        """None: it generates nothing."""
 
     def stop(self) -> None:
         """End all its requests and its thread."""
@@ -125,7 +155,7 @@ def load_model(
     name: str,
     progress: Progress | None = None,
     job: Job | None = None,
-) -> LanguageModel | EmbeddingModel:
+) -> Model:
     """Load a converted checkpoint and compile all its steps. Blocks, for seconds to minutes.
 
     In a job of several processes, which this one leads and has joined, a language model runs on
@@ -138,39 +168,39 @@ def load_model(
     """
     if config.kernels != "xla" and jax.default_backend() == "cpu":
         start_building()  # seconds, at the first start on a machine
-    info = read_info(path)
+    checkpoint = read_info(path)
     tokenizer = Tokenizer.from_directory(path)
+    common: Any = {"name": name, "created": checkpoint.created, "tokenizer": tokenizer}
     with compiles.expected():
-        if isinstance(info.config, EncoderConfig):
-            # A small model: where there are several hosts, the devices of this one are plenty.
-            shape = config.mesh if jax.process_count() == 1 else MeshShape()
-            mesh = make_mesh(shape, jax.local_devices())
-            backend = resolve_encoder(info.config, config, mesh)
-            weights, _ = load_weights(info, mesh, [backend.quantization], config)
-            embedder = Embedder(backend, weights, config)
-            with oom_as_config_error("the batches were compiled and first run"):
-                embedder.start(progress)
+        if isinstance(checkpoint.config, EncoderConfig):
+            embedder, info = _load_embedder(checkpoint, checkpoint.config, config, progress)
             return EmbeddingModel(
-                name=name,
-                created=info.created,
-                tokenizer=tokenizer,
-                embedder=embedder,
-                max_tokens=embedder.max_tokens,
-                info=ModelInfo.of(backend, weights),
+                **common, embedder=embedder, max_len=embedder.max_tokens, info=info
             )
-        runner = load_runner(info, config, progress, job)
-    loaded = runner.info()  # before a step takes the cache along
+        runner = load_runner(checkpoint, config, progress, job)
+    info = runner.info()  # before a step takes the cache along
     engine = Engine(runner)
     if job:
         job.on_lost(engine.fail)
-    return LanguageModel(
-        name=name,
-        created=info.created,
-        tokenizer=tokenizer,
-        engine=engine,
-        max_len=runner.max_len,
-        info=loaded,
-    )
+    return LanguageModel(**common, engine=engine, max_len=runner.max_len, info=info)
+
+
+def _load_embedder(
+    checkpoint: CheckpointInfo,
+    model: EncoderConfig,
+    config: EngineConfig,
+    progress: Progress | None,
+) -> tuple[Embedder, ModelInfo]:
+    """An embedder that runs, on the devices of this process alone."""
+    # A small model: where there are several hosts, the devices of this one are plenty.
+    shape = config.mesh if jax.process_count() == 1 else MeshShape()
+    mesh = make_mesh(shape, jax.local_devices())
+    backend = resolve_encoder(model, config, mesh)
+    weights, _ = load_weights(checkpoint, mesh, [backend.quantization], config)
+    embedder = Embedder(backend, weights, config)
+    with oom_as_config_error("the batches were compiled and first run"):
+        embedder.start(progress)
+    return embedder, ModelInfo.of(backend, weights)
 
 
 def follow_model(

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import structlog
 from pydantic import Field
@@ -19,13 +19,19 @@ from server.http.schema import Count
 from server.models.sources import Loader, Source, load_from_disk, sources_of
 
 if TYPE_CHECKING:
-    from inferneo_jax import EmbeddingModel, Job, LanguageModel
-    from server.models.sources import Model
+    from inferneo_jax import EmbeddingModel, Job, LanguageModel, Model
 
 log = structlog.get_logger(__name__)
 
 LOST_SECONDS = 30.0
 """A step that takes so much longer than it should is not waited for any more."""
+
+_SERVES = {
+    "generate": "generates text and makes no embeddings; use /v1/chat/completions or "
+    "/v1/completions.",
+    "embed": "makes embeddings and no text; use /v1/embeddings.",
+}
+"""By a model's task, what it does, for a caller who wants something else."""
 
 
 class Progress(TypedDict):
@@ -133,28 +139,22 @@ class Registry:
         """The model of this name, which generates.
 
         Raises:
-            ApiError: there is none, it is still being loaded, or it is of the other kind.
+            ApiError: there is none, it is still being loaded, or it serves another task.
         """
-        model = self.get(name, caller)
-        if model.kind == "encoder":
-            raise bad_request(
-                f"The model {name} makes embeddings and no text; use /v1/embeddings.", "model"
-            )
-        return model
+        return cast("LanguageModel", self._serving("generate", name, caller))
 
     def embedding_model(self, name: str, caller: object) -> "EmbeddingModel":
         """The model of this name, which embeds.
 
         Raises:
-            ApiError: there is none, it is still being loaded, or it is of the other kind.
+            ApiError: there is none, it is still being loaded, or it serves another task.
         """
+        return cast("EmbeddingModel", self._serving("embed", name, caller))
+
+    def _serving(self, task: str, name: str, caller: object) -> "Model":
         model = self.get(name, caller)
-        if model.kind == "decoder":
-            raise bad_request(
-                f"The model {name} generates text and makes no embeddings; use "
-                "/v1/chat/completions or /v1/completions.",
-                "model",
-            )
+        if model.task != task:
+            raise bad_request(f"The model {name} {_SERVES[model.task]}", "model")
         return model
 
     async def load(self) -> None:
@@ -250,6 +250,4 @@ def still_loading() -> ApiError:
 def _lost(model: "Model") -> str | None:
     if (seconds := model.stuck()) > LOST_SECONDS:
         return f"{model.name} has not answered for {seconds:.0f} s"
-    if model.ended():
-        return f"{model.name} has failed for good"
-    return None
+    return f"{model.name} has failed for good" if model.ended() else None

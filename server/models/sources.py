@@ -9,9 +9,7 @@ from inferneo_jax import CheckpointError, ConfigError
 from server.config.settings import Settings
 
 if TYPE_CHECKING:
-    from inferneo_jax import EmbeddingModel, Job, LanguageModel
-
-    Model = LanguageModel | EmbeddingModel
+    from inferneo_jax import Job, Model
 
 Progress = Callable[[str, int, int], None]
 Loader = Callable[["Source", Settings, Progress], "Model"]

@@ -10,9 +10,7 @@ from prometheus_client.registry import Collector
 from inferneo_jax import EngineStats, __version__
 
 if TYPE_CHECKING:
-    from inferneo_jax import EmbeddingModel, LanguageModel
-
-    Model = LanguageModel | EmbeddingModel
+    from inferneo_jax import Model
 
 MODEL = "model_name"
 """The label of every figure that is of one model."""
@@ -60,7 +58,7 @@ _INFO = ("dtype", "quantization", "kv_dtype", "kernels", "mesh", "device")
 _OF_MODELS: dict[str, tuple[str, Callable[["Model"], float]]] = {
     "inferneo_max_model_len_tokens": (
         "The longest sequence: prompt and output, or a text to be embedded.",
-        lambda m: m.max_sequence,
+        lambda m: m.max_len,
     ),
     "inferneo_model_weights_bytes": (
         "What this process's devices hold of the weights.",
@@ -138,7 +136,7 @@ def _of_models(models: Sequence["Model"]) -> Iterator[Metric]:
 
 
 def _of_engines(models: Sequence["Model"]) -> Iterator[Metric]:
-    stats = {model.name: found for model in models if (found := model.stats()) is not None}
+    stats = {model.name: found for model in models if (found := model.stats())}
     for family, figures in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
         for name, (words, read) in figures.items():
             metric = family(name, words, labels=[MODEL])

@@ -63,7 +63,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
             created=0,
             tokenizer=model.tokenizer,
             embedder=FakeEmbedder(),
-            max_tokens=32,
+            max_len=32,
             info=model.info,
         ),
     }

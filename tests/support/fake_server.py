@@ -139,7 +139,7 @@ def models_of(
             created=1700000001,
             tokenizer=tokenizer,
             embedder=embedder,
-            max_tokens=embedder.max_tokens,
+            max_len=embedder.max_tokens,
             info=dataclasses.replace(info, kv_dtype="", cache_bytes=0),
         ),
     }

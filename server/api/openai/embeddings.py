@@ -189,13 +189,13 @@ def _longest(model: "EmbeddingModel", truncate: int | None) -> int | None:
     Raises:
         ApiError: the model does not read so many.
     """
-    if truncate is not None and truncate > model.max_tokens:
+    if truncate is not None and truncate > model.max_len:
         raise bad_request(
-            f"truncate_prompt_tokens is {truncate}; it must be from 1 to {model.max_tokens}, which "
+            f"truncate_prompt_tokens is {truncate}; it must be from 1 to {model.max_len}, which "
             "this model reads at most, or -1 for just that.",
             "truncate_prompt_tokens",
         )
-    return model.max_tokens if truncate == -1 else truncate
+    return model.max_len if truncate == -1 else truncate
 
 
 def _tokenize(
@@ -212,10 +212,10 @@ def _tokenize(
     )
     ids = [next(texts) if isinstance(item, str) else item[:keep] for item in inputs]
     for i, each in enumerate(ids):
-        if len(each) > model.max_tokens:
+        if len(each) > model.max_len:
             name = f"input[{i}]" if len(ids) > 1 else "input"
             raise bad_request(
-                f"{name} has {len(each)} tokens. {CONTEXT_IS} {model.max_tokens} tokens. "
+                f"{name} has {len(each)} tokens. {CONTEXT_IS} {model.max_len} tokens. "
                 "Shorten it, cut it into several, or set truncate_prompt_tokens to -1.",
                 name,
                 "context_length_exceeded",

@@ -11,7 +11,7 @@ from server.http.schema import Null
 from server.services import Services
 
 if TYPE_CHECKING:
-    from server.models.sources import Model
+    from inferneo_jax import Model
 
 
 class ModelCard(TypedDict):

@@ -14,8 +14,7 @@ from server.models.registry import Progress, still_loading
 from server.services import Services
 
 if TYPE_CHECKING:
-    from inferneo_jax import LanguageModel
-    from server.models.sources import Model
+    from inferneo_jax import EngineStats, Model
 
 
 class Health(TypedDict):
@@ -132,9 +131,8 @@ async def ready(services: Services) -> Ready | Response:
         return _unready("draining", shutting_down(), models)
     if not registry.ready:
         return _failed("An engine has stopped, failed or does not answer.", models)
-    compiles = max(
-        model["compiles_after_ready"] if model["kind"] == "decoder" else 0 for model in models
-    )
+    found = [stats for model in registry.models() if (stats := model.stats())]
+    compiles = max((stats.compiles_after_ready for stats in found), default=0)
     return {"status": "ready", "compiles_after_ready": compiles, "models": models}
 
 
@@ -154,18 +152,21 @@ def _failed(message: str, models: list[ModelState]) -> Response:
 
 def _state(model: "Model") -> ModelState:
     """What a model can hold, and what it holds now."""
-    if model.kind == "encoder":
+    from inferneo_jax import EmbeddingModel  # with jax, which a loaded model has loaded
+
+    if isinstance(model, EmbeddingModel):
         return {
             "id": model.name,
             "kind": "encoder",
-            "max_tokens": model.max_tokens,
+            "max_tokens": model.max_len,
             "dimensions": model.embedder.hidden_size,
         }
-    return _language_model_state(model)
+    stats = model.stats()
+    assert stats, "it generates"
+    return _generating(model, stats)
 
 
-def _language_model_state(model: "LanguageModel") -> LanguageModelState:
-    stats = model.engine.stats()
+def _generating(model: "Model", stats: "EngineStats") -> LanguageModelState:
     return {
         "id": model.name,
         "kind": "decoder",

@@ -23,9 +23,8 @@ from server.prompt.body import read_body
 from server.services import Services
 
 if TYPE_CHECKING:
-    from inferneo_jax import Tokenizer
+    from inferneo_jax import Model, Tokenizer
     from server.models.registry import Registry
-    from server.models.sources import Model
 
 _SLICE = 10_000
 _MODEL = "The id or an alias of a model; by default the first that is served."
@@ -170,7 +169,7 @@ def _tokenize(
             pieces.extend([spell(token) for token in part])
     answer: TokenList = {
         "count": len(tokens),
-        "max_model_len": model.max_sequence,
+        "max_model_len": model.max_len,
         "tokens": ids,
         "token_strs": pieces if spelled else None,
     }

@@ -1,4 +1,4 @@
-"""A time limit that is set and cleared all the time, and hardly ever comes."""
+"""A time limit that is set and cleared very often and rarely expires."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from contextvars import Context
 
 
 class Alarm:
-    """Calls back once it has been set for so long. For the event loop only.
+    """Calls back when it has been set for ``seconds``. For the event loop only.
 
-    The loop has one timer for it, however often it is set: a timer for each event of a stream is a
-    tenth of what the event costs.
+    However often it is set, it needs one timer of the loop: a timer for each event of a stream
+    would add a tenth to the cost of the event.
 
     Args:
-        seconds: how long.
-        ring: is called.
+        seconds: how long it must have been set.
+        ring: the function to call.
     """
 
     def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
@@ -24,17 +24,17 @@ class Alarm:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
-        """From now on, anew if it was set already."""
+        """Start, or start again, to count the time."""
         self._due = self._loop.time() + self._seconds
         if self._timer is None:
             self._timer = self._call_at(self._due)
 
     def clear(self) -> None:
-        """It will not ring until it is set again."""
+        """Do not ring until it is set again."""
         self._due = None
 
     def close(self) -> None:
-        """It will not ring any more, and the loop forgets it."""
+        """Never ring again, and release the loop's timer."""
         self._due = self._ring = None  # what rings most often owns this
         if self._timer is not None:
             self._timer.cancel()

@@ -1,4 +1,4 @@
-"""Request bodies: bounded in size, and in how slowly they may come."""
+"""Request bodies, limited in size and in how slowly they may arrive."""
 
 import asyncio
 from collections.abc import Generator
@@ -12,23 +12,23 @@ from server.http.deadline import Deadline
 from server.http.errors import ApiError
 
 DRAIN_SECONDS = 5.0
-"""How long an error waits for a body to arrive that nobody wants."""
+"""How long an error response waits for the rest of a body that is discarded."""
 STALL_SECONDS = 5.0
-"""How long a body that is waited for may make no progress."""
+"""How long a body may make no progress while the server waits for it."""
 BODY_BYTES_PER_SECOND = 1024
-"""The slowest pace of a body: each second of waiting must be earned by so many bytes."""
+"""The slowest rate of a body: each second of waiting must be earned by this many bytes."""
 _LOOK_SECONDS = 0.5
 
 
 class LimitedBody(Body):
-    """A body that is refused when it grows too large, yet read to its end; or when it stalls.
+    """A body that is rejected when it becomes too large or stalls.
 
-    A connection that is closed while bytes lie unread is reset, and the client may lose the answer
-    that says why.
+    A body that is too large is still read to its end: closing a connection with unread data resets
+    it, and the client may lose the response that says why.
 
     Attributes:
-        deadline: of the request, by which the body must have arrived too; None: it has none.
-        stalled: it was given up because it came too slowly.
+        deadline: the request's deadline, which also limits the body; None if it has none.
+        stalled: whether the body was given up because it arrived too slowly.
     """
 
     def __init__(self, expected: int | None, maximum: int | None) -> None:
@@ -48,21 +48,21 @@ class LimitedBody(Body):
 
     @property
     def whole(self) -> bool:
-        """Whether the last byte has come."""
+        """Whether the last byte has arrived."""
         return self._ended.is_set()
 
     def __await__(self) -> Generator[Any, None, Any]:
         """Wait for the last byte and return them all.
 
         Raises:
-            ApiError: it came too slowly, or the request's time is over.
-            RequestEntityTooLarge: it has too many bytes.
+            ApiError: the body came too slowly, or the deadline has passed.
+            RequestEntityTooLarge: the body has too many bytes.
         """
         yield from self._arrive().__await__()
         return (yield from super().__await__())
 
     def append(self, data: bytes) -> None:
-        """Keep the bytes, or drop them once there are too many."""
+        """Keep the bytes; drop them once there are too many."""
         self._received += len(data)
         if self._left is not None:
             self._left -= len(data)
@@ -74,12 +74,12 @@ class LimitedBody(Body):
             self._has_data.set()
 
     def set_complete(self) -> None:
-        """Called when the last byte has come."""
+        """Note that the last byte has arrived."""
         self._ended.set()
         super().set_complete()
 
     async def drain(self) -> None:
-        """Wait for the last byte, for a while; keep none, since the answer is known."""
+        """Wait a while for the last byte and discard the body, since the response is known."""
         self._answered = True
         self._data.clear()
         if not self.stalled:

@@ -1,4 +1,4 @@
-"""JSON in and out."""
+"""JSON bodies of requests and responses."""
 
 import re
 from collections.abc import AsyncGenerator

@@ -1,4 +1,4 @@
-"""Every error as the one envelope ``{"error": {"message", "type", "param", "code"}}``."""
+"""Every error, in the one envelope ``{"error": {"message", "type", "param", "code"}}``."""
 
 from typing import Annotated, Literal
 
@@ -94,24 +94,24 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that must be changed before it can be served."""
+    """The error for a request that its client must change."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unavailable(message: str, code: str, seconds: int) -> ApiError:
-    """A request that may succeed if it is sent again ``seconds`` later."""
+    """The error for a request that may succeed if it is sent again ``seconds`` later."""
     headers = {"Retry-After": str(seconds), "Retry-After-Ms": str(seconds * 1000)}
     return ApiError(503, message, kind="server_error", code=code, headers=headers)
 
 
 def shutting_down() -> ApiError:
-    """The answer once the server is going to end."""
+    """The error for requests that arrive while the server shuts down."""
     message = "The server is shutting down. Send the request again, to another server."
     return unavailable(message, "overloaded", RETRY_LOADING_SECONDS)
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """The client's view of any exception; what is our own fault is logged here."""
+    """The error that a client sees for any exception; faults of the server are logged here."""
     match error:
         case ApiError():
             return error

@@ -1,4 +1,4 @@
-"""What WebSocket clients send, bounded in bytes wherever any of it is kept.
+"""WebSocket messages from clients, limited in bytes wherever any of them is kept.
 
 Hypercorn (0.18) bounds a message in characters, of which one emoji makes every other take four
 bytes; it goes on collecting beyond its bound, and queues ten messages more. Here a socket holds one
@@ -269,7 +269,7 @@ _handle_events = WSStream._handle_events
 
 
 def patch_websockets() -> None:
-    """Change two methods of Hypercorn's, for every WebSocket.
+    """Patch two methods of Hypercorn's, for every WebSocket.
 
     Data that come before the connection was accepted end it. Hypercorn answers them with 400 and
     forgets the application, which is not even told when the client leaves.

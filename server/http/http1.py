@@ -1,8 +1,8 @@
-"""HTTP/1.1 read strictly: a request that two readers could understand differently is refused.
+"""Strict parsing of HTTP/1.1: a request that two parsers could read differently is rejected.
 
-h11 (0.16) follows the leave that RFC 9112 gives to be lenient. A proxy before the server may be
-lenient in other ways; then the two disagree on where a request ends, and what one of them takes for
-a body is the next request to the other (request smuggling).
+h11 (0.16) is lenient where RFC 9112 allows it. A proxy in front of the server may be lenient in
+other ways; then the two disagree on where a request ends, and what one takes for a body is the next
+request to the other (request smuggling).
 """
 
 import re
@@ -129,7 +129,7 @@ _send_error_response = H11Protocol._send_error_response
 
 
 def patch() -> None:
-    """Let Hypercorn's connections read strictly, and say in the answer what was wrong."""
+    """Have Hypercorn parse strictly, and say in its 400 responses what was wrong."""
     H11Protocol.__init__ = _init_strict  # type: ignore[method-assign]
     H11Protocol._send_error_response = _explain  # type: ignore[method-assign]
 

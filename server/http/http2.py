@@ -1,4 +1,4 @@
-"""HTTP/2: what h2 (4.4) and Hypercorn (0.18) let through, and must not."""
+"""HTTP/2: checks that h2 (4.4) and Hypercorn (0.18) leave out."""
 
 import asyncio
 import re
@@ -33,7 +33,7 @@ _handle_events = H2Protocol._handle_events
 
 
 def patch() -> None:
-    """Change three of Hypercorn's methods, for every connection.
+    """Patch three of Hypercorn's methods, for every connection.
 
     A request with a malformed pseudo-header ends its own stream. Some of them ended the whole
     connection with an exception; others reached the application, which cannot tell either what is

@@ -1,4 +1,4 @@
-"""Which addresses, names and requests are this machine's own."""
+"""Whether an address, a host name or a request belongs to this machine."""
 
 import ipaddress
 import re

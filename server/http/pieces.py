@@ -1,4 +1,4 @@
-"""JSON in pieces, so that a long answer is neither built nor copied in one go."""
+"""JSON in pieces, so that a long response is neither built nor copied as a whole."""
 
 import secrets
 from collections.abc import Iterator, Sequence

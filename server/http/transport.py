@@ -1,7 +1,7 @@
-"""What an application cannot ask of Hypercorn (0.18), done on Hypercorn's own objects.
+"""What Hypercorn (0.18) offers no interface for, done on its own objects.
 
-They are reached by way of the ``send`` that the application is given, whose owners hold them; where
-these are not the ones expected, nothing is changed.
+They are reached through the owners of the ``send`` function that the application is given. If these
+are not of the expected types, nothing is changed.
 """
 
 import asyncio
@@ -26,16 +26,16 @@ from server.http.alarm import Alarm
 log = structlog.get_logger(__name__)
 
 SEND_BUFFER_BYTES = 128 * 1024
-"""What the kernel keeps for a client that does not read; left alone it would keep megabytes."""
+"""The kernel's send buffer for one client, which would grow to megabytes by itself."""
 STALL_SECONDS = 120.0
-"""How long a client may read nothing of what it was sent."""
+"""How long a client may leave what it was sent unread."""
 
 
 class WriteTimeout:
-    """Drops a client that has read nothing for a while: what it left unread fills its socket.
+    """Closes the connection of a client that has read nothing for ``STALL_SECONDS``.
 
-    Nothing more can be told to it, for the same reason. Its connection is cut, which ends
-    everything that runs for it.
+    What it left unread fills its socket, so no error can be sent to it. Closing the connection
+    ends everything that runs for it.
     """
 
     def __init__(self, send: ASGISendCallable) -> None:
@@ -50,7 +50,7 @@ class WriteTimeout:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     async def send(self, message: ASGISendEvent) -> None:
-        """Pass a message on, which waits until the client has made room for it."""
+        """Send a message; this waits until the client has made room for it."""
         if self._server is None:
             return await self._send(message)
         self._alarm.set()
@@ -61,11 +61,11 @@ class WriteTimeout:
         return None
 
     def close(self) -> None:
-        """Nothing more will be sent."""
+        """Stop watching: nothing more will be sent."""
         self._alarm.close()
 
     def cut(self) -> None:
-        """End the connection at once, whatever it still had to carry."""
+        """Close the connection at once, and drop what was not sent."""
         if self._server is not None:
             self._server.writer.transport.abort()
 
@@ -75,15 +75,14 @@ class WriteTimeout:
 
 
 class DisconnectWatcher:
-    """Notices that a client has gone though Hypercorn has stopped reading its connection.
+    """Notices that a client has disconnected even while Hypercorn does not read its connection.
 
-    Hypercorn reads no further once a second request has arrived behind the one being answered. If
-    the client then closes the connection, nothing tells the application, and a long generation runs
-    on for nobody. The transport still learns of it, and tells the stream reader, which is where
-    this listens.
+    Hypercorn stops reading once a second request has arrived after the one being answered. If the
+    client then closes the connection, the application is not told, and a long generation runs on
+    for nobody. The transport still tells the stream reader, so this listens there.
 
     Attributes:
-        watched: Hypercorn is as expected.
+        watched: whether Hypercorn's objects are the expected ones.
     """
 
     def __init__(self, send: ASGISendCallable) -> None:
@@ -98,7 +97,7 @@ class DisconnectWatcher:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While this is open, the application is told ``http.disconnect`` when the client goes."""
+        """While this is open, send the application ``http.disconnect`` when the client leaves."""
         if not self.watched:
             yield
             return
@@ -111,7 +110,7 @@ class DisconnectWatcher:
             reader.feed_eof, reader.set_exception = kept
 
     async def finish(self) -> None:
-        """Once the application is done: let Hypercorn see the end, which it would wait for."""
+        """Let Hypercorn see the end of the connection once the application is done."""
         if self._gone and self._stream.state is ASGIHTTPState.RESPONSE:
             with suppress(Exception):  # whatever is wrong with it, nobody is there to see it
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -143,7 +142,7 @@ _run = TCPServer.run
 
 
 def patch_hypercorn() -> None:
-    """Change some of its methods, for every connection.
+    """Patch some of its methods, for every connection.
 
     ``Upgrade: h2c`` is answered in HTTP/1.1, as RFC 9110 (7.8) allows. A proxy that passes the
     header on would find itself tunnelling, unseen, requests that its own rules were to judge. A

@@ -1,4 +1,4 @@
-"""Looks keys up in the store, a bounded number at once for texts that may be no key's."""
+"""Looks up keys in the store, with a limit on lookups for strings that may not be keys."""
 
 import asyncio
 import time
@@ -11,9 +11,9 @@ from server.keys.key import Key
 from server.keys.store.threads import StoreThreads
 
 FRESH_SECONDS = 1.0
-"""For so long a key that was looked up is believed: what changes takes effect within that time."""
+"""How long a looked-up key is cached, and so how long a change may take to have effect."""
 MAX_UNPROVEN = 64
-"""Lookups under way for texts that were not yet found to be a key's."""
+"""Concurrent lookups for strings that are not yet known to be keys."""
 _MOST_FRESH = 4096
 
 Result = TypeVar("Result")

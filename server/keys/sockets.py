@@ -1,4 +1,4 @@
-"""How many WebSockets there may be, of clients that are identified and of those that are not."""
+"""Limits on open WebSockets, for identified and for unidentified clients."""
 
 import ipaddress
 from collections import Counter

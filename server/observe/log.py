@@ -1,4 +1,4 @@
-"""Structured logs on standard error: what happened to requests, never what they said."""
+"""Structured logs on standard error. They never contain prompts or generated text."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ from server.observe.terminal import escaped
 
 
 def to_console(log_format: Literal["auto", "json", "console"]) -> bool:
-    """Whether the log is for a person to read."""
+    """Whether the log is formatted for reading on a terminal."""
     return log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
 
 

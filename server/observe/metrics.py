@@ -1,9 +1,9 @@
-"""Figures for ``GET /metrics``, in Prometheus' text form.
+"""Metrics for ``GET /metrics``, in the Prometheus text format.
 
-What means the same as one of vLLM's has its name, labels and unit
-(https://docs.vllm.ai/en/stable/usage/metrics.html), so that dashboards and alerts made for it work.
-All else begins with ``inferneo_``. Times are taken where the engine hands a token over, before text
-and HTTP; those of a request begin when it is given to the engine.
+A metric that vLLM has too has its name, labels and unit
+(https://docs.vllm.ai/en/stable/usage/metrics.html), so that dashboards and alerts made for vLLM
+work. All others begin with ``inferneo_``. Times are taken where the engine emits a token, before
+detokenization and HTTP; those of a request begin when it is submitted to the engine.
 """
 
 import time

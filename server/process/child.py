@@ -1,4 +1,4 @@
-"""Servers in processes of their own, which never outlive the process that started them."""
+"""Servers in child processes, which never outlive the process that started them."""
 
 import contextlib
 import http.client
@@ -18,17 +18,17 @@ from urllib.parse import urlsplit
 from server.process.listening import BACKLOG, url_of
 
 PORT, LISTENER = "{port}", "{listener}"
-"""Stand in a command for a free port; for a socket that listens already (Hypercorn's --bind)."""
+"""Placeholders in a command: a free port, and a listening socket for Hypercorn's --bind."""
 _PLACE = re.compile(f"{re.escape(PORT)}|{re.escape(LISTENER)}")
 OURS = (sys.executable, "-m", "hypercorn", "--bind", LISTENER, "server.app:app")
 """Starts this project's server, with the settings of its environment."""
 END_SECONDS = 30.0
-"""How long a server that is told to end may take before it is killed."""
+"""How long a server may take to end after SIGTERM before it is killed."""
 _POLL_SECONDS, _ANSWER_SECONDS = 0.1, 5.0
 _LOG_BYTES = 1 << 20
 _TAIL = 2000
 _TRIES = 3
-"""On how many ports in turn a server is started that finds its port taken."""
+"""How many ports are tried in turn for a server that finds its port taken."""
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|couldn't bind", re.IGNORECASE)
 _LEAD = """
 import ctypes, os, signal, sys
@@ -45,7 +45,7 @@ except OSError as error:
 
 
 class Child:
-    """A server in a process of its own.
+    """A server in a child process.
 
     A command with ``LISTENER`` is handed a socket that listens already, so no other program can
     take its port in between. A command with ``PORT`` opens the port itself; if it finds the port
@@ -150,7 +150,7 @@ class Child:
         return f"was not ready within {seconds:g} s"
 
     def end(self, seconds: float | None = None) -> None:
-        """End it, kindly first, and every process of its session that is left.
+        """End it with SIGTERM, then kill every process of its session that is left.
 
         Args:
             seconds: after which it is killed; None: ``END_SECONDS``.

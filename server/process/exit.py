@@ -1,4 +1,4 @@
-"""Ending the process with an exit code that says that it failed."""
+"""Ends the process with an exit code that says that it failed."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ def exit_failed(message: str | None = None, *, at_once: bool = False) -> NoRetur
     whatever the child's was. Of all that reaches it from here only a signal that it does not handle
     makes it end otherwise; a supervisor or a script then sees that the server failed.
 
-    With ``at_once`` nothing is waited for or tidied up: a thread may never return.
+    ``at_once`` neither waits nor cleans up, for a process with a thread that may never return.
     """
     if message is not None:
         print(message, file=sys.stderr, flush=True)
@@ -30,7 +30,7 @@ def exit_failed(message: str | None = None, *, at_once: bool = False) -> NoRetur
 
 
 def end_orderly() -> None:
-    """Have this server drain and end, as if whoever started it had told it to."""
+    """Have this server drain and end, as it does on SIGTERM."""
     os.kill(os.getppid() if _hypercorn() else os.getpid(), signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""The address that `inferneo serve` listens on, and who may be there already."""
+"""The address that `inferneo serve` listens on, and which program may already use it."""
 
 import errno
 import http.client
@@ -50,7 +50,7 @@ def is_local(host: str) -> bool:
 
 
 def listener_at(host: str, port: int) -> Listener | None:
-    """Who listens there; None: nobody. Takes two seconds at most for each of its two questions."""
+    """The program that listens there; None if there is none. Takes at most four seconds."""
     connection = http.client.HTTPConnection(reachable(host), port, timeout=_ANSWER_SECONDS)
     try:
         connection.connect()

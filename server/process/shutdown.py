@@ -1,8 +1,8 @@
-"""The end of a server: what runs is finished, or told that it is not, before anything is cut.
+"""Graceful shutdown: running requests finish, or get an error, before connections are closed.
 
-Hypercorn (0.18) closes its listeners as soon as it is told to end, and cuts every connection
-``graceful_timeout`` (3 s) later, without a word. So the word reaches it late: :func:`held_up` keeps
-it back until :func:`drain` is done.
+Hypercorn (0.18) closes its listeners as soon as it is told to end, and all connections
+``graceful_timeout`` (3 s) later, without notice. So :func:`held_up` delays the signal until
+:func:`drain` is done.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
 _GOODBYE_SECONDS = 2.0
-"""How long clients have to read why they were ended."""
+"""How long clients have to read the error that ended their request."""
 _ONCE_SECONDS = 0.5
 
 
@@ -52,10 +52,9 @@ async def drain(
 
 
 async def end_if_lost(admission: Admission, registry: Registry, threads: StoreThreads) -> None:
-    """End the process, with an exit code that says so, once a model will never serve again.
+    """End the process, with exit code 1, once a model can never serve again.
 
-    Its weights and its thread cannot be had back in here; whoever started the server can start it
-    anew.
+    Its memory and its thread cannot be recovered in this process, but a supervisor can restart it.
     """
     while True:
         await asyncio.sleep(_LOOK_SECONDS)

@@ -19,13 +19,13 @@ WINDOW_SECONDS = 60.0
 DAY_SECONDS = 86_400
 LEASE_SECONDS = 60.0
 BUSY_SECONDS = 1.0
-"""When to ask again after as many requests as may run at once do: nobody knows."""
+"""Retry-After for the limit on concurrent requests, whose end cannot be known."""
 
 Refusal = Literal["day", "concurrent", "requests", "tokens"]
 
 
 class StoreError(InferneoError):
-    """The store cannot be used at this moment."""
+    """The store cannot be used now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,7 @@ class Store(Protocol):
     threads: int
 
     def exists(self) -> bool:
-        """False if there can be no keys; answers at once."""
+        """Whether there may be keys; returns without blocking."""
 
     def pepper(self) -> bytes:
         """The secret that digests are made with; made when it is first asked for."""

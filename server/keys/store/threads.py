@@ -1,4 +1,4 @@
-"""The store, off the event loop."""
+"""Calls to the key store, off the event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class StoreThreads:
-    """Calls a store on threads of its own, as many as it can serve."""
+    """Calls a store from as many threads as it supports."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -26,7 +26,7 @@ class StoreThreads:
     async def call(
         self, method: Callable[[], Result], undo: Callable[[], object] | None = None
     ) -> Result:
-        """What ``method`` returns; if nobody waits for that any more, ``undo`` is called after it.
+        """Return what ``method`` returns. If the caller is cancelled, ``undo`` is called after it.
 
         Raises:
             ApiError: the store cannot be used at this moment.
@@ -47,7 +47,7 @@ class StoreThreads:
             raise
 
     def send(self, method: Callable[[], object]) -> None:
-        """Call ``method`` without waiting for it; what fails is logged."""
+        """Call ``method`` without waiting for it; failures are logged."""
 
         def run() -> None:
             try:
@@ -63,10 +63,10 @@ class StoreThreads:
         future.add_done_callback(self._sent.discard)
 
     async def flush(self) -> None:
-        """Wait for what was sent before."""
+        """Wait for all calls that were sent before."""
         await asyncio.gather(*map(asyncio.wrap_future, tuple(self._sent)))
 
     def close(self) -> None:
-        """Finish what was sent, then let go of the store. Blocks."""
+        """Finish the calls that were sent, then close the store. Blocks."""
         self._pool.shutdown()
         self.store.close()

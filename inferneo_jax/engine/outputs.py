@@ -22,6 +22,7 @@ class SequenceResult:
         sequence: the sequence.
         tokens: sampled tokens, in order.
         scores: scores of all rows of the step; those of token ``i`` are at ``indices[i]``.
+            None if no request of the step asked for any.
         indices: one for each token.
         num_drafted: length of the draft that the step verified.
         num_prefilled: prompt tokens that the step computed.
@@ -30,7 +31,7 @@ class SequenceResult:
 
     sequence: Sequence
     tokens: tuple[int, ...]
-    scores: Scores
+    scores: Scores | None
     indices: list[tuple[int, ...]]
     num_drafted: int = 0
     num_prefilled: int = 0
@@ -38,10 +39,11 @@ class SequenceResult:
 
     def logprobs(self, count: int) -> tuple[TokenLogprob, ...] | None:
         """Log probabilities of the first ``count`` tokens; None if they were not asked for."""
-        if not count or (num_top := self.sequence.request.logprobs) is None:
+        num_top, scores = self.sequence.request.logprobs, self.scores
+        if not count or num_top is None or scores is None:
             return None
         found = zip(self.tokens[:count], self.indices, strict=False)
-        return tuple(_token_logprob(self.scores, at, token, num_top) for token, at in found)
+        return tuple(_token_logprob(scores, at, token, num_top) for token, at in found)
 
 
 def read_results(

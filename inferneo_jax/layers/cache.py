@@ -1,9 +1,9 @@
 """The KV cache: pages of keys and values, how a step writes them and attends to them.
 
 Every layer has one pair of arrays ``[pages, kv_heads, page_len, head_dim]``, allocated once,
-donated to each step and returned by it. A request's page table lists the pages that hold its
-positions in order; which page belongs to whom is decided on the host, in ``pages.py``. Page 0
-belongs to nobody: whatever padding writes goes there.
+donated to each step and returned by it. A request's block table lists the pages that hold its
+positions, in order. The host decides which page belongs to which request
+(``scheduler/block_pool.py``). Page 0 belongs to none: padding writes there.
 """
 
 from dataclasses import dataclass

@@ -64,7 +64,8 @@ class Sampler:
         self,
         logits: Float[Array, "rows vocab"],
         params: SamplingParamsBatch,
-        history: Int[Array, "rows max_len"],
+        tokens: Int[Array, "slots max_len"],
+        slots: Int[Array, " rows"],
         lengths: Int[Array, " rows"],
     ) -> tuple[Int[Array, " rows"], Scores]:
         """Choose one token per row.
@@ -72,14 +73,15 @@ class Sampler:
         Args:
             logits: float32.
             params: of each row.
-            history: each row's tokens so far, prompt first.
-            lengths: live tokens of ``history``; also the position of the token to choose, which
-                together with the seed determines the draw, whatever else is in the batch.
+            tokens: of each slot so far, prompt first. Only penalties read them.
+            slots: of each row; any number for a row of padding.
+            lengths: how many ``tokens`` each row has, and so the position of the token to choose.
+                With the seed it determines the draw, whatever else is in the batch.
 
         Returns:
             Token ids, and their scores under the model's own distribution.
         """
-        shaped = _penalize(logits, params, history, lengths)
+        shaped = _penalize(logits, params, tokens, slots, lengths)
         shaped = _bias(shaped, params, lengths)
         greedy = argmax(shaped)
         random = params.temperature > 0
@@ -143,10 +145,12 @@ def argmax(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
 def _penalize(
     logits: Float[Array, "rows vocab"],
     params: SamplingParamsBatch,
-    history: Int[Array, "rows max_len"],
+    tokens: Int[Array, "slots max_len"],
+    slots: Int[Array, " rows"],
     lengths: Int[Array, " rows"],
 ) -> Float[Array, "rows vocab"]:
     def apply() -> Float[Array, "rows vocab"]:
+        history = tokens.at[slots].get(mode="clip")
         places = jnp.arange(history.shape[1], dtype=jnp.int32)[None, :]
         live = places < lengths[:, None]
         generated = live & (places >= params.prompt_len[:, None])
@@ -207,27 +211,29 @@ def _truncate(
 ) -> Float[Array, "rows vocab"]:
     """Zero what top-k, then top-p of what is left, then min-p remove.
 
-    Both sets are what lies at or above a threshold, found bit by bit: non-negative floats are
-    ordered as their bit patterns, so 30 counting passes give the exact value, where a sort of the
-    vocabulary would take some 40 times as long on a CPU. Tokens that tie at a threshold stay.
+    Each keeps the weights at or above a threshold. Those of top-k and top-p are searched bit by
+    bit, where a row asks for them: non-negative floats are ordered as their bit patterns, so 30
+    counting passes give the exact value. A sort of the vocabulary would take some 40 times as long
+    on a CPU. Tokens that tie at a threshold stay.
     """
-    vocab = weights.shape[-1]
-    top_k = jnp.where(params.top_k > 0, params.top_k, vocab)
+    rows, vocab = weights.shape
+    everything = jnp.zeros(rows, jnp.float32)
 
-    def enough_tokens(threshold: Float[Array, " rows"]) -> Bool[Array, " rows"]:
-        return (weights >= threshold[:, None]).sum(axis=-1) >= top_k
+    def by_count() -> Float[Array, " rows"]:
+        top_k = jnp.where(params.top_k > 0, params.top_k, vocab)
+        return _greatest(lambda t: (weights >= t[:, None]).sum(axis=-1) >= top_k, rows)
 
-    weights = _keep_from(weights, _greatest(enough_tokens, weights.shape[0]))
-    target = weights.sum(axis=-1) * params.top_p
+    kept = _keep_from(weights, lax.cond((params.top_k > 0).any(), by_count, lambda: everything))
 
-    def enough_mass(threshold: Float[Array, " rows"]) -> Bool[Array, " rows"]:
-        return _keep_from(weights, threshold).sum(axis=-1) >= target
+    def by_mass() -> Float[Array, " rows"]:
+        target = kept.sum(axis=-1) * params.top_p
+        threshold = _greatest(lambda t: _keep_from(kept, t).sum(axis=-1) >= target, rows)
+        return jnp.where(params.top_p < 1, threshold, 0.0)
 
-    by_mass = _greatest(enough_mass, weights.shape[0])
-    by_mass = jnp.where(params.top_p < 1, by_mass, 0.0)
+    top_p = lax.cond((params.top_p < 1).any(), by_mass, lambda: everything)
     # Rounding can leave the best weight just below 1, so min-p is measured against it.
-    by_share = params.min_p * weights.max(axis=-1)
-    return _keep_from(weights, jnp.maximum(by_mass, by_share))
+    min_p = params.min_p * kept.max(axis=-1)
+    return _keep_from(kept, jnp.maximum(top_p, min_p))
 
 
 def _keep_from(

@@ -1,20 +1,22 @@
-"""The device programs of generation: a step's forward pass, and the sampling behind it.
+"""The device programs of generation: the forward pass of each kind of step, and sampling.
 
-Pure functions over the weights, the cache and the state of all slots. What the host passes per
-step is small: which slots, at which positions, in which pages. The tokens themselves never leave
-the device between steps: each step reads its input where the last one left it.
+All are pure functions of the weights, the KV cache and the state of all slots. Everything that
+belongs to a request is sent once, when it gets its slot; after that a step's inputs say only which
+slots take part, at which positions, and which pages those positions lie in. Tokens never travel to
+the host and back between steps: a step reads its input where the step before wrote it.
 
-Sampling is a program of its own, for a few numbers of rows, that every kind of step ends with: it
-takes several times as long to compile as all layers, which are compiled once and called.
+Sampling is a program of its own that follows every forward pass, compiled for a few numbers of
+rows. It takes several times as long to compile as all layers, which are compiled once and called.
 
-On a mesh each device runs them on its part (see ``programs.py``): its weights and KV heads, and the
-slots, pages and rows of its group, all counted from 0 there. Results are those of all groups.
+On a mesh, each device runs these functions on its part (see ``runner/programs.py``): its weights
+and KV heads, and the slots, pages and rows of its data parallel rank, counted from 0 within the
+rank. Sampled tokens and scores are those of all ranks.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,38 +37,61 @@ _SCORED_AT_ONCE = 32
 
 
 class SlotState(NamedTuple):
-    """What the device knows of every slot: its tokens so far and its sampling parameters."""
+    """What the device keeps of every slot. Admission writes all of it, for one request.
+
+    Attributes:
+        tokens: prompt and output so far; sampling appends to them.
+        block_tables: pages of the KV cache in order of position, 0 where there is none yet. Decode
+            steps append to them.
+        sampling: the request's parameters, which do not change.
+    """
 
     tokens: Int[Array, "slots max_len"]
+    block_tables: Int[Array, "slots max_pages"]
     sampling: SamplingParamsBatch
 
 
 class DecodeInputs(NamedTuple):
-    """The rows of one decode step. Padding rows have a slot beyond the last and no pages.
+    """The rows of a decode step. Padding rows have a slot beyond the last.
 
-    ``positions`` is where the row's newest token lies, whose successor is to be found.
+    Attributes:
+        slots: of each row.
+        positions: where the row's newest token lies; the next token is sampled after it.
+        pages: the page of that position.
     """
 
     slots: Int[Array, " rows"]
     positions: Int[Array, " rows"]
-    block_tables: Int[Array, "rows max_pages"]
+    pages: Int[Array, "rows 1"]
 
 
 class VerifyInputs(NamedTuple):
-    """The rows of a decode step that verifies drafts: the first ``num_drafted`` of each are one."""
+    """The rows of a decode step that also verifies drafts.
+
+    Attributes:
+        slots, positions: as in :class:`DecodeInputs`.
+        pages: from the one of ``positions`` on, as many as the longest draft can reach; 0 where
+            the row has none.
+        drafts: tokens that may follow the newest one.
+        num_drafted: how many of ``drafts`` are meant.
+    """
 
     slots: Int[Array, " rows"]
     positions: Int[Array, " rows"]
-    block_tables: Int[Array, "rows max_pages"]
-    drafts: Int[Array, "rows most"]
+    pages: Int[Array, "rows num_pages"]
+    drafts: Int[Array, "rows max_draft"]
     num_drafted: Int[Array, " rows"]
 
 
 class PrefillInputs(NamedTuple):
-    """The rows of one prefill step: ``length`` tokens from position ``start`` on.
+    """The rows of a prefill step. Padding rows have a slot beyond the last.
 
-    ``last`` rows end their prompt, so a token is sampled after it; of those that are ``scored``
-    log probabilities are wanted.
+    Attributes:
+        slots: of each row.
+        start: position of the row's first token.
+        length: how many tokens the row computes.
+        last: whether these end the prompt, so that a token is sampled after them.
+        scored: whether log probabilities of the prompt's tokens are wanted.
     """
 
     slots: Int[Array, " rows"]
@@ -74,13 +99,16 @@ class PrefillInputs(NamedTuple):
     length: Int[Array, " rows"]
     last: Bool[Array, " rows"]
     scored: Bool[Array, " rows"]
-    block_tables: Int[Array, "rows max_pages"]
 
 
 class SampleInputs(NamedTuple):
-    """Rows after which a token is to be sampled, at position ``lengths``.
+    """What a forward pass hands to sampling. Padding rows have a slot beyond the last.
 
-    It is written to the slots ``targets``. Rows of padding have no slot: one beyond the last.
+    Attributes:
+        logits: float32.
+        slots: whose parameters and tokens apply.
+        lengths: tokens so far, and so the position of the one that is sampled.
+        targets: the slot that the sampled token is written to; one beyond the last for none.
     """
 
     logits: Float[Array, "rows vocab"]
@@ -90,33 +118,41 @@ class SampleInputs(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What a step brings back to the host; prompt scores in prefill steps only.
+    """What a step samples, for all rows of :class:`SampleInputs`, padding included.
 
-    Ids and scores are of all rows of :class:`SampleInputs`, padding included.
+    Attributes:
+        ids: of the sampled tokens.
+        scores: of these; None on the host unless a row wants them.
+        prompt_scores: of prompt tokens, in prefill steps; None on the host unless wanted.
     """
 
     ids: Int[Array, "*rows"]
-    scores: Scores
+    scores: Scores | None
     prompt_scores: Scores | None = None
 
 
 Weights = list[Array]
 Tokens = Int[Array, "slots max_len"]
-Forward = tuple[KVCache, Tokens, SampleInputs]
+BlockTables = Int[Array, "slots max_pages"]
+Forward = tuple[KVCache, Tokens, BlockTables, SampleInputs]
 
 
 def sample_bucket(count: int, buckets: Sequence[int]) -> int:
-    """To how many rows so many are padded to be sampled; ``buckets`` are rising."""
+    """The number of rows that ``count`` rows are padded to for sampling; ``buckets`` rise."""
     return next((bucket for bucket in buckets if bucket >= count), count)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The pure steps of one model.
+    """The pure step functions of one model.
 
-    ``graphdef`` and ``treedef`` are those of ``models.graphdef`` of the padded model, whose
-    vocabulary may be padded beyond ``vocab_size``. Rows to be sampled are padded to one of
-    ``buckets``.
+    Attributes:
+        graphdef: of the model, padded for the mesh.
+        treedef: of its weights.
+        attention: over the KV cache.
+        sampler: of tokens.
+        vocab_size: of the model; padding of its vocabulary is cut off.
+        buckets: numbers of rows that sampling is compiled for, rising.
     """
 
     graphdef: nnx.GraphDef[Decoder]
@@ -126,104 +162,141 @@ class Steps:
     vocab_size: int
     buckets: tuple[int, ...]
 
-    def admit(self, state: SlotState, slots: Int[Array, " rows"], rows: SlotState) -> SlotState:
-        """Put requests into slots: their tokens and parameters. A slot beyond the last: none."""
-        return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, rows)
+    def admit(self, state: SlotState, slots: Int[Array, " rows"], admitted: SlotState) -> SlotState:
+        """Put requests into ``slots``; rows whose slot is beyond the last are dropped."""
+        return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, admitted)
 
     def decode(
-        self, weights: Weights, cache: KVCache, tokens: Tokens, rows: DecodeInputs
+        self,
+        weights: Weights,
+        cache: KVCache,
+        tokens: Tokens,
+        block_tables: BlockTables,
+        inputs: DecodeInputs,
     ) -> Forward:
-        """Feed each row its newest token."""
+        """Run the newest token of each row."""
         model = self._model(weights)
-        newest = tokens.at[rows.slots, rows.positions].get(mode="clip")
-        metadata = _metadata(tokens, rows, rows.positions[:, None], jnp.ones_like(rows.slots))
+        block_tables = self._append_pages(block_tables, inputs)
+        newest = tokens.at[inputs.slots, inputs.positions].get(mode="clip")
+        metadata = _metadata(
+            block_tables, inputs.slots, inputs.positions[:, None], jnp.ones_like(inputs.slots)
+        )
         hidden, cache = model(newest[:, None], self.attention, cache, metadata)
-        ends = self._ends(model, hidden[:, 0], rows.slots, rows.positions + 1, rows.slots)
-        return cache, tokens, ends
+        to_sample = self._sample_inputs(
+            model, hidden[:, 0], inputs.slots, inputs.positions + 1, inputs.slots
+        )
+        return cache, tokens, block_tables, to_sample
 
     def verify(
-        self, weights: Weights, cache: KVCache, tokens: Tokens, rows: VerifyInputs
+        self,
+        weights: Weights,
+        cache: KVCache,
+        tokens: Tokens,
+        block_tables: BlockTables,
+        inputs: VerifyInputs,
     ) -> Forward:
-        """Feed each row its newest token and its draft, after each of which one is sampled.
+        """Run the newest token and the draft of each row; a token is sampled after each of these.
 
-        What is sampled holds as far as the draft is the same, and for one token more. Whatever is
-        written behind that, token, key or value, is written again before anything can see it.
+        The sampled tokens count as far as they equal the draft, and one more. Tokens, keys and
+        values beyond that are overwritten before anything reads them.
 
         Returns:
-            ``most + 1`` rows to be sampled for each of ``rows``, one after the other.
+            ``max_draft + 1`` consecutive rows to sample for each row of ``inputs``.
         """
         model = self._model(weights)
-        most = rows.drafts.shape[1]
-        steps = jnp.arange(most + 1, dtype=jnp.int32)[None, :]
-        positions = rows.positions[:, None] + steps
-        slots = rows.slots[:, None]
-        # Where nothing is drafted, nothing is written: beyond the last slot.
+        block_tables = self._append_pages(block_tables, inputs)
+        max_draft = inputs.drafts.shape[1]
+        steps = jnp.arange(max_draft + 1, dtype=jnp.int32)[None, :]
+        positions = inputs.positions[:, None] + steps
+        slots = inputs.slots[:, None]
+        # Padding of the drafts is not written: its slot is beyond the last.
         beyond = tokens.shape[0]
-        places = jnp.where(steps[:, :most] < rows.num_drafted[:, None], slots, beyond)
-        tokens = tokens.at[places, positions[:, 1:]].set(rows.drafts, mode="drop")
-        inputs = tokens.at[slots, positions].get(mode="clip")
-        metadata = _metadata(tokens, rows, positions, rows.num_drafted + 1)
-        hidden, cache = model(inputs, self.attention, cache, metadata)
+        drafted = jnp.where(steps[:, :max_draft] < inputs.num_drafted[:, None], slots, beyond)
+        tokens = tokens.at[drafted, positions[:, 1:]].set(inputs.drafts, mode="drop")
+        token_ids = tokens.at[slots, positions].get(mode="clip")
+        metadata = _metadata(block_tables, inputs.slots, positions, inputs.num_drafted + 1)
+        hidden, cache = model(token_ids, self.attention, cache, metadata)
 
         flat = hidden.reshape(-1, hidden.shape[-1])
-        each = jnp.repeat(rows.slots, most + 1)
-        targets = jnp.where(steps <= rows.num_drafted[:, None], slots, beyond).reshape(-1)
-        ends = self._ends(model, flat, each, positions.reshape(-1) + 1, targets)
-        return cache, tokens, ends
+        each = jnp.repeat(inputs.slots, max_draft + 1)
+        targets = jnp.where(steps <= inputs.num_drafted[:, None], slots, beyond).reshape(-1)
+        to_sample = self._sample_inputs(model, flat, each, positions.reshape(-1) + 1, targets)
+        return cache, tokens, block_tables, to_sample
 
     def prefill(
-        self, chunk: int, weights: Weights, cache: KVCache, tokens: Tokens, rows: PrefillInputs
-    ) -> tuple[KVCache, Tokens, SampleInputs, Scores]:
-        """Run up to ``chunk`` (static) prompt tokens a row; sample where the prompt ends.
+        self,
+        chunk: int,
+        weights: Weights,
+        cache: KVCache,
+        tokens: Tokens,
+        block_tables: BlockTables,
+        inputs: PrefillInputs,
+    ) -> tuple[KVCache, Tokens, BlockTables, SampleInputs, Scores]:
+        """Run up to ``chunk`` (static) prompt tokens of each row.
 
-        Padding positions lie behind the live ones: they write to no page, or to places that are
-        written again before anything can see them.
+        Padding lies after a row's tokens: what it writes goes to page 0, or to positions that are
+        overwritten before anything reads them.
 
         Returns:
-            Also the scores of the prompt's own tokens, where a row wants them.
+            Also the scores of the prompt's own tokens; zeros unless a row wants them.
         """
         model = self._model(weights)
-        positions = rows.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
-        inputs = tokens.at[rows.slots[:, None], positions].get(mode="clip")
-        metadata = _metadata(tokens, rows, positions, rows.length)
-        hidden, cache = model(inputs, self.attention, cache, metadata)
+        positions = inputs.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
+        token_ids = tokens.at[inputs.slots[:, None], positions].get(mode="clip")
+        metadata = _metadata(block_tables, inputs.slots, positions, inputs.length)
+        hidden, cache = model(token_ids, self.attention, cache, metadata)
 
-        final = jnp.take_along_axis(hidden, rows.length[:, None, None] - 1, axis=1)[:, 0]
-        successors = tokens.at[rows.slots[:, None], positions + 1].get(mode="clip")
-        prompt_scores = self._score_prompt(model, hidden, successors, rows.scored.any())
+        final = jnp.take_along_axis(hidden, inputs.length[:, None, None] - 1, axis=1)[:, 0]
+        successors = tokens.at[inputs.slots[:, None], positions + 1].get(mode="clip")
+        prompt_scores = self._score_prompt(model, hidden, successors, inputs.scored.any())
 
-        targets = jnp.where(rows.last, rows.slots, tokens.shape[0])  # elsewhere none is written
-        ends = self._ends(model, final, rows.slots, rows.start + rows.length, targets)
-        return cache, tokens, ends, _from_all(prompt_scores)
+        targets = jnp.where(inputs.last, inputs.slots, tokens.shape[0])
+        to_sample = self._sample_inputs(
+            model, final, inputs.slots, inputs.start + inputs.length, targets
+        )
+        return cache, tokens, block_tables, to_sample, _gather(prompt_scores)
 
-    def sample(self, state: SlotState, rows: SampleInputs) -> tuple[SlotState, Sampled]:
-        """Sample each row's token, and write it to where the next step reads it."""
+    def sample(
+        self, tokens: Tokens, sampling: SamplingParamsBatch, inputs: SampleInputs
+    ) -> tuple[Tokens, Sampled]:
+        """Sample a token for each row, and write it to where the next step reads it.
 
-        def of_rows(tree: Any) -> Any:
-            return jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), tree)
+        ``sampling`` is of all slots.
+        """
+
+        def of_rows(params: SamplingParamsBatch) -> SamplingParamsBatch:
+            return jax.tree.map(lambda x: x.at[inputs.slots].get(mode="clip"), params)
 
         def sample() -> tuple[Int[Array, " rows"], Scores]:
-            params, history = of_rows((state.sampling, state.tokens))
-            return self.sampler(rows.logits, params, history, rows.lengths)
+            params = of_rows(sampling)
+            return self.sampler(inputs.logits, params, tokens, inputs.slots, inputs.lengths)
 
-        # Rows that are all greedy are the usual ones. What others want would cost them copies of
-        # the logits, and tables of a thousand biases.
-        first = jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x, state.sampling)
-        live = rows.slots < state.tokens.shape[0]
-        more = live & needs_more(of_rows(first), rows.lengths, self.vocab_size)
-        ids, scores = lax.cond(more.any(), sample, lambda: self.sampler.plain(rows.logits))
-        tokens = state.tokens.at[rows.targets, rows.lengths].set(ids, mode="drop")
-        return SlotState(tokens, state.sampling), _from_all(Sampled(ids, scores))
+        # Usually all rows are greedy. The rest would cost them copies of the logits, and tables
+        # of a thousand biases.
+        first = jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x, sampling)
+        live = inputs.slots < tokens.shape[0]
+        more = live & needs_more(of_rows(first), inputs.lengths, self.vocab_size)
+        ids, scores = lax.cond(more.any(), sample, lambda: self.sampler.plain(inputs.logits))
+        tokens = tokens.at[inputs.targets, inputs.lengths].set(ids, mode="drop")
+        return tokens, _gather(Sampled(ids, scores))
 
     def _model(self, weights: Weights) -> Decoder:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
+
+    def _append_pages(
+        self, block_tables: BlockTables, inputs: DecodeInputs | VerifyInputs
+    ) -> BlockTables:
+        """Write the pages of a step's positions into its slots' block tables."""
+        first = inputs.positions[:, None] // self.attention.page_len
+        index = first + jnp.arange(inputs.pages.shape[1], dtype=jnp.int32)[None, :]
+        return block_tables.at[inputs.slots[:, None], index].set(inputs.pages, mode="drop")
 
     def _logits(
         self, model: Decoder, hidden: Float[Array, "rows embed"]
     ) -> Float[Array, "rows vocab"]:
         return model.logits(hidden)[:, : self.vocab_size]
 
-    def _ends(
+    def _sample_inputs(
         self,
         model: Decoder,
         hidden: Float[Array, "rows embed"],
@@ -231,7 +304,7 @@ class Steps:
         lengths: Int[Array, " rows"],
         targets: Int[Array, " rows"],
     ) -> SampleInputs:
-        """What is to be sampled after these, padded to one of the numbers of rows."""
+        """The inputs of sampling after these hidden states, padded to one of the buckets."""
         padding = 0, sample_bucket(len(slots), self.buckets) - len(slots)
         beyond = np.iinfo(np.int32).max
         return SampleInputs(
@@ -272,17 +345,19 @@ class Steps:
 
 
 def _metadata(
-    tokens: Tokens,
-    rows: DecodeInputs | VerifyInputs | PrefillInputs,
+    block_tables: BlockTables,
+    slots: Int[Array, " rows"],
     positions: Int[Array, "rows tokens"],
     lengths: Int[Array, " rows"],
 ) -> AttentionMetadata:
-    """Where so many tokens of each row live; rows without a slot are all padding."""
+    """What attention needs to know of a step's rows; those without a slot are all padding."""
     return AttentionMetadata(
-        rows.block_tables, positions, jnp.where(rows.slots < tokens.shape[0], lengths, 0)
+        block_tables.at[slots].get(mode="fill", fill_value=0),
+        positions,
+        jnp.where(slots < block_tables.shape[0], lengths, 0),
     )
 
 
-def _from_all(sampled: T) -> T:
-    """The results of every group of devices, on each: whichever host reads them has them all."""
-    return jax.tree.map(lambda x: mesh.gather(x, "rows", 0), sampled)
+def _gather(results: T) -> T:
+    """The results of all ranks, on every device: each process can read all of them."""
+    return jax.tree.map(lambda x: mesh.gather(x, "rows", 0), results)

@@ -5,7 +5,7 @@ pages are counted from 0 within a rank.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class InputBuilder:
         dp_size: number of data-parallel ranks, the size of the mesh's ``data`` axis.
         slots: of one rank.
         max_len: tokens of the longest sequence.
-        max_pages: pages of the longest sequence.
+        page_len: tokens of one page.
         vocab_size: of the model.
         max_bias: biased tokens of one request.
         max_stops: stop tokens of one request.
@@ -38,15 +38,15 @@ class InputBuilder:
     dp_size: int
     slots: int
     max_len: int
-    max_pages: int
+    page_len: int
     vocab_size: int
     max_bias: int
     max_stops: int
-    _block_tables: "_BlockTables" = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        block_tables = _BlockTables(self.dp_size, self.slots, self.max_pages)
-        object.__setattr__(self, "_block_tables", block_tables)
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_len // self.page_len)
 
     def empty_state(self) -> SlotState:
         """All slots without tokens, greedy and with no sampling feature in use."""
@@ -62,6 +62,7 @@ class InputBuilder:
         bias_ids, bias, stop_ids = tiled
         seed: Any = np.zeros((rows, 2), np.uint32)
         tokens: Any = np.zeros((rows, self.max_len), np.int32)
+        block_tables: Any = np.full((rows, self.max_pages), NO_PAGE, np.int32)
         sampling = SamplingParamsBatch(
             temperature=full(0, np.float32),
             top_k=full(0, np.int32),
@@ -78,13 +79,15 @@ class InputBuilder:
             bias=bias,
             stop_ids=stop_ids,
         )
-        return SlotState(tokens, sampling)
+        return SlotState(tokens, block_tables, sampling)
 
     def slot_row(self, sequence: Sequence) -> SlotState:
-        """One slot's content, without the leading axis: known tokens and parameters."""
+        """What one slot holds, without the leading axis: known tokens, pages and parameters."""
         tokens: Any = np.zeros(self.max_len, np.int32)
         tokens[: sequence.num_known] = sequence.tokens()
-        return SlotState(tokens, self._sampling_row(sequence.request))
+        block_table: Any = np.full(self.max_pages, NO_PAGE, np.int32)
+        block_table[: len(sequence.pages)] = sequence.pages
+        return SlotState(tokens, block_table, self._sampling_row(sequence.request))
 
     def admit(self, ranks: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:
         """The sequences that each rank admits: their slots, and what to put there."""
@@ -100,16 +103,26 @@ class InputBuilder:
 
     def decode(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeInputs:
         """Rows of a decode step; each rank's are padded to the bucket with rows without a slot."""
+        return DecodeInputs(*self._positions(ranks, bucket, 1))
+
+    def _positions(
+        self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, length: int
+    ) -> tuple[Any, Any, Any]:
+        """Slots, positions and pages of decode rows that write up to ``length`` positions each."""
         total = self.dp_size * bucket
         slots: Any = np.full(total, self.slots, np.int32)
         positions: Any = np.zeros(total, np.int32)
-        block_tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
+        # The first position may be the last one of its page.
+        num_pages = -(-(length - 1) // self.page_len) + 1
+        pages: Any = np.full((total, num_pages), NO_PAGE, np.int32)
         for rank, rows in enumerate(ranks):
             for i, row in enumerate(rows, start=rank * bucket):
                 slots[i] = row.sequence.slot
                 positions[i] = row.position
-                block_tables[i] = self._block_tables.of(row.sequence)
-        return DecodeInputs(slots, positions, block_tables)
+                first = row.position // self.page_len
+                own = row.sequence.pages[first : first + num_pages]
+                pages[i, : len(own)] = own
+        return slots, positions, pages
 
     def verify(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, most: int) -> VerifyInputs:
         """Rows of a decode step with drafts of up to ``most`` tokens."""
@@ -121,7 +134,7 @@ class InputBuilder:
             for i, row in enumerate(rows, start=rank * bucket):
                 num_drafted[i] = len(row.draft)
                 drafts[i, : len(row.draft)] = row.draft
-        return VerifyInputs(*self.decode(by_rank, bucket), drafts, num_drafted)
+        return VerifyInputs(*self._positions(by_rank, bucket, most + 1), drafts, num_drafted)
 
     def prefill(self, ranks: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillInputs:
         """Rows of a prefill step, padded like those of a decode step."""
@@ -131,14 +144,12 @@ class InputBuilder:
         length: Any = np.ones(total, np.int32)
         sample: Any = np.zeros(total, np.bool_)
         scored: Any = np.zeros(total, np.bool_)
-        block_tables: Any = np.full((total, self.max_pages), NO_PAGE, np.int32)
         for rank, chunks in enumerate(ranks):
             for i, chunk in enumerate(chunks, start=rank * bucket):
                 slots[i] = chunk.sequence.slot
                 start[i], length[i], sample[i] = chunk.start, chunk.length, chunk.sample
                 scored[i] = chunk.sequence.request.prompt_logprobs is not None
-                block_tables[i] = self._block_tables.of(chunk.sequence)
-        return PrefillInputs(slots, start, length, sample, scored, block_tables)
+        return PrefillInputs(slots, start, length, sample, scored)
 
     def _sampling_row(self, request: GenerationRequest) -> SamplingParamsBatch:
         params = request.sampling
@@ -183,29 +194,4 @@ class InputBuilder:
 
 
 def _arrays(state: SlotState) -> tuple[Any, ...]:
-    return (state.tokens, *state.sampling)
-
-
-class _BlockTables:
-    """Block tables of all slots, kept from step to step: a long one takes its time to write out.
-
-    A sequence's list of pages only grows while it holds its slot; the next time it gets one, it
-    has another list.
-    """
-
-    def __init__(self, dp_size: int, slots: int, max_pages: int) -> None:
-        self._rows = np.full((dp_size, slots, max_pages), NO_PAGE, np.int32)
-        self._written: dict[tuple[int, int], tuple[list[int], int]] = {}
-
-    def of(self, sequence: Sequence) -> Any:
-        """A sequence's table, for now."""
-        assert sequence.slot is not None
-        place, pages = (sequence.dp_rank, sequence.slot), sequence.pages
-        row = self._rows[place]
-        source, done = self._written.get(place, (None, 0))
-        if source is not pages:
-            row[:], done = NO_PAGE, 0
-        if done < len(pages):
-            row[done : len(pages)] = pages[done:]
-            self._written[place] = pages, len(pages)
-        return row
+    return (state.tokens, state.block_tables, *state.sampling)

@@ -138,7 +138,7 @@ class Programs:
             dp_size=self.dp_size,
             slots=self.config.slots // self.dp_size,
             max_len=self.max_len,
-            max_pages=-(-self.max_len // self.page_len),
+            page_len=self.page_len,
             vocab_size=self.backend.model.vocab_size,
             max_bias=self.config.max_logit_bias,
             max_stops=MAX_STOP_IDS,
@@ -311,14 +311,15 @@ class Programs:
                 specs, out = (in_state, in_rows, in_rows), in_state
             case Sample(rows):
                 step, donate = steps.sample, (0,)
-                arguments = state, self._split(self._sample_inputs(rows), "rows")
-                specs, out = (in_state, in_rows), (in_state, everywhere)
+                sampled = self._split(self._sample_inputs(rows), "rows")
+                arguments = state.tokens, state.sampling, sampled
+                specs, out = (in_state, in_state, in_rows), (in_state, everywhere)
             case Decode() | Verify() | Prefill():
                 inputs = self._split(self.host_arguments(key), "rows")
-                arguments = self.weights, self.cache(), state.tokens, *inputs
+                arguments = self.weights, self.cache(), state.tokens, state.block_tables, *inputs
                 in_weights = [each.sharding.spec for each in self.weights]
-                specs = in_weights, in_cache, in_state, in_rows
-                out, donate = (in_cache, in_state, in_rows), (1, 2)
+                specs = in_weights, in_cache, in_state, in_state, in_rows
+                out, donate = (in_cache, in_state, in_state, in_rows), (1, 2, 3)
                 match key:
                     case Decode():
                         step = steps.decode

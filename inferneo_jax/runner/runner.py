@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,7 +38,7 @@ from inferneo_jax.runner.programs import (
     num_tokens,
 )
 from inferneo_jax.runner.wire import Wire
-from inferneo_jax.scheduler.scheduler import SchedulerOutputs
+from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk, SchedulerOutputs
 from inferneo_jax.scheduler.speculation import SpeculativeConfig
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.convert import Progress
@@ -61,6 +62,22 @@ class PendingStep:
         """The results of decode and prefill as numpy arrays, once they are there."""
         read = [each and _read(*each, len(self.scheduled)) for each in (self.decode, self.prefill)]
         return read[0], read[1]
+
+
+def _fetch(
+    key: Forward, sampled: Sampled, rows: Iterable[DecodeRow | PrefillChunk]
+) -> tuple[Forward, Sampled]:
+    """Start copying to the host what the requests of ``rows`` want; drop what none of them does."""
+    requests = [row.sequence.request for row in rows]
+    scored = any(request.logprobs is not None for request in requests)
+    prompt_scored = any(request.prompt_logprobs is not None for request in requests)
+    wanted = sampled._replace(
+        scores=sampled.scores if scored else None,
+        prompt_scores=sampled.prompt_scores if prompt_scored else None,
+    )
+    for array in jax.tree.leaves(wanted):
+        array.copy_to_host_async()
+    return key, wanted
 
 
 def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
@@ -229,7 +246,11 @@ class Runner:
         if shape := next((rank.shape for rank in scheduled if rank.shape), None):
             chunks = self._inputs.prefill((rank.prefill for rank in scheduled), shape[0])
             prefill = self._forward(Prefill(*shape), chunks)
-        return PendingStep(scheduled, decode, prefill)
+        return PendingStep(
+            scheduled,
+            decode and _fetch(*decode, [row for rank in scheduled for row in rank.decode]),
+            prefill and _fetch(*prefill, [row for rank in scheduled for row in rank.prefill]),
+        )
 
     def _decode(self, scheduled: SchedulerOutputs, most: int) -> tuple[Forward, Sampled]:
         """A decode step of up to so many rows of a rank, which verifies their drafts."""
@@ -258,20 +279,19 @@ class Runner:
         """Dispatch one program in this process, and the one that samples what it computes.
 
         Returns:
-            What is sampled, on its way to the host.
+            What is sampled, on the device.
         """
         program, placed = self._compiled[key], self._programs.place(arguments)
         if isinstance(key, Admit):
             self._state = program(self._state, *placed)
             return None
-        tokens, sampling = self._state
-        self._cache, tokens, rows, *scores = program(self._weights, self._cache, tokens, *placed)
-        sample = self._compiled[self._programs.sampled_by(key)]
-        self._state, sampled = sample(SlotState(tokens, sampling), rows)
-        sampled = Sampled(sampled.ids, sampled.scores, *scores)
-        for array in jax.tree.leaves(sampled):
-            array.copy_to_host_async()
-        return sampled
+        tokens, block_tables, sampling = self._state
+        self._cache, tokens, block_tables, inputs, *prompt_scores = program(
+            self._weights, self._cache, tokens, block_tables, *placed
+        )
+        tokens, sampled = self._compiled[self._programs.sampled_by(key)](tokens, sampling, inputs)
+        self._state = SlotState(tokens, block_tables, sampling)
+        return Sampled(sampled.ids, sampled.scores, *prompt_scores)
 
     def _cache_budget(self) -> int:
         """Bytes of one device for the KV cache: what the process with the least can give."""

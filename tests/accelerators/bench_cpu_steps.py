@@ -85,14 +85,20 @@ class Steps:
 
     def __init__(self, programs: Programs, weights: list[jax.Array]) -> None:
         self.programs, self.weights = programs, weights
-        self.cache, self.state = programs.empty_cache()(), programs.inputs.empty_state()
+        self.cache, empty = programs.empty_cache()(), programs.inputs.empty_state()
+        shape, size = empty.block_tables.shape, empty.block_tables.size
+        self.block_tables = np.arange(1, 1 + size, dtype=np.int32).reshape(shape)
+        self.state = empty._replace(block_tables=self.block_tables.copy())
 
     def arguments(self, key: Forward, **fields: Any) -> Any:
         """All rows at work, each in pages of its own."""
-        (rows,) = self.programs.host_arguments(key)
-        count, pages = rows.tables.shape
-        tables = np.arange(1, 1 + rows.tables.size, dtype=np.int32).reshape(count, pages)
-        return rows._replace(slots=np.arange(count, dtype=np.int32), tables=tables, **fields)
+        (inputs,) = self.programs.host_arguments(key)
+        slots = np.arange(len(inputs.slots), dtype=np.int32)
+        if "positions" in fields:
+            index = fields["positions"][:, None] // self.programs.page_len
+            index = index + np.arange(inputs.pages.shape[1])
+            fields["pages"] = self.block_tables[slots[:, None], index]
+        return inputs._replace(slots=slots, **fields)
 
     def compiled(self, key: Forward) -> tuple[Any, Any]:
         """A program, and the one that samples what it computes."""
@@ -103,9 +109,12 @@ class Steps:
         """One call for each of the arguments."""
         program, sample = compiled
         for each in arguments:
-            tokens, sampling = self.state
-            self.cache, tokens, ends, *_ = program(self.weights, self.cache, tokens, each)
-            self.state, sampled = sample(SlotState(tokens, sampling), ends)
+            tokens, block_tables, sampling = self.state
+            self.cache, tokens, block_tables, inputs, *_ = program(
+                self.weights, self.cache, tokens, block_tables, each
+            )
+            tokens, sampled = sample(tokens, sampling, inputs)
+            self.state = SlotState(tokens, block_tables, sampling)
         return sampled
 
     def decode(self, rows: int, live: int, seconds: float) -> float:

@@ -1,5 +1,6 @@
 """The sampler against plain numpy written from the definitions."""
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 from inferneo_jax.layers.sampler import Sampler, SamplingParamsBatch, argmax
 from inferneo_jax.request import GenerationRequest, SamplingParams
 from inferneo_jax.runner.inputs import InputBuilder
-from inferneo_jax.scheduler.scheduler import PrefillChunk
+from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
 
 VOCAB, MAX_LEN = 300, 16
 BUILDER = InputBuilder(
-    dp_size=1, slots=4, max_len=MAX_LEN, max_pages=1, vocab_size=VOCAB, max_bias=8, max_stops=4
+    dp_size=1, slots=4, max_len=MAX_LEN, page_len=16, vocab_size=VOCAB, max_bias=8, max_stops=4
 )
 
 
@@ -46,8 +47,9 @@ def _sample(
     for row, tokens in enumerate(histories):
         history[row, : len(tokens)] = tokens
     lengths = np.array([len(tokens) for tokens in histories], np.int32)
+    slots = np.arange(len(requests), dtype=np.int32)
     ids, scores = _sampler()(
-        jnp.asarray(logits, jnp.float32), _rows(requests), jnp.asarray(history), lengths
+        jnp.asarray(logits, jnp.float32), _rows(requests), jnp.asarray(history), slots, lengths
     )
     return np.asarray(ids), jax.tree.map(np.asarray, scores)
 
@@ -192,9 +194,29 @@ def test_parameters_out_of_range_are_named() -> None:
         assert caught.value.param == name
 
 
-def test_rows_for_the_device_are_padded_with_no_slot() -> None:
+def test_a_row_is_truncated_alike_alone_and_beside_others() -> None:
+    fields: list[dict[str, Any]] = [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {}]
+    requests = [_request(temperature=1.0, seed=i, **each) for i, each in enumerate(fields)]
+    for seed in range(20):
+        logits = _logits(4, seed)
+        together, _ = _sample(logits, requests, [[1]] * 4)
+        alone = [_sample(logits[i : i + 1], [requests[i]], [[1]])[0][0] for i in range(4)]
+        assert together.tolist() == alone
+
+
+def test_inputs_of_a_step_are_padded_with_no_slot() -> None:
     sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, pages=[5])
-    rows = BUILDER.prefill([[PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True)]], 2)
-    expected = [[2, 4], [1, 0], [2, 1], [True, False], [False, False], [[5], [0]]]
-    assert [np.asarray(x).tolist() for x in rows] == expected
+    inputs = BUILDER.prefill([[PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True)]], 2)
+    expected = [[2, 4], [1, 0], [2, 1], [True, False], [False, False]]
+    assert [np.asarray(x).tolist() for x in inputs] == expected
     assert BUILDER.decode([], 2).slots.tolist() == [4, 4]
+
+
+def test_pages_are_sent_at_admission_and_when_a_step_reaches_them() -> None:
+    builder = dataclasses.replace(BUILDER, page_len=4)
+    sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, pages=[5, 7, 6])
+    assert builder.slot_row(sequence).block_tables.tolist() == [5, 7, 6, 0]
+    assert builder.decode([[DecodeRow(sequence, 4)]], 2).pages.tolist() == [[7], [0]]
+    # Five positions from 7 on lie in three pages at most, and here in two.
+    drafted = builder.verify([[DecodeRow(sequence, 7, (1, 2, 3, 4))]], 1, 5)
+    assert drafted.pages.tolist() == [[7, 6, 0]]

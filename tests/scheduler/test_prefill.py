@@ -148,7 +148,8 @@ def test_times_are_taken_with_all_rows_at_work() -> None:
             continue
         (busy,) = busy
         assert (busy.slots < TINY_ENGINE.slots).all()
-        assert not busy.block_tables.any()  # nothing is written that anybody reads
+        if not isinstance(key, Prefill):
+            assert not busy.pages.any()  # nothing is written that anybody reads
         match key:
             case Verify(_, tokens):
                 assert (busy.num_drafted == tokens - 1).all()

@@ -228,7 +228,7 @@ def test_another_source_of_the_same_version_is_refused(
     tiny: dict[str, str], tmp_path: Path
 ) -> None:
     package = shutil.copytree(ROOT / "inferneo_jax", tmp_path / "changed" / "inferneo_jax")
-    with (package / "steps.py").open("a") as steps:
+    with (package / "models" / "steps.py").open("a") as steps:
         steps.write("# as if somebody had fixed something on one host only\n")
     changed = f"{package.parent}:{environment({})['PYTHONPATH']}"
     language_model = tiny["INFERNEO_MODELS"].split(",")[0]

@@ -105,13 +105,22 @@ def test_sound_requests_are_served(rig: Rig, name: str) -> None:
     assert received.count(b"HTTP/1.1 200 ") == (1 if name == "HTTP/1.0" else 2), received
 
 
+STATUSES = {
+    "a coding behind chunked": b"501",
+    "chunked twice": b"501",
+    "another version": b"505",
+    "an old version": b"505",
+}
+"""Those of malformed requests that are not 400."""
+
+
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_requests_are_refused(rig: Rig, name: str) -> None:
     with capture_logs() as logs:
         received = exchange(rig, MALFORMED[name] + HIDDEN)
     assert received.count(b"HTTP/1.1 ") == 1, received
     head, _, body = received.partition(b"\r\n\r\n")
-    assert head[9:12] in (b"400", b"501", b"505"), received
+    assert head[9:12] == STATUSES.get(name, b"400"), received
     assert b"connection: close" in head.lower()
     error: dict[str, Any] = json.loads(body)["error"]
     assert error["code"] == "malformed_request"

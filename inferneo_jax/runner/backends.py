@@ -2,11 +2,17 @@
 
 What is left to others is what must be measured: the size of the KV cache (``capacity.py``), and
 whether verifying drafts pays (``Runner.compile``).
+
+``python -m inferneo_jax.runner.backends`` prints what this machine offers, for ``inferneo doctor``.
+It is a program of its own because a broken driver may never return. It prints one JSON object per
+line, so that what is known by then is known: first the kernels, then the devices.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -17,10 +23,12 @@ from inferneo_jax.kernels import (
     packed_quantization,
     segment_attention_for,
 )
+from inferneo_jax.kernels.cpu import build
 from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.segments import SegmentAttention
 from inferneo_jax.platform import devices
+from inferneo_jax.platform.memory import free_memory, total_memory
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.sharding.padding import pad_for_mesh
 
@@ -177,3 +185,25 @@ def _decoder_quantization(
             dtype, meshes.parts(mesh, "mlp"), "int8" if int8 else "float"
         ), None
     return QuantizationConfig.unquantized(dtype), None
+
+
+def _survey_kernels() -> dict[str, object]:
+    """The C++ compiler, and whether the native kernels are compiled, or why they cannot be."""
+    compiler, compiled, why = build.look()
+    return {"compiler": compiler, "compiled": compiled, "why": why, "help": build.HELP}
+
+
+def _survey_devices() -> dict[str, object]:
+    """What JAX computes on, and its memory in bytes."""
+    found = jax.devices()
+    return {
+        "platform": found[0].platform,
+        "kinds": [device.device_kind for device in found],
+        "free_memory": free_memory(),
+        "machine_memory": total_memory(),
+    }
+
+
+if __name__ == "__main__":
+    for name, survey in (("kernels", _survey_kernels), ("devices", _survey_devices)):
+        print(json.dumps({name: survey()}), flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 import tokenizers
 
-from inferneo_jax.config_bounds import MAX_VOCAB_SIZE
+from inferneo_jax.config import MAX_VOCAB_SIZE
 from inferneo_jax.errors import InferneoError, TokenizerError
 from inferneo_jax.files import MAX_TEXT_BYTES, TOKENIZER_JSON, one_line, read_object, shown
 

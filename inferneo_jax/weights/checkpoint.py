@@ -21,8 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from inferneo_jax.config import DecoderConfig, EncoderConfig, ModelConfig
-from inferneo_jax.config_bounds import MAX_VOCAB_SIZE
+from inferneo_jax.config import MAX_VOCAB_SIZE, DecoderConfig, EncoderConfig, ModelConfig
 from inferneo_jax.errors import CheckpointError, ConfigError
 from inferneo_jax.files import read_object, shown
 from inferneo_jax.platform.atomic import new_folder

@@ -24,7 +24,7 @@ from tokenizers import (
     processors,
 )
 
-from inferneo_jax.config_bounds import MAX_VOCAB_SIZE
+from inferneo_jax.config import MAX_VOCAB_SIZE
 from inferneo_jax.errors import TokenizerError
 from inferneo_jax.files import shown
 from inferneo_jax.text.tokenizer_json import check_added_tokens, guarded, template_text

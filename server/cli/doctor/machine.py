@@ -26,7 +26,7 @@ _ACCELERATORS = {"dev/nvidia0": ("an NVIDIA GPU", "cuda12"), "dev/accel0": ("a T
 
 @dataclass(frozen=True)
 class Survey:
-    """What ``inferneo_jax.survey`` has printed.
+    """What ``inferneo_jax.runner.backends`` has printed.
 
     Attributes:
         facts: by part; those that were printed before it failed.
@@ -40,7 +40,7 @@ class Survey:
 def start_survey() -> subprocess.Popen[str]:
     """Begin to look at kernels and devices, which takes a second or more."""
     return subprocess.Popen(
-        [sys.executable, "-m", "inferneo_jax.survey"],
+        [sys.executable, "-m", "inferneo_jax.runner.backends"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

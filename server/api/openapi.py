@@ -16,31 +16,32 @@ from server.http.errors import Error
 _REFERENCE = "#/components/schemas/{model}"
 
 _ABOUT = """
-The server speaks OpenAI's API, and a little of vLLM's.
+The server implements OpenAI's API, and a few endpoints of vLLM's.
 
-**Requests** are JSON objects. `null` means that a parameter was not sent. A parameter that is not
-known is named in `warnings` of the answer, or refused if the header `X-Inferneo-Strict: true` is
-there. Every response carries `X-Request-Id`, and every error the body `Error`; a path that takes
-another method answers 405 with `Allow`.
+**Requests** are JSON objects. A parameter that is `null` counts as not sent. Unknown parameters are
+listed in the answer's `warnings`; with the header `X-Inferneo-Strict: true` they are errors. Every
+response carries `X-Request-Id`. Every error has the body `Error`. A method that a path does not
+support gets status 405 and the header `Allow`.
 
 **Keys.** Once the server has API keys, every path but `/health`, `/ready` and the web pages needs
 one: `Authorization: Bearer <key>`.
 
-**WebSocket.** `/v1/completions` and `/v1/chat/completions` take WebSocket connections too. A text
-frame with a request body starts an answer: with `"stream": true` its frames are the chunks that the
-events hold, then `{"object": "done", "id": "..."}`; without, one frame holds it whole.
-`{"type": "request", "id": "a", "body": {...}}` names a request: its frames carry
+**WebSocket.** `/v1/completions` and `/v1/chat/completions` accept WebSocket connections too. Send a
+request body as a text frame. With `"stream": true`, the answer's frames are the chunks that events
+would hold, then `{"object": "done", "id": "..."}`; otherwise one frame holds the whole answer. To
+run several requests on one connection, name each:
+`{"type": "request", "id": "a", "body": {...}}`. The frames of its answer carry
 `"request_id": "a"`, and `{"type": "cancel", "id": "a"}` ends it. An error is a frame
-`{"error": {...}}`, and the connection stays open.
+`{"error": {...}}`; the connection stays open.
 """
 
 _TAGS = {
-    "generation": "Text from a model.",
-    "embeddings": "Vectors of texts.",
-    "models": "Which models there are.",
-    "tokens": "What the tokenizers do, at vLLM's paths.",
-    "keys": "The caller's API key.",
-    "admin": "All keys, for a key of the scope `admin`.",
+    "generation": "Generated text.",
+    "embeddings": "Embedding vectors of texts.",
+    "models": "The models served.",
+    "tokens": "Tokenizers, at vLLM's paths.",
+    "keys": "The caller's own API key.",
+    "admin": "All keys; needs a key with the scope `admin`.",
     "server": "The server itself.",
 }
 
@@ -48,7 +49,7 @@ _TAGS = {
 _REQUEST_HEADERS = {
     "RequestId": (
         "X-Request-Id",
-        Parameter(schema={"type": "string"}, description="Your name for the request."),
+        Parameter(schema={"type": "string"}, description="Your id of the request."),
     ),
     "Timeout": (
         TIMEOUT_HEADER,
@@ -58,15 +59,15 @@ _REQUEST_HEADERS = {
                 "pattern": r"^\d{1,9}(\.\d{1,9})?$",
                 "examples": ["30"],
             },
-            description="How many seconds the request may take, above 0; the server may allow "
-            "fewer.",
+            description="The most seconds that the request may take, above 0; the server's own "
+            "limit may be lower.",
         ),
     ),
     "Strict": (
         STRICT_HEADER,
         Parameter(
             schema={"type": "string", "examples": ["true"]},
-            description="`true` refuses parameters that are not known.",
+            description="`true` rejects unknown parameters instead of warning about them.",
         ),
     ),
 }
@@ -74,14 +75,20 @@ _REQUEST_HEADERS = {
 _HEADERS: dict[str, tuple[Schema, str]] = {
     "X-Request-Id": (
         {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
-        "The request's own id if it had a usable one, else a new one; the server's log names it.",
+        "The id that the request sent if it is valid, otherwise a new one; the log names it.",
     ),
-    "Retry-After": ({"type": "string", "pattern": "^[0-9]+$"}, "In seconds."),
-    "Retry-After-Ms": ({"type": "string", "pattern": "^[0-9]+$"}, "In milliseconds."),
-    "X-Should-Retry": ({"enum": ["true", "false"]}, "Whether to send it again at all."),
-    "WWW-Authenticate": ({"const": "Bearer"}, "How to send a key."),
-    "Cache-Control": ({"const": "no-store"}, "It is not to be kept."),
-    "Content-Security-Policy": ({"type": "string"}, "What the page may load: nothing from afar."),
+    "Retry-After": ({"type": "string", "pattern": "^[0-9]+$"}, "When to try again, in seconds."),
+    "Retry-After-Ms": (
+        {"type": "string", "pattern": "^[0-9]+$"},
+        "When to try again, in milliseconds.",
+    ),
+    "X-Should-Retry": ({"enum": ["true", "false"]}, "Whether trying again can help."),
+    "WWW-Authenticate": ({"const": "Bearer"}, "The authentication scheme."),
+    "Cache-Control": ({"const": "no-store"}, "The response must not be stored."),
+    "Content-Security-Policy": (
+        {"type": "string"},
+        "What the page may load: only files of this server.",
+    ),
 }
 
 
@@ -92,28 +99,31 @@ def _error(description: str, *headers: str) -> ResponseSpec:
 
 
 _ERRORS = {
-    400: _error("A parameter is missing or wrong, or the body is no JSON object."),
-    401: _error("The server needs an API key, and none that counts was sent.", "WWW-Authenticate"),
-    403: _error("The key may not do this, or there are no keys and the request is not local."),
-    404: _error("There is no such model (`model_not_found`), or path (`not_found`)."),
-    409: _error("The key is revoked, or the last that may manage keys (`key_conflict`)."),
+    400: _error("A parameter is missing or invalid, or the body is not a JSON object."),
+    401: _error("The server needs an API key, and no valid one was sent.", "WWW-Authenticate"),
+    403: _error("The key lacks a scope or a model, or no keys exist and the request is not local."),
+    404: _error(
+        "There is no such model (`model_not_found`), key (`key_not_found`) or path (`not_found`)."
+    ),
+    409: _error("The key is revoked, or the last with the scope `admin` (`key_conflict`)."),
     408: _error("The body did not arrive in time."),
     413: _error("The body is too large."),
-    415: _error("The body is not declared to be JSON."),
+    415: _error("The content type is not JSON."),
     429: _error(
-        "A limit of the key (`rate_limit_exceeded`), or of its day (`insufficient_quota`).",
+        "A limit of the key was exceeded (`rate_limit_exceeded`), or its daily quota "
+        "(`insufficient_quota`).",
         "Retry-After",
         "Retry-After-Ms",
         "X-Should-Retry",
     ),
-    500: _error("The fault is the server's; its log has the details under the request's id."),
+    500: _error("An error of the server; its log has the details under the request's id."),
     503: _error(
-        "The models are still being loaded (`model_loading`), or too many requests wait "
-        "(`overloaded`).",
+        "The models are still loading (`model_loading`), or the server or its key store is "
+        "overloaded (`overloaded`).",
         "Retry-After",
         "Retry-After-Ms",
     ),
-    504: _error("It was not done in the time that it was allowed.", "X-Should-Retry"),
+    504: _error("The request did not finish before its deadline.", "X-Should-Retry"),
 }
 """The usual description of each error."""
 

@@ -34,20 +34,25 @@ ErrorType = Literal[
 
 
 class ErrorDetails(TypedDict):
-    """What went wrong, and what to do about it."""
+    """What went wrong, and how to fix it."""
 
     message: Annotated[
-        str, Field(description="A sentence that names the field, its value and its bound.")
+        str,
+        Field(
+            description="What went wrong, for people: it names the field, its value and its bound."
+        ),
     ]
     type: Annotated[ErrorType, Field(description="The kind of error.")]
-    param: Annotated[str | None, Field(description="The path of the field at fault.")]
-    code: Annotated[str | None, Field(description="What programs may tell errors apart by.")]
+    param: Annotated[
+        str | None, Field(description="The path of the field at fault, if there is one.")
+    ]
+    code: Annotated[str | None, Field(description="A stable code for programs, if there is one.")]
 
 
 class Error(TypedDict):
-    """Every error has this body."""
+    """The body of every error."""
 
-    error: Annotated[ErrorDetails, Field(description="What it is.")]
+    error: Annotated[ErrorDetails, Field(description="The error.")]
 
 
 class ApiError(Exception):

@@ -32,27 +32,29 @@ LONGEST_MODEL = 512
 
 
 class KeyLimits(TypedDict):
-    """Of a key; null is without limit."""
+    """The limits of a key; null is unlimited."""
 
-    requests: Annotated[int | None, Field(description="Requests a minute.")]
-    tokens: Annotated[int | None, Field(description="Tokens a minute.")]
-    day_requests: Annotated[int | None, Field(description="Requests a day of UTC.")]
-    concurrent: Annotated[int | None, Field(description="Requests at once.")]
+    requests: Annotated[int | None, Field(description="Requests per minute.")]
+    tokens: Annotated[int | None, Field(description="Tokens per minute, of prompts and answers.")]
+    day_requests: Annotated[int | None, Field(description="Requests per day (UTC).")]
+    concurrent: Annotated[int | None, Field(description="Concurrent requests.")]
 
 
 class KeyState(TypedDict):
-    """A key, without its secret; times are in seconds since 1970, null: never."""
+    """A key without its secret. Times are in seconds since 1970; null means never."""
 
     object: Literal["key"]
-    id: Annotated[str, Field(description="The middle part of its text.")]
-    name: Annotated[str, Field(description="What people call it.")]
-    state: Annotated[State, Field(description="Only active keys count.")]
-    scopes: Annotated[list[Scope], Field(description="What it may be used for.")]
-    models: Annotated[list[str], Field(description="That it may use; empty: all.")]
-    limits: Annotated[KeyLimits, Field(description="What it may take.")]
-    created: Annotated[int, Field(description="When it was made.")]
-    expires: Annotated[int | None, Field(description="When it ends by itself.")]
-    revoked: Annotated[int | None, Field(description="When it was ended.")]
+    id: Annotated[str, Field(description="The key's id, the middle part of its text.")]
+    name: Annotated[str, Field(description="The key's name, for people.")]
+    state: Annotated[State, Field(description="Only active keys are accepted.")]
+    scopes: Annotated[list[Scope], Field(description="What the key may be used for.")]
+    models: Annotated[
+        list[str], Field(description="Ids or aliases of the models that it may use; empty: all.")
+    ]
+    limits: Annotated[KeyLimits, Field(description="The key's limits.")]
+    created: Annotated[int, Field(description="When it was created.")]
+    expires: Annotated[int | None, Field(description="When it expires.")]
+    revoked: Annotated[int | None, Field(description="When it was revoked.")]
 
 
 class KeyringError(InferneoError):

@@ -35,78 +35,76 @@ ALWAYS = Days()
 class KeyCard(TypedDict):
     """The caller's key, without its secret."""
 
-    id: Annotated[str, Field(description="The middle part of its text.")]
-    name: Annotated[str, Field(description="What people call it.")]
-    limits: Annotated[KeyLimits, Field(description="What it may take.")]
+    id: Annotated[str, Field(description="The key's id, the middle part of its text.")]
+    name: Annotated[str, Field(description="The key's name, for people.")]
+    limits: Annotated[KeyLimits, Field(description="The key's limits.")]
 
 
 class UsageTotal(TypedDict):
-    """What was used."""
+    """Totals."""
 
-    requests: Annotated[Count, Field(description="Requests that were served.")]
-    prompt_tokens: Annotated[Count, Field(description="Tokens of their prompts.")]
-    completion_tokens: Annotated[Count, Field(description="Tokens that were sampled for them.")]
-    cached_tokens: Annotated[
-        Count, Field(description="Of the prompts' tokens, those found in the cache.")
-    ]
+    requests: Annotated[Count, Field(description="Requests served.")]
+    prompt_tokens: Annotated[Count, Field(description="Prompt tokens.")]
+    completion_tokens: Annotated[Count, Field(description="Tokens sampled.")]
+    cached_tokens: Annotated[Count, Field(description="Prompt tokens found in the prefix cache.")]
 
 
 class UsageRow(UsageTotal):
-    """What was used of a model on a day of UTC."""
+    """The usage of a model on one day (UTC)."""
 
-    date: Annotated[str, Field(description="As 2026-01-31.")]
+    date: Annotated[str, Field(description="The day, such as 2026-01-31.")]
     model: Annotated[str, Field(description="The model's own id.")]
 
 
 class KeyUsage(TypedDict):
-    """What the caller's key has used."""
+    """The usage of a key."""
 
     object: Literal["usage"]
-    key: Annotated[KeyCard, Field(description="Whose it is.")]
-    data: Annotated[list[UsageRow], Field(description="By day and model.")]
-    total: Annotated[UsageTotal, Field(description="Of all of these.")]
+    key: Annotated[KeyCard, Field(description="The key.")]
+    data: Annotated[list[UsageRow], Field(description="One row for each day and model.")]
+    total: Annotated[UsageTotal, Field(description="The sum of all rows.")]
 
 
 class KeyUsageRow(UsageRow):
-    """What a key has used of a model on a day of UTC."""
+    """The usage of a model by a key on one day (UTC)."""
 
     key: Annotated[str, Field(description="The key's id.")]
     name: Annotated[str, Field(description="The key's name.")]
 
 
 class AllUsage(TypedDict):
-    """What all keys have used."""
+    """The usage of all keys."""
 
     object: Literal["usage"]
-    data: Annotated[list[KeyUsageRow], Field(description="By day, key and model.")]
-    total: Annotated[UsageTotal, Field(description="Of all of these.")]
+    data: Annotated[list[KeyUsageRow], Field(description="One row for each day, key and model.")]
+    total: Annotated[UsageTotal, Field(description="The sum of all rows.")]
 
 
 class KeyUse(TypedDict):
-    """What a key uses now of each of its limits, requests under way included."""
+    """How much of each limit is used now, by running requests too."""
 
-    requests: Annotated[Count, Field(description="In the last sixty seconds.")]
+    requests: Annotated[Count, Field(description="Requests in the last 60 s.")]
     tokens: Annotated[
-        Count, Field(description="In the last sixty seconds, those reserved included.")
+        Count, Field(description="Tokens in the last 60 s, reserved tokens included.")
     ]
-    day_requests: Annotated[Count, Field(description="Of this day of UTC.")]
-    concurrent: Annotated[Count, Field(description="At once.")]
+    day_requests: Annotated[Count, Field(description="Requests today (UTC).")]
+    concurrent: Annotated[Count, Field(description="Running requests.")]
 
 
-class KeyStanding(KeyState):
-    """A key, without its secret, and how it stands."""
+class KeyStatus(KeyState):
+    """A key without its secret, and the status of its quota."""
 
-    used: Annotated[KeyUse, Field(description="What it uses of its limits now.")]
+    used: Annotated[KeyUse, Field(description="How much of each limit is used now.")]
 
 
 class KeyList(TypedDict):
     """All keys, oldest first."""
 
     object: Literal["list"]
-    data: Annotated[list[KeyStanding], Field(description="Those that have ended, too.")]
+    data: Annotated[list[KeyStatus], Field(description="Expired and revoked keys are included.")]
 
 
-def key_status(store: Store, key: Key) -> KeyStanding:
+def key_status(store: Store, key: Key) -> KeyStatus:
     """A key as it may be shown, and what it uses now of each of its limits; blocks."""
     quota_status = store.quota_status(key.id, None)
     used: KeyUse = {

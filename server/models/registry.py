@@ -35,12 +35,12 @@ _SERVES = {
 
 
 class Progress(TypedDict):
-    """How far a model's loading is."""
+    """The progress of loading a model."""
 
     id: Annotated[str, Field(description="The model's own id.")]
-    stage: Annotated[str, Field(description="What is being done.")]
-    done: Annotated[Count, Field(description="How much of it is.")]
-    total: Annotated[Count, Field(description="How much there is; 0 where that is not known.")]
+    stage: Annotated[str, Field(description="The current stage.")]
+    done: Annotated[Count, Field(description="Units of work done in this stage.")]
+    total: Annotated[Count, Field(description="Units of work in this stage; 0 if unknown.")]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from server.keys.key import Key, Limits, Scope
 from server.keys.keyring import Keyring, KeyringError, KeyState, describe
 from server.keys.usage import (
     KeyList,
-    KeyStanding,
+    KeyStatus,
     KeyUsage,
     key_list,
     key_status,
@@ -48,20 +48,24 @@ class AdminBody(Body):
 
 
 class LimitsBody(AdminBody):
-    """Limits of a key; those that are left out stay as they are."""
+    """Limits of a key; omitted limits stay as they are."""
 
-    requests: Limit | None = Field(None, description="Requests a minute.")
-    tokens: Limit | None = Field(None, description="Tokens a minute, of prompts and answers.")
-    day_requests: Limit | None = Field(None, description="Requests a day of UTC.")
-    concurrent: Limit | None = Field(None, description="Requests that run at once.")
+    requests: Limit | None = Field(None, description="Requests per minute.")
+    tokens: Limit | None = Field(None, description="Tokens per minute, of prompts and answers.")
+    day_requests: Limit | None = Field(None, description="Requests per day (UTC).")
+    concurrent: Limit | None = Field(None, description="Concurrent requests.")
 
 
 class ChangeKeyBody(AdminBody):
-    """What is to change of a key; what is left out stays."""
+    """Changes to a key; omitted fields stay as they are."""
 
     name: str | None = Field(None, description=_NAME)
     scopes: list[Scope] | None = Field(
-        None, min_length=1, max_length=10, fail_fast=True, description="What it may be used for."
+        None,
+        min_length=1,
+        max_length=10,
+        fail_fast=True,
+        description="What the key may be used for.",
     )
     models: list[str] | None = Field(
         None,
@@ -69,9 +73,9 @@ class ChangeKeyBody(AdminBody):
         fail_fast=True,
         description="Ids or aliases that it may use; empty: all.",
     )
-    limits: LimitsBody | None = Field(None, description="What it may take.")
+    limits: LimitsBody | None = Field(None, description="The key's limits.")
     expires_in: Expiry | None = Field(
-        None, description="Seconds from now until it ends by itself, or `never`."
+        None, description="Seconds from now until it expires, or `never`."
     )
 
     def unknown(self) -> list[str]:
@@ -81,15 +85,15 @@ class ChangeKeyBody(AdminBody):
 
 
 class NewKeyBody(ChangeKeyBody):
-    """A new key; what is left out has its default."""
+    """A new key; omitted fields get their defaults."""
 
     name: str = Field(description=_NAME)
 
 
 class NewKey(KeyState):
-    """A key and its text, which cannot be had again."""
+    """A key and its text, which is never shown again."""
 
-    key: Annotated[str, Field(description="The text to send; it is shown this once.")]
+    key: Annotated[str, Field(description="The text to send as the key; it is shown only once.")]
 
 
 class _Changed(NamedTuple):
@@ -109,7 +113,7 @@ _SECRET = {"Cache-Control": "no-store"}
     path="/admin/keys",
     access="admin",
     tag="admin",
-    summary="List all keys, and what they use of their limits",
+    summary="List all keys and the status of their quotas",
     answer=KeyList,
 )
 async def list_keys(services: Services) -> KeyList:
@@ -124,7 +128,7 @@ async def list_keys(services: Services) -> KeyList:
     path="/admin/keys",
     access="admin",
     tag="admin",
-    summary="Make a key; its text is shown this once",
+    summary="Create a key; its text is shown only once",
     body=(NewKeyBody,),
     example={"name": "laptop", "scopes": ["inference"], "limits": {"requests": 10}},
     answer=NewKey,
@@ -132,7 +136,7 @@ async def list_keys(services: Services) -> KeyList:
     headers=_SECRET,
 )
 async def create_key(services: Services) -> NewKey:
-    """Make a key."""
+    """Create a key."""
     body, _ = await read_body(services.cpu_pool, partial(validate, NewKeyBody, strict=True))
 
     def create() -> _Changed:
@@ -153,12 +157,12 @@ async def create_key(services: Services) -> NewKey:
     path="/admin/keys/<key_id>",
     access="admin",
     tag="admin",
-    summary="Get a key by its id, and what it uses of its limits",
+    summary="Get a key by its id and the status of its quota",
     parameters=_KEY,
-    answer=KeyStanding,
+    answer=KeyStatus,
     errors=(404,),
 )
-async def get_key(services: Services, key_id: str) -> KeyStanding:
+async def get_key(services: Services, key_id: str) -> KeyStatus:
     """Describe a key."""
     await services.threads.flush()
     store, keyring = services.threads.store, services.keyring
@@ -170,7 +174,7 @@ async def get_key(services: Services, key_id: str) -> KeyStanding:
     path="/admin/keys/<key_id>",
     access="admin",
     tag="admin",
-    summary="Change a key's name, rights, limits or expiry",
+    summary="Change a key's name, scopes, models, limits or expiry",
     parameters=_KEY,
     body=(ChangeKeyBody,),
     example={"limits": {"tokens": "none"}, "expires_in": 86400},
@@ -189,8 +193,8 @@ async def change_key(services: Services, key_id: str) -> KeyState:
     path="/admin/keys/<key_id>",
     access="admin",
     tag="admin",
-    summary="End a key, for ever",
-    description="The last key that may manage keys cannot be ended here.",
+    summary="Revoke a key for good",
+    description="The last key with the scope `admin` cannot be revoked.",
     parameters=_KEY,
     answer=KeyState,
     errors=(404, 409),
@@ -211,7 +215,7 @@ async def revoke_key(services: Services, key_id: str) -> KeyState:
     path="/admin/keys/<key_id>/rotate",
     access="admin",
     tag="admin",
-    summary="Replace a key's text; the old one ends",
+    summary="Replace a key's text; the old one stops working",
     parameters=_KEY,
     answer=NewKey,
     headers=_SECRET,
@@ -232,14 +236,14 @@ async def rotate_key(services: Services, key_id: str) -> NewKey:
     path="/admin/keys/<key_id>/usage",
     access="admin",
     tag="admin",
-    summary="Get what a key has used",
+    summary="Get the usage of a key",
     parameters=_KEY,
     query=DAYS,
     answer=KeyUsage,
     errors=(400, 404),
 )
 async def get_key_usage(services: Services, key_id: str) -> KeyUsage:
-    """Say what a key has used."""
+    """Report the usage of a key."""
     days = days_of()
     await services.threads.flush()
     store, keyring = services.threads.store, services.keyring

@@ -15,8 +15,8 @@ class SocketTicket(TypedDict):
     """A ticket that opens one WebSocket, as `?token=`."""
 
     object: Literal["ws_ticket"]
-    ticket: Annotated[str, Field(description="Good for one connection.")]
-    expires_in: Annotated[int, Field(description="In seconds.")]
+    ticket: Annotated[str, Field(description="The ticket, valid for one connection.")]
+    expires_in: Annotated[int, Field(description="Seconds until it expires.")]
 
 
 @Endpoint(

@@ -16,8 +16,8 @@ from server.services import Services
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _DAY = {"type": "string", "format": "date"}
 DAYS = {
-    "since": Parameter(schema=_DAY, description="The first day of UTC that counts."),
-    "until": Parameter(schema=_DAY, description="The last one; no earlier than `since`."),
+    "since": Parameter(schema=_DAY, description="The first day (UTC), inclusive."),
+    "until": Parameter(schema=_DAY, description="The last day, inclusive; not before `since`."),
 }
 """The parameters of a query that :func:`days_of` reads."""
 
@@ -32,7 +32,7 @@ DAYS = {
     errors=(400,),
 )
 async def get_usage(services: Services) -> KeyUsage:
-    """Say what the caller's key has used."""
+    """Report the usage of the caller's key."""
     key = needed_key()
     await services.threads.flush()
     return await services.threads.call(partial(key_usage, services.threads.store, key))
@@ -43,13 +43,13 @@ async def get_usage(services: Services) -> KeyUsage:
     path="/admin/usage",
     access="admin",
     tag="admin",
-    summary="Get what all keys have used",
+    summary="Get the usage of all keys",
     query=DAYS,
     answer=AllUsage,
     errors=(400,),
 )
 async def get_all_usage(services: Services) -> AllUsage:
-    """Say what all keys have used."""
+    """Report the usage of all keys."""
     days = days_of()
     await services.threads.flush()
     store, keyring = services.threads.store, services.keyring

@@ -1,4 +1,4 @@
-"""``GET /health``: the process answers. ``GET /ready``: it can serve, and with what."""
+"""``GET /health``: the process is alive. ``GET /ready``: it can serve, and how full it is."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,52 +18,55 @@ if TYPE_CHECKING:
 
 
 class Health(TypedDict):
-    """The process answers."""
+    """The process is alive."""
 
     status: Literal["ok"]
 
 
 class LanguageModelState(TypedDict):
-    """What a language model can hold, and what it holds now; lengths are in tokens."""
+    """The capacity and the current load of a language model; lengths are in tokens."""
 
     id: Annotated[str, Field(description="The model's own id.")]
     kind: Literal["decoder"]
     max_len: Annotated[
-        Count, Field(description="Tokens of the longest request, its answer included.")
+        Count, Field(description="Maximum length of a request, its answer included.")
     ]
-    kv_tokens: Annotated[Count, Field(description="Tokens that the KV cache holds.")]
+    kv_tokens: Annotated[Count, Field(description="Tokens that fit into the KV cache.")]
     ready: Annotated[bool, Field(description="Whether it takes requests.")]
     slots: Annotated[int, Field(description="Sequences that can run at once.")]
-    slots_used: Annotated[int, Field(description="Those that are taken.")]
+    slots_used: Annotated[int, Field(description="Slots in use.")]
     pages: Annotated[int, Field(description="Pages of the KV cache.")]
-    pages_used: Annotated[int, Field(description="Those that sequences hold.")]
+    pages_used: Annotated[int, Field(description="Pages in use by sequences.")]
     pages_cached: Annotated[
-        int, Field(description="Those that none holds, kept for prompts that begin alike.")
+        int,
+        Field(description="Pages that no sequence uses, kept for prompts with the same beginning."),
     ]
-    page_len: Annotated[int, Field(description="Tokens of a page.")]
+    page_len: Annotated[int, Field(description="Tokens per page.")]
     running: Annotated[int, Field(description="Sequences that hold a slot.")]
-    waiting: Annotated[int, Field(description="Sequences that wait for one.")]
-    steps: Annotated[int, Field(description="Steps of the engine, from here on since its start.")]
+    waiting: Annotated[int, Field(description="Sequences that wait for a slot.")]
+    steps: Annotated[
+        int, Field(description="Steps of the engine since it started, as are all counters below.")
+    ]
     compiles_after_ready: Annotated[
-        int, Field(description="Programs that were compiled while requests waited.")
+        int, Field(description="Programs compiled since the server became ready; should be 0.")
     ]
     preemptions: Annotated[
-        int, Field(description="Times that a sequence gave up its pages to another.")
+        int, Field(description="Times a sequence lost its pages to another and was computed again.")
     ]
-    prompt_tokens: Annotated[int, Field(description="Prompt tokens that were computed.")]
-    cached_tokens: Annotated[int, Field(description="Prompt tokens that were found in the cache.")]
-    output_tokens: Annotated[int, Field(description="Tokens that were sampled.")]
-    drafted_tokens: Annotated[int, Field(description="Tokens that were drafted.")]
-    accepted_tokens: Annotated[int, Field(description="Drafted tokens that were sampled, too.")]
+    prompt_tokens: Annotated[int, Field(description="Prompt tokens computed.")]
+    cached_tokens: Annotated[int, Field(description="Prompt tokens found in the prefix cache.")]
+    output_tokens: Annotated[int, Field(description="Tokens sampled.")]
+    drafted_tokens: Annotated[int, Field(description="Tokens drafted by speculative decoding.")]
+    accepted_tokens: Annotated[int, Field(description="Drafted tokens that were accepted.")]
 
 
 class EmbeddingModelState(TypedDict):
-    """What an embedding model reads, in tokens, and gives."""
+    """The limits of an embedding model."""
 
     id: Annotated[str, Field(description="The model's own id.")]
     kind: Literal["encoder"]
-    max_tokens: Annotated[Count, Field(description="Tokens of the longest text.")]
-    dimensions: Annotated[Count, Field(description="Numbers of a vector.")]
+    max_tokens: Annotated[Count, Field(description="Maximum length of a text, in tokens.")]
+    dimensions: Annotated[Count, Field(description="Length of a vector.")]
 
 
 ModelState = LanguageModelState | EmbeddingModelState
@@ -73,20 +76,25 @@ class Ready(TypedDict):
     """Every model is loaded and compiled."""
 
     status: Literal["ready"]
-    compiles_after_ready: Annotated[Count, Field(description="Stays 0, or something is wrong.")]
+    compiles_after_ready: Annotated[
+        Count, Field(description="The largest of all models; anything but 0 is a fault.")
+    ]
     models: Annotated[
-        list[ModelState], Field(description="What each can hold, and what it holds now.")
+        list[ModelState], Field(description="The capacity and the load of each model.")
     ]
 
 
 class Unready(TypedDict):
-    """Models are being loaded, the server shuts down, or an engine has failed."""
+    """Models are loading, the server is shutting down, or an engine has failed."""
 
-    error: Annotated[ErrorDetails, Field(description="What clients are told meanwhile.")]
+    error: Annotated[ErrorDetails, Field(description="The error that requests get meanwhile.")]
     status: Annotated[
         Literal["loading", "draining", "failed"], Field(description="Why it is not ready.")
     ]
-    models: Annotated[list[Progress] | list[ModelState], Field(description="How far each is.")]
+    models: Annotated[
+        list[Progress] | list[ModelState],
+        Field(description="The progress of loading, or the load, of each model."),
+    ]
 
 
 @Endpoint(
@@ -94,13 +102,13 @@ class Unready(TypedDict):
     path="/health",
     access="public",
     tag="server",
-    summary="Ask whether the process answers",
+    summary="Check that the process is alive",
     answer=Health,
     traced=False,
     logged=False,
 )
 async def health(services: Services) -> Health:
-    """Answer, and nothing else."""
+    """Answer."""
     return {"status": "ok"}
 
 
@@ -109,18 +117,19 @@ async def health(services: Services) -> Health:
     path="/ready",
     access="public",
     tag="server",
-    summary="Ask whether requests can be served, and how full the server is",
+    summary="Check whether requests can be served, and the load of the server",
     answer=Ready,
     responses={
         503: ResponseSpec(
-            description="Not yet, or not any more.", content={"application/json": Unready}
+            description="The server cannot serve requests yet, or no longer.",
+            content={"application/json": Unready},
         )
     },
     traced=False,
     logged=False,
 )
 async def ready(services: Services) -> Ready | Response:
-    """Say how far loading is, or what the models hold."""
+    """Report the progress of loading, or the load of the models."""
     registry = services.registry
     if not registry.loaded:
         return _unready("loading", still_loading(), registry.progress())
@@ -151,7 +160,7 @@ def _failed(message: str, models: list[ModelState]) -> Response:
 
 
 def _state(model: "Model") -> ModelState:
-    """What a model can hold, and what it holds now."""
+    """The capacity and the load of a model."""
     from inferneo_jax import EmbeddingModel  # with jax, which a loaded model has loaded
 
     if isinstance(model, EmbeddingModel):

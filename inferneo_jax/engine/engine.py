@@ -44,8 +44,8 @@ class Engine:
         self._scheduler = DataParallelScheduler(
             runner.dp_size,
             slots=runner.slots,
-            num_pages=runner.num_pages,
-            page_len=runner.page_len,
+            num_blocks=runner.num_pages,
+            block_len=runner.page_len,
             shapes=runner.shapes,
             speculation=runner.speculation,
         )
@@ -83,8 +83,8 @@ class Engine:
     def pause(self, request_id: str) -> None:
         """Decode no further tokens of a request until ``resume``. Thread-safe, idempotent.
 
-        It keeps its slot and pages, so whoever pauses must resume or abort; up to two tokens that
-        are under way still arrive. When pages run out it is preempted like any other.
+        It keeps its slot and blocks, so whoever pauses must resume or abort; up to two tokens that
+        are under way still arrive. When blocks run out it is preempted like any other.
         """
         self._inbox.change(request_id, "pause")
 
@@ -197,7 +197,7 @@ class Engine:
             sequence.deliver(reason="error", error=error)
 
     def _clear(self) -> None:
-        """Forget what is scheduled: every sequence, page and step under way."""
+        """Forget what is scheduled: every sequence, block and step under way."""
         self._in_flight = None
         self._scheduler.clear()
         self._publish()

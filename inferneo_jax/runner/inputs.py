@@ -13,7 +13,7 @@ import numpy as np
 from inferneo_jax.layers.sampler import SamplingParamsBatch
 from inferneo_jax.models.steps import DecodeInputs, PrefillInputs, SlotState, VerifyInputs
 from inferneo_jax.request import GenerationRequest
-from inferneo_jax.scheduler.block_pool import NO_PAGE
+from inferneo_jax.scheduler.block_pool import NULL_BLOCK
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
 
@@ -62,7 +62,7 @@ class InputBuilder:
         bias_ids, bias, stop_ids = tiled
         seed: Any = np.zeros((rows, 2), np.uint32)
         tokens: Any = np.zeros((rows, self.max_len), np.int32)
-        block_tables: Any = np.full((rows, self.max_pages), NO_PAGE, np.int32)
+        block_tables: Any = np.full((rows, self.max_pages), NULL_BLOCK, np.int32)
         sampling = SamplingParamsBatch(
             temperature=full(0, np.float32),
             top_k=full(0, np.int32),
@@ -85,8 +85,8 @@ class InputBuilder:
         """What one slot holds, without the leading axis: known tokens, pages and parameters."""
         tokens: Any = np.zeros(self.max_len, np.int32)
         tokens[: sequence.num_known] = sequence.tokens()
-        block_table: Any = np.full(self.max_pages, NO_PAGE, np.int32)
-        block_table[: len(sequence.pages)] = sequence.pages
+        block_table: Any = np.full(self.max_pages, NULL_BLOCK, np.int32)
+        block_table[: len(sequence.blocks)] = sequence.blocks
         return SlotState(tokens, block_table, self._sampling_row(sequence.request))
 
     def admit(self, ranks: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:
@@ -114,13 +114,13 @@ class InputBuilder:
         positions: Any = np.zeros(total, np.int32)
         # The first position may be the last one of its page.
         num_pages = -(-(length - 1) // self.page_len) + 1
-        pages: Any = np.full((total, num_pages), NO_PAGE, np.int32)
+        pages: Any = np.full((total, num_pages), NULL_BLOCK, np.int32)
         for rank, rows in enumerate(ranks):
             for i, row in enumerate(rows, start=rank * bucket):
                 slots[i] = row.sequence.slot
                 positions[i] = row.position
                 first = row.position // self.page_len
-                own = row.sequence.pages[first : first + num_pages]
+                own = row.sequence.blocks[first : first + num_pages]
                 pages[i, : len(own)] = own
         return slots, positions, pages
 

@@ -1,10 +1,10 @@
-"""Who runs next: each step's decode rows and prefill chunks, and who holds which slot and pages.
+"""Who runs next: each step's decode rows and prefill chunks, and who holds which slot and blocks.
 
 Every step decodes one token for each running request and, beside that, prefills several prompts,
 or chunks of them, up to a token budget. So a running stream never waits longer than for one step
 of that many prompt tokens, however many and however long the prompts that arrive. A prompt that
-begins like one that is being computed waits for its pages instead of computing them again. When
-pages run out, the least urgent request gives up its own and starts over later.
+begins like one that is being computed waits for its blocks instead of computing them again. When
+blocks run out, the least urgent request gives up its own and starts over later.
 
 Owners of requests share the engine evenly, by the tokens they were served (Virtual Token Counter:
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv:2401.00588). A flood of
@@ -18,7 +18,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 from inferneo_jax.request import FinishReason
-from inferneo_jax.scheduler.block_pool import PagePool
+from inferneo_jax.scheduler.block_pool import BlockPool
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import SpeculativeConfig, Speculator
 
@@ -138,10 +138,10 @@ class PrefillShapes:
 
 
 class Scheduler:
-    """Slots, pages and the order of requests on one data-parallel rank."""
+    """Slots, blocks and the order of requests on one data-parallel rank."""
 
     def __init__(
-        self, slots: int, pool: PagePool, shapes: PrefillShapes, speculator: Speculator
+        self, slots: int, pool: BlockPool, shapes: PrefillShapes, speculator: Speculator
     ) -> None:
         self.pool = pool
         self.running: list[Sequence] = []
@@ -170,10 +170,10 @@ class Scheduler:
         return {
             "slots": len(self.running) + len(self._free_slots),
             "slots_used": len(self.running),
-            "pages": self.pool.num_pages,
+            "pages": self.pool.num_blocks,
             "pages_used": self.pool.num_used,
             "pages_cached": self.pool.num_cached,
-            "page_len": self.pool.page_len,
+            "page_len": self.pool.block_len,
             "running": len(self.running),
             "waiting": len(self._waiting),
             "preemptions": self.num_preemptions,
@@ -185,9 +185,9 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, running or waiting, and free its slot and pages."""
+        """Forget a sequence, running or waiting, and free its slot and blocks."""
         if sequence.slot is not None:
-            self._cache_pages(sequence)
+            self._cache_blocks(sequence)
             self._free_slot(sequence)
         else:
             self._waiting.remove(sequence)
@@ -204,7 +204,7 @@ class Scheduler:
         candidate = self._make_room()
         preemptions = self.num_preemptions
         decode = self._schedule_decode(draft=draft)
-        # Pages that a preemption just freed are for those who lacked them, not for newcomers.
+        # Blocks that a preemption just freed are for those who lacked them, not for newcomers.
         crowded = self.num_preemptions > preemptions
         admitted = () if crowded else self._admit(candidate)
         shape, prefill = self._schedule_prefill(shape)
@@ -243,13 +243,13 @@ class Scheduler:
 
     def _schedule_decode(self, *, draft: bool) -> tuple[DecodeRow, ...]:
         rows = []
-        # Who gives way when pages run out comes last, so that nothing scheduled is taken back.
+        # Who gives way when blocks run out comes last, so that nothing scheduled is taken back.
         order = self._by_share()
         for sequence in order:
             if not sequence.can_decode:
                 continue
-            self._cache_pages(sequence)
-            if not self._allocate_page(sequence, order):
+            self._cache_blocks(sequence)
+            if not self._allocate_block(sequence, order):
                 continue
             drafted = self._draft(sequence) if draft else ()
             rows.append(DecodeRow(sequence, sequence.num_computed, drafted))
@@ -260,17 +260,17 @@ class Scheduler:
         return tuple(rows)
 
     def _by_share(self) -> list[Sequence]:
-        """The running sequences: the owner that holds fewest pages first, there the most urgent."""
+        """The running sequences, by the number of blocks their owner holds, then by urgency."""
         held: Counter[str] = Counter()
         for sequence in self.running:
-            held[sequence.request.owner] += len(sequence.pages)
+            held[sequence.request.owner] += len(sequence.blocks)
         return sorted(self.running, key=lambda s: (held[s.request.owner], s.urgency))
 
-    def _allocate_page(self, sequence: Sequence, order: list[Sequence]) -> bool:
+    def _allocate_block(self, sequence: Sequence, order: list[Sequence]) -> bool:
         """Make room for one more token; False when the sequence itself had to give way."""
-        while sequence.num_computed >= len(sequence.pages) * self.pool.page_len:
-            if pages := self.pool.allocate(1):
-                sequence.pages += pages
+        while sequence.num_computed >= len(sequence.blocks) * self.pool.block_len:
+            if blocks := self.pool.allocate(1):
+                sequence.blocks += blocks
                 continue
             victim = next(each for each in reversed(order) if each.slot is not None)
             self._preempt(victim)
@@ -279,13 +279,14 @@ class Scheduler:
         return sequence.slot is not None
 
     def _draft(self, sequence: Sequence) -> tuple[int, ...]:
-        """What may follow a sequence's newest token, as far as there are pages for it."""
+        """What may follow a sequence's newest token, as far as there are blocks for it."""
         draft = self._speculator.draft(sequence)
-        missing = self.pool.pages_for(sequence.num_computed + 1 + len(draft)) - len(sequence.pages)
+        wanted = self.pool.blocks_for(sequence.num_computed + 1 + len(draft))
+        missing = wanted - len(sequence.blocks)
         spare = self.pool.num_available - len(self.running)
         if missing > 0 and missing <= spare:
-            sequence.pages += self.pool.allocate(missing) or []
-        room = len(sequence.pages) * self.pool.page_len - sequence.num_computed - 1
+            sequence.blocks += self.pool.allocate(missing) or []
+        room = len(sequence.blocks) * self.pool.block_len - sequence.num_computed - 1
         return tuple(draft[:room])
 
     def _schedule_prefill(
@@ -305,7 +306,7 @@ class Scheduler:
         ends = sequence.num_computed == sequence.prefill_len
         sample = ends and sequence.num_sampled < sequence.request.max_tokens
         sequence.num_sampled += sample
-        self._cache_pages(sequence)
+        self._cache_blocks(sequence)
         return PrefillChunk(sequence, start, length, sample, ends)
 
     def _prefilling(self) -> list[Sequence]:
@@ -338,14 +339,14 @@ class Scheduler:
         if most - slots[candidate.request.owner] < 2:
             return None
         victim = max((s for s in self.running if s.request.owner == owner), key=lambda s: s.urgency)
-        pages = self.pool.num_available + len(victim.pages)
-        if pages < self.pool.pages_for(candidate.num_known + 1) + len(self.running):
+        blocks = self.pool.num_available + len(victim.blocks)
+        if blocks < self.pool.blocks_for(candidate.num_known + 1) + len(self.running):
             return None
         self._preempt(victim)
         return candidate
 
     def _admit(self, candidate: Sequence | None) -> tuple[Sequence, ...]:
-        """Allocate slots and pages to those whose turn it is, until there is enough to prefill."""
+        """Allocate slots and blocks to those whose turn it is, until there is enough to prefill."""
         admitted: list[Sequence] = []
         put_off: set[Sequence] = set()
         coming = {each for sequence in self._prefilling() for each in self._uncached(sequence)}
@@ -358,33 +359,33 @@ class Scheduler:
             # The last token is always computed, since its logits are what the prefill is for.
             scored = sequence.request.prompt_logprobs is not None
             reusable = 0 if scored else sequence.num_known - 1
-            hashes = sequence.page_hashes(self.pool.page_len, reusable)
+            hashes = sequence.block_hashes(self.pool.block_len, reusable)
             shared = self.pool.match_prefix(hashes)
             if not candidate and len(shared) < len(hashes) and hashes[len(shared)] in coming:
-                self.pool.release(shared)  # another sequence computes that page now
+                self.pool.release(shared)  # another sequence computes that block now
                 put_off.add(sequence)
                 continue
-            missing = self.pool.pages_for(sequence.num_known + 1) - len(shared)
-            spare = len(self.running)  # the next page of each running sequence
+            missing = self.pool.blocks_for(sequence.num_known + 1) - len(shared)
+            spare = len(self.running)  # the next block of each running sequence
             enough = self.pool.num_available >= missing + spare
-            pages = self.pool.allocate(missing) if enough else None
-            if pages is None:
+            blocks = self.pool.allocate(missing) if enough else None
+            if blocks is None:
                 self.pool.release(shared)
                 break
-            self._allocate_slot(sequence, shared, pages)
+            self._allocate_slot(sequence, shared, blocks)
             admitted.append(sequence)
             coming.update(self._uncached(sequence))
             candidate = None
         return tuple(admitted)
 
-    def _allocate_slot(self, sequence: Sequence, shared: list[int], pages: list[int]) -> None:
+    def _allocate_slot(self, sequence: Sequence, shared: list[int], blocks: list[int]) -> None:
         assert len(sequence.output) == sequence.num_sampled, "admitted with a token in flight"
         self._waiting.remove(sequence)
         sequence.slot = self._free_slots.pop()
-        sequence.pages = shared + pages
+        sequence.blocks = shared + blocks
         sequence.prefill_len = sequence.num_known
-        sequence.num_computed = len(shared) * self.pool.page_len
-        sequence.num_cached_pages = len(shared)
+        sequence.num_computed = len(shared) * self.pool.block_len
+        sequence.num_cached_blocks = len(shared)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
             sequence.admitted_at = time.monotonic()
@@ -395,33 +396,33 @@ class Scheduler:
         assert sequence.slot is not None
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
-        self.pool.release(sequence.pages)
+        self.pool.release(sequence.blocks)
         sequence.slot = None
-        sequence.pages = []
-        sequence.num_cached_pages = 0
+        sequence.blocks = []
+        sequence.num_cached_blocks = 0
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take slot and pages away; the tokens stay, and are computed again later."""
+        """Take slot and blocks away; the tokens stay, and are computed again later."""
         self.num_preemptions += 1
-        self._cache_pages(sequence)  # what is not needed by others meanwhile will be found again
+        self._cache_blocks(sequence)  # what is not needed by others meanwhile will be found again
         self._free_slot(sequence)
         sequence.num_computed = 0
         self._waiting.append(sequence)
 
-    def _cache_pages(self, sequence: Sequence) -> None:
-        """Let others share the pages that are full of known, computed tokens."""
-        page_len = self.pool.page_len
-        full = min(sequence.num_computed, sequence.num_known) // page_len
-        if full > sequence.num_cached_pages:
-            hashes = sequence.page_hashes(page_len, full * page_len)
-            for index in range(sequence.num_cached_pages, full):
-                self.pool.cache_page(sequence.pages[index], hashes[index])
-            sequence.num_cached_pages = full
+    def _cache_blocks(self, sequence: Sequence) -> None:
+        """Let others share the blocks that are full of known, computed tokens."""
+        block_len = self.pool.block_len
+        full = min(sequence.num_computed, sequence.num_known) // block_len
+        if full > sequence.num_cached_blocks:
+            hashes = sequence.block_hashes(block_len, full * block_len)
+            for index in range(sequence.num_cached_blocks, full):
+                self.pool.cache_block(sequence.blocks[index], hashes[index])
+            sequence.num_cached_blocks = full
 
     def _uncached(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the pages that its prefill is still going to fill."""
-        hashes = sequence.page_hashes(self.pool.page_len, sequence.prefill_len)
-        return hashes[sequence.num_cached_pages :]
+        """Hashes of the blocks that its prefill is still going to fill."""
+        hashes = sequence.block_hashes(self.pool.block_len, sequence.prefill_len)
+        return hashes[sequence.num_cached_blocks :]
 
 
 class _FairShare:
@@ -460,10 +461,10 @@ class _FairShare:
 class DataParallelScheduler:
     """One scheduler per data-parallel rank, behind the interface of one. Not thread-safe.
 
-    A rank is one place on the mesh's ``data`` axis. It has its own slots and pages, and so its own
+    A rank is one place on the mesh's ``data`` axis. It has its own slots and blocks, and so its own
     scheduler. All ranks run each step together, as one program each for prefill and for decode, so
     they share the prefill's shape and take turns to choose it. A request stays on the rank it was
-    given to, where its pages are.
+    given to, where its blocks are.
     """
 
     def __init__(
@@ -471,15 +472,15 @@ class DataParallelScheduler:
         dp_size: int,
         *,
         slots: int,
-        num_pages: int,
-        page_len: int,
+        num_blocks: int,
+        block_len: int,
         shapes: PrefillShapes,
         speculation: SpeculativeConfig | None = None,
     ) -> None:
 
         def make() -> list[Scheduler]:
             self._speculator = Speculator(speculation)
-            pools = [PagePool(num_pages, page_len) for _ in range(dp_size)]
+            pools = [BlockPool(num_blocks, block_len) for _ in range(dp_size)]
             return [Scheduler(slots, pool, shapes, self._speculator) for pool in pools]
 
         self._make = make
@@ -488,7 +489,7 @@ class DataParallelScheduler:
         self._first = 0
 
     def clear(self) -> None:
-        """Forget every sequence and page; what was counted stays."""
+        """Forget every sequence and block; what was counted stays."""
         self._preemptions_before = self.counts()["preemptions"]
         self._ranks = self._make()
 
@@ -499,11 +500,11 @@ class DataParallelScheduler:
         self._ranks[sequence.dp_rank].add(sequence)
 
     def pause(self, sequence: Sequence, *, paused: bool) -> None:
-        """Decode no further tokens of a sequence, or go on; it keeps its slot and pages."""
+        """Decode no further tokens of a sequence, or go on; it keeps its slot and blocks."""
         sequence.paused = paused
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, running or waiting, and free its slot and pages."""
+        """Forget a sequence, running or waiting, and free its slot and blocks."""
         self._ranks[sequence.dp_rank].remove(sequence)
 
     def must_commit(self, in_flight: SchedulerOutputs) -> bool:

@@ -11,7 +11,7 @@ from inferneo_jax.request import (
     OutputSink,
     TokenLogprob,
 )
-from inferneo_jax.scheduler.block_pool import hash_page, salt_hash
+from inferneo_jax.scheduler.block_pool import hash_block, salt_hash
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +29,16 @@ class Sequence:
         output: generated tokens that the host knows.
         dp_rank: the data-parallel rank that serves it.
         slot: row of its rank's state; None while waiting.
-        pages: of the KV cache, in order of position.
+        blocks: of the KV cache, in order of position.
         prefill_len: tokens that prefill computes: all that were known when it got its slot.
         num_computed: leading tokens whose keys and values are written, or will be by a step
             already dispatched. While it decodes, the position of its newest token.
         num_sampled: output tokens sampled, or dispatched to be.
-        num_cached_pages: leading pages that are in the prefix cache, for others to share.
+        num_cached_blocks: leading blocks that are in the prefix cache, for others to share.
         cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
         admitted_at: when that was, in seconds of ``time.monotonic``.
         prompt_logprobs: of the prompt's tokens, as far as they are known; the first token has none.
-        paused: whether its reader asked for nothing more for now; it keeps slot and pages.
+        paused: whether its reader asked for nothing more for now; it keeps slot and blocks.
         started: whether an output was delivered.
         finished: whether the last output was delivered.
     """
@@ -49,11 +49,11 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     dp_rank: int = 0
     slot: int | None = None
-    pages: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
     prefill_len: int = 0
     num_computed: int = 0
     num_sampled: int = 0
-    num_cached_pages: int = 0
+    num_cached_blocks: int = 0
     cached_tokens: int | None = None
     admitted_at: float | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
@@ -99,14 +99,14 @@ class Sequence:
             and self.num_sampled < self.request.max_tokens
         )
 
-    def page_hashes(self, page_len: int, num_tokens: int) -> list[bytes]:
-        """Hashes of the pages that the first ``num_tokens`` known tokens fill."""
-        full, known = num_tokens // page_len, len(self._hashes)
+    def block_hashes(self, block_len: int, num_tokens: int) -> list[bytes]:
+        """Hashes of the blocks that the first ``num_tokens`` known tokens fill."""
+        full, known = num_tokens // block_len, len(self._hashes)
         if known < full:
-            tokens = self.tokens(known * page_len, full * page_len)
-            for start in range(0, len(tokens), page_len):
+            tokens = self.tokens(known * block_len, full * block_len)
+            for start in range(0, len(tokens), block_len):
                 previous = self._hashes[-1] if self._hashes else salt_hash(self.request.cache_salt)
-                self._hashes.append(hash_page(previous, tokens[start : start + page_len]))
+                self._hashes.append(hash_block(previous, tokens[start : start + block_len]))
         return self._hashes[:full]
 
     def deliver(

@@ -205,7 +205,7 @@ def test_a_row_is_truncated_alike_alone_and_beside_others() -> None:
 
 
 def test_inputs_of_a_step_are_padded_with_no_slot() -> None:
-    sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, pages=[5])
+    sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, blocks=[5])
     inputs = BUILDER.prefill([[PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True)]], 2)
     expected = [[2, 4], [1, 0], [2, 1], [True, False], [False, False]]
     assert [np.asarray(x).tolist() for x in inputs] == expected
@@ -214,7 +214,7 @@ def test_inputs_of_a_step_are_padded_with_no_slot() -> None:
 
 def test_pages_are_sent_at_admission_and_when_a_step_reaches_them() -> None:
     builder = dataclasses.replace(BUILDER, page_len=4)
-    sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, pages=[5, 7, 6])
+    sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, blocks=[5, 7, 6])
     assert builder.slot_row(sequence).block_tables.tolist() == [5, 7, 6, 0]
     assert builder.decode([[DecodeRow(sequence, 4)]], 2).pages.tolist() == [[7], [0]]
     # Five positions from 7 on lie in three pages at most, and here in two.

@@ -3,20 +3,20 @@
 from collections import Counter
 
 from inferneo_jax.request import GenerationRequest
-from inferneo_jax.scheduler.block_pool import PagePool
+from inferneo_jax.scheduler.block_pool import BlockPool
 from inferneo_jax.scheduler.scheduler import PrefillShapes, Scheduler, SchedulerOutput
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import Speculator
 
-PAGE = 4
+BLOCK = 4
 SHAPES = PrefillShapes.of((4, 8), slots=5, overhead=2)
 
 
 class House:
     """A scheduler, and steps that take no time: every token is 1."""
 
-    def __init__(self, slots: int = 4, pages: int = 1000) -> None:
-        self.scheduler = Scheduler(slots, PagePool(pages, PAGE), SHAPES, Speculator(None))
+    def __init__(self, slots: int = 4, blocks: int = 1000) -> None:
+        self.scheduler = Scheduler(slots, BlockPool(blocks, BLOCK), SHAPES, Speculator(None))
         self.slots = slots
         self.sequences: list[Sequence] = []
         self.tokens: Counter[str] = Counter()

@@ -29,7 +29,7 @@ def test_a_flood_of_one_owner_does_not_starve_another() -> None:
 
 
 def test_slots_come_to_be_shared_evenly_and_stay_so() -> None:
-    house = House(slots=6, pages=10_000)
+    house = House(slots=6, blocks=10_000)
     for owner in "aaaaaaaaaabbbbbbcccc":
         house.add(owner, 3000)
     house.step(200)
@@ -88,7 +88,7 @@ def test_one_owner_is_served_in_order_of_arrival() -> None:
 
 
 def test_memory_is_taken_from_the_owner_who_holds_most() -> None:
-    house = House(slots=8, pages=64)
+    house = House(slots=8, blocks=64)
     small = house.add("small", 100)
     house.step(3)
     for _ in range(7):
@@ -115,12 +115,12 @@ MOVES = st.lists(
 )
 
 
-@given(moves=MOVES, slots=st.integers(1, 5), pages=st.integers(27, 120))
+@given(moves=MOVES, slots=st.integers(1, 5), blocks=st.integers(27, 120))
 @settings(max_examples=150, deadline=None)
 def test_whatever_happens_all_is_served_and_comes_back(
-    moves: list[tuple[object, ...]], slots: int, pages: int
+    moves: list[tuple[object, ...]], slots: int, blocks: int
 ) -> None:
-    house = House(slots, pages)
+    house = House(slots, blocks)
     for move, *values in moves:
         living = [s for s in house.sequences if not s.finished]
         if move == "add":

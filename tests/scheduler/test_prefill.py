@@ -82,7 +82,7 @@ def test_no_row_is_computed_for_a_request_that_is_sure_to_be_over() -> None:
     assert sum(house.rows) == sum(tokens) - len(tokens)  # the first comes from the prefill
 
 
-def test_a_prompt_waits_for_the_pages_that_another_computes() -> None:
+def test_a_prompt_waits_for_the_blocks_that_another_computes() -> None:
     house = House(slots=5)
     start = tuple(range(22))
     for tail in range(4):
@@ -93,7 +93,7 @@ def test_a_prompt_waits_for_the_pages_that_another_computes() -> None:
     assert other.finished
 
 
-def test_who_waits_for_pages_goes_on_when_they_do_not_come() -> None:
+def test_who_waits_for_blocks_goes_on_when_they_do_not_come() -> None:
     house = House()
     start = tuple(range(40))
     first, second = (house.add("", 3, prompt=(*start, 50 + i)) for i in range(2))

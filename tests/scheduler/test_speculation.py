@@ -56,7 +56,7 @@ def test_no_more_tokens_come_than_were_asked_for(tiny_engine: Make, most: int) -
     assert submit(engine, REPEATS, most).tokens == whole[:most]
 
 
-def test_drafts_give_way_where_pages_are_short(tiny_engine: Make) -> None:
+def test_drafts_give_way_where_blocks_are_short(tiny_engine: Make) -> None:
     few = tiny_engine(**SIZES, speculation="ngram", kv_tokens=64)
     plain = tiny_engine(**SIZES, speculation="off")
     sent = [[submit(e, REPEATS[i:], 30) for i in range(4)] for e in (few, plain)]

@@ -14,17 +14,17 @@ _SHARED = ("redis", "rediss", "valkey", "valkeys")
 
 
 class ReplicaSettings(Settings):
-    """Replicas: what each of several servers is given (docs/replicas.md)."""
+    """Replicas: several servers behind one port (docs/replicas.md)."""
 
-    replicas: int = Field(default=1, ge=1, le=1000, description="How many servers there are.")
+    replicas: int = Field(default=1, ge=1, le=1000, description="Number of servers.")
     replica_cpus: float = Field(
         default=1.0,
         ge=0,
-        description="Cores that Ray sets aside for each.",
+        description="CPU cores that Ray reserves for each server.",
         json_schema_extra={"form": "N"},
     )
-    replica_gpus: int = Field(default=0, ge=0, description="GPUs that each gets.")
-    replica_tpus: int = Field(default=0, ge=0, description="TPU chips that each gets.")
+    replica_gpus: int = Field(default=0, ge=0, description="GPUs for each server.")
+    replica_tpus: int = Field(default=0, ge=0, description="TPU chips for each server.")
 
     @classmethod
     def load(cls, flags: Mapping[str, Any] | None = None) -> Self:

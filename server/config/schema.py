@@ -67,55 +67,57 @@ Aliases = Annotated[dict[str, str], NoDecode, BeforeValidator(_pairs)]
 
 
 class ModelSettings(BaseModel):
-    """Models: which are served, and where they lie."""
+    """Models: which are served, and where they are stored."""
 
     models: Names = Field(
         default=(),
-        description="Names of the catalog, org/name of the Hugging Face Hub, or folders of "
-        "converted models. What is not there yet is fetched.",
+        description="Models to serve: names from the catalog, org/name on the Hugging Face Hub, "
+        "or folders of converted models. Missing ones are pulled.",
         json_schema_extra=_shown("MODEL,...", "the catalog's first chat and embedding model"),
     )
     aliases: Aliases = Field(
         default_factory=dict,
-        description="Further names under which clients may ask for these models.",
+        description="Additional names under which clients may ask for these models.",
         json_schema_extra=_shown("ALIAS=MODEL,...", "none"),
     )
     checkpoints: Path | None = Field(
         default=None,
-        description="Folder where converted models lie.",
+        description="Folder of the converted models.",
         json_schema_extra=_shown("FOLDER", "checkpoints/ of the checkout, else the user's cache"),
     )
     compilation_cache: Path | None = Field(
         default=None,
-        description="Folder where compiled programs and encoded weights are kept for the next "
-        "start. Whoever may write there may run code in the server.",
+        description="Folder that keeps compiled programs and encoded weights for the next start. "
+        "Anyone who can write to it can run code in the server.",
         json_schema_extra=_shown("FOLDER", ".compiled among the checkpoints"),
     )
 
 
 class NumericSettings(BaseModel):
-    """Numerics: in which numbers models are computed. float32, none and xla are the reference."""
+    """Numerics: number formats and kernels. float32, none and xla are the reference."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="Of weights and matrix products; auto is bfloat16 where the hardware "
-        "multiplies it.",
+        description="Type of weights and matrix products; auto is bfloat16 where the hardware "
+        "multiplies it natively.",
     )
     quantization: Literal["auto", "none", "int8"] = Field(
         default="auto",
-        description="Of the weights; auto is none, but on a CPU with native kernels and no dtype "
-        "named blocks of 8 bits, and of 4 where the file has them.",
+        description="Quantization of the weights. auto is none, except on a CPU with native "
+        "kernels and no explicit dtype: there it is 8-bit blocks, or 4-bit blocks "
+        "where the file has them.",
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
-        description="Of keys and values in the cache; int8 has a scale for each token and head; "
-        "auto is bfloat16, but float32 with that dtype and on a CPU without native kernels.",
+        description="Type of the KV cache; int8 has one scale per token and head. auto is "
+        "bfloat16, but float32 if dtype is float32, or on a CPU without native "
+        "kernels.",
     )
     kernels: Literal["auto", "xla", "native"] = Field(
         default="auto",
-        description="Of attention, and on CPUs of products: xla is the reference, native is made "
-        "for the device (for a CPU compiled at the first start, by a C++ compiler); auto is "
-        "native where there is one.",
+        description="Kernels for attention and, on CPUs, for matrix products: xla is the "
+        "reference, native is written for the device (on a CPU it is compiled at the "
+        "first start, which needs a C++ compiler); auto is native where it exists.",
     )
 
 
@@ -131,79 +133,80 @@ class EngineSettings(BaseModel):
     max_len: int | None = Field(
         default=None,
         ge=2,
-        description="Most tokens of one request, prompt and output together.",
+        description="Maximum tokens of one request, prompt and output together.",
         json_schema_extra=_shown("TOKENS", "the model's context, as far as memory holds it"),
     )
     mesh: Annotated[str, AfterValidator(_mesh)] = Field(
         default="",
-        description="How devices are shared out: model splits weights and heads, data makes "
-        "groups that serve requests of their own.",
+        description="How devices are divided: model splits weights and heads, data makes groups "
+        "that serve requests independently.",
         json_schema_extra=_shown("data=N,model=N", "all devices on model"),
     )
     speculation: Literal["auto", "off", "ngram"] = Field(
         default="auto",
-        description="Drafts of the next tokens, looked up in what was said before, which one step "
-        "verifies; auto is where they are measured to be faster.",
+        description="Speculative decoding with drafts that are looked up in the preceding tokens "
+        "(n-grams) and verified in one step; auto uses it where it is measured to be "
+        "faster.",
     )
 
 
 class RequestSettings(BaseModel):
-    """Requests: how many are taken, how large, and for how long."""
+    """Requests: limits on their number, size and duration."""
 
     max_waiting: int = Field(
         default=256,
         ge=0,
         le=100_000,
-        description="Requests that may wait while every slot is taken; more are answered 503.",
+        description="Requests that may wait while every slot is taken; further ones get 503.",
     )
     request_seconds: float = Field(
         default=3600.0,
         gt=0,
         le=7 * 86_400,
-        description="How long a request may take, and the most that X-Request-Timeout can ask for.",
+        description="Maximum duration of a request, which X-Request-Timeout can only shorten.",
     )
     drain_seconds: float = Field(
         default=25.0,
         ge=0,
         le=86_400,
-        description="How long a server that is told to end lets requests finish; keep it below the "
-        "time after which it is killed (Kubernetes: 30 s).",
+        description="How long requests may go on after the server is told to end; keep it below "
+        "the time after which the server is killed (Kubernetes: 30 s).",
     )
     max_body_bytes: int = Field(
         default=4 * 1024 * 1024,
         ge=1024,
         le=1024**3,
-        description="Largest request body, and largest WebSocket frame.",
+        description="Maximum size of a request body, and of a WebSocket frame.",
         json_schema_extra=_shown("BYTES"),
     )
 
 
 class NetworkSettings(BaseModel):
-    """Network: where the server listens, and to whom it answers."""
+    """Network: where the server listens, and which clients it accepts."""
 
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="Address that `inferneo serve` listens on; 0.0.0.0 or :: to be reached from "
-        "other machines. `hypercorn --bind` names its own.",
+        description="Address that `inferneo serve` listens on; 0.0.0.0 or :: makes it reachable "
+        "from other machines. `hypercorn --bind` overrides it.",
         json_schema_extra=_shown("ADDRESS"),
     )
     port: int = Field(
         default=8000,
         ge=0,
         le=65_535,
-        description="Port that `inferneo serve` listens on; 0 takes a free one. `hypercorn --bind` "
-        "names its own.",
+        description="Port that `inferneo serve` listens on; 0 takes a free one. `hypercorn "
+        "--bind` overrides it.",
     )
     allowed_origins: Names = Field(
         default=(),
-        description="Web pages that may open WebSockets, besides this machine's own; * for all.",
+        description="Origins of web pages that may open WebSockets, besides pages of this "
+        "machine; * for all.",
         json_schema_extra=_shown("SCHEME://HOST[:PORT],...", "this machine's"),
     )
     allowed_hosts: Names = Field(
         default=(),
-        description="Names under which the server may be asked for, as in the header Host, "
-        "without ports.",
+        description="Host names that requests may have in the Host header, without ports.",
         json_schema_extra=_shown(
             "NAME,...", "any where keys are needed or require_key is false, else localhost"
         ),
@@ -215,60 +218,60 @@ class KeySettings(BaseModel):
 
     require_key: Annotated[Literal["auto", "true", "false"], BeforeValidator(_word)] = Field(
         default="auto",
-        description="Whether requests need an API key; auto is as soon as there are keys, and "
-        "until then only this machine is served.",
+        description="Whether requests need an API key; auto requires one as soon as a key exists, "
+        "and until then serves only this machine.",
     )
     keys_db: str | None = Field(
         default=None,
         min_length=1,
-        description="Where API keys, limits and usage are kept: a path of SQLite, or a URL of "
-        "Redis or Valkey.",
+        description="Where API keys, limits and usage are stored: the path of an SQLite file, or "
+        "a URL of Redis or Valkey.",
         json_schema_extra=_shown("PATH|URL", "inferneo/keys.db in the user's data folder"),
     )
 
 
 class JobSettings(BaseModel):
-    """Several processes: how they run one language model together (docs/multihost.md)."""
+    """Several processes: running one language model together (docs/multihost.md)."""
 
     coordinator: str | None = Field(
         default=None,
         min_length=1,
-        description="Address of process 0; auto is as JAX finds it.",
+        description="Address of process 0; auto lets JAX find it.",
         json_schema_extra=_shown("HOST:PORT|auto", "this process alone"),
     )
     num_processes: int | None = Field(
         default=None,
         ge=2,
         le=10_000,
-        description="How many there are.",
+        description="Number of processes.",
         json_schema_extra=_shown(default="none"),
     )
     process_id: int | None = Field(
         default=None,
         ge=0,
-        description="Which of them this is; 0 serves HTTP, the others run `inferneo follow`.",
+        description="Number of this process; 0 serves HTTP, the others run `inferneo follow`.",
         json_schema_extra=_shown(default="none"),
     )
     job_token: SecretStr | None = Field(
         default=None,
-        description="A secret that all of them share. It has no flag: everybody on the machine "
-        "could read it in the list of processes.",
+        description="Secret that all processes share. It has no flag, since everybody on the "
+        "machine can read those in the list of processes.",
         json_schema_extra=_shown("SECRET", "none"),
     )
 
 
 class LogSettings(BaseModel):
-    """Logs and file: what the server writes, and where further settings lie."""
+    """Logs and file: the format of the log, and a file with further settings."""
 
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto",
-        description="Of the log on standard error; auto is console on a terminal and json "
+        description="Format of the log on standard error; auto is console on a terminal and json "
         "elsewhere.",
     )
     config: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = Field(
         default=None,
-        description="A TOML file of settings, under the names that the flags have, with _ for -. "
-        "Flags and variables win over it.",
+        description="TOML file of settings, whose keys are the names of the flags with _ for -. "
+        "Flags and environment variables take precedence over it.",
         json_schema_extra=_shown("FILE", "none"),
     )
 

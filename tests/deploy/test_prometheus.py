@@ -35,7 +35,7 @@ QUESTIONS = [
     for target in panel.get("targets", ())
 ]
 VARIABLES = {"$__rate_interval": "10s", "$instance": ".*", "$model": ".*"}
-PATIENCE = 10.0
+TIMEOUT = 10.0
 # Prometheus' own, and a figure of how long something has lasted.
 OF_PROMETHEUS = {"up"}
 _SUFFIXES = ("_bucket", "_count", "_sum")
@@ -183,7 +183,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
     models = models_of(engine, embedder, tokenizer)
     with (
         Server(lambda source, *_: models[source.id]()) as server,
-        httpx.Client(base_url=server.url, timeout=PATIENCE) as load,
+        httpx.Client(base_url=server.url, timeout=TIMEOUT) as load,
     ):
         wait_ready(load)
         ask(load)
@@ -204,8 +204,8 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            with httpx.Client(base_url=f"http://{address}", timeout=PATIENCE) as client:
-                deadline = time.monotonic() + PATIENCE
+            with httpx.Client(base_url=f"http://{address}", timeout=TIMEOUT) as client:
+                deadline = time.monotonic() + TIMEOUT
                 while not seen(client):
                     assert process.poll() is None, (folder / "log").read_text()
                     assert time.monotonic() < deadline, (folder / "log").read_text()
@@ -213,7 +213,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
                 yield client
         finally:
             process.terminate()
-            process.wait(PATIENCE)
+            process.wait(TIMEOUT)
 
 
 def ask(client: httpx.Client) -> None:

@@ -22,7 +22,7 @@ from tests.support.raw_http import event_of
 from tests.support.server_process import free_address
 
 NAME = "inferneo.example.com"
-PATIENCE = 10.0
+TIMEOUT = 10.0
 BODY = {"model": CHAT, "prompt": "abc", "max_tokens": 8, "stream": True}
 Proxy = Callable[[Rig], "object"]
 
@@ -71,9 +71,9 @@ def proxied(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Rig], o
         try:
             headers = {"Host": NAME}
             with httpx.Client(
-                base_url=f"http://{address}", headers=headers, timeout=PATIENCE
+                base_url=f"http://{address}", headers=headers, timeout=TIMEOUT
             ) as client:
-                deadline = time.monotonic() + PATIENCE
+                deadline = time.monotonic() + TIMEOUT
                 while not answers(client):
                     assert process.poll() is None, (tmp_path / "log").read_text()
                     assert time.monotonic() < deadline, (tmp_path / "log").read_text()
@@ -81,7 +81,7 @@ def proxied(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Rig], o
                 yield client
         finally:
             process.terminate()
-            process.wait(PATIENCE)
+            process.wait(TIMEOUT)
 
     return start
 
@@ -122,7 +122,7 @@ def test_websockets_pass(proxied: Proxy) -> None:
         connection = socket.create_connection((host, port))
         with connect(f"ws://{NAME}:{port}/v1/completions", sock=connection) as opened:
             opened.send(json.dumps(BODY))
-            assert "choices" in json.loads(opened.recv(timeout=PATIENCE))
+            assert "choices" in json.loads(opened.recv(timeout=TIMEOUT))
 
 
 def test_who_comes_through_a_proxy_needs_a_key_from_the_first_day(proxied: Proxy) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from inferneo_jax.config import JobConfig
 from inferneo_jax.distributed.process_group import TcpProcessGroup
 from inferneo_jax.distributed.transport import Channel
+from tests.support.waiting import until
 
 TOKEN = "a token of the tests"
 CONFIG = JobConfig(
@@ -62,10 +62,7 @@ class ProcessGroups:
         )
 
     def until(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + SOON
-        while not condition():
-            assert time.monotonic() < deadline, self.reasons
-            time.sleep(0.005)
+        until(condition, SOON, lambda: self.reasons)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,10 @@ import pytest
 
 from tests.support.machine_speed import Machine
 from tests.support.paths import ROOT
-from tests.support.raw_clients import Ending, body, plain, socketed, stream, until
+from tests.support.raw_clients import Ending, body, plain, socketed, stream
 from tests.support.server_process import Process, environment, free_address, process, stats_of
 from tests.support.tiny_checkpoints import CHAT, EMBEDDING, tiny_checkpoints
+from tests.support.waiting import until, until_async
 
 READY, AT_MOST = 120.0, 10.0
 TOKEN = "a token that all processes share"
@@ -90,10 +91,7 @@ def job(folder: Path, settings: dict[str, str], **follower: str) -> Iterator[Job
 
 def wait_for(text: str, server: Process, seconds: float = 60) -> None:
     """Until it is in what the process wrote."""
-    deadline = time.monotonic() + seconds
-    while text not in server.log.read_text():
-        assert time.monotonic() < deadline, server.tail()
-        time.sleep(0.02)
+    until(lambda: text in server.log.read_text(), seconds, server.tail)
 
 
 def answers(address: str) -> list[Any]:
@@ -126,7 +124,7 @@ async def running(server: Process, number: int) -> None:
         found = await asyncio.to_thread(stats_of, server.address, CHAT)
         return bool(found["running"] == number)
 
-    await until(seen)
+    await until_async(seen)
 
 
 def test_two_processes_answer_as_one_and_end_in_order(tiny: dict[str, str], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from inferneo_jax.weights.convert import convert
 from tests.support.machine_speed import Machine
 from tests.support.paths import FAMILIES
 from tests.support.tiny_model import GREEDY, ONE_DEVICE, MakeEngine, make_runner, prompt, submit
+from tests.support.waiting import until
 
 SOON = 0.4
 """Seconds after which a step hangs."""
@@ -111,13 +112,6 @@ class Gate:
             self.reached = True
             assert self._opened.wait(30)
         return self._function(*args)
-
-
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.005)
 
 
 @pytest.fixture

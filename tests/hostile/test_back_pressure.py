@@ -16,6 +16,7 @@ from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, Rig
 from tests.support.machine_speed import Machine
 from tests.support.raw_http import events, post
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.alone
 
@@ -122,10 +123,8 @@ def test_an_answer_whose_end_is_never_read_keeps_no_connection(
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
             raw.connect(("127.0.0.1", rig.server.port))
             raw.sendall(head + content)
-        deadline = time.monotonic() + machine.seconds(10)
-        while served(rig) > 1:  # that of the fixture's own client
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        # that of the fixture's own client
+        until(lambda: served(rig) <= 1, machine.seconds(10))
 
 
 def served(rig: Rig) -> int:

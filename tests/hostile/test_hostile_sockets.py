@@ -13,6 +13,7 @@ from server.keys.key import new_text
 from server.keys.socket_auth import FIRST_FRAME_SECONDS, PROTOCOL
 from server.keys.sockets import MAX_UNIDENTIFIED, MAX_UNIDENTIFIED_OF_ADDRESS
 from tests.hostile.served import PATH, Served, Socket, frame, serving, socket_to
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.alone
 
@@ -59,10 +60,7 @@ def settled(served: Served, bound: float) -> float:
 
 
 def until_no_socket(served: Served) -> None:
-    deadline = time.monotonic() + 30
-    while left := served.num_sockets():
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    until(lambda: not served.num_sockets(), 30, served.num_sockets)
 
 
 def test_unfinished_frames_without_a_key_take_no_memory(served: Served) -> None:

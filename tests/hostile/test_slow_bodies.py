@@ -19,6 +19,7 @@ from server.run.admission import Admission
 from tests.support.fake_server import CHAT
 from tests.support.keyed_server import KeyRig, bearer, key_rig
 from tests.support.raw_http import post
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.alone
 
@@ -115,9 +116,7 @@ def test_bodies_under_way_count_as_requests_at_once(rig: KeyRig, made: list[Admi
     content = orjson.dumps(BODY)
     with ExitStack() as held:
         waiting = [opened(rig, held, head(len(content), key, "Connection: close")) for _ in "ab"]
-        end = time.monotonic() + 10
-        while made[0].in_use < 2:
-            assert time.monotonic() < end
+        until(lambda: made[0].in_use >= 2, 10)
         refused = httpx.post(rig.url + PATH, headers=key, json=BODY)
         assert refused.status_code == 429
         assert "2 requests at once" in refused.json()["error"]["message"]
@@ -181,7 +180,4 @@ def test_a_client_that_leaves_its_body_unsent_has_made_a_request(
 
 
 def _wait(admission: Admission, taken: int) -> None:
-    end = time.monotonic() + 10
-    while admission.in_use != taken:
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    until(lambda: admission.in_use == taken, 10)

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tests.keys.admins import ADMIN, BODY, CHATS, KEYS, Ask, ask, rig
 from tests.support.fake_server import CHAT
 from tests.support.keyed_server import KeyRig, bearer, key_rig
 from tests.support.paths import ROOT
+from tests.support.waiting import until
 
 __all__ = ["ask", "rig"]
 
@@ -143,9 +143,7 @@ def test_the_command_line_can_end_the_last_who_may_manage_keys(rig: KeyRig) -> N
     key, text = rig.key(scopes=ADMIN)
     assert rig.client.delete(f"{KEYS}/{key.id}", headers=bearer(text)).status_code == 409
     cli("revoke", key.id, db=rig.location)
-    end = time.monotonic() + 5
-    while rig.client.get(KEYS, headers=bearer(text)).status_code != 401:
-        assert time.monotonic() < end
+    until(lambda: rig.client.get(KEYS, headers=bearer(text)).status_code == 401, 5)
 
 
 @pytest.mark.parametrize("name", ["[/x]", "[red]a[/red]", ":smile:", "\u540d\u524d"])

@@ -18,6 +18,7 @@ from server.keys.guard import MAX_TICKETS
 from server.keys.key import TICKET_SECONDS, new_text
 from tests.support.fake_server import CHAT, REPLY
 from tests.support.keyed_server import KeyRig, bearer, closing_code
+from tests.support.waiting import until
 
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
@@ -191,10 +192,7 @@ def test_what_a_closed_socket_held_is_freed_without_the_collector(
             with pytest.raises(websockets.InvalidStatus):
                 connect(url, additional_headers=bearer(new_text("0000000000")))
         assert alive
-        deadline = time.monotonic() + 20
-        while alive:
-            assert time.monotonic() < deadline, list(alive)
-            time.sleep(0.05)
+        until(lambda: not alive, 20, lambda: [*alive])
     finally:
         gc.enable()
 

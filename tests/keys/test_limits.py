@@ -18,6 +18,7 @@ from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import KeyRig, bearer, key_rig
 from tests.support.raw_http import parse_stream
+from tests.support.waiting import until
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 100}
@@ -34,10 +35,7 @@ def usage(rig: KeyRig, headers: dict[str, str]) -> dict[str, int]:
 
 def settled(rig: KeyRig, key_id: str) -> dict[str, int]:
     """The same, once nothing of the key's is running."""
-    end = time.monotonic() + 10
-    while rig.store.quota_status(key_id, None).running:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    until(lambda: not rig.store.quota_status(key_id, None).running, 10)
     (row,) = rig.store.usage(key_id)
     return {"requests": row.requests, "prompt": row.prompt, "completion": row.completion}
 

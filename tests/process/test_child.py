@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import pytest
 from server import notebook
 from server.process.child import LISTENER, PORT, Child
 from tests.support.paths import ROOT
+from tests.support.waiting import until
 
 SERVER = """
 import http.server, os, signal, socket, sys
@@ -66,10 +66,10 @@ def pid_of(log: str) -> int:
 
 
 def wait_gone(pid: int) -> None:
-    deadline = time.monotonic() + 20
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "it outlived its parent"
-        time.sleep(0.02)
+    def ended() -> bool:
+        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+    until(ended, 20, lambda: "it outlived its parent")
 
 
 def test_the_port_of_a_server_is_taken_before_it_is_started() -> None:

@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from tests.support.machine_speed import Machine
-from tests.support.raw_clients import Ending, body, plain, socketed, stream, until
+from tests.support.raw_clients import Ending, body, plain, socketed, stream
 from tests.support.server_process import Process, process, stats_of
 from tests.support.tiny_checkpoints import CHAT
+from tests.support.waiting import until_async
 
 pytestmark = pytest.mark.alone
 
@@ -53,7 +54,7 @@ async def crowd(server: Process) -> list[asyncio.Task[Ending]]:
         stats = stats_of(server.address, CHAT)
         return stats["running"] == 8 and stats["waiting"] == 4
 
-    await until(here)
+    await until_async(here)
     return tasks
 
 
@@ -85,7 +86,7 @@ def test_a_step_that_raises_ends_its_requests_and_no_others(faulty: Faulty) -> N
         async def full() -> bool:
             return bool(stats_of(server.address, CHAT)["running"] == 8)
 
-        await until(full)
+        await until_async(full)
         waiting = [asyncio.create_task(kind(server, body(30))) for kind in (stream, plain)]
         await asyncio.sleep(0.2)
         told = time.monotonic()
@@ -95,7 +96,7 @@ def test_a_step_that_raises_ends_its_requests_and_no_others(faulty: Faulty) -> N
         for ending in await ended(waiting, told, faulty.machine):
             assert (ending.complete, ending.error) == (True, None), ending
         print(f"raise: all ended {time.monotonic() - told:.2f} s later")
-        await until(lambda: ready(server))
+        await until_async(lambda: ready(server))
         await check_serves(server)
 
     asyncio.run(run())
@@ -114,7 +115,7 @@ def test_a_step_that_hangs_ends_every_request_and_the_engine_comes_back(faulty: 
         assert not await ready(server)
         refused = await plain(server, body(5))
         assert (refused.status, refused.error) == (503, "overloaded")
-        await until(lambda: ready(server))
+        await until_async(lambda: ready(server))
         await check_serves(server)
         assert server.popen.poll() is None
 
@@ -130,7 +131,7 @@ def test_an_engine_that_never_answers_again_ends_the_server(faulty: Faulty) -> N
         async def runs() -> bool:
             return bool(stats_of(server.address, CHAT)["running"] == 1)
 
-        await until(runs)
+        await until_async(runs)
         told = time.monotonic()
         faulty.order("600")
         (ending,) = await ended([task], told, faulty.machine)

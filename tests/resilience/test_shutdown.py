@@ -8,9 +8,10 @@ import httpx
 import pytest
 
 from tests.support.machine_speed import Machine
-from tests.support.raw_clients import body, plain, socketed, stream, stuck, until
+from tests.support.raw_clients import body, plain, socketed, stream, stuck
 from tests.support.server_process import Process, process, stats_of
 from tests.support.tiny_checkpoints import CHAT
+from tests.support.waiting import until_async
 
 pytestmark = pytest.mark.alone
 
@@ -38,12 +39,12 @@ def test_sigterm_under_load_ends_everything_with_a_word(
         kinds = (stream, plain, socketed)
         jobs = {n: [asyncio.create_task(k(server, body(n))) for k in kinds] for n in (SHORT, LONG)}
         idle = asyncio.create_task(socketed(server, None))
-        await until(lambda: running(server, 4))
+        await until_async(lambda: running(server, 4))
         async with httpx.AsyncClient() as client:  # a probe, on a connection that it keeps
             assert await status(server, client) == "ready"
             told = time.monotonic()
             server.popen.terminate()
-            await until(lambda: draining(server, client))
+            await until_async(lambda: draining(server, client))
             assert time.monotonic() - told < machine.seconds(2)
             refused = await plain(server, body(5))
             assert (refused.status, refused.error) == (503, "overloaded")

@@ -1,6 +1,5 @@
 """Clients of every kind, which note how what they asked for ended."""
 
-import asyncio
 import json
 import socket
 from dataclasses import dataclass, field
@@ -118,12 +117,3 @@ def stuck(server: Process) -> socket.socket:
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.sendall(post(PATH, body(30_000, stream=True, logprobs=5), host=server.address))
     return raw
-
-
-async def until(condition: Any, seconds: float = 30.0) -> None:
-    """Ask again until it holds."""
-    async with asyncio.timeout(seconds):
-        while True:
-            if await condition():
-                return
-            await asyncio.sleep(0.02)

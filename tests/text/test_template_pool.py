@@ -16,6 +16,7 @@ from inferneo_jax.errors import EngineError
 from inferneo_jax.text import template_pool, template_protocol
 from inferneo_jax.text.template_pool import TemplatePool, WorkerEndedError
 from tests.support.paths import ROOT
+from tests.support.waiting import until
 
 ENDLESS = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -244,10 +245,7 @@ def test_workers_end_with_the_process_that_uses_them(end):
     answer, *pids = script("", end)
     assert answer == 42
     assert len(pids) == 2
-    deadline = time.monotonic() + 30
-    while any(is_there(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not any(is_there(pid) for pid in pids), 30)
 
 
 def test_a_forked_process_has_workers_of_its_own():

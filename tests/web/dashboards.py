@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import httpx
 from playwright.sync_api import Locator, Page, expect
 
 from tests.support.fake_server import CHAT, Rig
+from tests.support.waiting import until
 from tests.web.browsing import PATIENCE_MS, Visit
 
 PATH = "/dashboard?every=0.2"
@@ -39,10 +39,7 @@ def value(page: Page, title: str, line: int = 0) -> float:
 
 def wait_for(what: Callable[[], object]) -> None:
     """Return once it is so."""
-    deadline = time.monotonic() + PATIENCE_MS / 1000
-    while not what():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.05)
+    until(what, PATIENCE_MS / 1000)
 
 
 def metrics(rig: Rig) -> str:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from server.cli.bench.errors import BenchError
 from server.cli.bench.peers import Side, running
 from tests.support.paths import ROOT
+from tests.support.waiting import until
 
 SERVER = """
 import http.server, os, signal, subprocess, sys
@@ -52,10 +52,7 @@ def gone(pid: int) -> bool:
 
 
 def wait_gone(*pids: int) -> None:
-    deadline = time.monotonic() + 20
-    while not all(map(gone, pids)):
-        assert time.monotonic() < deadline, "a server outlived the benchmark"
-        time.sleep(0.02)
+    until(lambda: all(map(gone, pids)), 20, lambda: "a server outlived the benchmark")
 
 
 @pytest.mark.parametrize("how", ["raise", "SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])

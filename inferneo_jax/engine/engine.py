@@ -1,8 +1,8 @@
-"""The batching loop: schedule, run, commit. Token ids in, token ids out.
+"""The engine's loop: schedule, run, commit. Token ids in, token ids out.
 
 One thread owns the scheduler and the runner. Other threads leave requests, and changes to them, in
-an inbox, and read figures that it publishes; outputs go to each request's sink, called on the
-engine's thread.
+an inbox, and read the figures that the thread publishes after each step. Outputs go to the sink of
+each request, which is called on the engine's thread.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from inferneo_jax.scheduler.sequence import Sequence
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES, _FAILURE_SECONDS = 3, 60.0
-"""An engine whose steps fail so often within so long a time is not rebuilt once more."""
+"""An engine with this many failed steps within this many seconds is not rebuilt again."""
 _STOP_SECONDS = 0.1
 
 
 class Engine:
-    """Runs the requests of one model, any number at a time."""
+    """Runs the requests of one model with continuous batching."""
 
     def __init__(self, runner: Runner) -> None:
         self.max_len, self._limits = runner.max_len, runner.limits
@@ -153,55 +153,6 @@ class Engine:
         for sequence in left:
             sequence.deliver(reason="error", error=self._inbox.end)
 
-    def _rebuild(self, failure: EngineFailedError) -> bool:
-        """End what the failed step may have spoiled, and begin anew; False to give up.
-
-        The step's inputs were donated, so cache and slots are lost; the weights are not. Requests
-        that wait for a slot are not touched.
-        """
-        now = time.monotonic()
-        self._failures = [t for t in self._failures if now - t < _FAILURE_SECONDS] + [now]
-        known = self._inbox.taken()
-        untouched = [s for s in known if s.slot is None and s.num_sampled == len(s.output)]
-        spoiled = [s for s in known if s not in untouched]
-        self._clear()
-        gives_up = len(self._failures) >= _MAX_FAILURES
-        if gives_up:  # before a request is told, whose owner may ask or stop the engine at once
-            log.error("%d steps failed in a short time; the engine ends", len(self._failures))
-            self._inbox.close(failure)
-        for sequence in spoiled:
-            self._inbox.discard(sequence)
-            sequence.deliver(reason="error", error=failure)
-        if gives_up:
-            return False
-        for sequence in untouched:
-            self._scheduler.add(sequence)
-        try:
-            with self._heartbeat:
-                self._runner.reset()
-        except Exception:
-            log.exception("the engine cannot be rebuilt")
-            self._inbox.close(failure)
-            return False
-        self._inbox.hang(hung=False)
-        log.warning("the engine was rebuilt; %d requests were lost", len(spoiled))
-        return True
-
-    def _give_up_step(self) -> None:
-        """End every request while a step hangs. The heartbeat holds the engine's thread there."""
-        self._inbox.hang(hung=True)
-        known = self._inbox.clear()
-        error = self._inbox.end or EngineFailedError("a step of the engine does not return")
-        log.error("a step hangs; %d requests were lost", len(known))
-        for sequence in known:
-            sequence.deliver(reason="error", error=error)
-
-    def _clear(self) -> None:
-        """Forget what is scheduled: every sequence, block and step under way."""
-        self._in_flight = None
-        self._scheduler.clear()
-        self._publish()
-
     def step(self) -> None:
         """Schedule a step, run it, and commit the step before it, which ran in the meantime.
 
@@ -268,7 +219,7 @@ class Engine:
                 sequence.deliver(result.tokens[:kept], result.logprobs(kept))
 
     def _publish(self) -> None:
-        """Show ``stats`` what it is like now."""
+        """Publish the current figures for ``stats`` and ``forecast``."""
         self._figures = self._scheduler.counts(), dataclasses.replace(self._totals)
 
     def _finish(
@@ -285,3 +236,52 @@ class Engine:
         self._inbox.discard(sequence)
         self._publish()
         sequence.deliver(token_ids, logprobs, reason)
+
+    def _rebuild(self, failure: EngineFailedError) -> bool:
+        """End the requests that the failed step may have spoiled, and start over; False to give up.
+
+        The step's inputs were donated, so cache and slots are lost; the weights are not. Requests
+        that wait for a slot are not touched.
+        """
+        now = time.monotonic()
+        self._failures = [t for t in self._failures if now - t < _FAILURE_SECONDS] + [now]
+        known = self._inbox.taken()
+        untouched = [s for s in known if s.slot is None and s.num_sampled == len(s.output)]
+        spoiled = [s for s in known if s not in untouched]
+        self._clear()
+        gives_up = len(self._failures) >= _MAX_FAILURES
+        if gives_up:  # before a request is told, whose owner may ask or stop the engine at once
+            log.error("%d steps failed in a short time; the engine ends", len(self._failures))
+            self._inbox.close(failure)
+        for sequence in spoiled:
+            self._inbox.discard(sequence)
+            sequence.deliver(reason="error", error=failure)
+        if gives_up:
+            return False
+        for sequence in untouched:
+            self._scheduler.add(sequence)
+        try:
+            with self._heartbeat:
+                self._runner.reset()
+        except Exception:
+            log.exception("the engine cannot be rebuilt")
+            self._inbox.close(failure)
+            return False
+        self._inbox.hang(hung=False)
+        log.warning("the engine was rebuilt; %d requests were lost", len(spoiled))
+        return True
+
+    def _give_up_step(self) -> None:
+        """End every request while a step hangs. The heartbeat holds the engine's thread there."""
+        self._inbox.hang(hung=True)
+        known = self._inbox.clear()
+        error = self._inbox.end or EngineFailedError("a step of the engine does not return")
+        log.error("a step hangs; %d requests were lost", len(known))
+        for sequence in known:
+            sequence.deliver(reason="error", error=error)
+
+    def _clear(self) -> None:
+        """Forget every sequence, block and step in flight."""
+        self._in_flight = None
+        self._scheduler.clear()
+        self._publish()

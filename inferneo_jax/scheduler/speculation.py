@@ -125,9 +125,11 @@ class Speculator:
         """Tokens that may follow the known ones of a sequence; often none."""
         if not self._config:
             return []
-        drafter = self._drafters.setdefault(sequence, _Drafter())
         wanted = sequence.request.max_tokens - len(sequence.output) - 1
         max_tokens = min(self._config.max_tokens, wanted)
+        if sequence not in self._drafters:
+            self._drafters[sequence] = _Drafter()
+        drafter = self._drafters[sequence]
         if max_tokens < 1 or drafter.acceptance.cooldown:
             return []
         drafter.index.extend(sequence.tokens(len(drafter.index.tokens)))

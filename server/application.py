@@ -45,6 +45,7 @@ from server.process.exit import end_orderly, exit_failed
 from server.process.shutdown import drain, end_if_lost, held_up
 from server.prompt.cpu_pool import CpuPool
 from server.run.admission import Admission
+from server.run.permits import Permits
 from server.services import Services, attach
 
 if TYPE_CHECKING:
@@ -70,14 +71,14 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     registry = Registry(
         settings, loader or partial(load_from_disk, job=job), guard.check_model, job
     )
-    admission = Admission(settings.capacity(), settings.request_seconds)
+    permits = Permits(settings.capacity())
     sockets = SocketAdmission(settings.capacity())
 
     def state() -> ServerState:
         return ServerState(
             models=registry.models(),
-            permits=admission.capacity,
-            permits_in_use=admission.in_use,
+            permits=permits.capacity,
+            permits_in_use=permits.in_use,
             identified_sockets=sockets.identified,
             unidentified_sockets=sockets.unidentified,
         )
@@ -93,7 +94,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         guard=guard,
         keyring=Keyring(threads.store, keep_admin=True),
         limiter=limiter,
-        admission=admission,
+        permits=permits,
+        admission=Admission(permits, settings.request_seconds, guard, limiter, metrics),
         sockets=sockets,
         metrics=metrics,
         tracing=tracing,
@@ -125,11 +127,11 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         tasks = [
             asyncio.create_task(_load(registry)),
             asyncio.create_task(limiter.run()),
-            asyncio.create_task(end_if_lost(admission, registry, threads)),
+            asyncio.create_task(end_if_lost(permits, registry, threads)),
         ]
         try:
             seconds = settings.drain_seconds
-            with held_up(partial(drain, admission, registry, connections, seconds)):
+            with held_up(partial(drain, permits, registry, connections, seconds)):
                 yield
         finally:
             for task in tasks:
@@ -191,8 +193,6 @@ def _handle_errors(app: Quart) -> None:
         if has_request_context():
             current = current_request()
             current.log_entry.add_error(failure)
-            if current.charge is not None:
-                current.charge.settle_failed(failure)
         if has_websocket_context():
             await current_socket().refuse(failure)
             response.headers["X-Request-Id"] = current_socket().id
@@ -205,7 +205,7 @@ def _name_responses(app: Quart, services: Services) -> None:
         current = current_request()
         response.headers["X-Request-Id"] = current.id
         response.headers.update(await services.limiter.headers(current.caller))
-        ends = services.admission.closed.is_set() or current.body.stalled
+        ends = services.permits.closed.is_set() or current.body.stalled
         if ends and current.http_version.startswith("1"):
             response.headers["Connection"] = "close"
         current.log_entry.add(status=response.status_code)

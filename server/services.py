@@ -17,6 +17,7 @@ from server.observe.metrics import Metrics
 from server.observe.tracing import Tracing
 from server.prompt.cpu_pool import CpuPool
 from server.run.admission import Admission
+from server.run.permits import Permits
 
 _NAME = "services"
 
@@ -36,6 +37,7 @@ class Services:
     guard: Guard
     keyring: Keyring
     limiter: Limiter
+    permits: Permits
     admission: Admission
     sockets: SocketAdmission
     metrics: Metrics

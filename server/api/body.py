@@ -1,5 +1,6 @@
 """Request bodies: what all of them have in common, and how they are validated."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import (
@@ -12,7 +13,12 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from server.http.codec import parse_object, read_json
 from server.http.errors import as_api_error, bad_request
+from server.prompt.cpu_pool import CpuPool
+from server.run.context import Context
+
+Result = TypeVar("Result")
 
 MAX_NAME = 512
 """Most characters of ``user`` and ``cache_salt``."""
@@ -73,6 +79,31 @@ def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+async def read_body(
+    cpu_pool: CpuPool,
+    context: Context,
+    work: Callable[[dict[str, Any]], Result],
+    *,
+    inline: bool = True,
+) -> Result:
+    """What ``work`` makes of the current request's body.
+
+    The size of the body decides whether that happens on the event loop, for all of it: parsing,
+    validation, and whatever ``work`` computes. ``inline`` is that of :meth:`CpuPool.run`.
+
+    Raises:
+        ApiError: as ``work``, ``CpuPool.run``, ``read_json`` and ``parse_object`` do.
+    """
+    raw = await read_json()
+    return await cpu_pool.run(
+        len(raw),
+        lambda: work(parse_object(raw)),
+        owner=context.caller.id,
+        deadline=context.deadline,
+        inline=inline,
+    )
 
 
 def validate(kind: type[AnyBody], fields: Any, *, strict: bool) -> tuple[AnyBody, list[str]]:

@@ -13,12 +13,12 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel
 from quart import Quart, Response, request
 
-from server.http.codec import json_response
+from server.http.codec import json_response, wants_strict
 from server.http.connection import current_request
 from server.http.deadline import TIMEOUT_HEADER
 from server.keys.guard import Access
-from server.keys.store.store import Usage
 from server.models.registry import still_loading
+from server.run.context import Context
 from server.services import Services
 
 Schema = dict[str, Any]
@@ -61,8 +61,8 @@ class ResponseSpec:
 class Endpoint(Generic[Answer]):
     """An operation of the API. Calling the declaration with a function attaches the operation.
 
-    The operation is called with the services and with the parameters of the path by name. It
-    returns the answer, or a response of its own making.
+    The operation is called with the services, the request's context, and the parameters of the
+    path by name. It returns the answer, or a response of its own making.
 
     Attributes:
         method: of HTTP, in capitals.
@@ -161,10 +161,23 @@ def add_routes(app: Quart, services: Services, endpoints: Iterable[AnyEndpoint])
 
 def _view(services: Services, endpoint: AnyEndpoint) -> Callable[..., Awaitable[Response]]:
     async def view(**parameters: str) -> Response:
-        _check_models(services, endpoint)
-        if endpoint.admitted:
-            await _take_place(services)
-        answer = await endpoint.operation(services, **parameters)
+        current = current_request()
+        context = Context(
+            caller=current.caller,
+            strict=wants_strict(),
+            timeout=request.headers.get(TIMEOUT_HEADER),
+            log_entry=current.log_entry,
+            cleanup=current.cleanup,
+        )
+        try:
+            _check_models(services, endpoint)
+            if endpoint.admitted:
+                # Before the body is waited for, which may be as slow as its sender likes.
+                context = await services.admission.enter(context)
+                current.body.deadline = context.deadline
+            answer = await endpoint.operation(services, context, **parameters)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is settled)
+            raise context.fail(error) from None
         if isinstance(answer, Response):
             return answer
         return json_response(answer, endpoint.status, dict(endpoint.headers))
@@ -186,11 +199,3 @@ def _check_models(services: Services, endpoint: AnyEndpoint) -> None:
     needed = endpoint.needs_models or endpoint.admitted
     if needed and not services.registry.loaded:
         raise still_loading()
-
-
-async def _take_place(services: Services) -> None:
-    """Count the request and take its place before its body arrives, which may be slow."""
-    current, timeout = current_request(), request.headers.get(TIMEOUT_HEADER)
-    current.charge = await services.limiter.enter(current.caller)
-    current.cleanup.callback(current.charge.settle, Usage())  # unless it has been
-    current.hold(services.admission.enter(current.caller.id, timeout))

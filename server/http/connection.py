@@ -5,7 +5,7 @@ import re
 import secrets
 from collections.abc import Collection, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import structlog
 from hypercorn.typing import (
@@ -22,10 +22,6 @@ from server.http.body import LimitedBody
 from server.http.transport import DisconnectWatcher, WriteTimeout
 from server.observe.access_log import AccessLogEntry
 from server.observe.tracing import Tracing
-
-if TYPE_CHECKING:
-    from server.keys.limits import Charge
-    from server.run.admission import Permit
 
 log = structlog.get_logger(__name__)
 
@@ -48,8 +44,6 @@ class ApiRequest(Request):
     Attributes:
         caller: who sent it, as the guard found (:class:`~server.keys.caller.Caller`); None until
             then.
-        permit: held until then; None: a request that needs none.
-        charge: what it counts for; None if it does not count.
     """
 
     body_class: type[Body] = LimitedBody
@@ -61,13 +55,6 @@ class ApiRequest(Request):
         self.log_entry = AccessLogEntry()
         self.cleanup = AsyncExitStack()
         self.caller: Any = None
-        self.permit: Permit | None = None
-        self.charge: Charge | None = None
-
-    def hold(self, permit: "Permit") -> None:
-        """Hold a permit until the request is over."""
-        self.permit = self.cleanup.enter_context(permit)
-        self.body.deadline = permit.deadline
 
 
 def current_request() -> ApiRequest:

@@ -6,16 +6,12 @@ import math
 import secrets
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
 
 from server.http.errors import ApiError
 from server.keys.caller import Caller
 from server.keys.key import Key
 from server.keys.store.store import DAY_SECONDS, LEASE_SECONDS, QuotaStatus, Reservation, Usage
 from server.keys.store.threads import StoreThreads
-
-if TYPE_CHECKING:
-    from server.run.answer import Answer
 
 _WORDS = {
     "day": ("requests a day", "day_requests"),
@@ -55,17 +51,6 @@ class Charge:
             )
             before, self._reservation = self._reservation, reservation
             await self._limiter.reserve(self._caller, self._key, reservation, before)
-
-    async def reserve_answer(self, answer: "Answer", model: str) -> None:
-        """Reserve what an answer may take, and have it settled when its generation has ended.
-
-        Raises:
-            ApiError: as :meth:`reserve` does.
-        """
-        plan = answer.generation.plan
-        completion = sum(prompt.max_tokens for prompt in plan.prompts) * plan.num_choices
-        await self.reserve(model, answer.generation.usage.prompt, completion)
-        answer.generation.on_end = self.settle
 
     def settle(self, usage: Usage) -> None:
         """Charge the request, and the tokens that it took."""

@@ -2,10 +2,12 @@
 
 import ipaddress
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from functools import partial
 
 from server.http.errors import RETRY_OVERLOADED_SECONDS, ApiError, unavailable
+from server.keys.fair_share import FairShare
 
 MAX_UNIDENTIFIED = 64
 MAX_UNIDENTIFIED_OF_ADDRESS = 16
@@ -18,18 +20,14 @@ _HOW = (
 class SocketPermit:
     """Leave for one socket; it is given back once, by :meth:`leave`."""
 
-    def __init__(self, taken: Counter[Any], owner: Any) -> None:
-        self._taken: Counter[Any] | None = taken
-        self._owner = owner
-        taken[owner] += 1
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release: Callable[[], None] | None = release
 
     def leave(self) -> None:
         """Give it back; further calls do nothing."""
-        taken, self._taken = self._taken, None
-        if taken is not None:
-            taken[self._owner] -= 1
-            if not taken[self._owner]:
-                del taken[self._owner]
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
 
 class SocketAdmission:
@@ -40,20 +38,18 @@ class SocketAdmission:
     those that are identified; these never count against it.
 
     Args:
-        capacity: permits for identified sockets. A key may hold as many as it leaves free, and
-            always one, as
-            in :class:`~server.run.admission.Admission`.
+        capacity: permits for identified sockets, which keys share as in
+            :class:`~server.keys.fair_share.FairShare`.
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._identified: Counter[str | None] = Counter()
+        self._identified = FairShare(capacity)
         self._waiting: Counter[str] = Counter()
 
     @property
     def identified(self) -> int:
         """Sockets of clients that are known, or need no key."""
-        return self._identified.total()
+        return self._identified.in_use
 
     @property
     def unidentified(self) -> int:
@@ -66,18 +62,16 @@ class SocketAdmission:
         Raises:
             ApiError: there is none.
         """
-        mine, free = self._identified[owner], self.capacity - self.identified
-        fits = (1 if owner is None else mine + 1) <= free
-        only = owner is not None and mine == 0 and self.identified < 2 * self.capacity
-        if not (fits or only):
+        if not self._identified.acquire(owner):
+            mine, capacity = self._identified.held_by(owner), self._identified.capacity
             whose = "" if owner is None else f", {mine} of them opened with this key"
             raise unavailable(
-                f"The server has {self.identified} WebSockets of {self.capacity} it can take"
-                f"{whose}. Close some, send several requests over one, or try again later.",
+                f"The server has {self.identified} WebSockets of {capacity} it can take{whose}. "
+                "Close some, send several requests over one, or try again later.",
                 "overloaded",
                 RETRY_OVERLOADED_SECONDS,
             )
-        return SocketPermit(self._identified, owner)
+        return SocketPermit(partial(self._identified.release, owner))
 
     def wait(self, address: str | None) -> SocketPermit:
         """A permit for a socket whose client, at this address, has yet to send a key.
@@ -97,7 +91,13 @@ class SocketAdmission:
         if self.unidentified >= MAX_UNIDENTIFIED:
             message = f"{MAX_UNIDENTIFIED} WebSockets have sent no API key yet, the most there may"
             raise unavailable(f"{message} be. {_HOW}", "overloaded", RETRY_OVERLOADED_SECONDS)
-        return SocketPermit(self._waiting, network)
+        self._waiting[network] += 1
+        return SocketPermit(partial(self._stop_waiting, network))
+
+    def _stop_waiting(self, network: str) -> None:
+        self._waiting[network] -= 1
+        if not self._waiting[network]:
+            del self._waiting[network]
 
 
 def network_of(address: str | None) -> str:

@@ -21,7 +21,7 @@ from server.http.connection import Connections
 from server.keys.store.threads import StoreThreads
 from server.models.registry import Registry
 from server.process.exit import exit_failed
-from server.run.admission import Admission
+from server.run.permits import Permits
 
 log = structlog.get_logger(__name__)
 
@@ -32,16 +32,16 @@ _ONCE_SECONDS = 0.5
 
 
 async def drain(
-    admission: Admission, registry: Registry, connections: Connections, seconds: float
+    permits: Permits, registry: Registry, connections: Connections, seconds: float
 ) -> None:
     """Admit no more requests, and let those that run finish.
 
     Requests that still run after ``seconds`` get an error; then connections with unread data are
     closed.
     """
-    admission.close()
+    permits.close()
     log.info("draining", seconds=seconds)
-    if not await admission.emptied(seconds):
+    if not await permits.emptied(seconds):
         log.warning(
             "drain_ended", reason=f"requests still ran after {seconds:g} s; they get errors"
         )
@@ -51,19 +51,19 @@ async def drain(
         log.info("connections_cut", number=cut)
 
 
-async def end_if_lost(admission: Admission, registry: Registry, threads: StoreThreads) -> None:
+async def end_if_lost(permits: Permits, registry: Registry, threads: StoreThreads) -> None:
     """End the process, with exit code 1, once a model can never serve again.
 
     Its memory and its thread cannot be recovered in this process, but a supervisor can restart it.
     """
     while True:
         await asyncio.sleep(_LOOK_SECONDS)
-        if admission.closed.is_set():
+        if permits.closed.is_set():
             return  # engines are stopped then
         if reason := registry.lost():
             break
     log.error("engine_lost", reason=reason)
-    admission.close()
+    permits.close()
     await asyncio.sleep(_GOODBYE_SECONDS)  # ``/ready`` and new requests get the reason meanwhile
     with suppress(TimeoutError):
         async with asyncio.timeout(_GOODBYE_SECONDS):

@@ -1,10 +1,10 @@
-"""Prompts as token ids: beginnings, middles to fill in, and what fits the context."""
+"""Prompts as token ids: texts, middles to fill in, conversations, and what fits the context."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from server.http.errors import ApiError, bad_request
-from server.run.output import Prompt
 
 if TYPE_CHECKING:
     from inferneo_jax import LanguageModel, Tokenizer
@@ -25,10 +25,30 @@ those of an echoed prompt, which come from the engine all at once, 100 at their 
 MAX_SCORES = 256 * 2**20 // SCORE_BYTES
 """Most log probabilities that one answer may hold: they may take 256 MiB."""
 
+_LONGEST_NAME = 100
+_MOST_NAMED = 20
+
 _FILL_IN_THE_MIDDLE = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One prompt, ready for the engine.
+
+    Attributes:
+        ids: its token ids.
+        text: what ``echo`` shows of it.
+        added: leading ids that the tokenizer added and the text does not show.
+        max_tokens: most tokens to generate after it.
+    """
+
+    ids: tuple[int, ...]
+    text: str = ""
+    added: int = 0
+    max_tokens: int
 
 
 def completion_prompt(
@@ -94,6 +114,65 @@ def infill_tokens(tokenizer: "Tokenizer") -> tuple[int, int, int] | None:
         if all(len(each) == 1 for each in ids):
             return ids[0][0], ids[1][0], ids[2][0]
     return None
+
+
+def conversation_ids(
+    tokenizer: "Tokenizer",
+    messages: list[dict[str, Any]],
+    variables: Mapping[str, Any],
+    warnings: list[str],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    strict: bool,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """The token ids of a conversation. Rendering the template may block.
+
+    Args:
+        tokenizer: the model's.
+        messages: the conversation.
+        variables: further variables of the template.
+        warnings: gets one for each variable that the template does not read.
+        add_generation_prompt: whether to open the assistant's message.
+        continue_final_message: whether to leave the last message open.
+        strict: whether to refuse what would be a warning.
+        add_special_tokens: whether to add the tokens that the model expects around a text.
+
+    Raises:
+        ApiError, TemplateError: it cannot be written out as it stands.
+    """
+    if not tokenizer.has_chat_template:
+        raise bad_request(
+            "This model has no chat template; send a prompt to /v1/completions.", "model"
+        )
+    known = _known_variables(tokenizer, variables, warnings, strict=strict)
+    written = tokenizer.render_chat(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        **known,
+    )
+    # A template writes the special tokens itself.
+    return tokenizer.encode(written, add_special_tokens=add_special_tokens)
+
+
+def _known_variables(
+    tokenizer: "Tokenizer", variables: Mapping[str, Any], warnings: list[str], *, strict: bool
+) -> dict[str, Any]:
+    """The variables that the chat template reads; nothing else reaches it.
+
+    Raises:
+        ApiError: there are others, and ``strict``.
+    """
+    known = tokenizer.template_variables
+    for name in sorted(variables.keys() - known)[:_MOST_NAMED]:
+        path = f"chat_template_kwargs.{name}"[:_LONGEST_NAME]
+        finding = f"{path} is not a variable of the model's chat template"
+        if strict:
+            raise bad_request(f"{finding}. Remove it.", path)
+        warnings.append(f"{finding}; ignored.")
+    return {name: value for name, value in variables.items() if name in known}
 
 
 def fit(length: int, limit: int | None, default: int, context: int, name: str) -> int:

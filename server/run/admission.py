@@ -1,211 +1,163 @@
-"""Who is served now: a bounded number at once, shared between keys, each until its deadline.
+"""The way of every request from its arrival to its settlement, in two steps.
 
-A permit is acquired before a request's body is read, once its key's limits allow a further request,
-and released when its answer has been sent: under any load a refusal costs nothing but the refusal,
-and what was admitted is finished. A body that stalls gives its permit back
-(:class:`~server.http.body.LimitedBody`).
+:meth:`Admission.enter` comes before the body is read: the key is checked once more, the request is
+counted, and a permit is acquired, so that under any load a refusal costs nothing but the refusal.
+:meth:`Admission.admitted` comes when it is known what the request asks for: it acquires a permit
+for each sequence, refuses what cannot be finished in time, reserves tokens, and charges what was
+used. What was admitted is finished.
 """
 
-import asyncio
+import dataclasses
 import math
-import time
-from collections import Counter, deque
-from typing import TYPE_CHECKING, Self
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 
 from server.http.deadline import TIMEOUT_HEADER, Deadline
-from server.http.errors import ApiError, shutting_down, unavailable
+from server.http.errors import ApiError, unavailable
+from server.keys.guard import Guard
+from server.keys.limits import Charge, Limiter
+from server.keys.store.store import Usage
+from server.observe.metrics import Meter, Metrics
+from server.observe.tracing import Trace
+from server.run.context import Context
+from server.run.permits import LONGEST_RETRY, Permits
 
-if TYPE_CHECKING:
-    from server.keys.limits import Charge
-    from server.observe.access_log import AccessLogEntry
-    from server.run.answer import Answer
-    from server.services import Services
-
-_LONGEST_RETRY = 30
 _MARGIN = 1.25
 """What an estimate is multiplied by: it is rather low, and the machine may become slower."""
-_PACE_OF = 64
-"""Served requests that tell how fast permits are released."""
 
 
-class Permit:
-    """Leave to be served, for one request; a context manager that gives it back.
+class Work:
+    """What was admitted, while it is under way.
 
     Attributes:
-        deadline: of the request.
-        served: whether work for the request has begun; what was refused before does not count when
-            it is estimated how fast permits are released.
+        usage: what it has taken, to be charged at the end. None while nothing was done: if the
+            request fails, its error then decides what is charged.
     """
 
-    def __init__(self, admission: "Admission", owner: str | None, deadline: Deadline) -> None:
-        self._admission = admission
-        self._owner = owner
-        self._taken = 1
-        self.served = False
-        self.deadline = deadline
+    def __init__(self, metrics: Metrics, model: str, trace: Trace | None) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._trace = trace
+        self.usage: Usage | None = None
 
-    def __enter__(self) -> Self:
-        return self
+    def meter(self) -> Meter:
+        """A meter for the sequences that are generated."""
+        return self._metrics.meter(self._model, self._trace)
 
-    def __exit__(self, *_: object) -> None:
-        self._admission._leave(self._owner, self._taken, served=self.served)
-
-    def acquire(self, sequences: int) -> None:
-        """Acquire as many permits as the request will generate sequences.
-
-        Raises:
-            ApiError: there are too few.
-        """
-        if sequences > self._taken:
-            self._admission._take(self._owner, sequences - self._taken, held=self._taken)
-            self._taken = sequences
-
-    def expect(self, seconds: float | None) -> None:
-        """Refuse a request that cannot be finished in time.
-
-        Args:
-            seconds: how long it would take from now; None: that is not known.
-
-        Raises:
-            ApiError: it would take longer than it has.
-        """
-        if seconds is None:
-            return
-        needed, total = seconds * _MARGIN, self.deadline.seconds
-        if 0 < self.deadline.remaining() < needed:
-            raise unavailable(
-                f"The server is too busy to finish this request within {total:g} s: beside "
-                f"the work already accepted, at the speed measured now, it would take about "
-                f"{needed:.1f} s. Send it again later, ask for fewer tokens, or allow it more time "
-                f"with the header {TIMEOUT_HEADER}.",
-                "overloaded",
-                max(1, min(_LONGEST_RETRY, math.ceil(needed - total))),
-            )
+    def embedded(self, tokens: int) -> None:
+        """Count tokens of texts that were embedded."""
+        self._metrics.embedded(self._model, tokens)
 
 
 class Admission:
-    """The permits of a server, one for each sequence that is generated or waits to be.
+    """Lets requests in, and settles them.
 
-    Without keys every request may have any permit that is free. With keys, a key may have as many
-    as it leaves free (the dynamic threshold of Choudhury and Hahne, IEEE/ACM Transactions on
-    Networking 6(2), 1998), so that a flood of one never shuts out another.
+    Args:
+        permits: of the server.
+        longest: how many seconds a request may take at most, and by default.
+        guard: checks keys.
+        limiter: counts what keys use.
+        metrics: counts what models do.
     """
 
-    def __init__(self, capacity: int, longest: float) -> None:
-        """``longest`` is how many seconds a request may take at most, and if it says nothing."""
-        self.capacity = capacity
+    def __init__(
+        self, permits: Permits, longest: float, guard: Guard, limiter: Limiter, metrics: Metrics
+    ) -> None:
+        self._permits = permits
         self._longest = longest
-        self._taken: Counter[str | None] = Counter()
-        self._total = 0
-        self._left: deque[float] = deque(maxlen=_PACE_OF)  # in busy seconds
-        self._busy = 0.0
-        self._busy_since = 0.0
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self.closed = asyncio.Event()
+        self._guard = guard
+        self._limiter = limiter
+        self._metrics = metrics
 
-    @property
-    def in_use(self) -> int:
-        """Permits that are held now."""
-        return self._total
-
-    def enter(self, owner: str | None, timeout: str | None) -> Permit:
-        """Take a permit.
+    async def enter(self, context: Context, charge: Charge | None = None) -> Context:
+        """Count a request and give it a permit, both until its cleanup.
 
         Args:
-            owner: the id of the caller's key; None: it needed none.
-            timeout: the value of the header ``X-Request-Timeout``, in seconds.
+            context: of the request.
+            charge: what it counts for, if it has been counted already.
+
+        Returns:
+            The context with deadline, charge and permit.
 
         Raises:
-            ApiError: there is none, the server shuts down, or the header is wrong.
+            ApiError: its key does not count any more, a limit refuses it, the header of its
+                timeout is wrong, or there is no permit.
         """
-        if self.closed.is_set():
-            raise shutting_down()
-        deadline = Deadline.parse(timeout, self._longest)
-        self._take(owner, 1)
-        return Permit(self, owner, deadline)
-
-    def close(self) -> None:
-        """Let nobody in any more."""
-        self.closed.set()
-
-    async def emptied(self, seconds: float) -> bool:
-        """Wait until nobody is served, at most so long; whether that came."""
+        caller, cleanup = context.caller, context.cleanup
+        if charge is not None:
+            cleanup.callback(charge.settle, Usage())  # unless it has been
         try:
-            async with asyncio.timeout(seconds):
-                await self._empty.wait()
-        except TimeoutError:
-            return False
-        return True
+            await self._guard.recheck(caller)
+            if charge is None:
+                charge = await self._limiter.enter(caller)
+                cleanup.callback(charge.settle, Usage())
+            deadline = Deadline.parse(context.timeout, self._longest)
+            permit = cleanup.enter_context(self._permits.acquire(caller.id))
+        except ApiError as error:
+            if charge is not None:
+                charge.settle_failed(error)
+            raise
+        return dataclasses.replace(context, deadline=deadline, charge=charge, permit=permit)
 
-    def _take(self, owner: str | None, more: int, *, held: int = 0) -> None:
-        """Give ``owner`` so many permits for a request that holds ``held`` of them already."""
-        mine, free = self._taken[owner], self.capacity - self._total
-        fits = (more if owner is None else mine + more) <= free
-        # Every key may have one request, however large: what never fits could only be sent in vain.
-        only = mine == held and self._total < 2 * self.capacity
-        if not (fits or only):
-            raise self._full()
-        if not self._total:
-            self._busy_since = time.monotonic()
-        self._taken[owner] += more
-        self._total += more
-        self._empty.clear()
+    @asynccontextmanager
+    async def admitted(
+        self,
+        context: Context,
+        model: str,
+        prompt: int,
+        completion: int,
+        *,
+        sequences: int = 1,
+        forecast: Callable[[], float | None] = lambda: None,
+    ) -> AsyncGenerator[Work, None]:
+        """Do the work of a request that has entered.
 
-    def _leave(self, owner: str | None, taken: int, *, served: bool) -> None:
-        if served:
-            self._left.append(self._busy_seconds())
-        if self._total == taken:
-            self._busy = self._busy_seconds()
-        self._total -= taken
-        self._taken[owner] -= taken
-        if not self._taken[owner]:
-            del self._taken[owner]
-        if not self._total:
-            self._empty.set()
+        Args:
+            context: of the request.
+            model: the id of its model.
+            prompt: tokens of all its prompts.
+            completion: most tokens that it may generate.
+            sequences: how many it generates.
+            forecast: estimates the seconds that it would take from now; None: that is not known.
 
-    def _busy_seconds(self) -> float:
-        """Seconds in which some permit was taken; a time without requests says nothing of pace."""
-        now = time.monotonic() - self._busy_since if self._total else 0.0
-        return self._busy + now
-
-    def _full(self) -> ApiError:
-        return unavailable(
-            "The server has as many requests as it can take. Send this one again later.",
-            "overloaded",
-            self._retry_seconds(),
-        )
-
-    def _retry_seconds(self) -> int:
-        """When a quarter of those here will have left, at the pace of late."""
-        if len(self._left) < 2:
-            return 1
-        each = (self._busy_seconds() - self._left[0]) / len(self._left)
-        return max(1, min(_LONGEST_RETRY, math.ceil(each * self._total / 4)))
+        Raises:
+            ApiError: there are too few permits, the request would take longer than it has, or a
+                limit refuses it.
+        """
+        assert context.deadline is not None
+        assert context.charge is not None
+        assert context.permit is not None
+        context.permit.acquire(sequences)
+        check_in_time(context.deadline, forecast())
+        await context.charge.reserve(model, prompt, completion)
+        context.permit.served = True
+        work = Work(self._metrics, model, context.log_entry.trace)
+        try:
+            yield work
+        finally:
+            if work.usage is not None:
+                context.charge.settle(work.usage)
 
 
-async def admit(
-    services: "Services",
-    permit: Permit,
-    charge: "Charge",
-    answer: "Answer",
-    entry: "AccessLogEntry",
-) -> None:
-    """Let an answer be generated: there is room for all its sequences, time, and its key's limits.
+def check_in_time(deadline: Deadline, seconds: float | None) -> None:
+    """Refuse a request that cannot be finished in time.
+
+    Args:
+        deadline: of the request.
+        seconds: how long it would take from now; None: that is not known.
 
     Raises:
-        ApiError: there is not.
+        ApiError: it would take longer than it has.
     """
-    entry.add(model=answer.dialect.model, stream=answer.stream, user=answer.user)
-    generation, trace = answer.generation, entry.trace
-    permit.acquire(len(generation.choices))
-    generation.deadline = permit.deadline
-    model = services.registry.get(answer.dialect.model, answer.caller).name
-    permit.expect(generation.forecast())
-    await charge.reserve_answer(answer, model)
-    if trace is not None:
-        plan = generation.plan
-        max_tokens = max(prompt.max_tokens for prompt in plan.prompts)
-        trace.planned(plan.id, model, max_tokens, plan.sampling, plan.num_choices)
-    generation.meter = services.metrics.meter(model, trace)
-    permit.served = True
+    if seconds is None:
+        return
+    needed, total = seconds * _MARGIN, deadline.seconds
+    if 0 < deadline.remaining() < needed:
+        raise unavailable(
+            f"The server is too busy to finish this request within {total:g} s: beside "
+            f"the work already accepted, at the speed measured now, it would take about "
+            f"{needed:.1f} s. Send it again later, ask for fewer tokens, or allow it more time "
+            f"with the header {TIMEOUT_HEADER}.",
+            "overloaded",
+            max(1, min(LONGEST_RETRY, math.ceil(needed - total))),
+        )

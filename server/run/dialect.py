@@ -1,97 +1,94 @@
-"""The parts of an answer that both generation endpoints share."""
+"""The seam between a generation and a wire format: typed parts in, events or one answer out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from server.http.errors import ApiError
+from server.http.pieces import JsonList
+from server.http.sse import Event
 from server.keys.store.store import Usage
 from server.run.output import TextPart, TokenInfo
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dialect(ABC):
-    """How answers look: the whole one, and the chunks of a streamed one.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The first part of a generation: the engine has accepted all its choices."""
+
+    num_choices: int
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """New text of one choice, and the usage of the whole request so far."""
+
+    part: TextPart
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last part: every choice has finished, and the usage has been charged.
 
     Attributes:
-        id: the same in every chunk, and so are ``created`` and ``model``.
-        model: the name that was asked for.
-        with_logprobs: the request asked for log probabilities.
-        include_usage: a stream ends with a chunk of usage.
-        continuous_usage: the chunks before that one hold the usage so far.
-        warnings: for the client; in a stream they are part of the first chunk.
+        cancelled: the client ended the generation.
     """
 
-    whole: ClassVar[str]
-    part: ClassVar[str]
+    usage: Usage
+    cancelled: bool
 
-    id: str
-    created: int
-    model: str
-    with_logprobs: bool
-    include_usage: bool
-    continuous_usage: bool
-    warnings: tuple[str, ...]
+
+Part = Start | Text | End | None
+"""What a generation yields; None after a long silence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A finished choice.
+
+    Attributes:
+        logprobs: the columns of :meth:`Dialect.logprobs`, for all of its tokens.
+    """
+
+    text: str
+    logprobs: Mapping[str, JsonList[Any]]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished generation."""
+
+    choices: Sequence[Choice]
+    usage: Usage
+
+
+class Dialect(ABC):
+    """A wire format, made for one answer.
+
+    Attributes:
+        done: the data of the event that ends a stream of server-sent events; None: none does.
+    """
+
+    done: ClassVar[str | None] = None
 
     @abstractmethod
-    def columns(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
-        """The lists that log probabilities consist of, for these tokens."""
+    def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
+        """The log probabilities of ``tokens`` as this format's lists, one or several, by name.
+
+        A whole answer is collected in this form, since it takes less memory than the tokens.
+        """
 
     @abstractmethod
-    def message(self, text: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """A choice's text and log probabilities in a whole answer."""
+    def whole(self, result: Result) -> Mapping[str, Any]:
+        """The answer to a request that does not stream."""
 
     @abstractmethod
-    def delta(self, event: TextPart) -> dict[str, Any]:
-        """A choice's text and log probabilities in a chunk."""
+    def events(self, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Event | None, None]:
+        """The events of a stream; None after a long silence. Closes ``parts`` when it is closed."""
 
     @abstractmethod
-    def ending(self) -> dict[str, Any]:
-        """The chunk that carries nothing but a finish reason."""
-
-    def opening(self) -> dict[str, Any] | None:
-        """What each choice begins with, before any text."""
-        return None
-
-    def answer(self, choices: Any, usage: Usage) -> dict[str, Any]:
-        """The whole answer."""
-        return self._head(self.whole, choices, self.warnings) | {"usage": _usage(usage)}
-
-    def chunk(
-        self,
-        index: int,
-        content: dict[str, Any],
-        finish_reason: str | None = None,
-        *,
-        usage: Usage,
-        first: bool = False,
-    ) -> dict[str, Any]:
-        """One chunk of a stream, with the usage so far; the first carries the warnings."""
-        choice = {"index": index, **content, "finish_reason": finish_reason}
-        chunk = self._head(self.part, [choice], self.warnings if first else ())
-        if not self.include_usage:
-            return chunk
-        return chunk | {"usage": _usage(usage) if self.continuous_usage else None}
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The last chunk, when usage was asked for."""
-        return self._head(self.part, [], ()) | {"usage": _usage(usage)}
-
-    def _head(self, kind: str, choices: Any, warnings: tuple[str, ...]) -> dict[str, Any]:
-        head = {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
-        return head | {"warnings": list(warnings)} if warnings else head
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }
+    def error(self, error: ApiError) -> Event:
+        """The event that tells of a failure in the middle of a stream."""

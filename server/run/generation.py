@@ -1,7 +1,7 @@
-"""From a request to the stream of its choices: JSON, SSE and WebSocket all consume this one.
+"""From a request to the stream of its parts: JSON, SSE and WebSocket all consume this one.
 
 The engine calls back on its own thread. What it brings goes into a mailbox, and the event loop
-empties that at its own pace: what piled up meanwhile becomes one event a choice.
+empties that at its own pace: what piled up meanwhile becomes one part a choice.
 """
 
 import asyncio
@@ -9,12 +9,13 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
-from contextvars import Context
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, suppress
+from contextvars import Context as ContextVars
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from io import StringIO
+from typing import TYPE_CHECKING, Any
 
 from inferneo_jax import (
     EngineStoppedError,
@@ -25,20 +26,31 @@ from inferneo_jax import (
 )
 from server.http.alarm import Alarm
 from server.http.deadline import Deadline
+from server.http.pieces import JsonList
+from server.http.sse import Event
 from server.keys.store.store import Usage
-from server.run.output import OutputProcessor, Prompt, TextOptions, TextPart
-from server.run.portions import Arrived, portions
+from server.observe.metrics import Meter
+from server.prompt.prompts import Prompt
+from server.run.admission import Admission
+from server.run.context import Context
+from server.run.dialect import Choice, Dialect, End, Part, Result, Start, Text
+from server.run.output import OutputProcessor, TextOptions, TextPart
 
 if TYPE_CHECKING:
-    from inferneo_jax import Engine, Tokenizer
-    from server.observe.metrics import Meter
+    from inferneo_jax import Engine, LanguageModel
+    from server.models.registry import Registry
 
 MAX_UNTAKEN = 64
 """Outputs of a choice that may wait for a reader that cannot keep up."""
 SILENCE_SECONDS = 15.0
-"""After so long without an event a stream says that it is alive."""
+"""After so long without a part a stream says that it is alive."""
+PORTION = 400
+"""Most records handled at once: tokens, and alternatives of which the log probability is told."""
 
 _SEEDS = 2**64
+
+Arrived = tuple[int, GenerationOutput, float]
+"""What came for a choice, and when."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +77,16 @@ class Plan:
     priority: int = 0
     cache_salt: bytes = b""
     owner: str = ""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """Most tokens that all choices together may have."""
+        return sum(prompt.max_tokens for prompt in self.prompts) * self.num_choices
 
     def request(self, index: int) -> GenerationRequest:
         """The engine's request for the choice of this index."""
@@ -154,62 +176,82 @@ class Generation:
     """Runs a plan.
 
     Attributes:
-        usage: what it has taken so far; complete when the events are.
-        on_end: told the usage once, when nothing more will be generated, if anything ever was.
-        deadline: by which it must end; None: it may take as long as it likes.
-        meter: is told what comes when; None: nobody is.
+        usage: what it has taken so far.
+        cancelled: its client has ended it.
     """
 
-    def __init__(self, engine: "Engine", tokenizer: "Tokenizer", plan: Plan) -> None:
+    def __init__(self, model: "LanguageModel", plan: Plan) -> None:
         self.plan = plan
-        self.usage = Usage(prompt=sum(len(prompt.ids) for prompt in plan.prompts))
+        self.usage = Usage(prompt=plan.num_prompt_tokens)
         self.cancelled = False
-        self.on_end: Callable[[Usage], None] | None = None
-        self.deadline: Deadline | None = None
-        self.meter: Meter | None = None
-        self._submitted = False
-        self._engine = engine
-        self._mailbox: _Mailbox | None = None
-        self._failure: Exception | None = None
-        self.choices = [
-            OutputProcessor(i, tokenizer, plan.prompts[i // plan.num_choices], plan.text)
+        self.processors = [
+            OutputProcessor(i, model.tokenizer, plan.prompts[i // plan.num_choices], plan.text)
             for i in range(len(plan.prompts) * plan.num_choices)
         ]
-
-    def forecast(self) -> float | None:
-        """Seconds that it would take from now, as :meth:`Engine.forecast` estimates them."""
-        return self._engine.forecast(self._requests)
+        self._model = model
+        self._engine: Engine = model.engine
+        self._mailbox: _Mailbox | None = None
+        self._submitted = False
+        self._failure: Exception | None = None
 
     @cached_property
     def _requests(self) -> list[GenerationRequest]:
         """The engine's requests, one for each choice."""
-        return [self.plan.request(index) for index in range(len(self.choices))]
+        return [self.plan.request(index) for index in range(len(self.processors))]
 
     def cancel(self) -> None:
-        """Finish every choice with what it has; the events then end. For the event loop only."""
+        """Finish every choice with what it has; the parts then end. For the event loop only."""
         self.cancelled = True
         if self._mailbox is not None:
             self._mailbox.wake()
 
-    def end(self) -> None:
-        """Tell ``on_end``; comes by itself after events that have begun."""
-        tell, self.on_end = self.on_end, None
-        if tell is not None and self._submitted:
-            tell(self.usage)
-
-    async def events(self) -> AsyncGenerator[TextPart | None, None]:
-        """Submit, then what comes, until every choice has finished; None after a long silence.
+    async def parts(self, context: Context, admission: Admission) -> AsyncGenerator[Part, None]:
+        """Be admitted and submit, then yield what comes until every choice has finished.
 
         Raises:
             RequestError: the engine cannot serve it.
             EngineError: the engine cannot serve it now, or failed meanwhile.
-            ApiError: its deadline has come.
+            ApiError: it is not admitted, or its deadline has come.
         """
+        plan, trace = self.plan, context.log_entry.trace
+        try:
+            async with admission.admitted(
+                context,
+                self._model.name,
+                plan.num_prompt_tokens,
+                plan.max_completion_tokens,
+                sequences=len(self.processors),
+                forecast=lambda: self._engine.forecast(self._requests),
+            ) as work:
+                if trace is not None:
+                    max_tokens = max(prompt.max_tokens for prompt in plan.prompts)
+                    trace.planned(
+                        plan.id, self._model.name, max_tokens, plan.sampling, plan.num_choices
+                    )
+                assert context.deadline is not None
+                try:
+                    started = False
+                    async with aclosing(self._texts(context.deadline, work.meter())) as texts:
+                        async for text in texts:
+                            if not started:
+                                # Only now: what fails before this has a status of its own.
+                                started = True
+                                yield Start(len(self.processors), self.usage)
+                            yield text
+                finally:
+                    if self._submitted:
+                        work.usage = self.usage
+        finally:
+            context.log_entry.add_usage(self.usage)
+        yield End(self.usage, self.cancelled)
+
+    async def _texts(self, deadline: Deadline, meter: Meter) -> AsyncGenerator[Text | None, None]:
+        """Submit, then what comes; None after a long silence."""
         self._mailbox = mailbox = _Mailbox(self._engine)
         running: dict[int, str] = {}
-        clock = self._expire_in_time(running)
+        clock = self._expire_in_time(mailbox, deadline, running)
         try:
-            await self._submit(mailbox, running)
+            await self._submit(mailbox, running, meter)
             while running:
                 outputs = [] if self.cancelled else await mailbox.take()
                 if outputs is None:
@@ -218,21 +260,18 @@ class Generation:
                 for i, portion in enumerate(portions(outputs)):
                     if i:
                         await asyncio.sleep(0)  # others are served between two portions
-                    for event in self._commit(portion, running):
-                        yield event
+                    for part in self._commit(portion, running, meter):
+                        yield Text(part, self.usage)
                     if self._failure is not None:
                         raise self._failure
         finally:
-            if clock is not None:
-                clock.cancel()
+            clock.cancel()
             mailbox.close()
             for index, request_id in running.items():
                 self._engine.abort(request_id)
-                if self.meter is not None:
-                    self.meter.ended(index, "error" if self._failure is not None else "abort")
-            self.end()
+                meter.ended(index, "error" if self._failure is not None else "abort")
 
-    async def _submit(self, mailbox: _Mailbox, running: dict[int, str]) -> None:
+    async def _submit(self, mailbox: _Mailbox, running: dict[int, str], meter: Meter) -> None:
         for index, request in enumerate(self._requests):
             if index:
                 await asyncio.sleep(0)  # a long prompt takes milliseconds to check, each time
@@ -243,25 +282,25 @@ class Generation:
                 raise
             self._submitted = True
             running[index] = request.id
-            if self.meter is not None:
-                self.meter.submitted(index, len(request.prompt))
+            meter.submitted(index, len(request.prompt))
 
-    def _expire_in_time(self, running: dict[int, str]) -> asyncio.TimerHandle | None:
+    def _expire_in_time(
+        self, mailbox: _Mailbox, deadline: Deadline, running: dict[int, str]
+    ) -> asyncio.TimerHandle:
         """Fail when the deadline has come, even while the reader is stuck and takes nothing."""
-        if (deadline := self.deadline) is None:
-            return None
 
         def expire() -> None:
             self._failure = deadline.missed()
             for request_id in running.values():
                 self._engine.abort(request_id)
-            assert self._mailbox is not None
-            self._mailbox.wake()
+            mailbox.wake()
 
         # Of an empty context: a timer that is cancelled keeps it until it would have been due.
-        return asyncio.get_running_loop().call_at(deadline.at, expire, context=Context())
+        return asyncio.get_running_loop().call_at(deadline.at, expire, context=ContextVars())
 
-    def _commit(self, outputs: list[Arrived], running: dict[int, str]) -> list[TextPart]:
+    def _commit(
+        self, outputs: list[Arrived], running: dict[int, str], meter: Meter
+    ) -> list[TextPart]:
         """Feed the choices; those that finish leave ``running``. A failure comes last."""
         touched: dict[int, bool] = {}  # index: the engine is done with it
         for index, output, when in outputs:
@@ -271,32 +310,150 @@ class Generation:
                 stopped = EngineStoppedError("the engine was stopped")
                 self._failure = self._failure or output.error or stopped
                 break
-            if self.meter is not None:
-                self.meter.output(index, output, when)
-            self.choices[index].feed(output)
+            meter.output(index, output, when)
+            self.processors[index].feed(output)
             touched[index] = output.finish_reason is not None
         if self.cancelled:
             for index in running:
-                self.choices[index].cancel()
+                self.processors[index].cancel()
                 touched.setdefault(index, False)
-        events = []
+        parts = []
         for index, done in touched.items():
-            choice = self.choices[index]
-            if choice.finish_reason is not None:
+            processor = self.processors[index]
+            if processor.finish_reason is not None:
                 request_id = running.pop(index)
-                if self.meter is not None:
-                    self.meter.ended(index, choice.finish_reason)
+                meter.ended(index, processor.finish_reason)
                 if not done:  # a stop string or the client ended it
                     self._engine.abort(request_id)
-            if event := choice.take():
-                events.append(event)
+            if part := processor.take():
+                parts.append(part)
         self._count()
-        return events
+        return parts
 
     def _count(self) -> None:
-        first = self.choices[:: self.plan.num_choices]  # the others share its prompt's pages
+        first = self.processors[:: self.plan.num_choices]  # the others share its prompt's pages
         self.usage = Usage(
             prompt=self.usage.prompt,
-            completion=sum(choice.num_tokens for choice in self.choices),
-            cached=sum(choice.cached_tokens for choice in first),
+            completion=sum(each.num_tokens for each in self.processors),
+            cached=sum(each.cached_tokens for each in first),
         )
+
+
+class _Collected:
+    """What a choice of a whole answer holds so far."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.text = StringIO()
+        self.logprobs = {name: JsonList[Any]() for name in dialect.logprobs(())}
+        self._dialect = dialect
+
+    def add(self, part: TextPart) -> None:
+        self.text.write(part.text)
+        for name, values in self._dialect.logprobs(part.tokens).items():
+            self.logprobs[name].extend(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a request will be answered with, and how.
+
+    Attributes:
+        generation: makes the text.
+        dialect: writes it.
+        model: the name that was asked for.
+        stream: whether the client wants events.
+        num_returned: choices of each prompt in a whole answer: the best of those sampled.
+        user: whom the client serves, by its own name for them; for the log.
+    """
+
+    generation: Generation
+    dialect: Dialect
+    model: str
+    stream: bool
+    num_returned: int
+    user: str | None
+
+    def events(self, context: Context, admission: Admission) -> AsyncGenerator[Event | None, None]:
+        """The events of a stream, in order; None after a long silence.
+
+        Raises:
+            InferneoError, ApiError: as :meth:`Generation.parts` does.
+        """
+        return self.dialect.events(self._parts(context, admission))
+
+    async def whole(self, context: Context, admission: Admission) -> Mapping[str, Any]:
+        """The whole answer, to be written by :class:`~server.http.pieces.Json`.
+
+        Raises:
+            InferneoError, ApiError: as :meth:`Generation.parts` does.
+        """
+        processors = self.generation.processors
+        collected = [_Collected(self.dialect) for _ in processors]
+        async with aclosing(self._parts(context, admission)) as parts:
+            async for part in parts:
+                if isinstance(part, Text):
+                    collected[part.part.index].add(part.part)
+        choices = [
+            Choice(collected[i].text.getvalue(), collected[i].logprobs, processors[i].finish_reason)
+            for i in self._best()
+        ]
+        return self.dialect.whole(Result(choices, self.generation.usage))
+
+    def _parts(self, context: Context, admission: Admission) -> AsyncGenerator[Part, None]:
+        context.log_entry.add(model=self.model, stream=self.stream, user=self.user)
+        return self.generation.parts(context, admission)
+
+    def _best(self) -> list[int]:
+        """The sequences to return: all, or of each prompt the likeliest, best first."""
+        plan, processors = self.generation.plan, self.generation.processors
+        if plan.num_choices == self.num_returned:
+            return list(range(len(processors)))
+        best: list[int] = []
+        for start in range(0, len(processors), plan.num_choices):
+            group = range(start, start + plan.num_choices)
+            ranked = sorted(group, key=lambda i: -processors[i].mean_logprob)
+            best += ranked[: self.num_returned]
+        return best
+
+
+Prepare = Callable[["Registry", Context, dict[str, Any]], Answer]
+"""Reads a request's body, and says with what it will be answered. It may run in a thread."""
+
+
+def portions(arrived: list[Arrived]) -> Iterator[list[Arrived]]:
+    """The same outputs in lists of about :data:`PORTION` records each, one at least.
+
+    The event loop handles each list without a pause.
+    """
+    portion: list[Arrived] = []
+    size = 0
+    for index, output, when in arrived:
+        for part in _parts(output):
+            portion.append((index, part, when))
+            size += _weight(part)
+            if size >= PORTION:
+                yield portion
+                portion, size = [], 0
+    if portion or not arrived:
+        yield portion
+
+
+def _weight(output: GenerationOutput) -> int:
+    scores = output.logprobs or output.prompt_logprobs
+    each = 1 + (len(scores[-1].top) if scores and scores[-1] else 0)
+    return each * (len(output.token_ids) + len(output.prompt_logprobs or ()))
+
+
+def _parts(output: GenerationOutput) -> Iterator[GenerationOutput]:
+    """An output with a long prompt's log probabilities as several; its tokens are in the last."""
+    scores = output.prompt_logprobs
+    if scores is None or (weight := _weight(output)) <= PORTION:
+        yield output
+        return
+    step = max(1, len(scores) * PORTION // weight)
+    for start in range(0, len(scores), step):
+        part = scores[start : start + step]
+        if start + step < len(scores):
+            yield GenerationOutput(prompt_logprobs=part)
+        else:
+            yield dataclasses.replace(output, prompt_logprobs=part)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from inferneo_jax import GenerationOutput, IncrementalDecoder, StopMatcher, TokenLogprob
+from server.prompt.prompts import Prompt
 
 if TYPE_CHECKING:
     from inferneo_jax import Tokenizer
@@ -37,23 +38,6 @@ class TextPart:
     text: str
     tokens: list[TokenInfo]
     finish_reason: str | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """One prompt, ready for the engine.
-
-    Attributes:
-        ids: its token ids.
-        text: what ``echo`` shows of it.
-        added: leading ids that the tokenizer added and the text does not show.
-        max_tokens: most tokens to generate after it.
-    """
-
-    ids: tuple[int, ...]
-    text: str = ""
-    added: int = 0
-    max_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

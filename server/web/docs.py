@@ -12,6 +12,7 @@ from quart import Response
 from werkzeug.exceptions import NotFound
 
 from server.api.endpoint import Endpoint
+from server.run.context import Context
 from server.services import Services
 from server.web.pages import HEADERS, PAGE, file_parameter, file_response, serve_file
 
@@ -33,7 +34,7 @@ _A_DAY = "public, max-age=86400"
     summary="Read this description in a browser",
     responses=PAGE,
 )
-async def docs(services: Services) -> Response:
+async def docs(services: Services, context: Context) -> Response:
     """Send the page."""
     return await serve_file("docs.html")
 
@@ -48,7 +49,7 @@ async def docs(services: Services) -> Response:
     errors=(404,),
     responses=file_response(*_ASSETS.values()),
 )
-async def docs_file(services: Services, file: str) -> Response:
+async def docs_file(services: Services, context: Context, file: str) -> Response:
     """Send a file of Swagger UI."""
     if file not in _ASSETS:
         raise NotFound

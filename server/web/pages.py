@@ -15,6 +15,7 @@ from quart import Response, request
 from werkzeug.exceptions import NotFound
 
 from server.api.endpoint import Endpoint, Parameter, ResponseSpec
+from server.run.context import Context
 from server.services import Services
 
 _KINDS = {
@@ -100,7 +101,7 @@ def _page_files() -> dict[str, str]:
     summary="Chat in a browser",
     responses=PAGE,
 )
-async def chat_page(services: Services) -> Response:
+async def chat_page(services: Services, context: Context) -> Response:
     """Send the page."""
     return await serve_file("chat.html")
 
@@ -113,7 +114,7 @@ async def chat_page(services: Services) -> Response:
     summary="Watch the server in a browser",
     responses=PAGE,
 )
-async def dashboard_page(services: Services) -> Response:
+async def dashboard_page(services: Services, context: Context) -> Response:
     """Send the page."""
     return await serve_file("dashboard.html")
 
@@ -128,7 +129,7 @@ async def dashboard_page(services: Services) -> Response:
     errors=(404,),
     responses=file_response(*_page_files().values()),
 )
-async def page_file(services: Services, file: str) -> Response:
+async def page_file(services: Services, context: Context, file: str) -> Response:
     """Send a file that a page loads."""
     if file not in _page_files():
         raise NotFound

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from inferneo_jax import GenerationOutput, GenerationRequest, Tokenizer
-from server.run.output import OutputProcessor, Prompt, TextOptions, TextPart
+from server.prompt.prompts import Prompt
+from server.run.output import OutputProcessor, TextOptions, TextPart
 from tests.support.asking import CHATS, COMPLETIONS, ask, joined, stream, whole_texts
 from tests.support.fake_engine import logprob_of
 from tests.support.fake_server import Rig, running

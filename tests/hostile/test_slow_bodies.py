@@ -15,7 +15,7 @@ import pytest
 from inferneo_jax import Tokenizer
 from server import application
 from server.keys.key import Limits
-from server.run.admission import Admission
+from server.run.permits import Permits
 from tests.support.fake_server import CHAT
 from tests.support.keyed_server import KeyRig, bearer, key_rig
 from tests.support.raw_http import post
@@ -28,20 +28,20 @@ BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 10}
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Admission]:
-    """The admissions of the servers that are started."""
-    found: list[Admission] = []
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Permits]:
+    """The permits of the servers that are started."""
+    found: list[Permits] = []
 
-    def make(*args: Any) -> Admission:
-        found.append(Admission(*args))
+    def make(*args: Any) -> Permits:
+        found.append(Permits(*args))
         return found[-1]
 
-    monkeypatch.setattr(application, "Admission", make)
+    monkeypatch.setattr(application, "Permits", make)
     return found
 
 
 @pytest.fixture
-def rig(tokenizer: Tokenizer, tmp_path: Path, made: list[Admission]) -> Iterator[KeyRig]:
+def rig(tokenizer: Tokenizer, tmp_path: Path, made: list[Permits]) -> Iterator[KeyRig]:
     with key_rig(tokenizer, str(tmp_path / "keys.db"), require_key="true") as found:
         yield found
 
@@ -68,10 +68,10 @@ def opened(rig: KeyRig, held: ExitStack, sent: bytes) -> socket.socket:
 
 
 def test_idle_bodies_hold_no_more_places_than_their_key_has_requests(
-    rig: KeyRig, made: list[Admission]
+    rig: KeyRig, made: list[Permits]
 ) -> None:
     flood, other = rig.headers(Limits(requests=20)), rig.headers()
-    admission, most = made[0], 0
+    permits, most = made[0], 0
     assert rig.client.get("/v1/models", headers=flood).status_code == 200  # the key is known now
     with ExitStack() as held:
         raws = [opened(rig, held, head(100, flood) + b"{") for _ in range(200)]
@@ -81,7 +81,7 @@ def test_idle_bodies_hold_no_more_places_than_their_key_has_requests(
         end = time.monotonic() + 20
         while refused < 180:  # the others are let in, and wait for their bodies
             assert time.monotonic() < end, (refused, most)
-            most = max(most, admission.in_use)
+            most = max(most, permits.in_use)
             assert rig.client.post(PATH, headers=other, json=BODY).status_code == 200
             refused = sum(_has_answer(raw) for raw in raws)
         statuses = []
@@ -98,7 +98,7 @@ def test_idle_bodies_hold_no_more_places_than_their_key_has_requests(
                 assert b"connection: close" in received.lower()
         assert statuses.count(408) == 20
     assert most <= 20 + 5  # and those of the other key, the last of which may still be ending
-    _wait(admission, 0)
+    _wait(permits, 0)
     again = rig.client.post(PATH, headers=flood, json=BODY)
     assert again.status_code == 429
     assert rig.client.post(PATH, headers=other, json=BODY).status_code == 200
@@ -111,7 +111,7 @@ def _has_answer(raw: socket.socket) -> bool:
         return False
 
 
-def test_bodies_under_way_count_as_requests_at_once(rig: KeyRig, made: list[Admission]) -> None:
+def test_bodies_under_way_count_as_requests_at_once(rig: KeyRig, made: list[Permits]) -> None:
     key = rig.headers(Limits(requests=None, tokens=None, day_requests=None, concurrent=2))
     content = orjson.dumps(BODY)
     with ExitStack() as held:
@@ -128,7 +128,7 @@ def test_bodies_under_way_count_as_requests_at_once(rig: KeyRig, made: list[Admi
 
 
 def test_a_trickle_is_ended_and_a_poor_line_is_served(
-    rig: KeyRig, made: list[Admission], monkeypatch: pytest.MonkeyPatch
+    rig: KeyRig, made: list[Permits], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One sends a byte now and then for as long as it may; one keeps just above the pace."""
     monkeypatch.setattr("server.http.body.STALL_SECONDS", 1.0)
@@ -168,7 +168,7 @@ def test_a_body_is_waited_for_until_the_requests_deadline_only(rig: KeyRig) -> N
 
 
 def test_a_client_that_leaves_its_body_unsent_has_made_a_request(
-    rig: KeyRig, made: list[Admission]
+    rig: KeyRig, made: list[Permits]
 ) -> None:
     text = rig.key(Limits(requests=2))[1]
     for _ in range(2):
@@ -179,5 +179,5 @@ def test_a_client_that_leaves_its_body_unsent_has_made_a_request(
     assert rig.client.post(PATH, headers=bearer(text), json=BODY).status_code == 429
 
 
-def _wait(admission: Admission, taken: int) -> None:
-    until(lambda: admission.in_use == taken, 10)
+def _wait(permits: Permits, taken: int) -> None:
+    until(lambda: permits.in_use == taken, 10)

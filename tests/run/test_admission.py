@@ -16,9 +16,9 @@ from websockets import InvalidStatus
 from websockets.sync.client import connect
 
 from inferneo_jax import Tokenizer
-from server.http.deadline import TIMEOUT_HEADER
+from server.http.deadline import TIMEOUT_HEADER, Deadline
 from server.http.errors import ApiError
-from server.run.admission import Admission, Permit
+from server.run.permits import Permit, Permits
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, EMBED, Rig, running
 from tests.support.raw_http import parse_stream
@@ -28,67 +28,67 @@ COMPLETIONS = "/v1/completions"
 SOON = {TIMEOUT_HEADER: "0.2"}
 
 
-def enter(admission: Admission, owner: str | None) -> Permit | None:
+def enter(permits: Permits, owner: str | None) -> Permit | None:
     with suppress(ApiError):
-        return admission.enter(owner, None)
+        return permits.acquire(owner)
     return None
 
 
-def fill(admission: Admission, owner: str | None) -> list[Permit]:
+def fill(permits: Permits, owner: str | None) -> list[Permit]:
     """All the permits that one owner can have."""
-    return list(iter(lambda: enter(admission, owner), None))
+    return list(iter(lambda: enter(permits, owner), None))
 
 
 async def test_there_are_as_many_permits_as_there_are() -> None:
-    admission = Admission(10, 60.0)
-    permits = fill(admission, None)
-    assert len(permits) == 10
+    permits = Permits(10)
+    held = fill(permits, None)
+    assert len(held) == 10
     with pytest.raises(ApiError) as refused:
-        admission.enter(None, None)
+        permits.acquire(None)
     assert (refused.value.status, refused.value.code) == (503, "overloaded")
-    for permit in permits[:3]:
+    for permit in held[:3]:
         permit.__exit__()
-    assert len(fill(admission, None)) == 3
-    assert not await admission.emptied(0.0)
+    assert len(fill(permits, None)) == 3
+    assert not await permits.emptied(0.0)
 
 
 async def test_a_flood_of_one_key_leaves_permits_for_every_other() -> None:
-    admission = Admission(60, 60.0)
-    assert len(fill(admission, "flood")) == 30
-    assert len(fill(admission, "second")) == 15
-    assert len(fill(admission, "third")) == 8
-    assert [len(fill(admission, f"late {i}")) for i in range(20)] == [4, 2, 1] + [1] * 17
+    permits = Permits(60)
+    assert len(fill(permits, "flood")) == 30
+    assert len(fill(permits, "second")) == 15
+    assert len(fill(permits, "third")) == 8
+    assert [len(fill(permits, f"late {i}")) for i in range(20)] == [4, 2, 1] + [1] * 17
 
 
 async def test_permits_of_a_request_are_counted_by_its_sequences() -> None:
-    admission = Admission(20, 60.0)
-    with admission.enter("a", None) as permit:
+    permits = Permits(20)
+    with permits.acquire("a") as permit:
         permit.acquire(9)
-        assert len(fill(admission, "b")) == 6
+        assert len(fill(permits, "b")) == 6
         with pytest.raises(ApiError, match="as many requests"):
-            admission.enter("a", None).acquire(8)
+            permits.acquire("a").acquire(8)
         permit.acquire(9)
 
 
 async def test_a_large_request_is_served_to_whoever_has_no_other() -> None:
-    admission = Admission(10, 60.0)
-    with admission.enter("a", None) as permit:
+    permits = Permits(10)
+    with permits.acquire("a") as permit:
         permit.acquire(300)
-        assert enter(admission, "b") is None
-    assert await admission.emptied(0.0)
-    with admission.enter(None, None) as permit:
+        assert enter(permits, "b") is None
+    assert await permits.emptied(0.0)
+    with permits.acquire(None) as permit:
         permit.acquire(300)
-        assert enter(admission, None) is None
-    assert len(fill(admission, None)) == 10
+        assert enter(permits, None) is None
+    assert len(fill(permits, None)) == 10
 
 
 async def test_everything_comes_back() -> None:
     rng = np.random.default_rng(3)
-    admission, held = Admission(16, 60.0), list[Permit]()
+    permits, held = Permits(16), list[Permit]()
     for _ in range(5000):
         if held and rng.random() < 0.5:
             held.pop(int(rng.integers(len(held)))).__exit__()
-        elif permit := enter(admission, rng.choice([None, "a", "b", "c"])):
+        elif permit := enter(permits, rng.choice([None, "a", "b", "c"])):
             held.append(permit)
             try:
                 permit.acquire(int(rng.integers(1, 6)))
@@ -96,42 +96,42 @@ async def test_everything_comes_back() -> None:
                 held.pop().__exit__()
     for permit in held:
         permit.__exit__()
-    assert await admission.emptied(0.0)
-    assert len(fill(admission, None)) == 16
+    assert await permits.emptied(0.0)
+    assert len(fill(permits, None)) == 16
 
 
 async def test_who_is_refused_is_told_when_permits_get_free() -> None:
-    admission = Admission(40, 60.0)
+    permits = Permits(40)
     for _ in range(5):
-        with admission.enter(None, None) as permit:
+        with permits.acquire(None) as permit:
             await asyncio.sleep(0.15)
             permit.served = True
-    fill(admission, None)
-    assert 2 <= retry_after(admission) <= 4  # a quarter of 40, at 0.15 s each
+    fill(permits, None)
+    assert 2 <= retry_after(permits) <= 4  # a quarter of 40, at 0.15 s each
 
 
-def retry_after(admission: Admission) -> int:
+def retry_after(permits: Permits) -> int:
     with pytest.raises(ApiError) as caught:
-        admission.enter(None, None)
+        permits.acquire(None)
     return int(caught.value.headers["Retry-After"])
 
 
 async def test_only_served_requests_and_busy_times_set_the_pace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.run.admission.time.monotonic", lambda: now)
-    admission, now = Admission(40, 60.0), 100.0
+    monkeypatch.setattr("server.run.permits.time.monotonic", lambda: now)
+    permits, now = Permits(40), 100.0
     for _ in range(5):
-        with admission.enter(None, None) as permit:
+        with permits.acquire(None) as permit:
             now += 1.0
             permit.served = True
     now += 1000.0  # nobody is there
-    permits = fill(admission, None)
+    held = fill(permits, None)
     for _ in range(64):  # these leave, and come, at once: they were refused
-        permits.pop().__exit__()
-        permits.append(admission.enter(None, None))
+        held.pop().__exit__()
+        held.append(permits.acquire(None))
     now += 1.0
-    assert retry_after(admission) == 10  # a quarter of 40, each after a second
+    assert retry_after(permits) == 10  # a quarter of 40, each after a second
 
 
 @pytest.mark.parametrize(
@@ -165,14 +165,14 @@ def test_a_request_that_is_refused_was_not_served(
 )
 async def test_a_timeout_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ApiError, match=TIMEOUT_HEADER) as caught:
-        Admission(1, 60.0).enter(None, text)
+        Deadline.parse(text, 60.0)
     assert (caught.value.status, caught.value.param) == (400, TIMEOUT_HEADER)
 
 
 async def test_a_timeout_is_bounded_by_the_servers_own() -> None:
-    admission, now = Admission(9, 60.0), asyncio.get_running_loop().time()
+    now = asyncio.get_running_loop().time()
     for text, seconds in ((None, 60.0), ("2.5", 2.5), ("1000", 60.0)):
-        assert admission.enter(None, text).deadline.at == pytest.approx(now + seconds, abs=1.0)
+        assert Deadline.parse(text, 60.0).at == pytest.approx(now + seconds, abs=1.0)
 
 
 @pytest.fixture(scope="module")

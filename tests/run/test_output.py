@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax import GenerationOutput
-from server.run.output import OutputProcessor, Prompt, TextOptions, TextPart
+from server.prompt.prompts import Prompt
+from server.run.output import OutputProcessor, TextOptions, TextPart
 from tests.support.fake_engine import logprob_of
 from tests.support.fake_server import make_tokenizer
 

@@ -14,9 +14,8 @@ import structlog
 from pydantic import ConfigDict, Field
 
 from server.api.admin.usage import DAYS, days_of
-from server.api.body import Body, validate
+from server.api.body import Body, read_body, validate
 from server.api.endpoint import Endpoint, Parameter
-from server.http.connection import current_request
 from server.http.errors import ApiError, bad_request
 from server.keys.key import Key, Limits, Scope
 from server.keys.keyring import Keyring, KeyringError, KeyState, describe
@@ -28,7 +27,7 @@ from server.keys.usage import (
     key_status,
     key_usage,
 )
-from server.prompt.body import read_body
+from server.run.context import Context
 from server.services import Services
 
 log = structlog.get_logger(__name__)
@@ -116,7 +115,7 @@ _SECRET = {"Cache-Control": "no-store"}
     summary="List all keys and the status of their quotas",
     answer=KeyList,
 )
-async def list_keys(services: Services) -> KeyList:
+async def list_keys(services: Services, context: Context) -> KeyList:
     """List the keys."""
     await services.threads.flush()
     store, keyring = services.threads.store, services.keyring
@@ -135,9 +134,11 @@ async def list_keys(services: Services) -> KeyList:
     status=201,
     headers=_SECRET,
 )
-async def create_key(services: Services) -> NewKey:
+async def create_key(services: Services, context: Context) -> NewKey:
     """Create a key."""
-    body, _ = await read_body(services.cpu_pool, partial(validate, NewKeyBody, strict=True))
+    body, _ = await read_body(
+        services.cpu_pool, context, partial(validate, NewKeyBody, strict=True)
+    )
 
     def create() -> _Changed:
         key, text = services.keyring.create(
@@ -149,7 +150,7 @@ async def create_key(services: Services) -> NewKey:
         )
         return _Changed(key, text)
 
-    return await _change_text(services, "key_created", create)
+    return await _change_text(services, context, "key_created", create)
 
 
 @Endpoint(
@@ -162,7 +163,7 @@ async def create_key(services: Services) -> NewKey:
     answer=KeyStatus,
     errors=(404,),
 )
-async def get_key(services: Services, key_id: str) -> KeyStatus:
+async def get_key(services: Services, context: Context, key_id: str) -> KeyStatus:
     """Describe a key."""
     await services.threads.flush()
     store, keyring = services.threads.store, services.keyring
@@ -181,11 +182,13 @@ async def get_key(services: Services, key_id: str) -> KeyStatus:
     answer=KeyState,
     errors=(404, 409),
 )
-async def change_key(services: Services, key_id: str) -> KeyState:
+async def change_key(services: Services, context: Context, key_id: str) -> KeyState:
     """Change a key."""
-    body, _ = await read_body(services.cpu_pool, partial(validate, ChangeKeyBody, strict=True))
+    body, _ = await read_body(
+        services.cpu_pool, context, partial(validate, ChangeKeyBody, strict=True)
+    )
     apply = partial(_apply, services.keyring, key_id, body)
-    return describe((await _change(services, "key_changed", apply)).key)
+    return describe((await _change(services, context, "key_changed", apply)).key)
 
 
 @Endpoint(
@@ -199,7 +202,7 @@ async def change_key(services: Services, key_id: str) -> KeyState:
     answer=KeyState,
     errors=(404, 409),
 )
-async def revoke_key(services: Services, key_id: str) -> KeyState:
+async def revoke_key(services: Services, context: Context, key_id: str) -> KeyState:
     """Revoke a key."""
 
     def revoke() -> _Changed:
@@ -207,7 +210,7 @@ async def revoke_key(services: Services, key_id: str) -> KeyState:
         ended = services.keyring.revoke(key)
         return _Changed(ended, differs=ended != key)
 
-    return describe((await _change(services, "key_revoked", revoke)).key)
+    return describe((await _change(services, context, "key_revoked", revoke)).key)
 
 
 @Endpoint(
@@ -221,14 +224,14 @@ async def revoke_key(services: Services, key_id: str) -> KeyState:
     headers=_SECRET,
     errors=(404, 409),
 )
-async def rotate_key(services: Services, key_id: str) -> NewKey:
+async def rotate_key(services: Services, context: Context, key_id: str) -> NewKey:
     """Give a key a new text."""
 
     def rotate() -> _Changed:
         key = services.keyring.get(key_id)
         return _Changed(key, services.keyring.rotate(key))
 
-    return await _change_text(services, "key_rotated", rotate)
+    return await _change_text(services, context, "key_rotated", rotate)
 
 
 @Endpoint(
@@ -242,7 +245,7 @@ async def rotate_key(services: Services, key_id: str) -> NewKey:
     answer=KeyUsage,
     errors=(400, 404),
 )
-async def get_key_usage(services: Services, key_id: str) -> KeyUsage:
+async def get_key_usage(services: Services, context: Context, key_id: str) -> KeyUsage:
     """Report the usage of a key."""
     days = days_of()
     await services.threads.flush()
@@ -262,14 +265,16 @@ async def _call(services: Services, work: Callable[[], Result]) -> Result:
         raise _as_api_error(error) from None
 
 
-async def _change(services: Services, event: str, work: Callable[[], _Changed]) -> _Changed:
+async def _change(
+    services: Services, context: Context, event: str, work: Callable[[], _Changed]
+) -> _Changed:
     """Change a key.
 
     Changes take turns, so that each sees what the one before left, above all how many may still
     manage keys. The store's thread writes the log: the change happens, and must be in there, though
     the client may have gone.
     """
-    acting = current_request().caller.key
+    acting = context.caller.key
     assert acting is not None
 
     def run() -> _Changed:
@@ -283,9 +288,11 @@ async def _change(services: Services, event: str, work: Callable[[], _Changed]) 
     return await _call(services, partial(copy_context().run, run))
 
 
-async def _change_text(services: Services, event: str, work: Callable[[], _Changed]) -> NewKey:
+async def _change_text(
+    services: Services, context: Context, event: str, work: Callable[[], _Changed]
+) -> NewKey:
     """Change a key that gets a new text."""
-    changed = await _change(services, event, work)
+    changed = await _change(services, context, event, work)
     return {**describe(changed.key), "key": changed.text}
 
 

@@ -8,6 +8,7 @@ from typing_extensions import TypedDict
 from server.api.admin.usage import needed_key
 from server.api.endpoint import Endpoint
 from server.keys.key import TICKET_SECONDS
+from server.run.context import Context
 from server.services import Services
 
 
@@ -28,7 +29,7 @@ class SocketTicket(TypedDict):
     answer=SocketTicket,
     errors=(400,),
 )
-async def create_ticket(services: Services) -> SocketTicket:
+async def create_ticket(services: Services, context: Context) -> SocketTicket:
     """Make a ticket for the caller's key."""
-    ticket = await services.guard.new_ticket(needed_key())
+    ticket = await services.guard.new_ticket(needed_key(context))
     return {"object": "ws_ticket", "ticket": ticket, "expires_in": TICKET_SECONDS}

@@ -7,10 +7,10 @@ from functools import partial
 from quart import request
 
 from server.api.endpoint import Endpoint, Parameter
-from server.http.connection import current_request
 from server.http.errors import bad_request
 from server.keys.key import Key
 from server.keys.usage import AllUsage, Days, KeyUsage, key_usage, usage_of
+from server.run.context import Context
 from server.services import Services
 
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -31,9 +31,9 @@ DAYS = {
     answer=KeyUsage,
     errors=(400,),
 )
-async def get_usage(services: Services) -> KeyUsage:
+async def get_usage(services: Services, context: Context) -> KeyUsage:
     """Report the usage of the caller's key."""
-    key = needed_key()
+    key = needed_key(context)
     await services.threads.flush()
     return await services.threads.call(partial(key_usage, services.threads.store, key))
 
@@ -48,7 +48,7 @@ async def get_usage(services: Services) -> KeyUsage:
     answer=AllUsage,
     errors=(400,),
 )
-async def get_all_usage(services: Services) -> AllUsage:
+async def get_all_usage(services: Services, context: Context) -> AllUsage:
     """Report the usage of all keys."""
     days = days_of()
     await services.threads.flush()
@@ -56,13 +56,13 @@ async def get_all_usage(services: Services) -> AllUsage:
     return await services.threads.call(lambda: usage_of(store, keyring.all(), days))
 
 
-def needed_key() -> Key:
+def needed_key(context: Context) -> Key:
     """The caller's key.
 
     Raises:
         ApiError: the server needs none, and so the caller has none.
     """
-    key: Key | None = current_request().caller.key
+    key: Key | None = context.caller.key
     if key is None:
         raise bad_request("This server needs no API keys now, and keeps nothing about callers.")
     return key

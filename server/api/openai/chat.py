@@ -17,22 +17,21 @@ from server.api.openai.generation import (
     Generated,
     GenerationBody,
     Index,
+    OpenAIDialect,
     Unfinished,
     Usage,
     generate,
     prepare,
     streamed,
 )
+from server.api.websocket import serve_socket
 from server.config.validation import FieldError, json_kind
 from server.http.errors import bad_request
 from server.http.schema import Null
-from server.keys.caller import Caller
-from server.prompt.prompts import fit
-from server.prompt.templates import conversation_ids
-from server.run.answer import Answer
-from server.run.dialect import Dialect
-from server.run.output import NamedToken, Prompt, TextPart, TokenInfo
-from server.run.websocket import serve_socket
+from server.prompt.prompts import Prompt, conversation_ids, fit
+from server.run.context import Context
+from server.run.generation import Answer
+from server.run.output import NamedToken, TokenInfo
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -288,14 +287,14 @@ class ChatCompletionChunk(Generated):
     ]
 
 
-class ChatDialect(Dialect):
+class ChatDialect(OpenAIDialect):
     """Answers of ``/v1/chat/completions``."""
 
-    whole = "chat.completion"
-    part = "chat.completion.chunk"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
 
-    def columns(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
-        """The lists that log probabilities consist of, for these tokens."""
+    def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
+        """The log probabilities of these tokens."""
         return {
             "content": [
                 _entry(token) | {"top_logprobs": [_entry(other) for other in token.top]}
@@ -303,47 +302,46 @@ class ChatDialect(Dialect):
             ]
         }
 
-    def message(self, text: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+    def message(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
         """A choice's text and log probabilities in a whole answer."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(columns)}
+        return {"message": message, "logprobs": self._logprobs(logprobs)}
 
     def opening(self) -> dict[str, Any]:
         """What each choice begins with, before any text."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def delta(self, event: TextPart) -> dict[str, Any]:
+    def delta(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
         """A choice's text and log probabilities in a chunk."""
-        logprobs = self._logprobs(self.columns(event.tokens))
-        return {"delta": {"content": event.text}, "logprobs": logprobs}
+        return {"delta": {"content": text}, "logprobs": self._logprobs(logprobs)}
 
     def ending(self) -> dict[str, Any]:
         """The chunk that carries nothing but a finish reason."""
         return {"delta": {}, "logprobs": None}
 
-    def _logprobs(self, columns: Mapping[str, Any]) -> dict[str, Any] | None:
-        return {**columns, "refusal": None} if self.with_logprobs else None
+    def _logprobs(self, lists: Mapping[str, Any]) -> dict[str, Any] | None:
+        return {**lists, "refusal": None} if self.with_logprobs else None
 
 
 def _entry(token: NamedToken) -> dict[str, Any]:
     return {"token": token.name, "logprob": token.logprob, "bytes": list(token.bytes)}
 
 
-def prepare_chat(registry: "Registry", caller: Caller, fields: Any, *, strict: bool) -> Answer:
+def prepare_chat(registry: "Registry", context: Context, fields: dict[str, Any]) -> Answer:
     """The answer to a request of ``/v1/chat/completions``.
 
     Raises:
         ApiError, RequestError: it cannot be served as it stands.
     """
-    body, warnings = validate(ChatBody, fields, strict=strict)
-    model = registry.language_model(body.model, caller)
-    ids = tuple(body.token_ids(model.tokenizer, warnings, strict=strict))
+    body, warnings = validate(ChatBody, fields, strict=context.strict)
+    model = registry.language_model(body.model, context.caller)
+    ids = tuple(body.token_ids(model.tokenizer, warnings, strict=context.strict))
     if not ids:
         raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
     max_tokens = fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
     return prepare(
         model,
-        caller,
+        context.caller,
         body,
         ChatDialect,
         "chatcmpl",
@@ -377,6 +375,6 @@ async def _serve_socket(services: Services) -> None:
     socket=_serve_socket,
     gen_ai_operation="chat",
 )
-async def create_chat_completion(services: Services) -> Response:
+async def create_chat_completion(services: Services, context: Context) -> Response:
     """Continue a conversation; its template is rendered off the event loop."""
-    return await generate(services, prepare_chat, inline=False)
+    return await generate(services, context, prepare_chat, inline=False)

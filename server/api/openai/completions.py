@@ -18,21 +18,21 @@ from server.api.openai.generation import (
     Generated,
     GenerationBody,
     Index,
+    OpenAIDialect,
     Unfinished,
     Usage,
     generate,
     prepare,
     streamed,
 )
+from server.api.websocket import serve_socket
 from server.config.validation import FieldError, json_kind
 from server.http.errors import bad_request
 from server.http.schema import Count
-from server.keys.caller import Caller
 from server.prompt.prompts import PromptInput, completion_prompt, infill_tokens
-from server.run.answer import Answer
-from server.run.dialect import Dialect
-from server.run.output import TextPart, TokenInfo
-from server.run.websocket import serve_socket
+from server.run.context import Context
+from server.run.generation import Answer
+from server.run.output import TokenInfo
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -211,13 +211,13 @@ class CompletionChunk(Generated):
     ]
 
 
-class CompletionDialect(Dialect):
+class CompletionDialect(OpenAIDialect):
     """Answers of ``/v1/completions``."""
 
-    whole = part = "text_completion"
+    object = chunk_object = "text_completion"
 
-    def columns(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
-        """The lists that log probabilities consist of, for these tokens."""
+    def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
+        """The log probabilities of these tokens."""
         return {
             "tokens": [token.name for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
@@ -225,13 +225,13 @@ class CompletionDialect(Dialect):
             "text_offset": [token.offset for token in tokens],
         }
 
-    def message(self, text: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+    def message(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
         """A choice's text and log probabilities in a whole answer."""
-        return {"text": text, "logprobs": columns if self.with_logprobs else None}
+        return {"text": text, "logprobs": logprobs if self.with_logprobs else None}
 
-    def delta(self, event: TextPart) -> dict[str, Any]:
+    def delta(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
         """A choice's text and log probabilities in a chunk."""
-        return self.message(event.text, self.columns(event.tokens))
+        return self.message(text, logprobs)
 
     def ending(self) -> dict[str, Any]:
         """The chunk that carries nothing but a finish reason."""
@@ -248,16 +248,14 @@ def _top(token: TokenInfo) -> dict[str, float | None] | None:
     return top
 
 
-def prepare_completion(
-    registry: "Registry", caller: Caller, fields: Any, *, strict: bool
-) -> Answer:
+def prepare_completion(registry: "Registry", context: Context, fields: dict[str, Any]) -> Answer:
     """The answer to a request of ``/v1/completions``.
 
     Raises:
         ApiError, RequestError: it cannot be served as it stands.
     """
-    body, warnings = validate(CompletionBody, fields, strict=strict)
-    model = registry.language_model(body.model, caller)
+    body, warnings = validate(CompletionBody, fields, strict=context.strict)
+    model = registry.language_model(body.model, context.caller)
     infill = infill_tokens(model.tokenizer) if body.suffix else None
     suffix = "" if infill else body.suffix
     if infill and body.echo and body.logprobs is not None:
@@ -271,7 +269,7 @@ def prepare_completion(
 
     return prepare(
         model,
-        caller,
+        context.caller,
         body,
         CompletionDialect,
         "cmpl",
@@ -313,6 +311,6 @@ async def _serve_socket(services: Services) -> None:
     socket=_serve_socket,
     gen_ai_operation="text_completion",
 )
-async def create_completion(services: Services) -> Response:
+async def create_completion(services: Services, context: Context) -> Response:
     """Continue a text."""
-    return await generate(services, prepare_completion, inline=True)
+    return await generate(services, context, prepare_completion, inline=True)

@@ -10,20 +10,18 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from quart import Response
 from typing_extensions import TypedDict
 
-from server.api.body import MAX_NAME, Body, validate
+from server.api.body import MAX_NAME, Body, read_body, validate
 from server.api.endpoint import Endpoint
 from server.api.examples import EMBEDDING_MODEL
 from server.api.openai.completions import MAX_TOKEN_ID, prompts_of, prompts_schema
 from server.config.validation import FieldError
-from server.http.codec import long_response, wants_strict
-from server.http.connection import current_request
+from server.http.codec import long_response
 from server.http.errors import bad_request
 from server.http.pieces import Json, JsonList
 from server.http.schema import Count, Warned
-from server.keys.caller import Caller
 from server.keys.store.store import Usage
-from server.prompt.body import read_body
 from server.prompt.prompts import CONTEXT_IS, PromptInput
+from server.run.context import Context
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -130,50 +128,43 @@ class EmbeddingList(Warned):
     admitted=True,
     gen_ai_operation="embeddings",
 )
-async def create_embeddings(services: Services) -> Response:
+async def create_embeddings(services: Services, context: Context) -> Response:
     """Embed texts."""
-    caller: Caller = current_request().caller
-    work = partial(_read, services.registry, caller, strict=wants_strict())
-    body, model, ids, warnings = await read_body(services.cpu_pool, work)
-    current = current_request()
-    permit, charge = current.permit, current.charge
-    assert permit is not None
-    assert charge is not None
-    num_tokens = sum(map(len, ids))
-    current.log_entry.add(model=body.model, user=body.user, prompt_tokens=num_tokens)
-    await charge.reserve(model.name, num_tokens, 0)
-    permit.served = True
-    try:
-        # Should the client leave, this is cancelled, and the future with it.
-        async with asyncio.timeout_at(permit.deadline.at):
-            vectors = await asyncio.wrap_future(model.embedder.embed(ids, caller.id or ""))
-    except TimeoutError:
-        charge.settle(Usage(prompt=num_tokens))
-        raise permit.deadline.missed() from None
-    except asyncio.CancelledError:
-        charge.settle(Usage(prompt=num_tokens))
-        raise
-    services.metrics.embedded(model.name, num_tokens)
+    work = partial(_read, services.registry, context)
+    body, model, ids, warnings = await read_body(services.cpu_pool, context, work)
+    owner, deadline = context.caller.id, context.deadline
+    assert deadline is not None
+    usage = Usage(prompt=sum(map(len, ids)))
+    context.log_entry.add(model=body.model, user=body.user, prompt_tokens=usage.prompt)
+    async with services.admission.admitted(context, model.name, usage.prompt, 0) as admitted:
+        try:
+            # Should the client leave, this is cancelled, and the future with it.
+            async with asyncio.timeout_at(deadline.at):
+                vectors = await asyncio.wrap_future(model.embedder.embed(ids, owner or ""))
+        except TimeoutError:
+            admitted.usage = usage
+            raise deadline.missed() from None
+        except asyncio.CancelledError:
+            admitted.usage = usage
+            raise
+        admitted.embedded(usage.prompt)
 
-    def write() -> Json:
-        shortened = _shorten(vectors, body.dimensions)
-        return Json(
-            embedding_answer(body.model, shortened, body.encoding_format, num_tokens, warnings)
-        )
+        def write() -> Json:
+            shortened = _shorten(vectors, body.dimensions)
+            encoding = body.encoding_format
+            return Json(embedding_answer(body.model, shortened, encoding, usage.prompt, warnings))
 
-    written = await services.cpu_pool.run(
-        vectors.nbytes, write, owner=caller.id, deadline=permit.deadline
-    )
-    charge.settle(Usage(prompt=num_tokens))
+        written = await services.cpu_pool.run(vectors.nbytes, write, owner=owner, deadline=deadline)
+        admitted.usage = usage
     return long_response(written)
 
 
 def _read(
-    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
+    registry: "Registry", context: Context, fields: dict[str, Any]
 ) -> tuple[EmbeddingBody, "EmbeddingModel", list[list[int]], list[str]]:
     """The request, its model, the token ids of its inputs, and warnings."""
-    body, warnings = validate(EmbeddingBody, fields, strict=strict)
-    model = registry.embedding_model(body.model, caller)
+    body, warnings = validate(EmbeddingBody, fields, strict=context.strict)
+    model = registry.embedding_model(body.model, context.caller)
     hidden_size = model.embedder.hidden_size
     if body.dimensions is not None and body.dimensions > hidden_size:
         raise bad_request(

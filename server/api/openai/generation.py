@@ -2,31 +2,34 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from quart import Response
 from typing_extensions import TypedDict
 
 from inferneo_jax import SamplingParams
-from server.api.body import MAX_NAME, Body
+from server.api.body import MAX_NAME, Body, read_body
 from server.api.endpoint import ResponseSpec
 from server.config.validation import FieldError, json_kind
 from server.http import sse
-from server.http.codec import long_response, wants_strict
-from server.http.connection import current_request
+from server.http.codec import long_response
+from server.http.errors import ApiError
 from server.http.pieces import Json
 from server.http.schema import Count, Warned
+from server.http.sse import Event
 from server.keys.caller import Caller
-from server.prompt.body import read_body
-from server.prompt.prompts import check_scores
-from server.run.admission import admit
-from server.run.answer import Answer, Prepare
-from server.run.dialect import Dialect
-from server.run.generation import Generation, Plan
-from server.run.output import Prompt, TextOptions
+from server.keys.store.store import Usage as TokenUsage
+from server.prompt.prompts import Prompt, check_scores
+from server.run.context import Context
+from server.run.dialect import Dialect, End, Part, Result, Start, Text
+from server.run.generation import Answer, Generation, Plan, Prepare
+from server.run.output import TextOptions
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -333,11 +336,122 @@ def streamed(whole: type, chunk: type) -> dict[int, ResponseSpec]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenAIDialect(Dialect):
+    """What the answers of OpenAI's two endpoints of generation have in common.
+
+    Attributes:
+        id: the same in every chunk, and so are ``created`` and ``model``.
+        model: the name that was asked for.
+        with_logprobs: the request asked for log probabilities.
+        include_usage: a stream ends with a chunk of usage.
+        continuous_usage: the chunks before that one hold the usage so far.
+        warnings: for the client; in a stream they are part of the first chunk.
+    """
+
+    done = "[DONE]"
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    id: str
+    created: int
+    model: str
+    with_logprobs: bool
+    include_usage: bool
+    continuous_usage: bool
+    warnings: tuple[str, ...]
+
+    @abstractmethod
+    def message(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice's text and log probabilities in a whole answer."""
+
+    @abstractmethod
+    def delta(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice's text and log probabilities in a chunk."""
+
+    @abstractmethod
+    def ending(self) -> dict[str, Any]:
+        """The chunk of a choice that carries nothing but a finish reason."""
+
+    def opening(self) -> dict[str, Any] | None:
+        """The chunk that each choice begins with, before any text; None: it has none."""
+        return None
+
+    def whole(self, result: Result) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        choices = [
+            {
+                "index": index,
+                **self.message(choice.text, choice.logprobs),
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(result.choices)
+        ]
+        answer = self._head(self.object, choices, self.warnings)
+        return answer | {"usage": _usage(result.usage)}
+
+    async def events(self, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Event | None, None]:
+        """The chunks of a stream; None after a long silence."""
+        warnings, usage = self.warnings, TokenUsage()
+
+        def chunk(index: int, content: dict[str, Any], reason: str | None = None) -> Event:
+            nonlocal warnings
+            choice = {"index": index, **content, "finish_reason": reason}
+            head = self._head(self.chunk_object, [choice], warnings)
+            warnings = ()
+            if self.include_usage:
+                head["usage"] = _usage(usage) if self.continuous_usage else None
+            return None, head
+
+        async with aclosing(parts):
+            async for part in parts:
+                match part:
+                    case None:
+                        yield None
+                    case Start(num_choices, usage):
+                        if (opening := self.opening()) is not None:
+                            for index in range(num_choices):
+                                yield chunk(index, opening)
+                    case Text(new, usage):
+                        if new.text or new.tokens:
+                            content = self.delta(new.text, self.logprobs(new.tokens))
+                            yield chunk(new.index, content)
+                        if new.finish_reason is not None:
+                            yield chunk(new.index, self.ending(), new.finish_reason)
+                    case End(usage, cancelled):
+                        if self.include_usage or cancelled:
+                            head = self._head(self.chunk_object, [], ())
+                            yield None, head | {"usage": _usage(usage)}
+
+    def error(self, error: ApiError) -> Event:
+        """The event that tells of a failure in the middle of a stream."""
+        return None, error.envelope()
+
+    def _head(self, kind: str, choices: Any, warnings: tuple[str, ...]) -> dict[str, Any]:
+        head = {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+        return head | {"warnings": list(warnings)} if warnings else head
+
+
+def _usage(usage: TokenUsage) -> Usage:
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
+
+
 def prepare(
     model: "LanguageModel",
     caller: Caller,
     body: GenerationBody,
-    dialect: type[Dialect],
+    dialect: type[OpenAIDialect],
     prefix: str,
     warnings: list[str],
     prompts: Sequence[Prompt],
@@ -398,8 +512,7 @@ def prepare(
         owner=caller.id or "",
     )
     return Answer(
-        caller=caller,
-        generation=Generation(model.engine, model.tokenizer, plan),
+        generation=Generation(model, plan),
         dialect=dialect(
             id=answer_id,
             created=int(time.time()),
@@ -409,6 +522,7 @@ def prepare(
             continuous_usage=body.continuous_usage,
             warnings=(*warnings, *body.notes()),
         ),
+        model=body.model,
         stream=body.stream,
         num_returned=body.n,
         user=body.user,
@@ -429,25 +543,20 @@ def _sampling(body: GenerationBody) -> SamplingParams:
     )
 
 
-async def generate(services: Services, prepare: Prepare, *, inline: bool) -> Response:
+async def generate(
+    services: Services, context: Context, prepare: Prepare, *, inline: bool
+) -> Response:
     """Answer a request whose body ``prepare`` reads, on the event loop if ``inline``."""
-    caller = current_request().caller
-    work = partial(prepare, services.registry, caller, strict=wants_strict())
-    answer = await read_body(services.cpu_pool, work, inline=inline)
-    return await _respond(services, answer)
-
-
-async def _respond(services: Services, answer: Answer) -> Response:
-    current, generation = current_request(), answer.generation
-    current.cleanup.callback(lambda: current.log_entry.add_usage(generation.usage))
-    assert current.permit is not None
-    assert current.charge is not None
-    await admit(services, current.permit, current.charge, answer, current.log_entry)
-    current.cleanup.callback(generation.end)  # should it never begin
+    work = partial(prepare, services.registry, context)
+    answer = await read_body(services.cpu_pool, context, work, inline=inline)
     if not answer.stream:
-        return long_response(Json(await answer.whole()))
-    chunks = answer.chunks()
-    current.cleanup.push_async_callback(chunks.aclose)
+        return long_response(Json(await answer.whole(context, services.admission)))
+    events = answer.events(context, services.admission)
+    context.cleanup.push_async_callback(events.aclose)
     # The engine is asked here, so that what fails at once has an HTTP status.
-    first = await anext(chunks)
-    return Response(sse.stream(first, chunks, current.log_entry), headers=sse.HEADERS)
+    first = await anext(events)
+
+    def fail(error: Exception) -> Event:
+        return answer.dialect.error(context.fail(error))
+
+    return Response(sse.stream(first, events, fail, answer.dialect.done), headers=sse.HEADERS)

@@ -6,8 +6,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from server.api.endpoint import Endpoint, Parameter
-from server.http.connection import current_request
 from server.http.schema import Null
+from server.run.context import Context
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class ModelDetails(ModelCard):
     answer=ModelList,
     needs_models=True,
 )
-async def list_models(services: Services) -> ModelList:
+async def list_models(services: Services, context: Context) -> ModelList:
     """List the models that the caller may use."""
-    caller, guard = current_request().caller, services.guard
+    caller, guard = context.caller, services.guard
     mine = [m for m in services.registry.models() if guard.allows_model(caller, m.name)]
     return {"object": "list", "data": [_card(model, model.name) for model in mine]}
 
@@ -72,9 +72,9 @@ async def list_models(services: Services) -> ModelList:
     errors=(404,),
     needs_models=True,
 )
-async def get_model(services: Services, model_id: str) -> ModelDetails:
+async def get_model(services: Services, context: Context, model_id: str) -> ModelDetails:
     """Describe a model under the name that was asked for."""
-    model = services.registry.get(model_id, current_request().caller)
+    model = services.registry.get(model_id, context.caller)
     return {**_card(model, model_id), "permission": [], "root": model.name, "parent": None}
 
 

@@ -7,6 +7,7 @@ from quart import Response
 from typing_extensions import TypedDict
 
 from server.api.endpoint import Endpoint
+from server.run.context import Context
 from server.services import Services
 
 
@@ -28,6 +29,6 @@ class Document(TypedDict):
     summary="Get this description",
     answer=Document,
 )
-async def openapi(services: Services) -> Response:
+async def openapi(services: Services, context: Context) -> Response:
     """Send the document, which is the same for everybody."""
     return Response(services.description(), content_type="application/json")

@@ -11,6 +11,7 @@ from server.http.codec import json_response
 from server.http.errors import ApiError, ErrorDetails, shutting_down
 from server.http.schema import Count
 from server.models.registry import Progress, still_loading
+from server.run.context import Context
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Unready(TypedDict):
     traced=False,
     logged=False,
 )
-async def health(services: Services) -> Health:
+async def health(services: Services, context: Context) -> Health:
     """Answer."""
     return {"status": "ok"}
 
@@ -128,7 +129,7 @@ async def health(services: Services) -> Health:
     traced=False,
     logged=False,
 )
-async def ready(services: Services) -> Ready | Response:
+async def ready(services: Services, context: Context) -> Ready | Response:
     """Report the progress of loading, or the load of the models."""
     registry = services.registry
     if not registry.loaded:
@@ -136,7 +137,7 @@ async def ready(services: Services) -> Ready | Response:
     models = [_state(model) for model in registry.models()]
     if reason := registry.job_lost():
         return _failed(f"{reason[:1].upper()}{reason[1:]}.", models)
-    if services.admission.closed.is_set():
+    if services.permits.closed.is_set():
         return _unready("draining", shutting_down(), models)
     if not registry.ready:
         return _failed("An engine has stopped, failed or does not answer.", models)

@@ -6,6 +6,7 @@ from prometheus_client import generate_latest
 from quart import Response
 
 from server.api.endpoint import Endpoint, ResponseSpec
+from server.run.context import Context
 from server.services import Services
 
 _TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
@@ -27,7 +28,7 @@ _TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
     },
     traced=False,
 )
-async def metrics(services: Services) -> Response:
+async def metrics(services: Services, context: Context) -> Response:
     """Write out the figures."""
     # One format, which every Prometheus reads: of OpenMetrics prometheus_client (0.26) makes
     # vllm_num_requests_running where Prometheus 2 asks for it, and so no figure has its name.

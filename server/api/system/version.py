@@ -7,6 +7,7 @@ from typing_extensions import TypedDict
 
 from inferneo_jax import __version__
 from server.api.endpoint import Endpoint
+from server.run.context import Context
 from server.services import Services
 
 
@@ -24,6 +25,6 @@ class Version(TypedDict):
     summary="Get the server's version",
     answer=Version,
 )
-async def version(services: Services) -> Version:
+async def version(services: Services, context: Context) -> Version:
     """Name the version."""
     return {"version": __version__}

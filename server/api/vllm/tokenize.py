@@ -6,20 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, PlainValidator, WithJsonSchema
 from quart import Response
 
-from server.api.body import Body, validate
+from server.api.body import Body, read_body, validate
 from server.api.endpoint import Endpoint
 from server.api.examples import CHAT_MODEL
 from server.api.openai.chat import Conversation
 from server.api.openai.completions import TOKEN_ID, checked_ids
 from server.config.validation import FieldError, json_kind
-from server.http.codec import long_response, wants_strict
-from server.http.connection import current_request
+from server.http.codec import long_response
 from server.http.errors import bad_request
 from server.http.pieces import Json, JsonList
 from server.http.schema import Count, Warned
 from server.keys.caller import Caller
 from server.keys.store.store import Usage
-from server.prompt.body import read_body
+from server.run.context import Context
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -110,11 +109,10 @@ class _Written(NamedTuple):
     answer=TokenList,
     admitted=True,
 )
-async def tokenize(services: Services) -> Response:
+async def tokenize(services: Services, context: Context) -> Response:
     """Encode a text, or a conversation by its model's chat template."""
-    caller = current_request().caller
-    work = partial(_tokenize, services.registry, caller, strict=wants_strict())
-    return _respond(await read_body(services.cpu_pool, work, inline=False))
+    work = partial(_tokenize, services.registry, context)
+    return _respond(context, await read_body(services.cpu_pool, context, work, inline=False))
 
 
 @Endpoint(
@@ -129,36 +127,35 @@ async def tokenize(services: Services) -> Response:
     answer=Detokenized,
     admitted=True,
 )
-async def detokenize(services: Services) -> Response:
+async def detokenize(services: Services, context: Context) -> Response:
     """Decode token ids."""
-    caller = current_request().caller
-    work = partial(_detokenize, services.registry, caller, strict=wants_strict())
-    return _respond(await read_body(services.cpu_pool, work))
+    work = partial(_detokenize, services.registry, context)
+    return _respond(context, await read_body(services.cpu_pool, context, work))
 
 
-def _respond(written: _Written) -> Response:
-    current = current_request()
-    current.log_entry.add(model=written.model)
-    assert current.charge is not None
-    current.charge.settle(Usage())  # before the client knows, who may send its next request
+def _respond(context: Context, written: _Written) -> Response:
+    context.log_entry.add(model=written.model)
+    assert context.charge is not None
+    context.charge.settle(Usage())  # before the client knows, who may send its next request
     return long_response(written.text)
 
 
-def _tokenize(
-    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
-) -> _Written:
+def _tokenize(registry: "Registry", context: Context, fields: dict[str, Any]) -> _Written:
     if fields.get("messages") is None:
-        text, warnings = validate(TokenizeTextBody, fields, strict=strict)
-        model, spelled = _model(registry, caller, text.model), text.return_token_strs
+        text, warnings = validate(TokenizeTextBody, fields, strict=context.strict)
+        model, spelled = _model(registry, context.caller, text.model), text.return_token_strs
         tokens = model.tokenizer.encode(text.prompt, add_special_tokens=text.add_special_tokens)
     else:
         if fields.get("prompt") is not None:
             message = "prompt and messages exclude each other; send one of them."
             raise bad_request(message, "prompt")
-        chat, warnings = validate(TokenizeChatBody, fields, strict=strict)
-        model, spelled = _model(registry, caller, chat.model), chat.return_token_strs
+        chat, warnings = validate(TokenizeChatBody, fields, strict=context.strict)
+        model, spelled = _model(registry, context.caller, chat.model), chat.return_token_strs
         tokens = chat.token_ids(
-            model.tokenizer, warnings, strict=strict, add_special_tokens=chat.add_special_tokens
+            model.tokenizer,
+            warnings,
+            strict=context.strict,
+            add_special_tokens=chat.add_special_tokens,
         )
     ids, pieces = JsonList[int](), JsonList[str]()
     spell = model.tokenizer.token_piece
@@ -178,11 +175,9 @@ def _tokenize(
     return _Written(fields.get("model") or model.name, Json(answer))
 
 
-def _detokenize(
-    registry: "Registry", caller: Caller, fields: dict[str, Any], *, strict: bool
-) -> _Written:
-    body, warnings = validate(DetokenizeBody, fields, strict=strict)
-    model = _model(registry, caller, body.model)
+def _detokenize(registry: "Registry", context: Context, fields: dict[str, Any]) -> _Written:
+    body, warnings = validate(DetokenizeBody, fields, strict=context.strict)
+    model = _model(registry, context.caller, body.model)
     _check(body.tokens, model.tokenizer)
     text = model.tokenizer.decode(body.tokens, skip_special_tokens=False)
     answer: Detokenized = {"prompt": text}

@@ -6,7 +6,7 @@ as fast as they are dealt with and sent as fast as the client reads, so neither 
 
 import asyncio
 from collections.abc import Coroutine, Mapping
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from quart import websocket
 from server.config.validation import json_kind
 from server.http.codec import STRICT_HEADER, is_strict, parse_object
 from server.http.deadline import TIMEOUT_HEADER
-from server.http.errors import ApiError, as_api_error, bad_request
+from server.http.errors import ApiError, bad_request
 from server.http.frames import FrameError
 from server.http.pieces import Json
 from server.http.socket_connection import close_code, current_socket
@@ -27,9 +27,8 @@ from server.keys.store.store import Usage
 from server.observe.access_log import AccessLogEntry
 from server.observe.tracing import WEBSOCKET
 from server.prompt.cpu_pool import INLINE_BYTES
-from server.run.admission import admit
-from server.run.answer import Prepare
-from server.run.generation import Generation
+from server.run.context import Context
+from server.run.generation import Answer, Prepare
 from server.services import Services
 
 MAX_AT_ONCE = 16
@@ -54,19 +53,21 @@ async def serve_socket(services: Services, prepare: Prepare, *, inline: bool) ->
 class _Running:
     """A request of this socket, in a frame of ``size`` bytes.
 
-    ``charge`` is None until it has been let in, ``generation`` until its body has been read.
+    Attributes:
+        charge: what it counts for, if its frame was so large that it has been counted.
+        answer: None until its body has been read.
     """
 
     size: int
     charge: Charge | None
-    generation: Generation | None = None
+    answer: Answer | None = None
     cancelled: bool = False
     streamed: bool = False
 
     def cancel(self) -> None:
         self.cancelled = True
-        if self.generation is not None:
-            self.generation.cancel()
+        if self.answer is not None:
+            self.answer.generation.cancel()
 
 
 def _shown(kind: Any) -> str:
@@ -149,7 +150,7 @@ class _Session:
 
     async def _leave_in_time(self, answers: set[asyncio.Task[None]]) -> None:
         """Once the server is going to end: close when nothing runs here any more."""
-        await self._services.admission.closed.wait()
+        await self._services.permits.closed.wait()
         while answers:
             await asyncio.wait(tuple(answers))
         await current_socket().close(1001, "the server is shutting down")
@@ -199,67 +200,60 @@ class _Session:
         path = socket.path
         entry.begin_trace(self._services.tracing, WEBSOCKET, path, socket.headers, socket.id)
         entry.add(route=path, key=self._caller.id, request_id=name)
-        with ExitStack() as held:
+        async with AsyncExitStack() as cleanup:
+            context = Context(
+                caller=self._caller,
+                strict=self._strict,
+                timeout=websocket.headers.get(TIMEOUT_HEADER),
+                log_entry=entry,
+                cleanup=cleanup,
+            )
             try:
-                await self._generate(held, running, entry, name, body)
+                context = await self._services.admission.enter(context, running.charge)
+                await self._generate(context, running, name, body)
             except asyncio.CancelledError:
                 entry.add(disconnected=True)
                 raise
             except Exception as error:  # noqa: BLE001
-                failure = as_api_error(error)
-                entry.add_error(failure)
-                if running.charge is not None:
-                    running.charge.settle_failed(failure)
-                await self._send(failure.envelope(), name)
+                failure = context.fail(error)
+                answer = running.answer
+                told = failure.envelope() if answer is None else answer.dialect.error(failure)[1]
+                await self._send(told, name)
                 if failure.status == 401:  # the key was revoked, or has expired
                     socket.log_entry.add_error(failure)
                     await socket.close(close_code(failure), failure.name)
             finally:
                 del self._running[key]
-                if running.generation is not None:
-                    running.generation.end()  # should it never have begun
-                    entry.add_usage(running.generation.usage)
-                if running.charge is not None:
-                    running.charge.settle(Usage())  # unless it has been
                 entry.write("websocket_request")
             if running.streamed:
-                assert running.generation is not None
-                await self._send({"object": "done", "id": running.generation.plan.id}, name)
+                assert running.answer is not None
+                done = {"object": "done", "id": running.answer.generation.plan.id}
+                await self._send(done, name)
 
     async def _generate(
-        self,
-        held: ExitStack,
-        running: _Running,
-        entry: AccessLogEntry,
-        name: str | None,
-        body: dict[str, Any],
+        self, context: Context, running: _Running, name: str | None, body: dict[str, Any]
     ) -> None:
-        """Answer a request, in a permit that ``held`` gives back."""
+        """Answer a request that has entered."""
         services = self._services
-        timeout = websocket.headers.get(TIMEOUT_HEADER)
-        permit = held.enter_context(services.admission.enter(self._caller.id, timeout))
-        await services.guard.recheck(self._caller)
-        running.charge = charge = running.charge or await services.limiter.enter(self._caller)
-        prepare = partial(self._prepare, services.registry, self._caller, body, strict=self._strict)
+        prepare = partial(self._prepare, services.registry, context, body)
         answer = await services.cpu_pool.run(
             running.size,
             prepare,
             owner=self._caller.id,
-            deadline=permit.deadline,
+            deadline=context.deadline,
             inline=self._inline,
         )
-        running.generation = answer.generation
+        running.answer = answer
         if running.cancelled:
             answer.generation.cancel()
-        await admit(services, permit, charge, answer, entry)
         if not answer.stream:
-            await self._send(await answer.whole(), name)
+            await self._send(await answer.whole(context, services.admission), name)
             return
-        async with aclosing(answer.chunks()) as chunks:
-            async for chunk in chunks:
+        async with aclosing(answer.events(context, services.admission)) as events:
+            async for event in events:
                 running.streamed = True
-                if chunk is not None:  # silence: the protocol's own pings tell of life
-                    await self._send(chunk, name)
+                if event is not None:  # silence: the protocol's own pings tell of life
+                    await self._send(event[1], name)
 
     async def _send(self, payload: Mapping[str, Any], name: str | None) -> None:
         if name is not None:

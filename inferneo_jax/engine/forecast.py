@@ -1,7 +1,7 @@
-"""How long new requests would take, estimated from what the engine measured of late.
+"""How long new requests would take, estimated from the engine's recent steps.
 
-The estimate takes every slot to be busy all the time, prompts and outputs to be computed side by
-side, and a request to write as many tokens as those before it did, which is seldom all that it may.
+The estimate assumes that every slot is always busy, that prompts and outputs are computed side by
+side, and that a request generates as many tokens as recent ones did, which is seldom its maximum.
 All three make it low rather than high; under a steady load it is about right.
 """
 
@@ -13,26 +13,26 @@ from functools import cache
 from inferneo_jax.request import EngineTotals, GenerationRequest
 from inferneo_jax.scheduler.sequence import Sequence
 
-_OF_LATE = 3.0
-"""Seconds of steps after which a measurement has lost most of its weight."""
+_DECAY_SECONDS = 3.0
+"""Time constant of the averages, in seconds of engine time."""
 _LENGTHS_KEPT, _LENGTHS_NEEDED = 64, 8
-"""Finished requests whose lengths are known, and how many are needed for an estimate."""
+"""How many output lengths are kept, and how many are needed for an estimate."""
 
 
 @dataclass(slots=True)
 class _Work:
-    """Tokens that are left to compute."""
+    """Tokens left to compute."""
 
     prompt: float = 0.0
     output: float = 0.0
 
 
 class Forecast:
-    """Measures steps and lengths on the engine's thread; any thread may ask.
+    """Measures steps and output lengths on the engine's thread; any thread may ask.
 
     Args:
-        slots: sequences that decode side by side.
-        budget: prompt tokens that one step computes at most.
+        slots: maximum number of sequences that decode together.
+        budget: maximum number of prompt tokens of one step.
     """
 
     def __init__(self, slots: int, budget: int) -> None:
@@ -43,15 +43,15 @@ class Forecast:
         self._known: tuple[float, tuple[int, ...]] = 0.0, ()
 
     def stepped(self, seconds: float, *, steps: int) -> None:
-        """The engine worked for so long, and completed so many steps."""
-        kept = math.exp(-seconds / _OF_LATE)
+        """Record that the engine worked for ``seconds`` and completed ``steps`` steps."""
+        kept = math.exp(-seconds / _DECAY_SECONDS)
         self._busy = self._busy * kept + seconds
         self._steps = self._steps * kept + steps
         if self._steps:
             self._known = self._busy / self._steps, self._known[1]
 
     def finished(self, tokens: int) -> None:
-        """A request was finished after so many tokens."""
+        """Record the output length of a finished request."""
         self._recent.append(tokens)
         self._known = self._known[0], tuple(self._recent)
 
@@ -64,9 +64,9 @@ class Forecast:
         been measured.
 
         Args:
-            live: the sequences that the engine has accepted and not finished.
-            requests: those that it is asked for beside.
-            totals: tell what prefixes in the cache and drafts have spared so far.
+            live: accepted sequences that have not finished.
+            requests: the new requests.
+            totals: the engine's totals, which show what the prefix cache and drafts have saved.
         """
         pace, lengths = self._known
         waits = live and len(live) + len(requests) > self._slots
@@ -108,5 +108,5 @@ class Forecast:
         return pace * (wait + alone)
 
     def _steps_for(self, work: _Work) -> float:
-        """The fewest steps in which so much can be computed."""
+        """The minimum number of steps for this work."""
         return max(work.prompt / self._budget, work.output / self._slots)

@@ -1,7 +1,7 @@
-"""What other threads ask of an engine, kept until the engine's thread takes it.
+"""Requests and changes from other threads, kept until the engine's thread takes them.
 
-Its lock is held only to move references, never while a step is planned, run or committed, so that
-an event loop can call every method.
+The lock is held only to move references, never while a step is scheduled, run or committed, so an
+event loop can call every method.
 """
 
 import threading
@@ -15,7 +15,7 @@ Change = Literal["abort", "pause", "resume"]
 
 
 class Inbox:
-    """The unfinished requests of one engine, and the changes that were asked for. Thread-safe."""
+    """The unfinished requests of one engine, and the pending changes to them. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -27,12 +27,12 @@ class Inbox:
         self._hung = False
 
     def __len__(self) -> int:
-        """Unfinished requests, taken or not."""
+        """Number of unfinished requests, taken or not."""
         return len(self._live)
 
     @property
     def end(self) -> EngineError | None:
-        """Why the engine ends; None while it goes on."""
+        """Why the engine ends; None while it runs."""
         return self._end
 
     @property
@@ -61,20 +61,20 @@ class Inbox:
             self._changed.notify()
 
     def change(self, request_id: str, change: Change) -> None:
-        """Ask for a change of a request; nothing happens if that has finished."""
+        """Request a change; without effect if the request has finished."""
         with self._changed:
             if sequence := self._live.get(request_id):
                 self._changes.append((sequence, change))
                 self._changed.notify()
 
     def close(self, reason: EngineError) -> None:
-        """Have the engine end; the first reason counts."""
+        """End the engine; the first reason counts."""
         with self._changed:
             self._end = self._end or reason
             self._changed.notify()
 
     def wait(self, *, idle: bool) -> bool:
-        """Wait until something is asked for, if the engine is idle; False once it is to end."""
+        """Wait, if the engine is idle, until there is something to do; False once it must end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._end or self._submitted or self._changes or not idle
@@ -105,12 +105,12 @@ class Inbox:
             self._live.pop(sequence.request.id, None)
 
     def hang(self, *, hung: bool) -> None:
-        """Accept nothing while a step hangs."""
+        """Refuse requests while a step hangs; accept them again after."""
         with self._changed:
             self._hung = hung
 
     def clear(self) -> list[Sequence]:
-        """Forget every unfinished sequence; returns them, for they must be told why they end."""
+        """Forget every unfinished sequence. Returns them, since they must be told why they end."""
         with self._changed:
             left = list(self._live.values())
             self._live.clear()

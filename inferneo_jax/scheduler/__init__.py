@@ -1,1 +1,1 @@
-"""Who runs next, in plain Python: slots, blocks, prefill chunks and drafts."""
+"""Who runs next, without jax: slots, blocks, prefill chunks and drafts."""

@@ -1,4 +1,4 @@
-"""How texts are packed into batches of an encoder: one behind the other, in a few sizes."""
+"""Packing of texts into batches of an encoder: one text after the other, in a few sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ _BATCH_TOKENS = 1024
 """Tokens of a full batch: enough for a matrix product to run at full speed."""
 
 _LEAST_TOKENS = 16
-"""Tokens of the smallest batch, and what a batch costs beside its tokens, in tokens."""
+"""Tokens of the smallest batch, and the fixed cost of a batch, in tokens."""
 
 _MEAN_LENGTH = 8
-"""Tokens of a text below which a batch holds fewer than would fit."""
+"""Tokens per text for which a batch has room for texts; shorter texts leave some padding."""
 
 
 class Batch(NamedTuple):
-    """Texts as an encoder takes them.
+    """Packed texts, as an encoder takes them.
 
     Attributes:
         tokens: ``[dp_size, size]``: ids of one text after the other, then zeros.
@@ -39,9 +39,9 @@ class Packer:
     """Cuts lists of texts into batches.
 
     Attributes:
-        max_tokens: of a text.
+        max_tokens: of one text.
         dp_size: number of data-parallel ranks, which have texts of their own in every batch.
-        padding_cost: of a token of padding, in other tokens.
+        padding_cost: cost of a token of padding, in tokens of a text.
     """
 
     max_tokens: int
@@ -50,7 +50,7 @@ class Packer:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens of a batch, rising; few where padding costs little."""
+        """The sizes of a batch in tokens, rising; fewer of them where padding costs little."""
         factor = 4 if self.padding_cost < 0.5 else 2
         sizes = [_LEAST_TOKENS]
         while sizes[-1] < max(_BATCH_TOKENS, self.max_tokens):
@@ -67,9 +67,9 @@ class Packer:
         )
 
     def take(self, texts: Sequence[Ids], order: list[int]) -> Batch:
-        """Pack texts that are taken off the end of ``order``, which has the longest last.
+        """Pack texts taken off the end of ``order``, which has the longest last.
 
-        Their size is that which computes most for what it costs.
+        The batch gets the size that computes most for its cost.
         """
 
         def worth(size: int) -> float:
@@ -90,7 +90,7 @@ class Packer:
 
 
 def _fitting(texts: Sequence[Ids], order: Sequence[int], size: int) -> list[int]:
-    """The longest texts that are left, as many as a rank of this size holds."""
+    """The longest remaining texts, as many as a rank's batch of this size holds."""
     longest = order[: -max(1, size // _MEAN_LENGTH) - 1 : -1]
     ends = accumulate(len(texts[i]) for i in longest)
     return [i for i, end in zip(longest, ends, strict=True) if end <= size]

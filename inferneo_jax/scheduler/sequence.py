@@ -1,4 +1,4 @@
-"""One request's state on the host."""
+"""A request's state on the host: its tokens, its slot and blocks, and its deliveries."""
 
 import logging
 from dataclasses import dataclass, field
@@ -18,27 +18,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on its way: its tokens, where it runs, and how far.
+    """One request in the engine. The scheduler alone changes its tokens, slot, blocks and counts.
 
-    A step is dispatched before the one before it is read, so the counts run ahead of ``output``.
+    A step is dispatched before the step before it is read, so the counts run ahead of ``output``.
 
     Attributes:
-        request: as it was submitted.
+        request: the request as it was submitted.
         sink: receives its outputs.
         order: arrival number, unique.
         output: generated tokens that the host knows.
         dp_rank: the data-parallel rank that serves it.
         slot: row of its rank's state; None while waiting.
         blocks: of the KV cache, in order of position.
-        prefill_len: tokens that prefill computes: all that were known when it got its slot.
-        num_computed: leading tokens whose keys and values are written, or will be by a step
-            already dispatched. While it decodes, the position of its newest token.
-        num_sampled: output tokens sampled, or dispatched to be.
+        prefill_len: number of tokens to prefill: all that were known when it got its slot.
+        num_computed: leading tokens whose keys and values are written, or will be by a step in
+            flight. During decode, the position of the newest token.
+        num_sampled: output tokens sampled, including those of a step in flight.
         num_cached_blocks: leading blocks that are in the prefix cache, for others to share.
         cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
-        admitted_at: when that was, in seconds of ``time.monotonic``.
+        admitted_at: time of the first admission, in seconds of ``time.monotonic``.
         prompt_logprobs: of the prompt's tokens, as far as they are known; the first token has none.
-        paused: whether its reader asked for nothing more for now; it keeps slot and blocks.
+        paused: whether to decode no further tokens for now; it keeps its slot and blocks.
         started: whether an output was delivered.
         finished: whether the last output was delivered.
     """
@@ -76,17 +76,17 @@ class Sequence:
 
     @property
     def urgency(self) -> tuple[int, int]:
-        """The smaller runs first, and is preempted last."""
+        """The sequence with the smaller value runs first and is preempted last."""
         return self.request.priority, self.order
 
     @property
     def in_prefill(self) -> bool:
-        """Whether it holds a slot and has tokens that prefill must still compute."""
+        """Whether it holds a slot and has tokens left to prefill."""
         return self.slot is not None and self.num_computed < self.prefill_len
 
     @property
     def num_missing(self) -> int:
-        """Tokens that prefill must still compute, while it holds a slot."""
+        """Number of tokens left to prefill, while it holds a slot."""
         return max(0, self.prefill_len - self.num_computed)
 
     @property
@@ -100,7 +100,7 @@ class Sequence:
         )
 
     def block_hashes(self, block_len: int, num_tokens: int) -> list[bytes]:
-        """Hashes of the blocks that the first ``num_tokens`` known tokens fill."""
+        """Hashes of the full blocks of the first ``num_tokens`` known tokens."""
         full, known = num_tokens // block_len, len(self._hashes)
         if known < full:
             tokens = self.tokens(known * block_len, full * block_len)

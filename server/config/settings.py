@@ -50,7 +50,7 @@ class Settings(SettingsSchema, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments win over variables, and these over the file."""
+        """Arguments take precedence over variables, and variables over the file."""
         assert isinstance(init_settings, InitSettingsSource)
         assert isinstance(env_settings, EnvSettingsSource)
         links = {name.lower() for name in _service_links()}
@@ -61,7 +61,7 @@ class Settings(SettingsSchema, BaseSettings):
 
     @classmethod
     def load(cls, flags: Mapping[str, Any] | None = None) -> Self:
-        """Read them; ``flags`` are those of the command line, by name.
+        """Read the settings; ``flags`` are those of the command line, by name.
 
         Raises:
             ConfigError: the file cannot be read, or a value is wrong; the text says which.
@@ -78,12 +78,12 @@ class Settings(SettingsSchema, BaseSettings):
         return settings
 
     def named(self, name: str) -> str:
-        """What whoever set ``name`` knows it by: the flag, the variable, or the key of the file."""
+        """Where ``name`` was set: the flag, the variable, or the key in the file."""
         in_file = self.config and name in self.model_fields_set
         return _named(name, self._flags, self.config if in_file else None)
 
     def checkpoints_dir(self) -> Path:
-        """The folder where converted models lie."""
+        """The folder of the converted models."""
         if self.checkpoints is not None:
             return self.checkpoints.expanduser().absolute()
         from inferneo_jax import default_checkpoints_dir
@@ -99,11 +99,11 @@ class Settings(SettingsSchema, BaseSettings):
         return str(Path(folder) / "inferneo" / "keys.db")
 
     def capacity(self) -> int:
-        """How many requests are served or wait at once."""
+        """How many requests may run or wait at once."""
         return self.slots + self.max_waiting
 
     def engine_config(self) -> EngineConfig:
-        """The part that the engine reads.
+        """The configuration of the engine.
 
         Raises:
             ConfigError: the values do not go together.
@@ -122,7 +122,7 @@ class Settings(SettingsSchema, BaseSettings):
         )
 
     def job_config(self) -> JobConfig | None:
-        """The processes that run one model with this one; None: there are none.
+        """The job of several processes that run one model; None if this one is alone.
 
         Raises:
             ConfigError: the values do not go together.
@@ -156,7 +156,7 @@ class Settings(SettingsSchema, BaseSettings):
 
 
 def unknown_variables() -> list[str]:
-    """Sentences about variables that look like settings and are none."""
+    """A sentence for each variable that looks like a setting but is none."""
     known = {variable_of(name) for name in Settings.model_fields} | {KEY_VARIABLE}
     links = _service_links()
     sentences = []
@@ -175,7 +175,7 @@ def unknown_variables() -> list[str]:
 
 @dataclass(frozen=True)
 class Traces:
-    """What the variables of OpenTelemetry ask for; all else about it the SDK reads itself.
+    """What OpenTelemetry's variables ask for; the SDK reads all others itself.
 
     Attributes:
         exporters: ``otlp``, ``console`` or what there is not; none: no traces.
@@ -187,7 +187,7 @@ class Traces:
 
 
 def traces_wanted() -> Traces:
-    """Whether the environment names a collector, or an exporter."""
+    """The exporters that the environment asks for."""
 
     def first(*names: str) -> str:
         return next((value for name in names if (value := os.environ.get(name, "").strip())), "")
@@ -201,7 +201,7 @@ def traces_wanted() -> Traces:
 
 
 def _service_links() -> list[str]:
-    """What Kubernetes gives each container for a Service named inferneo, or inferneo-something.
+    """The variables that Kubernetes sets for a Service named inferneo or inferneo-something.
 
     Of these ``INFERNEO_PORT``, a URL, has the name of a setting.
     """
@@ -232,7 +232,7 @@ def _read_file(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(name: str, flags: Container[str], file: object = None) -> str:
-    """The flag, the variable, or the key of the file, whichever of them was used."""
+    """The flag, the variable, or the key in the file, whichever was used."""
     if name in flags:
         return flag_of(name) or "MODEL"
     if file and variable_of(name) not in os.environ:
@@ -241,7 +241,7 @@ def _named(name: str, flags: Container[str], file: object = None) -> str:
 
 
 def _problem(error: Any, flags: Mapping[str, Any]) -> str:
-    """One sentence that names what is at fault as whoever set it knows it."""
+    """One sentence that names the setting at fault, by where it was set."""
     name = str(error["loc"][0]) if error["loc"] else ""
     where = _named(name, flags, flags.get("config") or os.environ.get(variable_of("config")))
     if error["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""API keys: what one is, and what its holder may do. No storage and no HTTP here.
+"""API keys, their scopes and their limits. No storage and no HTTP here.
 
 A key reads ``inferneo-<id>-<secret>``. The id finds it and may be shown; the secret is 131 bits of
 randomness that its holder alone knows. What is kept is an HMAC-SHA-256 of the whole.
@@ -26,12 +26,12 @@ _KEY = re.compile(rf"inferneo-([A-Za-z0-9]{{{_ID_LENGTH}}})-[A-Za-z0-9]{{{_SECRE
 
 _TICKET = re.compile(r"ticket-[0-9a-f]{32}")
 TICKET_SECONDS = 30
-"""How long a ticket for a WebSocket can be used."""
+"""How long a ticket for a WebSocket is valid."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a key may take; None is without limit.
+    """The limits of a key; None is no limit.
 
     Attributes:
         requests: a minute.
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Key:
-    """A key as it is kept.
+    """A key as it is stored.
 
     Attributes:
         id: public, and the same after a rotation.
@@ -68,11 +68,11 @@ class Key:
     revoked: float | None = None
 
     def matches(self, pepper: bytes, text: str) -> bool:
-        """Whether ``text`` is this key, in constant time."""
+        """Whether ``text`` is this key; compared in constant time."""
         return hmac.compare_digest(self.digest, digest(pepper, text))
 
     def to_fields(self) -> dict[str, str]:
-        """As stores keep it: texts by name."""
+        """The fields that stores keep, as strings by name."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         del values["id"]
         return encode_fields(values)
@@ -88,7 +88,7 @@ class Key:
 
 
 def encode_fields(values: Mapping[str, Any]) -> dict[str, str]:
-    """Attributes of a key as texts."""
+    """Attributes of a key as strings."""
     return {name: json.dumps(_plain(value)) for name, value in values.items()}
 
 
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def new_key(pepper: bytes, *, name: str, created: float, **rights: Any) -> tuple[Key, str]:
-    """A new key, and its text, which cannot be had again.
+    """A new key, and its text, which cannot be recovered later.
 
     Args:
         pepper: the secret of the store it is for.
@@ -119,23 +119,23 @@ def new_text(key_id: str) -> str:
 
 
 def id_of(text: str) -> str | None:
-    """The id in a key's text; None if it is no such text."""
+    """The id in a key's text; None if it is not a key."""
     match = _KEY.fullmatch(text)
     return match[1] if match else None
 
 
 def new_ticket() -> str:
-    """A new text that may stand for a key once."""
+    """A new ticket, which stands for a key once."""
     return f"ticket-{secrets.token_hex(16)}"
 
 
 def is_ticket(text: str) -> bool:
-    """Whether it has a ticket's form."""
+    """Whether ``text`` has the form of a ticket."""
     return _TICKET.fullmatch(text) is not None
 
 
 def digest(pepper: bytes, text: str) -> str:
-    """What is kept of a secret text."""
+    """The digest that is stored in place of a secret."""
     return hmac.new(pepper, text.encode(), hashlib.sha256).hexdigest()
 
 

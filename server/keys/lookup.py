@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class KeyLookup:
-    """The keys that were found of late, and those that are being looked for.
+    """A cache of recently found keys, and the lookups under way.
 
     Whoever sends a text that was found to be a key's is looked up whatever else is; a flood of
     other texts fills its own bound only.
@@ -34,7 +34,7 @@ class KeyLookup:
         self._pepper: bytes | None = None
 
     async def pepper(self) -> bytes:
-        """The secret that digests are made with.
+        """The secret that key digests are computed with.
 
         Raises:
             ApiError: the store cannot be used.
@@ -44,7 +44,7 @@ class KeyLookup:
         return self._pepper
 
     async def matching(self, key_id: str, text: str) -> Key | None:
-        """The key of this id, if that is its text.
+        """The key of this id, if ``text`` is that key.
 
         Raises:
             ApiError: too much is looked up, or the store cannot be used.
@@ -63,7 +63,7 @@ class KeyLookup:
         return key if key is not None and key.matches(pepper, text) else None
 
     async def by_id(self, key_id: str, *, anew: bool = False) -> Key | None:
-        """The key of this id, which a caller has proven to have; ``anew``: as it is at this moment.
+        """The key of this id, which the caller has proven to hold; ``anew`` bypasses the cache.
 
         Raises:
             ApiError: the store cannot be used.
@@ -72,7 +72,7 @@ class KeyLookup:
         return key if time.monotonic() < until and not anew else await self._find(key_id)
 
     async def unproven(self, call: Callable[[], Awaitable[Result]]) -> Result:
-        """What a call to the store returns, made for a text that may be no key's.
+        """The result of a store call that is made for a string that may not be a key.
 
         Raises:
             ApiError: there are as many as there may be.
@@ -91,13 +91,13 @@ class KeyLookup:
             self._unproven -= 1
 
     def forget(self, key_id: str) -> None:
-        """Look a key up anew: it has been changed."""
+        """Look up a key again next time, since it has changed."""
         if found := self._found.get(key_id):
             self._found[key_id] = found[0], 0.0
         self._finding.pop(key_id, None)
 
     async def _find(self, key_id: str) -> Key | None:
-        """Look a key up; all who ask for it meanwhile share the answer."""
+        """Look up a key; callers that ask for it meanwhile share the result."""
         if (finding := self._finding.get(key_id)) is None:
             finding = self._finding[key_id] = asyncio.create_task(self._look_up(key_id))
             finding.add_done_callback(partial(self._end_finding, key_id))

@@ -18,13 +18,13 @@ _HOW = (
 
 
 class SocketPermit:
-    """Leave for one socket; it is given back once, by :meth:`leave`."""
+    """The permit of one socket, which :meth:`leave` releases once."""
 
     def __init__(self, release: Callable[[], None]) -> None:
         self._release: Callable[[], None] | None = release
 
     def leave(self) -> None:
-        """Give it back; further calls do nothing."""
+        """Release the permit; further calls do nothing."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -48,12 +48,12 @@ class SocketAdmission:
 
     @property
     def identified(self) -> int:
-        """Sockets of clients that are known, or need no key."""
+        """The number of open sockets whose client is known or needs no key."""
         return self._identified.in_use
 
     @property
     def unidentified(self) -> int:
-        """Sockets whose key is waited for."""
+        """The number of open sockets that have yet to send a key."""
         return self._waiting.total()
 
     def enter(self, owner: str | None) -> SocketPermit:
@@ -101,7 +101,7 @@ class SocketAdmission:
 
 
 def network_of(address: str | None) -> str:
-    """What counts as one client's address: of IPv6 the first half, which one machine has whole."""
+    """The address that counts as one client: of IPv6 its /64 network, which one machine owns."""
     with suppress(ValueError):  # of a Unix socket there is none
         found = ipaddress.ip_address((address or "").partition("%")[0])
         if isinstance(found, ipaddress.IPv6Address):

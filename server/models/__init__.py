@@ -1,1 +1,1 @@
-"""Which models are served, where they come from, and how far they are loaded."""
+"""The models that are served: their sources and their loading."""

@@ -1,4 +1,4 @@
-"""The models of the settings: loaded in the background, found by name."""
+"""The models named in the settings, loaded in the background and looked up by name."""
 
 import asyncio
 import contextlib
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 LOST_SECONDS = 30.0
-"""A step that takes so much longer than it should is not waited for any more."""
+"""How long a step may exceed its limit before its model counts as lost."""
 
 _SERVES = {
     "generate": "generates text and makes no embeddings; use /v1/chat/completions or "
     "/v1/completions.",
     "embed": "makes embeddings and no text; use /v1/embeddings.",
 }
-"""By a model's task, what it does, for a caller who wants something else."""
+"""What a model does, by its task, for the error of a caller who wants something else."""
 
 
 class Progress(TypedDict):
@@ -57,7 +57,7 @@ class _StopLoading(BaseException):
 
 
 class Registry:
-    """The models by id and alias, and how far their loading is."""
+    """The models by id and alias, and the progress of their loading."""
 
     def __init__(
         self,
@@ -83,33 +83,33 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        """Every model is loaded and its engine runs."""
+        """Whether every model is loaded and its engine runs."""
         return all(entry.model and entry.model.ready() for entry in self._entries.values())
 
     @property
     def loaded(self) -> bool:
-        """Every model is loaded."""
+        """Whether every model is loaded."""
         return all(entry.model for entry in self._entries.values())
 
     @property
     def in_job(self) -> bool:
-        """Other processes run a model with this one."""
+        """Whether other processes run a model together with this one."""
         return self._job is not None
 
     def lost(self) -> str | None:
-        """Why a model will not serve again; None: all do, or may."""
+        """Why some model will never serve again; None if none is lost."""
         return self.job_lost() or next(filter(None, map(_lost, self.models())), None)
 
     def job_lost(self) -> str | None:
-        """Why the processes that run a model with this one are no job any more; None: they are."""
+        """Why the job with other processes has ended; None if it has not, or there is none."""
         return self._job.lost if self._job else None
 
     def models(self) -> list["Model"]:
-        """Those that are loaded."""
+        """The models that are loaded."""
         return [entry.model for entry in self._entries.values() if entry.model]
 
     def progress(self) -> list[Progress]:
-        """Of each model: its id, and what is being done for it, ``ready`` at the end."""
+        """The loading stage of each model; ``ready`` is the last."""
         return [
             {"id": entry.source.id, "stage": entry.stage, "done": entry.done, "total": entry.total}
             for entry in self._entries.values()
@@ -158,7 +158,7 @@ class Registry:
         return model
 
     async def load(self) -> None:
-        """Load all models at once, in threads; meanwhile the loop is free.
+        """Load all models at once, in threads, without blocking the event loop.
 
         The processes of a job meet in each model, so there it is one after the other.
 
@@ -201,7 +201,7 @@ class Registry:
         await asyncio.gather(*loaded)
 
     def stop(self, seconds: float = 10.0) -> None:
-        """End the loading, if it is still under way, and every engine. Blocks."""
+        """Stop the loading, if it still runs, and every engine. Blocks."""
         self._stopping.set()
         deadline = time.monotonic() + seconds
         for thread in self._threads:
@@ -238,7 +238,7 @@ class Registry:
 
 
 def still_loading() -> ApiError:
-    """The answer while models are being loaded."""
+    """The error while models are being loaded."""
     return unavailable(
         "The models are still being loaded; GET /ready says how far that is. Send the request "
         "again later.",

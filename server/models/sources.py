@@ -1,4 +1,4 @@
-"""Where the models of the settings come from."""
+"""The sources of the models that the settings name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Loader = Callable[["Source", Settings, Progress], "Model"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: the folder ``path``, or by its id: converted already, or pulled."""
+    """A model's source: the folder ``path``, or a name that is converted already or is pulled."""
 
     id: str
     path: Path | None = None
@@ -26,7 +26,7 @@ class Source:
 def load_from_disk(
     source: Source, settings: Settings, progress: Progress, job: "Job | None" = None
 ) -> "Model":
-    """Pull the model if it is not there, then load it, with the job's other processes. Blocks.
+    """Pull the model if it is missing, then load it, with the job's other processes. Blocks.
 
     Raises:
         InferneoError: it cannot be had, or cannot be used.
@@ -41,7 +41,7 @@ def load_from_disk(
 
 
 def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
-    """The model's folder; it is pulled if it is not there.
+    """The model's folder; the model is pulled if it is missing.
 
     Raises:
         InferneoError: it cannot be had.
@@ -54,7 +54,7 @@ def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
 
 
 def sources_of(settings: Settings) -> list[Source]:
-    """What the settings name, in their order.
+    """The sources that the settings name, in the same order.
 
     Raises:
         ConfigError: two models would have the same id.

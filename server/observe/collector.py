@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from inferneo_jax import Model
 
 MODEL = "model_name"
-"""The label of every figure that is of one model."""
+"""The label of every metric of one model."""
 
 _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "vllm:num_requests_running": ("Requests that hold a slot.", lambda s: s.running),
@@ -97,7 +97,7 @@ class StateCollector(Collector):
         self._read = read
 
     def collect(self) -> Iterator[Metric]:
-        """All families, each once; those of a kind that is not there have no series."""
+        """All metric families, each once; a family without a source has no series."""
         build = GaugeMetricFamily("inferneo_build_info", "Always 1.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
@@ -118,7 +118,7 @@ class StateCollector(Collector):
         yield from _of_devices(bool(state.models))
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: registering would else ask the engines."""
+        """Nothing, so that registering does not query the engines."""
         return iter(())
 
 

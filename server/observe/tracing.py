@@ -1,4 +1,4 @@
-"""Traces of requests by OpenTelemetry, for whom its own variables ask: see docs/tracing.md.
+"""OpenTelemetry traces of requests, configured by its own variables: see docs/tracing.md.
 
 A request is one span. Its attributes are the facts of its log line, under the names of the semantic
 conventions for HTTP and for generative AI; below it, each sequence's time is cut at the instants
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-"""Of HTTP; clients may make up others, which must name no figure and no span."""
+"""The methods of HTTP. Clients may invent others, which must not name metrics or spans."""
 WEBSOCKET = "WEBSOCKET"
-"""In place of a method: requests on a socket have none."""
+"""In place of a method, which requests on a WebSocket do not have."""
 CLOSE_SECONDS = 3.0
-"""How long the end of the server waits for a collector."""
+"""How long the shutdown of the server waits for a collector."""
 _LONGEST_PATH = 200
 _MOST_SEQUENCES = 16
-"""Sequences of one request whose times become spans."""
+"""Maximum sequences of one request whose times become spans."""
 
 _ATTRIBUTES = {
     "route": "http.route",
@@ -50,11 +50,11 @@ _ATTRIBUTES = {
     "key": "inferneo.key_id",
     "disconnected": "inferneo.disconnected",
 }
-"""What a fact of a log line is called in a span. What is not listed stays out of it."""
+"""The span attribute of each access log field; fields not listed are left out."""
 
 
 class Times:
-    """When a sequence was given to the engine, got a slot, its first and its last token.
+    """When a sequence was submitted, got a slot, its first token and its last token.
 
     In seconds of ``time.monotonic``.
     """
@@ -70,7 +70,7 @@ class Times:
 
 
 class Trace:
-    """The span of one request, and those of its sequences. Calls cost next to nothing unsampled.
+    """The spans of one request and of its sequences. Unsampled, calls cost next to nothing.
 
     Attributes:
         ids: ``trace_id`` and ``span_id``, in hexadecimal digits, for log lines.

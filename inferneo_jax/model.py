@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,12 @@ from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import oom_as_config_error, require
 from inferneo_jax.request import EngineStats
-from inferneo_jax.runner.backends import resolve_decoder, resolve_encoder
+from inferneo_jax.runner.backends import (
+    DecoderBackend,
+    EncoderBackend,
+    resolve_decoder,
+    resolve_encoder,
+)
 from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.runner import Runner, sharing
 from inferneo_jax.sharding.mesh import make_mesh
@@ -196,7 +201,7 @@ def _load_embedder(
     shape = config.mesh if jax.process_count() == 1 else MeshShape()
     mesh = make_mesh(shape, jax.local_devices())
     backend = resolve_encoder(model, config, mesh)
-    weights, _ = load_weights(checkpoint, mesh, [backend.quantization], config)
+    weights, _ = load_weights(checkpoint, backend, config.compilation_cache)
     embedder = Embedder(backend, weights, config)
     with oom_as_config_error("the batches were compiled and first run"):
         embedder.start(progress)
@@ -236,7 +241,7 @@ def load_runner(
         job.take(info.path.name)
         agree(job.processes, "model", _identity(info, config, mesh))
     backend = resolve_decoder(info.config, config, mesh)
-    weights, quantization = load_weights(info, mesh, backend.choices, config)
+    weights, quantization = load_weights(info, backend, config.compilation_cache)
     runner = Runner(backend.loaded(quantization), weights, config, job.processes if job else None)
     with oom_as_config_error("the steps were compiled and first run"):
         runner.compile(progress)
@@ -263,21 +268,22 @@ def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[st
 
 
 def load_weights(
-    info: CheckpointInfo, mesh: Mesh, choices: Iterable[QuantizationConfig], config: EngineConfig
+    info: CheckpointInfo, backend: DecoderBackend | EncoderBackend, cache: str | None
 ) -> tuple[list[jax.Array], QuantizationConfig]:
-    """The weights with the first of the quantizations that can represent them, and that one.
+    """The weights with the first of the backend's choices that can represent them, and that one.
 
-    Those that an earlier start has kept are taken as they are; else they are read and encoded.
+    Those that an earlier start has kept in the folder ``cache`` are taken as they are; else they
+    are read and encoded.
     """
-    model = info.config
+    model, padded, mesh = backend.model, backend.padded, backend.mesh
     stores = {
-        quantization: KeptWeights(config.compilation_cache, info.path, mesh, quantization)
-        for quantization in choices
+        quantization: KeptWeights(cache, info.path, mesh, quantization)
+        for quantization in backend.choices
     }
 
     @contextmanager
     def room(quantization: QuantizationConfig) -> Iterator[None]:
-        needed = local_bytes(flat(weight_shapes(model, mesh, quantization)))
+        needed = local_bytes(flat(weight_shapes(padded, mesh, quantization)))
         require(needed * sharing(mesh), "the weights")
         with oom_as_config_error("the weights were loaded"):
             yield
@@ -286,14 +292,16 @@ def load_weights(
         if store.there:
             with room(quantization):
                 if kept := store.read():
-                    return place_weights({}, model, mesh, quantization, kept), quantization
+                    placed = place_weights({}, model, padded, mesh, quantization, kept)
+                    return placed, quantization
     shapes = {name: spec.shape for name, spec in models.weight_specs(model).items()}
     sources = open_weights(info.path, shapes)
     refused: EncodingError | None = None
     for quantization, store in stores.items():
         try:
             with room(quantization), store.writing() as keep:
-                return place_weights(sources, model, mesh, quantization, keep=keep), quantization
+                placed = place_weights(sources, model, padded, mesh, quantization, keep=keep)
+                return placed, quantization
         except EncodingError as error:
             refused = error
     assert refused, "there is at least one choice"

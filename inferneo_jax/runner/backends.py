@@ -98,6 +98,11 @@ class EncoderBackend:
         return type(self.attention) is not SegmentAttention
 
     @property
+    def choices(self) -> list[QuantizationConfig]:
+        """What to try for the weights of a checkpoint: one for all."""
+        return [self.quantization]
+
+    @property
     def kv_dtype(self) -> str:
         """Empty: an encoder keeps no keys and values."""
         return ""

@@ -14,7 +14,7 @@ from inferneo_jax.config import DecoderConfig, ModelConfig
 from inferneo_jax.layers.quantization import HostArray, QuantizationConfig
 from inferneo_jax.layers.spec import WeightSpec
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.sharding.padding import Index, PaddedWeight, Sliceable, pad_for_mesh
+from inferneo_jax.sharding.padding import Index, PaddedWeight, Sliceable
 from inferneo_jax.weights.cache import EncodedParts, Keep
 
 _READERS = 4
@@ -25,10 +25,9 @@ Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 
 def weight_shapes(
-    config: ModelConfig, mesh: Mesh, quantization: QuantizationConfig
+    padded: ModelConfig, mesh: Mesh, quantization: QuantizationConfig
 ) -> dict[str, Shapes]:
-    """The weights of a model on a mesh, by name, in the order of the module's leaves."""
-    padded = pad_for_mesh(config, meshes.parts(mesh, "vocab"))
+    """The weights of a padded model on a mesh, by name, in the order of the module's leaves."""
     return {
         name: tuple(
             jax.ShapeDtypeStruct(
@@ -56,7 +55,8 @@ def local_bytes(shapes: list[jax.ShapeDtypeStruct]) -> int:
 
 def place_weights(
     sources: Mapping[str, Sliceable],
-    config: ModelConfig,
+    model: ModelConfig,
+    padded: ModelConfig,
     mesh: Mesh,
     quantization: QuantizationConfig,
     kept: EncodedParts | None = None,
@@ -65,8 +65,9 @@ def place_weights(
     """The weights of a model, each device's part read and encoded on its own.
 
     Args:
-        sources: the weights as the model's own configuration declares them.
-        config: of the model, not padded to the mesh.
+        sources: the weights as ``model`` declares them.
+        model: as its checkpoint describes it.
+        padded: the same model, padded for the mesh.
         mesh: where they go.
         quantization: of the matrices.
         kept: all parts that this process needs, encoded before; then no source is read.
@@ -75,15 +76,14 @@ def place_weights(
     Returns:
         What a step takes: arrays in the order of the padded module's leaves.
     """
-    declared = {} if kept else models.weight_specs(config)
-    padded_config = pad_for_mesh(config, meshes.parts(mesh, "vocab"))
-    padded = models.weight_specs(padded_config, quantization)
+    declared = {} if kept else models.weight_specs(model)
+    specs = models.weight_specs(padded, quantization)
     group = None
-    if isinstance(config, DecoderConfig) and isinstance(padded_config, DecoderConfig):
-        group = config.group_size, padded_config.group_size
+    if isinstance(model, DecoderConfig) and isinstance(padded, DecoderConfig):
+        group = model.group_size, padded.group_size
 
     def place(name: str, targets: Shapes) -> list[Array]:
-        spec = padded[name]
+        spec = specs[name]
         parts = max(map(_num_parts, targets))
 
         # Devices along an axis that does not split the weight share one copy.
@@ -117,7 +117,7 @@ def place_weights(
 
         return [array(i, target) for i, target in enumerate(targets)]
 
-    shapes = weight_shapes(config, mesh, quantization)
+    shapes = weight_shapes(padded, mesh, quantization)
     with ThreadPoolExecutor(_READERS) as pool:
         return [a for arrays in pool.map(place, shapes, shapes.values()) for a in arrays]
 

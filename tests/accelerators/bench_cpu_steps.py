@@ -69,7 +69,8 @@ def load(way: dict[str, Any], rows: tuple[int, ...]) -> tuple[Programs, list[jax
     backend = resolve_decoder(info.config, config, mesh)
 
     def place(quantization: QuantizationConfig) -> list[jax.Array]:
-        return place_weights(open_weights(info.path, shapes), info.config, mesh, quantization)
+        sources = open_weights(info.path, shapes)
+        return place_weights(sources, backend.model, backend.padded, mesh, quantization)
 
     try:
         quantization = backend.choices[0]

@@ -18,7 +18,8 @@ from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import Int8, QuantizationConfig
 from inferneo_jax.runner.backends import resolve_decoder
-from inferneo_jax.sharding.mesh import make_mesh
+from inferneo_jax.sharding.mesh import make_mesh, parts
+from inferneo_jax.sharding.padding import pad_for_mesh
 from inferneo_jax.weights.placement import weight_shapes
 from tests.support.tiny_model import (
     MIXED,
@@ -79,7 +80,8 @@ def test_zeros_stay_zeros() -> None:
 def _by_weight(shape: MeshShape, quantization: QuantizationConfig) -> dict[str, list[jax.Array]]:
     """The tiny model's arrays on a mesh, by the weight that they make up."""
     arrays = iter(tiny_weights(TINY, shape, quantization))
-    shapes = weight_shapes(TINY, make_mesh(shape), quantization)
+    mesh = make_mesh(shape)
+    shapes = weight_shapes(pad_for_mesh(TINY, parts(mesh, "heads")), mesh, quantization)
     return {name: list(itertools.islice(arrays, len(each))) for name, each in shapes.items()}
 
 

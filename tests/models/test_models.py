@@ -30,7 +30,8 @@ F32 = jnp.dtype("float32")
 def _load(folder: Path) -> tuple[DecoderConfig | EncoderConfig, nnx.Module]:
     config = read_info(folder).config
     shapes = {name: spec.shape for name, spec in models.weight_specs(config).items()}
-    weights = place_weights(open_weights(folder, shapes), config, make_mesh(ONE_DEVICE), REFERENCE)
+    sources = open_weights(folder, shapes)
+    weights = place_weights(sources, config, config, make_mesh(ONE_DEVICE), REFERENCE)
     graphdef, treedef = models.graphdef(config, REFERENCE)
     return config, nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 

@@ -27,7 +27,8 @@ from inferneo_jax.request import (
 )
 from inferneo_jax.runner.backends import DecoderBackend, resolve_decoder
 from inferneo_jax.runner.runner import Runner
-from inferneo_jax.sharding.mesh import make_mesh
+from inferneo_jax.sharding.mesh import make_mesh, parts
+from inferneo_jax.sharding.padding import pad_for_mesh
 from inferneo_jax.weights.placement import place_weights
 from tests.support.paths import COMPILED, GOLDEN
 
@@ -91,7 +92,9 @@ def tiny_weights(
         name: _random(rng, spec.shape).astype(np.float32)
         for name, spec in models.weight_specs(config).items()
     }
-    return place_weights(weights, config, make_mesh(shape), quantization)
+    mesh = make_mesh(shape)
+    padded = pad_for_mesh(config, parts(mesh, "heads"))
+    return place_weights(weights, config, padded, mesh, quantization)
 
 
 def tiny_backend(

@@ -1,5 +1,6 @@
 """Encoded weights kept on disk: the next start has the very same, and never damaged ones."""
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from inferneo_jax import models
-from inferneo_jax.config import EngineConfig, MeshShape
+from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.layers.quantization import EncodingError, Int8, QuantizationConfig, Unquantized
 from inferneo_jax.model import load_weights
+from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights import cache
 from inferneo_jax.weights.checkpoint import read_info, write_checkpoint
@@ -70,7 +72,14 @@ def load(
     config = EngineConfig(mesh=shape, compilation_cache=str(folder) if folder else None)
     mesh = make_mesh(shape, jax.devices()[: shape.data * shape.model])
     choices = choices or (QuantizationConfig.int8(F32, shape.model, "int8"),)
-    weights, chosen = load_weights(read_info(checkpoint), mesh, choices, config)
+    info = read_info(checkpoint)
+    assert isinstance(info.config, DecoderConfig)
+    backend = dataclasses.replace(
+        resolve_decoder(info.config, config, mesh),
+        quantization=choices[-1],
+        compact_quantization=choices[0],
+    )
+    weights, chosen = load_weights(info, backend, config.compilation_cache)
     assert chosen == choices[-1]
     return [np.asarray(each) for each in weights]
 

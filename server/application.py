@@ -1,4 +1,4 @@
-"""Makes the application; importing this makes none."""
+"""Builds the application. Importing this module builds none."""
 
 import asyncio
 import functools
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
 logger = structlog.get_logger(__name__)
 
 _LOADING_THRESHOLD = 50_000
-"""New objects between two runs of the collector while models load."""
+"""New objects between two runs of the garbage collector while models load."""
 
 
 def create_app(settings: Settings | None = None, loader: Loader | None = None) -> Quart:
-    """Build the application; models are loaded once it is served, by ``loader``, or from disk.
+    """Build the application. ``loader`` loads the models once it is served; by default from disk.
 
     Raises:
         ConfigError: the settings cannot work.
@@ -146,7 +146,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
 
 
 def _lead(settings: Settings) -> "Job | None":
-    """The job that this process is to lead, if the settings name one."""
+    """The job of several processes that this one leads, if the settings name one."""
     if (config := settings.job_config()) is None:
         return None
     from inferneo_jax import Job
@@ -159,7 +159,7 @@ def _lead(settings: Settings) -> "Job | None":
 
 
 async def _load(registry: Registry) -> None:
-    """Load the models. A server that can never serve ends, with an exit code that says so."""
+    """Load the models. A server that can never serve ends with exit code 1."""
     usual = gc.get_threshold()
     # Nearly all that is made now stays; to look through it over and over takes a tenth of the time.
     gc.set_threshold(_LOADING_THRESHOLD, *usual[1:])

@@ -1,4 +1,4 @@
-"""A server beside a notebook: started from a cell, asked from the next ones, stopped at the end."""
+"""A server beside a notebook: start it in one cell, use it in the next ones, stop it at the end."""
 
 import os
 from types import TracebackType
@@ -9,11 +9,11 @@ from server.config.settings import Settings
 from server.process.child import END_SECONDS, OURS, Child
 
 _SLACK_SECONDS = 5.0
-"""What ending takes beside the requests that are let finish."""
+"""How long the shutdown takes after the last request has finished."""
 
 
 class Server:
-    """A server in a process of its own, on a free port of this machine unless one is given.
+    """A server in a child process, on a free port of this machine unless one is given.
 
     Starting returns once it is ready, after models are fetched and compiled. On Linux it ends with
     the notebook's kernel, even if that is killed.
@@ -51,11 +51,11 @@ class Server:
 
     @property
     def log(self) -> str:
-        """What it has said so far; it can be read after the end, too."""
+        """The server's log so far, which can be read after its end, too."""
         return self._child.log
 
     def stop(self) -> None:
-        """Let requests finish, and end it; it is killed if it takes longer than they may."""
+        """Let requests finish and end the server, which is killed if it takes too long."""
         self._child.end(self._end_seconds)
 
     def __enter__(self) -> Self:

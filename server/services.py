@@ -1,4 +1,4 @@
-"""What the routes share."""
+"""The services that the endpoints share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _NAME = "services"
 
 @dataclass(frozen=True)
 class Services:
-    """What one application has, made once by ``create_app``.
+    """The services of one application, made once by ``create_app``.
 
     Attributes:
         description: makes the API's description, an OpenAPI document as JSON.
@@ -46,10 +46,10 @@ class Services:
 
 
 def services_of(app: Quart) -> Services:
-    """Those of an application."""
+    """The services of an application."""
     return cast(Services, app.extensions[_NAME])
 
 
 def attach(app: Quart, services: Services) -> None:
-    """Give an application its services."""
+    """Attach its services to an application."""
     app.extensions[_NAME] = services

@@ -1,4 +1,4 @@
-"""What Quart and Hypercorn leave to us: bounds, clean ends, and one log line a request."""
+"""HTTP connections: limits, clean ends, and one log line per request."""
 
 import asyncio
 import re
@@ -33,7 +33,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def request_id(headers: Headers) -> str:
-    """The client's ``X-Request-Id`` if it is one that may be repeated, else a new one."""
+    """The client's ``X-Request-Id`` if it is safe to repeat, else a new id."""
     given = headers.get("X-Request-Id", "")
     return given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
 
@@ -63,7 +63,7 @@ def current_request() -> ApiRequest:
 
 
 class Connections:
-    """The connections with a request under way, or a WebSocket."""
+    """The connections that have a running request, or a WebSocket."""
 
     def __init__(self) -> None:
         self._open: set[WriteTimeout] = set()
@@ -72,7 +72,7 @@ class Connections:
 
     @contextmanager
     def opened(self, write_timeout: WriteTimeout) -> Iterator[None]:
-        """One of them, while this is open."""
+        """Count a connection as open while this context is."""
         self._open.add(write_timeout)
         self._none.clear()
         try:
@@ -84,13 +84,13 @@ class Connections:
                 self._none.set()
 
     async def ended(self, seconds: float) -> None:
-        """Wait until there are none, at most so long."""
+        """Wait until no connection is open, at most ``seconds``."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._none.wait()
 
     def cut(self) -> int:
-        """Cut them all, whatever lies unread; how many there were."""
+        """Close all connections at once, and return how many there were."""
         for write_timeout in self._open:
             write_timeout.cut()
         return len(self._open)
@@ -99,7 +99,7 @@ class Connections:
 async def while_connected(
     handling: Coroutine[Any, Any, None], listening: Coroutine[Any, Any, None]
 ) -> None:
-    """Handle until that is done, or until listening ends: the client has gone.
+    """Run ``handling`` until it is done, or until ``listening`` ends: the client has left.
 
     Quart's own way to do this asks a handler to stop once. Such a request gets lost when the body
     arrives in the same turn of the loop (``asyncio.wait_for`` before Python 3.12 drops it), and is
@@ -180,7 +180,7 @@ class HttpConnection(ASGIHTTPConnection):
 
 
 def install(app: Quart, tracing: Tracing | None, unlogged: Collection[str]) -> Connections:
-    """Make ``app`` use these classes; its open connections.
+    """Make ``app`` use these classes, and return its open connections.
 
     Routes that are ``unlogged`` have no entries in the access log: probes would drown the others.
     """

@@ -25,17 +25,17 @@ from server.http.errors import RETRY_OVERLOADED_SECONDS, ApiError, unavailable
 from server.http.transport import owner_of
 
 FIRST_FRAME_BYTES = 4096
-"""What a client may send before it is identified; its key takes a hundred bytes."""
+"""The longest frame of a client that is not identified yet; a key takes a hundred bytes."""
 PING_SECONDS = 20.0
 STALL_SECONDS = 20.0
 STALL_BYTES = 64 * 1024
-"""A frame must be whole within :data:`STALL_SECONDS`, or so many bytes of it must have come."""
+"""In each :data:`STALL_SECONDS` a frame must be complete, or this many bytes of it arrive."""
 MIN_TOTAL_BYTES = 64 * 1024 * 1024
 _GUARANTEED_BYTES = 64 * 1024
 
 
 class FrameError(ApiError):
-    """A frame after which nothing more of the client's can be read.
+    """The error for a frame after which nothing more can be read from the client.
 
     Attributes:
         close_code: what the connection is to be closed with (RFC 6455, 7.4.1).
@@ -47,14 +47,14 @@ class FrameError(ApiError):
 
 
 class FrameMemory:
-    """The bytes that the frames of all sockets may take together, before they are parsed.
+    """Limits the bytes of unparsed frames over all sockets.
 
     A socket may hold at most as many bytes as remain free, as keys do places in ``Admission``, but
     always a few: so one client's frames never take the memory that another's need.
     """
 
     def __init__(self, largest: int) -> None:
-        """``largest`` is the size of the largest frame, which must fit where nothing else is."""
+        """``largest`` is the size of the largest frame, which must always fit alone."""
         self.total = max(MIN_TOTAL_BYTES, 4 * largest)
         self.used = 0
 
@@ -66,12 +66,12 @@ class FrameMemory:
         return True
 
     def give(self, held: int) -> None:
-        """Give back what a socket held."""
+        """Return the bytes that a socket held."""
         self.used -= held
 
 
 class Inbox:
-    """What one client has sent and the application has not dealt with: one message at most.
+    """What one client has sent and the application has not handled: one message at most.
 
     A message that is too long is refused as soon as it is, and its rest is dropped as it comes.
 
@@ -80,7 +80,7 @@ class Inbox:
     """
 
     def __init__(self, memory: FrameMemory, narrow: Callable[[int | None], None]) -> None:
-        """``narrow`` bounds what the layers below read ahead; None: as usual."""
+        """``narrow`` limits what the layers below read ahead; None restores the default."""
         self.broken = False
         self._closed = False
         self._limit = FIRST_FRAME_BYTES
@@ -128,7 +128,7 @@ class Inbox:
             del item  # its traceback refers to this frame
 
     async def add(self, data: str | bytes, *, last: bool) -> None:
-        """Take a part of a message, once the application wants that."""
+        """Add a part of a message, once the application wants the message."""
         await self._wanted.wait()
         if self._closed or self.broken:
             return
@@ -141,14 +141,14 @@ class Inbox:
         self._watch(last=last)
 
     def fail(self, error: FrameError) -> None:
-        """Nothing that comes from now on can be read."""
+        """Note that nothing more can be read."""
         self._clear()
         self.broken, self._failure = True, error
         self._arrived.set()
         self._wanted.set()
 
     def close(self) -> None:
-        """Free what is held; what still comes is dropped."""
+        """Free the memory held, and discard what still arrives."""
         self._clear()
         self._memory.give(self._lent)
         self._lent, self._item, self._closed = 0, None, True
@@ -183,7 +183,7 @@ class Inbox:
         self._parts, self._collected = BytesIO(), 0
 
     def _watch(self, *, last: bool) -> None:
-        """Have the alarm ring unless the message goes on at some pace."""
+        """Have the alarm ring unless the message makes progress."""
         step = None if last else self._collected // STALL_BYTES
         if step is None:
             self._alarm.clear()
@@ -203,7 +203,7 @@ class Inbox:
 
 
 def take_over(send: ASGISendCallable, memory: FrameMemory) -> Inbox:
-    """Have what a WebSocket's client sends collected in the inbox that is returned.
+    """Collect what a WebSocket's client sends in a new inbox, and return it.
 
     Compression is refused: a few kilobytes can inflate to gigabytes, on the event loop.
     """

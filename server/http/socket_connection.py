@@ -1,4 +1,4 @@
-"""A WebSocket from its handshake to its end, as Quart and Hypercorn do not see to it."""
+"""WebSocket connections, from the handshake to the end."""
 
 import asyncio
 import traceback
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from server.observe.metrics import Metrics
 
 CLOSE_SECONDS = 2.0
-"""How long a client has to answer a close frame; what it sends meanwhile is dropped."""
+"""How long a client has to answer a close frame; what it sends meanwhile is discarded."""
 _FRAMES = "frames"
 _METRICS = "metrics"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -55,7 +55,7 @@ class ApiWebsocket(Websocket):
         self._closed = False
 
     async def accept(self, *args: Any, **kwargs: Any) -> None:
-        """Answer the handshake, if that has not been done."""
+        """Answer the handshake."""
         await super().accept(*args, **kwargs)
         self.accepted = True
 
@@ -68,7 +68,7 @@ class ApiWebsocket(Websocket):
         return await self.inbox.receive()
 
     async def close(self, code: int, reason: str = "") -> None:
-        """Send a close frame, once; a client that does not answer it is cut."""
+        """Send a close frame, once; the connection of a client that does not answer is closed."""
         if not self._closed:
             self._closed = True
             self.log_entry.add(close_code=code)
@@ -127,7 +127,7 @@ def current_socket() -> ApiWebsocket:
 
 
 class WebsocketConnection(ASGIWebsocketConnection):
-    """Bounds what the client may send, pings it, and logs and counts how the socket ended."""
+    """Limits what the client may send, pings it, and logs and counts how the socket ended."""
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serve one connection."""
@@ -151,7 +151,7 @@ class WebsocketConnection(ASGIWebsocketConnection):
             vars(socket).clear()  # as HttpConnection does with a request
 
     async def _handle(self, socket: ApiWebsocket, write_timeout: WriteTimeout) -> None:
-        """Run the handler, then give the client a while to see how that ended."""
+        """Run the handler, then give the client time to read how it ended."""
         try:
             await self.handle_websocket(socket, write_timeout.send)
         except asyncio.CancelledError as error:
@@ -173,7 +173,7 @@ class WebsocketConnection(ASGIWebsocketConnection):
 
 
 async def _listen(receive: ASGIReceiveCallable, inbox: Inbox) -> None:
-    """Return once the client has gone."""
+    """Return once the client has disconnected."""
     while (event := await receive())["type"] != "websocket.disconnect":
         if event["type"] == "websocket.receive":  # of a server that is not Hypercorn
             await inbox.add(event.get("bytes") or event.get("text") or b"", last=True)

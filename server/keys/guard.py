@@ -26,12 +26,12 @@ Access = Scope | Literal["any", "public"]
 """What an endpoint needs: a key of this scope, any key, or no key at all."""
 
 MAX_TICKETS = 64
-"""Unused tickets that a key may have at once."""
+"""The maximum of unused tickets of a key."""
 _HOW = "Send it as the header Authorization: Bearer <key>."
 
 
 def unauthenticated(message: str) -> ApiError:
-    """No key, or none that counts; what was sent is not repeated."""
+    """The error for a missing or invalid key, which is not repeated in it."""
     return ApiError(
         401,
         message,
@@ -42,17 +42,17 @@ def unauthenticated(message: str) -> ApiError:
 
 
 def forbidden(message: str, code: str, param: str | None = None) -> ApiError:
-    """A key that may not do this, or nobody who may."""
+    """The error for a caller who may not do this."""
     return ApiError(403, message, kind="permission_error", code=code, param=param)
 
 
 class Guard:
-    """Finds the key of every request, and refuses those without."""
+    """Authenticates every request, and rejects those without a valid key."""
 
     def __init__(
         self, settings: Settings, threads: StoreThreads, access: Mapping[str, Access]
     ) -> None:
-        """``access`` has what is needed for each of Quart's endpoints, by its name."""
+        """``access`` maps the name of each of Quart's endpoints to what it needs."""
         self._settings = settings
         self._access = access
         self._threads = threads
@@ -61,7 +61,7 @@ class Guard:
         self._lookup = KeyLookup(threads)
 
     async def announce(self) -> None:
-        """Say at start whom the server will serve."""
+        """Log at the start whom the server will serve."""
         if self._settings.require_key == "false":
             log.warning("no_key_required", reason="INFERNEO_REQUIRE_KEY is false: all are served")
             return
@@ -73,7 +73,7 @@ class Guard:
                 log.warning("no_keys", reason=reason)
 
     async def admit_request(self) -> None:
-        """Before every HTTP request.
+        """Authenticate an HTTP request before its handler runs.
 
         Raises:
             ApiError: it has no key that may do this.
@@ -100,7 +100,7 @@ class Guard:
         self.check_access(key, request)
 
     def check_access(self, key: Key, connection: BaseRequestWebsocket) -> None:
-        """Let a key do what an endpoint does.
+        """Check that a key may use an endpoint.
 
         Raises:
             ApiError: it lacks the scope.
@@ -118,7 +118,7 @@ class Guard:
         return self._access[connection.endpoint]
 
     async def serves_without_key(self, connection: BaseRequestWebsocket) -> bool:
-        """Whether this one needs no key.
+        """Whether this connection needs no key.
 
         Raises:
             ApiError: nobody has a key, and it comes from elsewhere; or it names another host.
@@ -138,7 +138,7 @@ class Guard:
         return True
 
     async def identify(self, text: str | None) -> Key:
-        """The key that reads ``text``.
+        """The key whose text is ``text``.
 
         Raises:
             ApiError: there is none that counts, or the store cannot be used.
@@ -184,7 +184,7 @@ class Guard:
         return _counting(key)
 
     async def new_ticket(self, key: Key) -> str:
-        """A text that stands for the key once, for :data:`~server.keys.key.TICKET_SECONDS`.
+        """A ticket for the key, valid once within :data:`~server.keys.key.TICKET_SECONDS`.
 
         Raises:
             ApiError: too many of the key's are unused, or the store cannot be used.
@@ -205,7 +205,7 @@ class Guard:
         return ticket
 
     def check_model(self, caller: Caller, name: str) -> None:
-        """Let the caller use the model of this id or alias.
+        """Check that the caller may use the model of this id or alias.
 
         Raises:
             ApiError: its key is for others.
@@ -223,11 +223,11 @@ class Guard:
         return aliases.get(name, name) in {aliases.get(each, each) for each in key.models}
 
     def forget(self, key_id: str) -> None:
-        """Look a key up anew: it has been changed."""
+        """Look up a key again next time, since it has changed."""
         self._lookup.forget(key_id)
 
     async def _closed(self) -> bool:
-        """Whether keys are needed; once they were, they are for as long as the server runs."""
+        """Whether keys are needed; once they are, they stay so while the server runs."""
         if not self._keys_exist:
             self._keys_exist = await self._has_keys()
         return self._keys_exist
@@ -237,7 +237,7 @@ class Guard:
 
 
 def bearer(connection: BaseRequestWebsocket) -> str | None:
-    """The token of the Authorization header.
+    """The bearer token of the Authorization header; None if there is none.
 
     Raises:
         ApiError: there are several, or it is of another kind.
@@ -252,7 +252,7 @@ def bearer(connection: BaseRequestWebsocket) -> str | None:
 
 
 def check_local(connection: BaseRequestWebsocket, hosts: Collection[str] = ()) -> None:
-    """Let in what comes from this machine.
+    """Check that a connection comes from this machine.
 
     Neither another machine, nor a proxy on this one, nor a web page under a name that was made to
     point here (DNS rebinding) may use a server that asks for no key.

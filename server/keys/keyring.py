@@ -1,4 +1,4 @@
-"""What can be done with keys, for the command line and for HTTP alike. Blocks, as stores do."""
+"""Operations on keys, for the command line and for HTTP alike. They block, as stores do."""
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ class KeyState(TypedDict):
 
 
 class KeyringError(InferneoError):
-    """What was asked cannot be done.
+    """The operation cannot be done.
 
     Attributes:
         kind: whether the key is not there, the request is wrong, or the key's state forbids it.
@@ -98,7 +98,7 @@ class Keyring:
         limits: Limits | None = None,
         expires_in: float | None = None,
     ) -> tuple[Key, str]:
-        """A new key and its text, which cannot be had again; ``expires_in`` is in seconds.
+        """A new key and its text, which cannot be recovered; ``expires_in`` is in seconds.
 
         Raises:
             KeyringError: the name, a scope or a model is wrong.
@@ -168,7 +168,7 @@ class Keyring:
         return self._write(key, changes)
 
     def revoke(self, key: Key) -> Key:
-        """End a key, for ever.
+        """Revoke a key for ever.
 
         Raises:
             KeyringError: nobody would be left to manage keys.
@@ -176,7 +176,7 @@ class Keyring:
         return key if key.revoked is not None else self._write(key, {"revoked": time.time()})
 
     def rotate(self, key: Key) -> str:
-        """A new text for a key, with which the old one ends.
+        """A new text for a key, which replaces the old one.
 
         Raises:
             KeyringError: it is revoked.
@@ -217,14 +217,14 @@ class Keyring:
 
 
 def _manages_until(key: Key) -> float:
-    """When the key can manage keys no more, in epoch seconds; 0: it cannot now."""
+    """When the key's right to manage keys ends, in epoch seconds; 0 if it has none."""
     if "admin" not in key.scopes or state_of(key) != "active":
         return 0.0
     return math.inf if key.expires is None else key.expires
 
 
 def state_of(key: Key) -> State:
-    """Whether a key counts now."""
+    """Whether a key is valid now."""
     if key.revoked is not None:
         return "revoked"
     return "expired" if key.expires is not None and key.expires <= time.time() else "active"

@@ -1,4 +1,4 @@
-"""Keys of WebSocket connections, which cannot always send headers."""
+"""Authentication of WebSockets, whose clients cannot always send headers."""
 
 import asyncio
 from contextlib import suppress
@@ -27,7 +27,7 @@ async def admit_socket(
     sockets: SocketAdmission,
     registry: Registry,
 ) -> None:
-    """Before every WebSocket connection.
+    """Authenticate a WebSocket before its handler runs.
 
     A key is taken from the Authorization header, from the subprotocol ``inferneo.key.<key>``, or
     for a one-use ticket ``?token=``. A client that sends none of them is accepted, and must send
@@ -66,7 +66,7 @@ async def admit_socket(
 
 
 async def open_socket(settings: Settings, limiter: Limiter) -> None:
-    """Accept the connection, unless that has been done.
+    """Accept the connection, unless it is accepted already.
 
     Raises:
         ApiError: a page of a foreign origin opened it.
@@ -102,7 +102,7 @@ def _offered() -> str | None:
 
 
 async def _first_frame() -> str:
-    """The key in it.
+    """The key in the first frame.
 
     Raises:
         ApiError: it does not come, is too long, or is another one.

@@ -49,8 +49,8 @@ class FrameError(ApiError):
 class FrameMemory:
     """Limits the bytes of unparsed frames over all sockets.
 
-    A socket may hold at most as many bytes as remain free, as keys do places in ``Admission``, but
-    always a few: so one client's frames never take the memory that another's need.
+    A socket may hold at most as many bytes as remain free, but always a few, so one client's frames
+    never take the memory that another's need. Keys share permits in the same way.
     """
 
     def __init__(self, largest: int) -> None:

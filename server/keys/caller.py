@@ -20,7 +20,7 @@ class Caller:
 
     @property
     def id(self) -> str | None:
-        """The id of the key, which all that the caller shares with others is shared by."""
+        """The id of the key, by which the server is shared between callers; None without a key."""
         return None if self.key is None else self.key.id
 
     def cache_salt(self, wanted: str) -> bytes:

@@ -53,15 +53,15 @@ async def admit_socket(
             raise still_loading()
         client = websocket.scope.get("client")
         waiting = sockets.wait(client[0] if client else None)
-        socket.cleanup.callback(waiting.leave)
+        socket.cleanup.callback(waiting.release)
         await open_socket(settings, limiter)
         key = await guard.identify(await _first_frame())
     if key is not None:
         await _enter(guard, limiter, key)
-    place = sockets.enter(None if key is None else key.id)
-    socket.cleanup.callback(place.leave)
+    permit = sockets.enter(None if key is None else key.id)
+    socket.cleanup.callback(permit.release)
     if waiting is not None:
-        waiting.leave()
+        waiting.release()
     socket.inbox.widen(settings.max_body_bytes)
 
 

@@ -18,12 +18,12 @@ _HOW = (
 
 
 class SocketPermit:
-    """The permit of one socket, which :meth:`leave` releases once."""
+    """The permit of one socket, which :meth:`release` releases once."""
 
     def __init__(self, release: Callable[[], None]) -> None:
         self._release: Callable[[], None] | None = release
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Release the permit; further calls do nothing."""
         release, self._release = self._release, None
         if release is not None:

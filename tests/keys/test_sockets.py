@@ -14,53 +14,53 @@ from server.keys.sockets import (
 )
 
 
-def fill(places: SocketAdmission, owner: str | None) -> list[SocketPermit]:
-    """All the places that one owner can have."""
+def fill(sockets: SocketAdmission, owner: str | None) -> list[SocketPermit]:
+    """All the permits that one owner can have."""
     taken = []
     with suppress(ApiError):
         while True:
-            taken.append(places.enter(owner))
+            taken.append(sockets.enter(owner))
     return taken
 
 
 def test_one_key_leaves_places_for_every_other() -> None:
-    places = SocketAdmission(60)
-    mine = fill(places, "flood")
-    assert (len(mine), len(fill(places, "second")), len(fill(places, "third"))) == (30, 15, 8)
-    assert [len(fill(places, f"late {i}")) for i in range(20)] == [4, 2, 1] + [1] * 17
+    sockets = SocketAdmission(60)
+    mine = fill(sockets, "flood")
+    assert (len(mine), len(fill(sockets, "second")), len(fill(sockets, "third"))) == (30, 15, 8)
+    assert [len(fill(sockets, f"late {i}")) for i in range(20)] == [4, 2, 1] + [1] * 17
     with pytest.raises(ApiError, match="of 60 it can take, 30 of them opened with this key") as no:
-        places.enter("flood")
+        sockets.enter("flood")
     assert (no.value.status, no.value.headers["Retry-After"]) == (503, "1")
-    for place in mine:
-        place.leave()
-        place.leave()  # counts once
-    assert places.identified == 15 + 8 + 7 + 17
-    assert len(fill(places, "flood")) == 7
+    for permit in mine:
+        permit.release()
+        permit.release()  # counts once
+    assert sockets.identified == 15 + 8 + 7 + 17
+    assert len(fill(sockets, "flood")) == 7
 
 
 def test_without_keys_all_places_can_be_had() -> None:
-    places = SocketAdmission(5)
-    assert len(fill(places, None)) == 5
+    sockets = SocketAdmission(5)
+    assert len(fill(sockets, None)) == 5
 
 
 def test_unidentified_sockets_take_no_place_of_the_others() -> None:
-    places = SocketAdmission(5)
-    waiting = [places.wait(f"10.0.0.{i % 8}") for i in range(MAX_UNIDENTIFIED)]
+    sockets = SocketAdmission(5)
+    waiting = [sockets.wait(f"10.0.0.{i % 8}") for i in range(MAX_UNIDENTIFIED)]
     with pytest.raises(ApiError) as no:
-        places.wait("10.0.0.9")
+        sockets.wait("10.0.0.9")
     assert no.value.status == 503
-    assert len(fill(places, None)) == 5
-    assert (places.identified, places.unidentified) == (5, MAX_UNIDENTIFIED)
-    for place in waiting:
-        place.leave()
-    assert places.unidentified == 0
+    assert len(fill(sockets, None)) == 5
+    assert (sockets.identified, sockets.unidentified) == (5, MAX_UNIDENTIFIED)
+    for permit in waiting:
+        permit.release()
+    assert sockets.unidentified == 0
     for _ in range(MAX_UNIDENTIFIED_OF_ADDRESS):
-        places.wait("2001:db8:0:1::7")
+        sockets.wait("2001:db8:0:1::7")
     for address in ("2001:db8:0:1:ffff::", "2001:db8:0:1::7%eth0"):
         with pytest.raises(ApiError, match=f"^{MAX_UNIDENTIFIED_OF_ADDRESS} WebSockets") as no:
-            places.wait(address)
+            sockets.wait(address)
         assert (no.value.status, no.value.code) == (429, "too_many_unidentified")
-    places.wait("2001:db8:0:2::7")
+    sockets.wait("2001:db8:0:2::7")
 
 
 @pytest.mark.parametrize(

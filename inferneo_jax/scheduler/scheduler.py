@@ -9,6 +9,8 @@ blocks run out, the least urgent request gives up its own and starts over later.
 Owners of requests share the engine evenly, by the tokens they were served (Virtual Token Counter:
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv:2401.00588). A flood of
 requests from one owner does not keep the others waiting, not even while it holds every slot.
+
+``Scheduler`` serves one data-parallel rank; ``DataParallelScheduler``, at the end, all of them.
 """
 
 import time

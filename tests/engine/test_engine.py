@@ -235,7 +235,7 @@ def test_a_paused_request_waits_and_harms_nobody(
 
 
 @pytest.mark.parametrize("change", ["resume", "abort", "submit"])
-def test_what_is_asked_while_a_step_is_planned_is_not_forgotten(
+def test_what_is_asked_while_a_step_is_scheduled_is_not_forgotten(
     tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     engine = tiny_engine()
@@ -263,23 +263,23 @@ def test_what_is_asked_while_a_step_is_planned_is_not_forgotten(
     engine.abort(paused.request.id)
 
 
-def test_nobody_waits_for_a_step_to_be_planned(
+def test_nobody_waits_for_a_step_to_be_scheduled(
     tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = tiny_engine()
     long = submit(engine, prompt(6), 50)
-    schedule, planning, go_on = DataParallelScheduler.schedule, threading.Event(), threading.Event()
+    schedule, asked, go_on = DataParallelScheduler.schedule, threading.Event(), threading.Event()
 
-    def plan_slowly(scheduler: DataParallelScheduler, **fields: Any) -> SchedulerOutputs | None:
-        planning.set()
+    def schedule_slowly(scheduler: DataParallelScheduler, **fields: Any) -> SchedulerOutputs | None:
+        asked.set()
         assert go_on.wait(120)
         return schedule(scheduler, **fields)
 
-    monkeypatch.setattr(DataParallelScheduler, "schedule", plan_slowly)
+    monkeypatch.setattr(DataParallelScheduler, "schedule", schedule_slowly)
     with ThreadPoolExecutor(1) as pool:
         try:
             other = submit(engine, prompt(5))
-            assert planning.wait(60)
+            assert asked.wait(60)
             third = pool.submit(submit, engine, prompt(5)).result(60)
             for method in (engine.pause, engine.resume, engine.abort):
                 pool.submit(method, long.request.id).result(60)

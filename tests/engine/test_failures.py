@@ -67,7 +67,7 @@ def test_an_engine_that_keeps_failing_gives_up(
 ) -> None:
     engine = tiny_engine()
 
-    def explode(self: Runner, plan: object) -> None:
+    def explode(self: Runner, scheduled: object) -> None:
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(Runner, "run", explode)

@@ -140,6 +140,7 @@ def test_whatever_happens_all_is_served_and_comes_back(
     house.run()
     counts = house.scheduler.counts()
     assert (counts["slots_used"], counts["pages_used"], counts["waiting"]) == (0, 0, 0)
+    assert not house.scheduler._share._sequences, "it counts owners that have nothing left"
     assert counts["slots"] == slots
 
 

@@ -1,6 +1,7 @@
 """One law: with drafts, requests get what they get without. And drafts are what came before."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from typing import Any
 
 import pytest
@@ -8,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferneo_jax.engine.engine import Engine
-from inferneo_jax.scheduler.speculation import Acceptance, NGramIndex, accepted_tokens
+from inferneo_jax.request import GenerationRequest
+from inferneo_jax.scheduler.sequence import Sequence
+from inferneo_jax.scheduler.speculation import (
+    Acceptance,
+    NGramIndex,
+    SpeculativeConfig,
+    Speculator,
+    accepted_tokens,
+)
 from tests.support.tiny_model import MIXED, Collected, close, prompt, submit
 
 Make = Callable[..., Engine]
@@ -76,7 +85,7 @@ def test_a_reader_that_stops_reading_gets_the_same(tiny_engine: Make) -> None:
     close(again, whole)
 
 
-def _looked_up(tokens: Sequence[int], most: int) -> list[int]:
+def _looked_up(tokens: Tokens[int], most: int) -> list[int]:
     """By reading all of it: where the newest tokens came last, and what followed."""
     for size in (3, 2):
         suffix = list(tokens[len(tokens) - size :])
@@ -104,6 +113,26 @@ def test_a_long_prompt_is_indexed_in_parts() -> None:
     assert drafts[0] == []
     assert drafts[-1] == list(prompt(12)[:5])
     assert sum(not draft for draft in drafts) == 4
+
+
+def test_no_draft_is_made_during_a_cooldown_nor_beyond_the_last_token() -> None:
+    request = GenerationRequest(id="0", prompt=(1, 2, 3) * 3, max_tokens=100)
+    sequence = Sequence(request, lambda _: None, 0)
+    speculator = Speculator(SpeculativeConfig(max_tokens=4, max_rows=2, cost=2.0))
+    assert speculator.allows(2)
+    assert not speculator.allows(3)
+    assert speculator.draft(sequence) == [1, 2, 3, 1]
+    while speculator.draft(sequence):
+        speculator.update(sequence, 4, 0)
+    for _ in range(8):
+        assert not speculator.draft(sequence)
+        speculator.decoded(sequence)
+    assert speculator.draft(sequence)
+    sequence.output += [1, 2, 3] * 32
+    assert speculator.draft(sequence) == [1, 2, 3]
+    speculator.forget(sequence)
+    assert not speculator._drafters
+    assert not Speculator(None).allows(0)
 
 
 def test_a_draft_is_accepted_as_far_as_it_is_sampled() -> None:

@@ -9,7 +9,7 @@ from server.http.errors import ApiError
 from server.http.pieces import JsonList
 from server.http.sse import Event
 from server.keys.store.store import Usage
-from server.run.output import TextPart, TokenInfo
+from server.run.output import FinishReason, TextPart, TokenInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Choice:
 
     text: str
     logprobs: Mapping[str, JsonList[Any]]
-    finish_reason: str | None
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -393,10 +393,11 @@ class Answer:
             async for part in parts:
                 if isinstance(part, Text):
                     collected[part.part.index].add(part.part)
-        choices = [
-            Choice(collected[i].text.getvalue(), collected[i].logprobs, processors[i].finish_reason)
-            for i in self._best()
-        ]
+        choices = []
+        for i in self._best():
+            reason = processors[i].finish_reason
+            assert reason is not None, "the generation is over"
+            choices.append(Choice(collected[i].text.getvalue(), collected[i].logprobs, reason))
         return self.dialect.whole(Result(choices, self.generation.usage))
 
     def _parts(self, context: Context, admission: Admission) -> AsyncGenerator[Part, None]:

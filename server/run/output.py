@@ -3,13 +3,17 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from inferneo_jax import GenerationOutput, IncrementalDecoder, StopMatcher, TokenLogprob
 from server.prompt.prompts import Prompt
 
 if TYPE_CHECKING:
     from inferneo_jax import Tokenizer
+
+
+FinishReason = Literal["stop", "length", "abort"]
+"""Why a choice ended: a stop or the end token, its maximal length, or its client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class TextPart:
     index: int
     text: str
     tokens: list[TokenInfo]
-    finish_reason: str | None
+    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +75,7 @@ class OutputProcessor:
         self, index: int, tokenizer: "Tokenizer", prompt: Prompt, options: TextOptions
     ) -> None:
         self.index = index
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
         self.logprob_sum = 0.0
         self.cached_tokens = 0
@@ -104,8 +108,9 @@ class OutputProcessor:
             if self._matcher.matched is not None:
                 self._finish("stop")
                 return
-        if output.finish_reason is not None:
-            self._flush(output.finish_reason)
+        if (reason := output.finish_reason) is not None:
+            assert reason != "error", "a failure ends the whole request"
+            self._flush(reason)
 
     def cancel(self) -> None:
         """Finish with what there is."""
@@ -152,7 +157,7 @@ class OutputProcessor:
         while self._held and self._held[0].end <= self._shown:
             self._tokens.append(self._held.popleft())
 
-    def _flush(self, reason: str) -> None:
+    def _flush(self, reason: FinishReason) -> None:
         """Show what was held back: nothing can complete it any more."""
         rest = self._decoder.flush()
         self._decoded += len(rest)
@@ -161,7 +166,7 @@ class OutputProcessor:
         self._show(self._matcher.flush())
         self._finish("stop" if matched else reason)
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: FinishReason) -> None:
         # A token that a stop string cut in two keeps its place; the ones beyond it go.
         cut = self._matcher.matched is not None
         self._tokens.extend(t for t in self._held if not cut or t.offset < self._shown)

@@ -15,6 +15,7 @@ from server.api.openai.generation import (
     SOCKET,
     Finish,
     Generated,
+    GeneratedChunk,
     GenerationBody,
     Index,
     OpenAIDialect,
@@ -30,8 +31,9 @@ from server.http.errors import bad_request
 from server.http.schema import Null
 from server.prompt.prompts import Prompt, conversation_ids, fit
 from server.run.context import Context
+from server.run.dialect import Choice
 from server.run.generation import Answer
-from server.run.output import NamedToken, TokenInfo
+from server.run.output import FinishReason, NamedToken, TokenInfo
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -277,53 +279,78 @@ class ChatDelta(TypedDict):
     finish_reason: Unfinished
 
 
-class ChatCompletionChunk(Generated):
+class ChatCompletionChunk(GeneratedChunk):
     """An event of a stream."""
 
     object: Literal["chat.completion.chunk"]
     choices: Annotated[list[ChatDelta], Field(description="What is new; empty beside the usage.")]
-    usage: NotRequired[
-        Annotated[Usage | None, Field(description="With stream_options.include_usage.")]
-    ]
 
 
-class ChatDialect(OpenAIDialect):
+class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
     """Answers of ``/v1/chat/completions``."""
 
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
+    def answer(self, choices: list[ChatChoice], usage: Usage) -> ChatCompletion:
+        """A whole answer."""
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": usage,
+        }
+
+    def chunk(self, choices: list[ChatDelta]) -> ChatCompletionChunk:
+        """A chunk of a stream."""
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def choice(self, index: int, choice: Choice) -> ChatChoice:
+        """A choice of a whole answer."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def opening(self, index: int) -> ChatDelta:
+        """The beginning of a choice: its role."""
+        delta: MessageDelta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> ChatDelta:
+        """New text of a choice, and the log probabilities of its tokens."""
+        return {
+            "index": index,
+            "delta": {"content": text},
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": None,
+        }
+
+    def ending(self, index: int, reason: FinishReason) -> ChatDelta:
+        """The end of a choice."""
+        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
 
     def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
         """The log probabilities of these tokens."""
-        return {
-            "content": [
-                _entry(token) | {"top_logprobs": [_entry(other) for other in token.top]}
-                for token in tokens
-            ]
-        }
+        content: list[ChatToken] = [
+            {**_entry(token), "top_logprobs": [_entry(other) for other in token.top]}
+            for token in tokens
+        ]
+        return {"content": content}
 
-    def message(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
-        """A choice's text and log probabilities in a whole answer."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(logprobs)}
-
-    def opening(self) -> dict[str, Any]:
-        """What each choice begins with, before any text."""
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-
-    def delta(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
-        """A choice's text and log probabilities in a chunk."""
-        return {"delta": {"content": text}, "logprobs": self._logprobs(logprobs)}
-
-    def ending(self) -> dict[str, Any]:
-        """The chunk that carries nothing but a finish reason."""
-        return {"delta": {}, "logprobs": None}
-
-    def _logprobs(self, lists: Mapping[str, Any]) -> dict[str, Any] | None:
-        return {**lists, "refusal": None} if self.with_logprobs else None
+    def _logprobs(self, lists: Mapping[str, Any]) -> ChatLogprobs | None:
+        return {"content": lists["content"], "refusal": None} if self.with_logprobs else None
 
 
-def _entry(token: NamedToken) -> dict[str, Any]:
+def _entry(token: NamedToken) -> Alternative:
+    assert token.logprob is not None, "only the first token of a prompt has none"
     return {"token": token.name, "logprob": token.logprob, "bytes": list(token.bytes)}
 
 

@@ -1,7 +1,7 @@
 """``/v1/completions``: the body, the answers and their dialect, and the endpoint."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from quart import Response
@@ -16,6 +16,7 @@ from server.api.openai.generation import (
     SOCKET,
     Finish,
     Generated,
+    GeneratedChunk,
     GenerationBody,
     Index,
     OpenAIDialect,
@@ -31,8 +32,9 @@ from server.http.errors import bad_request
 from server.http.schema import Count
 from server.prompt.prompts import PromptInput, completion_prompt, infill_tokens
 from server.run.context import Context
+from server.run.dialect import Choice
 from server.run.generation import Answer
-from server.run.output import TokenInfo
+from server.run.output import FinishReason, TokenInfo
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -199,22 +201,60 @@ class CompletionDelta(_CompletionText):
     finish_reason: Unfinished
 
 
-class CompletionChunk(Generated):
+class CompletionChunk(GeneratedChunk):
     """An event of a stream."""
 
     object: Literal["text_completion"]
     choices: Annotated[
         list[CompletionDelta], Field(description="What is new; empty beside the usage.")
     ]
-    usage: NotRequired[
-        Annotated[Usage | None, Field(description="With stream_options.include_usage.")]
-    ]
 
 
-class CompletionDialect(OpenAIDialect):
+class CompletionDialect(OpenAIDialect[CompletionChoice, CompletionDelta]):
     """Answers of ``/v1/completions``."""
 
-    object = chunk_object = "text_completion"
+    def answer(self, choices: list[CompletionChoice], usage: Usage) -> Completion:
+        """A whole answer."""
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": usage,
+        }
+
+    def chunk(self, choices: list[CompletionDelta]) -> CompletionChunk:
+        """A chunk of a stream."""
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def choice(self, index: int, choice: Choice) -> CompletionChoice:
+        """A choice of a whole answer."""
+        return {
+            "index": index,
+            "text": choice.text,
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> CompletionDelta:
+        """New text of a choice, and the log probabilities of its tokens."""
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": None,
+        }
+
+    def ending(self, index: int, reason: FinishReason) -> CompletionDelta:
+        """The end of a choice."""
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
     def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
         """The log probabilities of these tokens."""
@@ -225,17 +265,15 @@ class CompletionDialect(OpenAIDialect):
             "text_offset": [token.offset for token in tokens],
         }
 
-    def message(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
-        """A choice's text and log probabilities in a whole answer."""
-        return {"text": text, "logprobs": logprobs if self.with_logprobs else None}
-
-    def delta(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
-        """A choice's text and log probabilities in a chunk."""
-        return self.message(text, logprobs)
-
-    def ending(self) -> dict[str, Any]:
-        """The chunk that carries nothing but a finish reason."""
-        return {"text": "", "logprobs": None}
+    def _logprobs(self, lists: Mapping[str, Any]) -> CompletionLogprobs | None:
+        if not self.with_logprobs:
+            return None
+        return {
+            "tokens": lists["tokens"],
+            "token_logprobs": lists["token_logprobs"],
+            "top_logprobs": lists["top_logprobs"],
+            "text_offset": lists["text_offset"],
+        }
 
 
 def _top(token: TokenInfo) -> dict[str, float | None] | None:

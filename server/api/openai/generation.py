@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NotRequired, Self, TypeVar
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from quart import Response
@@ -27,9 +27,9 @@ from server.keys.caller import Caller
 from server.keys.store.store import Usage as TokenUsage
 from server.prompt.prompts import Prompt, check_scores
 from server.run.context import Context
-from server.run.dialect import Dialect, End, Part, Result, Start, Text
+from server.run.dialect import Choice, Dialect, End, Part, Result, Start, Text
 from server.run.generation import Answer, Generation, Plan, Prepare
-from server.run.output import TextOptions
+from server.run.output import FinishReason, TextOptions
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -302,10 +302,17 @@ class Generated(Warned):
     model: Annotated[str, Field(description="The name that was asked for.")]
 
 
+class GeneratedChunk(Generated):
+    """What the events of streams have in common."""
+
+    usage: NotRequired[
+        Annotated[Usage | None, Field(description="With stream_options.include_usage.")]
+    ]
+
+
 Index = Annotated[
     int, Field(ge=0, description="Its place: choices are numbered prompt by prompt, from 0.")
 ]
-FinishReason = Literal["stop", "length", "abort"]
 Finish = Annotated[
     FinishReason,
     Field(
@@ -336,8 +343,14 @@ def streamed(whole: type, chunk: type) -> dict[int, ResponseSpec]:
     }
 
 
+AnyChoice = TypeVar("AnyChoice")
+"""A choice of a whole answer."""
+AnyDelta = TypeVar("AnyDelta")
+"""What is new in a choice."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class OpenAIDialect(Dialect):
+class OpenAIDialect(Dialect, Generic[AnyChoice, AnyDelta]):
     """What the answers of OpenAI's two endpoints of generation have in common.
 
     Attributes:
@@ -350,8 +363,6 @@ class OpenAIDialect(Dialect):
     """
 
     done = "[DONE]"
-    object: ClassVar[str]
-    chunk_object: ClassVar[str]
 
     id: str
     created: int
@@ -362,46 +373,50 @@ class OpenAIDialect(Dialect):
     warnings: tuple[str, ...]
 
     @abstractmethod
-    def message(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
-        """A choice's text and log probabilities in a whole answer."""
+    def answer(self, choices: list[AnyChoice], usage: Usage) -> Generated:
+        """A whole answer, without warnings."""
 
     @abstractmethod
-    def delta(self, text: str, logprobs: Mapping[str, Any]) -> dict[str, Any]:
-        """A choice's text and log probabilities in a chunk."""
+    def chunk(self, choices: list[AnyDelta]) -> GeneratedChunk:
+        """A chunk of a stream, without warnings and usage."""
 
     @abstractmethod
-    def ending(self) -> dict[str, Any]:
-        """The chunk of a choice that carries nothing but a finish reason."""
+    def choice(self, index: int, choice: Choice) -> AnyChoice:
+        """A choice of a whole answer."""
 
-    def opening(self) -> dict[str, Any] | None:
-        """The chunk that each choice begins with, before any text; None: it has none."""
+    @abstractmethod
+    def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> AnyDelta:
+        """New text of a choice, and the log probabilities of its tokens."""
+
+    @abstractmethod
+    def ending(self, index: int, reason: FinishReason) -> AnyDelta:
+        """The end of a choice, after its text."""
+
+    def opening(self, index: int) -> AnyDelta | None:
+        """The beginning of a choice, before its text; None: it has none."""
         return None
 
-    def whole(self, result: Result) -> dict[str, Any]:
+    def whole(self, result: Result) -> Generated:
         """The answer to a request that does not stream."""
-        choices = [
-            {
-                "index": index,
-                **self.message(choice.text, choice.logprobs),
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(result.choices)
-        ]
-        answer = self._head(self.object, choices, self.warnings)
-        return answer | {"usage": _usage(result.usage)}
+        choices = [self.choice(index, choice) for index, choice in enumerate(result.choices)]
+        answer = self.answer(choices, _usage(result.usage))
+        if self.warnings:
+            answer["warnings"] = list(self.warnings)
+        return answer
 
     async def events(self, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Event | None, None]:
         """The chunks of a stream; None after a long silence."""
         warnings, usage = self.warnings, TokenUsage()
 
-        def chunk(index: int, content: dict[str, Any], reason: str | None = None) -> Event:
+        def event(delta: AnyDelta) -> Event:
             nonlocal warnings
-            choice = {"index": index, **content, "finish_reason": reason}
-            head = self._head(self.chunk_object, [choice], warnings)
-            warnings = ()
+            chunk = self.chunk([delta])
+            if warnings:
+                chunk["warnings"] = list(warnings)
+                warnings = ()
             if self.include_usage:
-                head["usage"] = _usage(usage) if self.continuous_usage else None
-            return None, head
+                chunk["usage"] = _usage(usage) if self.continuous_usage else None
+            return None, chunk
 
         async with aclosing(parts):
             async for part in parts:
@@ -409,33 +424,23 @@ class OpenAIDialect(Dialect):
                     case None:
                         yield None
                     case Start(num_choices, usage):
-                        if (opening := self.opening()) is not None:
-                            for index in range(num_choices):
-                                yield chunk(index, opening)
+                        for index in range(num_choices):
+                            if (opening := self.opening(index)) is not None:
+                                yield event(opening)
                     case Text(new, usage):
                         if new.text or new.tokens:
-                            content = self.delta(new.text, self.logprobs(new.tokens))
-                            yield chunk(new.index, content)
+                            yield event(self.delta(new.index, new.text, self.logprobs(new.tokens)))
                         if new.finish_reason is not None:
-                            yield chunk(new.index, self.ending(), new.finish_reason)
+                            yield event(self.ending(new.index, new.finish_reason))
                     case End(usage, cancelled):
                         if self.include_usage or cancelled:
-                            head = self._head(self.chunk_object, [], ())
-                            yield None, head | {"usage": _usage(usage)}
+                            chunk = self.chunk([])
+                            chunk["usage"] = _usage(usage)
+                            yield None, chunk
 
     def error(self, error: ApiError) -> Event:
         """The event that tells of a failure in the middle of a stream."""
         return None, error.envelope()
-
-    def _head(self, kind: str, choices: Any, warnings: tuple[str, ...]) -> dict[str, Any]:
-        head = {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
-        return head | {"warnings": list(warnings)} if warnings else head
 
 
 def _usage(usage: TokenUsage) -> Usage:
@@ -451,7 +456,7 @@ def prepare(
     model: "LanguageModel",
     caller: Caller,
     body: GenerationBody,
-    dialect: type[OpenAIDialect],
+    dialect: type[OpenAIDialect[Any, Any]],
     prefix: str,
     warnings: list[str],
     prompts: Sequence[Prompt],

@@ -36,8 +36,9 @@ from inferneo_jax.runner.backends import (
     resolve_decoder,
     resolve_encoder,
 )
+from inferneo_jax.runner.capacity import devices_sharing_memory
 from inferneo_jax.runner.model_info import ModelInfo
-from inferneo_jax.runner.runner import Runner, sharing
+from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.cache import KeptWeights
@@ -284,7 +285,7 @@ def load_weights(
     @contextmanager
     def room(quantization: QuantizationConfig) -> Iterator[None]:
         needed = local_bytes(flat(weight_shapes(padded, mesh, quantization)))
-        require(needed * sharing(mesh), "the weights")
+        require(needed * devices_sharing_memory(mesh), "the weights")
         with oom_as_config_error("the weights were loaded"):
             yield
 

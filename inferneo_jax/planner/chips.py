@@ -91,6 +91,35 @@ CHIPS = {
 }
 
 
+H100_TARGET = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+runtime_version { major: 12 minor: 9 }
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""
+"""An H100 as XLA's compiler wants it described, where there is none to ask."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Some chips of one kind: ``shape`` along each axis of their network."""
@@ -162,11 +191,9 @@ class Topology:
     def _gpus(self) -> list[Any]:
         from jax.experimental import topologies
 
-        from inferneo_jax.planner.h100 import TARGET
-
         try:
             found = topologies.get_topology_desc(
-                platform="cuda", target_config=TARGET, topology=f"1x1x{self.num_chips}"
+                platform="cuda", target_config=H100_TARGET, topology=f"1x1x{self.num_chips}"
             )
         except Exception as error:
             raise ConfigError(

@@ -4,6 +4,9 @@ import dataclasses
 import logging
 from collections.abc import Callable
 
+import jax
+from jax.sharding import Mesh
+
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.runner.backends import DecoderBackend
@@ -34,6 +37,13 @@ def make_programs(
     one_page = Programs(backend, config, 1, 1)
     max_len, pages = _cache_size(one_page, cache_budget)
     return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
+
+
+def devices_sharing_memory(mesh: Mesh) -> int:
+    """Devices of the mesh in this process that share one memory: CPU devices all do."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return 1
+    return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
 def cache_budget(platform: str, *, total: int, free: int) -> int:

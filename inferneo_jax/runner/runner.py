@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from inferneo_jax.config import EngineConfig
@@ -22,7 +22,7 @@ from inferneo_jax.platform.memory import free_memory, oom_as_config_error, requi
 from inferneo_jax.platform.watchdog import PATIENCE
 from inferneo_jax.request import RequestLimits
 from inferneo_jax.runner.backends import DecoderBackend
-from inferneo_jax.runner.capacity import cache_budget, make_programs
+from inferneo_jax.runner.capacity import cache_budget, devices_sharing_memory, make_programs
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.programs import (
@@ -178,7 +178,7 @@ class Runner:
     def _allocate(self) -> None:
         vars(self).pop("_cache", None)  # freed first: there may be no room for two
         what = f"the KV cache of {self.dp_size * self.num_pages * self.page_len} tokens"
-        require(self._programs.cache_bytes * sharing(self._mesh), what)
+        require(self._programs.cache_bytes * devices_sharing_memory(self._mesh), what)
         with compiles.expected(), oom_as_config_error(f"{what} was allocated"):
             self._cache = self._make_cache()
             sharding = NamedSharding(self._mesh, meshes.spec("slots"))
@@ -297,7 +297,7 @@ class Runner:
         """Bytes of one device for the KV cache: what the process with the least can give."""
         mine = cache_budget(
             self._mesh.devices.flat[0].platform,
-            total=total_memory() // sharing(self._mesh),
+            total=total_memory() // devices_sharing_memory(self._mesh),
             free=free_memory(),
         )
         return min(self._processes.exchange("cache budget", mine))
@@ -305,10 +305,3 @@ class Runner:
 
 def _size(key: Called) -> int:
     return 0 if isinstance(key, Admit) else num_tokens(key)
-
-
-def sharing(mesh: Mesh) -> int:
-    """How many devices of the mesh have their memory from the same place, here."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return 1
-    return sum(device.process_index == jax.process_index() for device in mesh.devices.flat)

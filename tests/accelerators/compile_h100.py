@@ -35,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
 from inferneo_jax.layers.cache import AttentionMetadata, LayerCache
-from inferneo_jax.planner.h100 import TARGET
+from inferneo_jax.planner.chips import H100_TARGET
 
 PAGES, PAGE_LEN, MAX_PAGES = 4097, 16, 256
 STEPS = {"decode": (32, 1), "prefill": (1, 256), "prefill x 4": (4, 256)}
@@ -105,7 +105,9 @@ def _number(pattern: str, text: str) -> int:
 
 def main() -> int:
     """Compile every case and print a line for each."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x2")
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H100_TARGET, topology="1x1x2"
+    )
     heads = "{:9}{:>9} {:11} {:>9}{:>5}{:>12}{:>12}{:>10}{:>6}{:>6}{:>8}"
     print(heads.format("dtype", "head_dim", "step", "kv x group", "gpus", "argument", "alias",
                        "temporary", "regs", "spill", "shared"))  # fmt: skip

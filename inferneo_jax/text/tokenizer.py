@@ -17,7 +17,6 @@ from inferneo_jax.errors import RequestError, TemplateError, TokenizerError
 from inferneo_jax.files import read_object
 from inferneo_jax.text.chat_template import ChatTemplate, Message
 from inferneo_jax.text.tokenizer_json import guarded, read_tokenizer, template_text, token_ids
-from inferneo_jax.text.truncation import cut, refuse_surrogates, tokens_behind
 
 PieceKind = Literal["bytes", "sentencepiece", "words"]
 """How tokens spell text: in a byte alphabet, with marks for spaces, or as words (WordPiece)."""
@@ -59,7 +58,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         with guarded("the tokenizer cannot encode a text"):
-            self._behind = tokens_behind(backend)
+            self._suffix = _added_suffix(backend)
         named = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name)))}
         self._template = _chat_template(config, named)
 
@@ -146,14 +145,14 @@ class Tokenizer:
     ) -> list[list[int]]:
         """:meth:`encode` for many texts at once, each cut to ``max_tokens``, the added included."""
         for text in texts:
-            refuse_surrogates(text)
+            _check_unicode(text)
         # The fast variant does not track character offsets, which nothing here needs.
         with guarded("a text cannot be encoded", RequestError):
             encodings = self._backend.encode_batch_fast(
                 list(texts), add_special_tokens=add_special_tokens
             )
-        behind = self._behind if add_special_tokens else ()
-        return [cut(encoding.ids, max_tokens, behind) for encoding in encodings]
+        suffix = self._suffix if add_special_tokens else []
+        return [_truncated(encoding.ids, max_tokens, suffix) for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
@@ -310,3 +309,36 @@ def _byte_alphabet() -> _ByteAlphabet:
     spelled = _ByteAlphabet((byte, byte) for byte in shown)
     spelled.update((256 + order, byte) for order, byte in enumerate(hidden))
     return spelled
+
+
+def _check_unicode(text: str) -> None:
+    """Refuse text that cannot be encoded as UTF-8.
+
+    Raises:
+        RequestError: the text has a lone surrogate.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text is not valid Unicode: character {error.start} is the lone surrogate "
+            f"U+{ord(text[error.start]):04X}; send whole characters"
+        ) from None
+
+
+def _added_suffix(backend: tokenizers.Tokenizer) -> list[int]:
+    """The tokens that encoding adds after a text, such as BERT's ``[SEP]``."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a").ids
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[start + len(bare) :]
+    return []
+
+
+def _truncated(ids: list[int], max_tokens: int | None, suffix: list[int]) -> list[int]:
+    """At most ``max_tokens`` of ``ids`` (None: all), ending in ``suffix`` if there is room."""
+    if max_tokens is None or len(ids) <= max_tokens:
+        return ids
+    kept = max_tokens - len(suffix)
+    return [*ids[:kept], *suffix] if kept > 0 else ids[:max_tokens]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import operator
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,25 +23,26 @@ import numpy as np
 import orjson
 
 from inferneo_jax.config import MAX_VOCAB_SIZE, DecoderConfig, EncoderConfig, ModelConfig
-from inferneo_jax.errors import CheckpointError, ConfigError
+from inferneo_jax.errors import CheckpointError, ConfigError, WeightsError
 from inferneo_jax.files import read_object, shown
 from inferneo_jax.platform.atomic import new_folder
-from inferneo_jax.weights.shapes import compare_shapes
 
 FORMAT = 1
 INFO_FILE = "inferneo.json"
 WEIGHTS_FOLDER = "weights"
 _DESCRIPTION = b"/zarr.json"
 _CHUNK_BYTES = 2**24
+_LISTED = 10
+_PLAIN = re.compile(r"[\w.-]{1,100}", re.ASCII)
 _CONFIGS: dict[str, type[ModelConfig]] = {"decoder": DecoderConfig, "encoder": EncoderConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What ``inferneo.json`` says, and where it was found.
+    """The content of ``inferneo.json``, and the folder it was found in.
 
-    ``created`` is the time of conversion in seconds since 1970; ``source`` remembers where the
-    weights came from and is for people to read.
+    ``created`` is the time of conversion in seconds since 1970; ``source`` says where the weights
+    came from, for people to read.
     """
 
     path: Path
@@ -55,10 +57,10 @@ class CheckpointInfo:
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """The description of the checkpoint in the folder ``path``.
+    """Read the description of the checkpoint in the folder ``path``.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or of an unknown format.
+        CheckpointError: there is none, or it is damaged or in an unknown format.
     """
     path = Path(path)
     file = path / INFO_FILE
@@ -132,10 +134,10 @@ def write_checkpoint(
     licence: str | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint folder, whole or not at all. Arrays keep their dtype.
+    """Write a checkpoint folder, completely or not at all. Arrays keep their dtype.
 
     Raises:
-        CheckpointError: ``destination`` exists already, or the disk refused.
+        CheckpointError: ``destination`` exists already, or cannot be written.
     """
     info = {
         "format": FORMAT,
@@ -165,10 +167,10 @@ def write_checkpoint(
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """One weight of a checkpoint; a slice of it is read when it is asked for, and no more.
+    """One weight of a checkpoint. Indexing it reads that slice from disk, and no more.
 
     Attributes:
-        shape: of the whole.
+        shape: of the whole weight.
     """
 
     shape: tuple[int, ...]
@@ -185,7 +187,7 @@ class StoredWeight:
 
 
 def open_weights(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, StoredWeight]:
-    """The weights of a checkpoint, to be read by slices.
+    """Open the weights of a checkpoint, to be read by slices.
 
     Every name and shape is compared before any array is opened.
 
@@ -246,16 +248,61 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def compare_shapes(
+    stored: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    where: str,
+    unused: Iterable[str] | None = None,
+) -> None:
+    """Compare the names and shapes of stored weights with those that a model needs.
+
+    Args:
+        stored: shapes of the stored weights by name.
+        wanted: shapes of the model's weights by name.
+        where: the file or folder, for the error.
+        unused: stored names that must not be there; by default all that are not wanted.
+
+    Raises:
+        WeightsError: lists up to ten missing, unused and misshapen weights each.
+    """
+    misshapen = [name for name in wanted if name in stored and stored[name] != wanted[name]]
+    kinds = {
+        "missing": wanted.keys() - stored.keys(),
+        "unused": stored.keys() - wanted.keys() if unused is None else unused,
+        "misshapen": misshapen,
+    }
+    problems = []
+    for kind, names in kinds.items():
+        if not (found := sorted(names)):
+            continue
+        listed = [_plain(name) for name in found[:_LISTED]]
+        if kind == "misshapen":
+            listed = [
+                f"{text} is {shown(list(stored[name]))}, not {list(wanted[name])}"
+                for text, name in zip(listed, found, strict=False)
+            ]
+        more = ", ..." if len(found) > _LISTED else ""
+        problems.append(f"{len(found)} {kind} ({', '.join(listed)}{more})")
+    if problems:
+        raise WeightsError(f"the weights of {where} do not fit the model: {'; '.join(problems)}")
+
+
+def _plain(name: str) -> str:
+    """The name, quoted if it has unusual characters."""
+    return name if _PLAIN.fullmatch(name) else shown(name)
+
+
 def _store(folder: Path) -> dict[str, Any]:
-    """TensorStore's specification of the files that all weights are in."""
+    """TensorStore's specification of the files that hold all weights."""
     return {"driver": "ocdbt", "base": f"file://{folder}/"}
 
 
 def fingerprint(info: CheckpointInfo) -> str:
-    """A digest by which two machines see whether they have the same model.
+    """A digest that tells whether two machines have the same model.
 
-    Of its configuration, the names and shapes of its weights, and all numbers of its vectors
-    (normalisations, biases), which no two trained models share; matrices would take too long.
+    It covers the configuration, the names and shapes of the weights, and all numbers of the vectors
+    (normalisations, biases), which differ between any two trained models. Reading the matrices
+    would take too long.
 
     Raises:
         CheckpointError: the files are damaged or missing.
@@ -282,7 +329,7 @@ def _damaged(folder: Path, why: object) -> CheckpointError:
 
 
 def _checkpointer() -> Any:
-    """Orbax, writing few files; weights hardly compress, and are read twice as fast as they are."""
+    """Orbax, with few files and no compression: weights hardly compress, and load faster."""
     import orbax.checkpoint as ocp
 
     # Its progress notes and timings are for training loops.
@@ -291,7 +338,7 @@ def _checkpointer() -> Any:
 
 
 def _chunked(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Large weights in pieces, so that who needs a part of one reads little more than that."""
+    """Store large weights in chunks, so that reading a slice reads little more than that."""
     import orbax.checkpoint as ocp
 
     return {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in weights}

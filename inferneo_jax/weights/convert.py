@@ -1,4 +1,4 @@
-"""From a model of someone else's format to a checkpoint of this package."""
+"""Converts a model in another format into a checkpoint of this package."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,20 +11,19 @@ from inferneo_jax.errors import CheckpointError, TokenizerError
 from inferneo_jax.models.families import Family, find_family
 from inferneo_jax.models.families.family import WeightMapping
 from inferneo_jax.platform.atomic import refuse_existing
-from inferneo_jax.weights.checkpoint import write_checkpoint
-from inferneo_jax.weights.shapes import compare_shapes
+from inferneo_jax.weights.checkpoint import compare_shapes, write_checkpoint
 from inferneo_jax.weights.sources.source import Array, SourceModel, naming
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage, what is done of it and its total; the total is 0 where it is unknown."""
+"""Called with a stage, the amount done and the total, which is 0 if it is unknown."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
 def read_source(path: Path) -> SourceModel:
-    """The model at ``path``: a GGUF file, or a folder in Hugging Face form.
+    """Open the model at ``path``: a GGUF file, or a folder in Hugging Face's layout.
 
     Raises:
         CheckpointError: it is neither, or cannot be read.
@@ -50,7 +49,7 @@ def read_source(path: Path) -> SourceModel:
 
 @dataclass(frozen=True)
 class ConvertibleModel:
-    """A model of another format of which everything but the values of its tensors was checked."""
+    """A model in another format. Everything but the values of its tensors has been checked."""
 
     source: SourceModel
     family: Family
@@ -59,7 +58,7 @@ class ConvertibleModel:
     names: Mapping[str, str]
 
     def weight(self, name: str) -> Array:
-        """One of our weights, made of the source's tensors."""
+        """One weight of the model, made from the source's tensors."""
         mapping = self.weight_map[name]
         tensors = [self.source.tensors[self.names[tensor.name]] for tensor in mapping.tensors]
         array: Array = mapping.join(*[tensor.read() for tensor in tensors])
@@ -67,7 +66,7 @@ class ConvertibleModel:
 
 
 def read_model(path: Path) -> ConvertibleModel:
-    """The model at ``path``, checked; raises as ``convert`` does, naming the path."""
+    """Open and check the model at ``path``; raises like ``convert``, naming the path."""
     with naming(path):
         source = read_source(path)
         family = find_family(source.config)
@@ -87,25 +86,25 @@ def convert(
     licence: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Converts the model at ``path`` into a checkpoint folder at ``destination``.
+    """Convert the model at ``path`` into a checkpoint folder at ``destination``.
 
-    The folder appears whole or not at all. Arrays keep the dtype they have in the source;
+    The folder is created completely or not at all. Arrays keep the dtype of the source;
     block-quantized ones become float32.
 
     Args:
-        path: a GGUF file, or a folder in Hugging Face form.
-        destination: the folder to make; it must not exist.
-        progress: told of each weight.
-        licence: where the source does not name its own.
-        origin: more for ``source`` in ``inferneo.json``.
+        path: a GGUF file, or a folder in Hugging Face's layout.
+        destination: the folder to create; it must not exist.
+        progress: called after each weight.
+        licence: overrides that of the source.
+        origin: further entries of ``source`` in ``inferneo.json``.
 
     Returns:
         ``destination``.
 
     Raises:
         CheckpointError: the source cannot be read, or ``destination`` exists.
-        ConfigError: the model is of a kind that is not supported.
-        WeightsError: names each source tensor that is missing, unused or misshapen.
+        ConfigError: the model is not supported.
+        WeightsError: lists the source tensors that are missing, unused or misshapen.
     """
     path, destination = Path(path), Path(destination)
     refuse_existing(destination)
@@ -134,7 +133,7 @@ def convert(
 
 
 def _check_tokenizer(source: SourceModel, vocab_size: int) -> None:
-    """Raises TokenizerError unless the tokenizer can be loaded and its ids are the model's."""
+    """Check that the tokenizer loads and that its ids are within the model's vocabulary."""
     # Not at the top: the tokenizers library takes its time, and only conversion needs it.
     from inferneo_jax.text.tokenizer import Tokenizer
 
@@ -165,7 +164,7 @@ def _check(
     weight_map: Mapping[str, WeightMapping],
     names: Mapping[str, str],
 ) -> None:
-    """Raises WeightsError unless each tensor is there, has its shape, and is used or ignored."""
+    """Check that each tensor exists, has its shape, and is used or ignored."""
     wanted = {names[p.name]: p.shape for mapping in weight_map.values() for p in mapping.tensors}
     skip = re.compile("|".join(ignored) or r"(?!)")
     unused = [n for n in source.tensors if n not in wanted and not skip.fullmatch(n)]

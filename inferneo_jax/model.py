@@ -41,7 +41,7 @@ from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.text.tokenizer import Tokenizer
-from inferneo_jax.weights.cache import KeptWeights
+from inferneo_jax.weights.cache import WeightCache
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
 from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
@@ -278,7 +278,7 @@ def load_weights(
     """
     model, padded, mesh = backend.model, backend.padded, backend.mesh
     stores = {
-        quantization: KeptWeights(cache, info.path, mesh, quantization)
+        quantization: WeightCache(cache, info.path, mesh, quantization)
         for quantization in backend.choices
     }
 
@@ -290,7 +290,7 @@ def load_weights(
             yield
 
     for quantization, store in stores.items():
-        if store.there:
+        if store.exists:
             with room(quantization):
                 if kept := store.read():
                     placed = place_weights({}, model, padded, mesh, quantization, kept)

@@ -1,15 +1,15 @@
-"""Encoded weights, kept on disk between starts.
+"""The cache of encoded weights on disk.
 
-Encoding a model takes longer than all else of a start. What came of it is one file for each
-checkpoint, quantization and mesh, which the next start reads straight into memory::
+Encoding a model takes longer than the rest of a start. The result is one file for each checkpoint,
+quantization and mesh, which the next start reads straight into memory::
 
-    arrays      each at a multiple of 64 bytes, where jax takes them without a copy
-    index       JSON: what they were made of, and where each lies
+    arrays      each at a multiple of 64 bytes, from which jax takes them without a copy
+    index       JSON: what the arrays were made of, and the offset of each
     8 bytes     the length of the index
-    32 bytes    SHA-256 of all before them
+    32 bytes    SHA-256 of everything before
 
-The file appears whole or not at all, and replaces the one before. One that is damaged, or was made
-of something else, is as if not there.
+The file is created completely or not at all, and replaces its predecessor. A file that is damaged,
+or was made of something else, is ignored.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ from inferneo_jax.platform.source import DEVICE_ROOMS, source_hash
 log = logging.getLogger(__name__)
 
 WEIGHTS_SUFFIX = ".weights"
-"""Of the files of encoded weights, in the folder of compiled programs."""
+"""Suffix of the cache's files, in the folder of compiled programs."""
 
-EncodedParts = dict[tuple[str, int], tuple[HostArray, ...]]
-"""The arrays of each weight's parts, by its name and the part's number."""
+EncodedShards = dict[tuple[str, int], tuple[HostArray, ...]]
+"""The encoded arrays of each shard, by the weight's name and the shard's number."""
 Keep = Callable[[str, int, tuple[HostArray, ...]], None]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -52,17 +52,17 @@ _LENGTH = struct.Struct("!Q")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _SMALL_BYTES = 2**16
 _SPARE_BYTES = 2**30
-"""What is left of the disk for others."""
+"""Disk space that is left free."""
 
 
-class KeptWeights:
-    """The encoded weights of one checkpoint on one mesh, as this process holds them.
+class WeightCache:
+    """The cached shards of one checkpoint on one mesh that this process holds.
 
     Args:
-        folder: made if it is not there; None keeps nothing.
+        folder: created if it does not exist; None disables the cache.
         checkpoint: the folder of the model.
-        mesh: where the weights go.
-        quantization: of the matrices. If it encodes none of them, nothing is kept.
+        mesh: of the devices that hold the weights.
+        quantization: of the matrices. If it encodes none of them, nothing is cached.
     """
 
     def __init__(
@@ -88,16 +88,16 @@ class KeptWeights:
         self._made_of = _digest(source_hash(*DEVICE_ROOMS), sys.byteorder, *_content(checkpoint))
 
     @property
-    def there(self) -> bool:
-        """Whether there is something to read."""
+    def exists(self) -> bool:
+        """Whether the file exists."""
         return self._file is not None and self._file.exists()
 
-    def read(self) -> EncodedParts | None:
-        """What was kept; None where there is nothing that can be used."""
+    def read(self) -> EncodedShards | None:
+        """Read all shards; None if there is no usable file."""
         if self._file is None:
             return None
         try:
-            found = self._parts(_read_aligned(self._file))
+            found = self._shards(_read_aligned(self._file))
             with contextlib.suppress(PermissionError):
                 os.utime(self._file)
         except FileNotFoundError:
@@ -109,13 +109,12 @@ class KeptWeights:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Keep]:
-        """A function that keeps what it is given, from any thread.
+        """Give a function that caches a shard, to be called from any thread.
 
-        The file appears when the block ends, and not at all if it raises, or if the disk is full or
-        cannot be written to.
+        The file is created when the block ends, unless it raises or the disk cannot be written to.
         """
         if self._file is None:
-            yield _keep_nothing
+            yield _discard
             return
         writer = _Writer(self._file, self._made_of)
         try:
@@ -124,8 +123,8 @@ class KeptWeights:
         finally:
             writer.close()
 
-    def _parts(self, content: Bytes) -> EncodedParts | None:
-        """Views of a file's arrays; None where they were made of something else."""
+    def _shards(self, content: Bytes) -> EncodedShards | None:
+        """Views of a file's arrays; None if they were made of something else."""
         body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
         (length,) = _LENGTH.unpack(body[-_LENGTH.size :].tobytes())
         index = orjson.loads(body[: -_LENGTH.size][-length:].tobytes())
@@ -133,16 +132,16 @@ class KeptWeights:
             return None
         if hashlib.sha256(body.data).digest() != digest.tobytes():
             raise ValueError("the file is damaged")
-        parts: EncodedParts = {}
+        shards: EncodedShards = {}
         for name, number, start, dtype, shape in index["arrays"]:
             end = start + math.prod(shape) * jnp.dtype(dtype).itemsize
             array = body[start:end].view(jnp.dtype(dtype)).reshape(shape)
-            parts[name, number] = (*parts.get((name, number), ()), array)
-        return parts
+            shards[name, number] = (*shards.get((name, number), ()), array)
+        return shards
 
 
 class _Writer:
-    """Writes a file under another name, until it is whole; gives up at the first error."""
+    """Writes a file under a temporary name until it is complete; gives up at the first error."""
 
     def __init__(self, file: Path, made_of: str) -> None:
         self._file = file
@@ -158,7 +157,7 @@ class _Writer:
             )
 
     def add(self, name: str, number: int, arrays: tuple[HostArray, ...]) -> None:
-        """Append the arrays of one part."""
+        """Append the arrays of one shard."""
         with self._lock:
             for array in map(np.ascontiguousarray, arrays):
                 self._write(bytes(-self._end % _ALIGNMENT))
@@ -167,7 +166,7 @@ class _Writer:
                 self._write(array.reshape(-1).view(np.uint8).data)
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Complete the file and give it its name."""
         index = json.dumps(self._index).encode()
         self._write(index + _LENGTH.pack(len(index)))
         self._write(self._digest.digest())
@@ -179,7 +178,7 @@ class _Writer:
             self._out = None
 
     def close(self) -> None:
-        """Remove what was not finished."""
+        """Remove the file if it was not finished."""
         if self._out is not None:
             self._out.close()
             Path(self._out.name).unlink(missing_ok=True)
@@ -206,8 +205,8 @@ class _Writer:
                 self.close()
 
 
-def _keep_nothing(name: str, number: int, arrays: tuple[HostArray, ...]) -> None:
-    """Where nothing is to be kept."""
+def _discard(name: str, number: int, arrays: tuple[HostArray, ...]) -> None:
+    """Ignore a shard."""
 
 
 def _read_aligned(file: Path) -> Bytes:
@@ -224,7 +223,7 @@ def _read_aligned(file: Path) -> Bytes:
 
 
 def _content(checkpoint: Path) -> Iterator[object]:
-    """What tells a checkpoint from others: small files whole, large ones by size and time."""
+    """What identifies a checkpoint: the content of small files, size and time of large ones."""
     for file in sorted(checkpoint.rglob("*")):
         if file.is_file():
             status, name = file.stat(), file.relative_to(checkpoint).as_posix()

@@ -1,4 +1,4 @@
-"""Weights onto a mesh, part by part: no device or host ever holds more than its own."""
+"""Places weights on a mesh shard by shard, so that no device or host holds more than its own."""
 
 import math
 from collections.abc import Mapping
@@ -15,19 +15,19 @@ from inferneo_jax.layers.quantization import HostArray, QuantizationConfig
 from inferneo_jax.layers.spec import WeightSpec
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.sharding.padding import Index, PaddedWeight, Sliceable
-from inferneo_jax.weights.cache import EncodedParts, Keep
+from inferneo_jax.weights.cache import EncodedShards, Keep
 
 _READERS = 4
-"""Weights that are read at once."""
+"""Number of weights that are read in parallel."""
 
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
-"""Of the arrays that one weight is kept in."""
+"""Shapes, dtypes and shardings of the arrays that store one weight."""
 
 
 def weight_shapes(
     padded: ModelConfig, mesh: Mesh, quantization: QuantizationConfig
 ) -> dict[str, Shapes]:
-    """The weights of a padded model on a mesh, by name, in the order of the module's leaves."""
+    """The arrays of each weight of a padded model on a mesh, by name, in the order of leaves."""
     return {
         name: tuple(
             jax.ShapeDtypeStruct(
@@ -42,12 +42,12 @@ def weight_shapes(
 
 
 def flat(shapes: Mapping[str, Shapes]) -> list[jax.ShapeDtypeStruct]:
-    """All arrays of these weights: what a step takes."""
+    """All arrays of these weights, in the order in which a step takes them."""
     return [each for arrays in shapes.values() for each in arrays]
 
 
 def local_bytes(shapes: list[jax.ShapeDtypeStruct]) -> int:
-    """Bytes that one device holds of arrays that are split as their shardings say."""
+    """Bytes of the shards that one device holds."""
     return sum(
         math.prod(each.sharding.shard_shape(each.shape)) * each.dtype.itemsize for each in shapes
     )
@@ -59,22 +59,22 @@ def place_weights(
     padded: ModelConfig,
     mesh: Mesh,
     quantization: QuantizationConfig,
-    kept: EncodedParts | None = None,
+    kept: EncodedShards | None = None,
     keep: Keep | None = None,
 ) -> list[Array]:
-    """The weights of a model, each device's part read and encoded on its own.
+    """Read, encode and place the weights of a model, each device's shard on its own.
 
     Args:
-        sources: the weights as ``model`` declares them.
+        sources: the weights, with the shapes of ``model``.
         model: as its checkpoint describes it.
         padded: the same model, padded for the mesh.
-        mesh: where they go.
+        mesh: of the devices.
         quantization: of the matrices.
-        kept: all parts that this process needs, encoded before; then no source is read.
-        keep: is given each part that was encoded.
+        kept: all shards that this process needs, if they were encoded before; no source is read.
+        keep: called with each shard that was encoded.
 
     Returns:
-        What a step takes: arrays in the order of the padded module's leaves.
+        The arguments of a step: arrays in the order of the padded module's leaves.
     """
     declared = {} if kept else models.weight_specs(model)
     specs = models.weight_specs(padded, quantization)
@@ -84,9 +84,9 @@ def place_weights(
 
     def place(name: str, targets: Shapes) -> list[Array]:
         spec = specs[name]
-        parts = max(map(_num_parts, targets))
+        num_shards = max(map(_num_shards, targets))
 
-        # Devices along an axis that does not split the weight share one copy.
+        # Devices along an axis that does not split the weight share one encoded shard.
         encoded: dict[int, tuple[HostArray, ...]] = {}
 
         def encode(number: int) -> tuple[HostArray, ...]:
@@ -95,12 +95,12 @@ def place_weights(
             if number not in encoded:
                 stored = declared[name].shape
                 weight = PaddedWeight(sources[name], stored, spec.shape, spec.axes, group)
-                part = weight[_part(spec, number, parts)]
+                shard = weight[_shard(spec, number, num_shards)]
                 shape = [
-                    size // (parts if axis else 1)
+                    size // (num_shards if axis else 1)
                     for size, axis in zip(spec.flat_shape, spec.flat_axes, strict=True)
                 ]
-                encoded[number] = spec.encode(part.reshape(shape))
+                encoded[number] = spec.encode(shard.reshape(shape))
                 if keep:
                     keep(name, number, encoded[number])
             return encoded[number]
@@ -108,12 +108,12 @@ def place_weights(
         def array(i: int, target: jax.ShapeDtypeStruct) -> Array:
             local = target.sharding.shard_shape(target.shape)
 
-            def part(index: Index | None) -> HostArray:
+            def shard(index: Index | None) -> HostArray:
                 starts = [each.start or 0 for each in index or ()]
                 places = (start // size for start, size in zip(starts, local, strict=True) if size)
                 return encode(max(places, default=0))[i]
 
-            return jax.make_array_from_callback(target.shape, target.sharding, part)
+            return jax.make_array_from_callback(target.shape, target.sharding, shard)
 
         return [array(i, target) for i, target in enumerate(targets)]
 
@@ -122,15 +122,15 @@ def place_weights(
         return [a for arrays in pool.map(place, shapes, shapes.values()) for a in arrays]
 
 
-def _num_parts(target: jax.ShapeDtypeStruct) -> int:
+def _num_shards(target: jax.ShapeDtypeStruct) -> int:
     local: Any = target.sharding.shard_shape(target.shape)
-    return max(whole // part for whole, part in zip(target.shape, local, strict=True))
+    return max(whole // size for whole, size in zip(target.shape, local, strict=True))
 
 
-def _part(spec: WeightSpec, number: int, parts: int) -> Index:
-    """Where one of the parts lies in a weight, by its declared dimensions."""
+def _shard(spec: WeightSpec, number: int, num_shards: int) -> Index:
+    """The slice of a weight, in its declared dimensions, that is shard ``number``."""
     return tuple(
-        slice(number * size // parts, (number + 1) * size // parts)
+        slice(number * size // num_shards, (number + 1) * size // num_shards)
         if axis and axis in spec.flat_axes
         else slice(0, size)
         for size, axis in zip(spec.shape, spec.axes, strict=True)

@@ -203,14 +203,14 @@ def test_files_of_somebody_else_are_read_and_memory_is_asked_for_once(
         raise PermissionError
 
     asked: list[int] = []
-    read = cache.KeptWeights.read
+    read = cache.WeightCache.read
 
-    def noted(store: cache.KeptWeights) -> cache.EncodedParts | None:
+    def noted(store: cache.WeightCache) -> cache.EncodedShards | None:
         assert len(asked) == 1
         return read(store)
 
     monkeypatch.setattr(os, "utime", refuse)
-    monkeypatch.setattr(cache.KeptWeights, "read", noted)
+    monkeypatch.setattr(cache.WeightCache, "read", noted)
     monkeypatch.setattr("inferneo_jax.model.require", lambda size, _: asked.append(size))
     assert same(load(checkpoint, tmp_path), wanted)
     assert len(reads) == len(asked) == 1

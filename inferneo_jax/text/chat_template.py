@@ -1,7 +1,7 @@
-"""Chat templates: Jinja programs, shipped with a model, that write a conversation as one text.
+"""Chat templates: Jinja programs, shipped with a model, that render a conversation as one text.
 
-They come from model repositories, so they run in processes of their own, which the kernel bounds
-in memory and time (``template_worker.py``). What a template sees is what transformers shows it.
+Templates come from model repositories, so they run in separate processes, whose memory and time the
+kernel limits (``template_worker.py``). They see the same variables as in transformers.
 """
 
 import json
@@ -13,10 +13,10 @@ from inferneo_jax.text import template_protocol as protocol
 from inferneo_jax.text.template_pool import POOL, Answer, WorkerEndedError
 
 Message = Mapping[str, Any]
-"""One message of a conversation: ``role``, ``content`` and what else the template reads."""
+"""One message of a conversation: ``role``, ``content`` and whatever else the template reads."""
 
 MAX_SECONDS = 5.0
-"""Most CPU time that a rendering may take."""
+"""Maximum CPU time of a rendering."""
 
 _TAIL = "\ue0c5continue\ue0c5 "  # private-use characters around a word; ends in a space on purpose
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -24,10 +24,10 @@ _ADVICE = "; send shorter messages, or tools and variables that are less deeply 
 
 
 class ChatTemplate:
-    """A chat template that compiles; may render in several threads at once.
+    """A chat template that compiles; it can render in several threads at once.
 
     Attributes:
-        variables: what the template reads beyond what every rendering gives it.
+        variables: names that the template reads and that not every rendering provides.
     """
 
     def __init__(self, source: str, named_tokens: Mapping[str, str]) -> None:
@@ -35,7 +35,7 @@ class ChatTemplate:
 
         Args:
             source: the Jinja text.
-            named_tokens: variables such as ``bos_token``, which every rendering sees.
+            named_tokens: variables such as ``bos_token``, provided to every rendering.
 
         Raises:
             TokenizerError: the text is not a template, or takes too much to compile.
@@ -61,10 +61,10 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """Write ``messages`` as one text; see ``Tokenizer.render_chat``.
+        """Render ``messages`` as one text; see ``Tokenizer.render_chat``.
 
         Raises:
-            TemplateError: the template refused the messages, failed, or ran beyond its bounds.
+            TemplateError: the template refused the messages, failed, or exceeded its limits.
             EngineError: the process that renders templates cannot be started.
         """
         if not messages:
@@ -115,7 +115,7 @@ def _reason(answer: Answer) -> str:
 
 
 def _as_json(context: Mapping[str, Any]) -> bytes:
-    """The context as a worker reads it.
+    """The context in the form that a worker reads.
 
     Raises:
         TemplateError: it is not JSON, nested too deeply, or too long.
@@ -140,7 +140,7 @@ def _as_json(context: Mapping[str, Any]) -> bytes:
 
 
 def _as_transformers_shows(message: Message) -> dict[str, Any]:
-    """A message without what is null, and its reasoning under the names that templates read."""
+    """A message without null values, with its reasoning under the names that templates read."""
     shown = {key: value for key, value in message.items() if value is not None}
     reasoning = next((shown[key] for key in _REASONING if key in shown), None)
     if reasoning is None:

@@ -1,4 +1,4 @@
-"""Token ids to text while they are still being generated."""
+"""Decoding of token ids to text while they are being generated."""
 
 import codecs
 
@@ -9,12 +9,12 @@ _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class IncrementalDecoder:
-    """Turns one sequence's tokens into text as they come, never splitting a character.
+    """Decodes the tokens of one sequence as they arrive, without splitting a character.
 
-    What the pushes returned, joined, and then :meth:`flush` equal
-    ``tokenizer.decode(all ids)``, for any ids of a byte-level vocabulary. With byte-fallback
-    vocabularies this holds as long as the byte tokens spell valid UTF-8: there, decoding at once
-    drops a whole run of byte tokens for one bad byte, of which a stream has shown the good ones.
+    The results of all pushes and of :meth:`flush`, joined, equal ``tokenizer.decode(all ids)`` for
+    any ids of a byte-level vocabulary. With byte-fallback vocabularies this holds if the byte
+    tokens spell valid UTF-8: for one invalid byte, decoding all at once drops a whole run of byte
+    tokens, of which a stream has already shown the valid ones.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -27,7 +27,7 @@ class IncrementalDecoder:
         self._strip = tokenizer.strips_leading_space
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes; "" while a character is open."""
+        """Return the characters that this token completes; "" while a character is incomplete."""
         try:
             piece = self._pieces[token_id]
         except IndexError:  # models pad their logits beyond the vocabulary
@@ -39,5 +39,5 @@ class IncrementalDecoder:
         return text
 
     def flush(self) -> str:
-        """What is left at the end of the sequence: U+FFFD for a character never completed."""
+        """Return the rest at the end of the sequence: U+FFFD for an incomplete character."""
         return self._decode(b"", True)

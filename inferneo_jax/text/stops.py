@@ -1,4 +1,4 @@
-"""Stop strings in text that comes in pieces."""
+"""Stop strings in streamed text."""
 
 import re
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from inferneo_jax.errors import RequestError
 
 
 class StopMatcher:
-    """Passes text on until one of ``stops`` is complete.
+    """Passes text on until it contains one of ``stops``.
 
-    The stop that completes first wins, and of those that complete together the longest. Text that
-    may be the beginning of a stop is held back, and no more than that; what is returned and matched
-    does not depend on how the text was cut into pieces.
+    The stop that ends first wins; of several that end together, the longest. Only text that may be
+    the beginning of a stop is held back. The result does not depend on how the text is divided into
+    pieces.
 
     Attributes:
-        matched: the stop that was found, or None so far.
+        matched: the stop that was found, or None.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
-        """Watch for ``stops``.
+        """Search for ``stops``.
 
         Args:
-            stops: none, or non-empty strings.
-            include: whether the stop itself is part of the text passed on.
+            stops: non-empty strings, or none at all.
+            include: whether to pass on the stop itself as well.
 
         Raises:
             RequestError: one of the stops is empty.
@@ -34,12 +34,12 @@ class StopMatcher:
         self._include = include
         self._held = ""
         self._longest = max(map(len, self._stops), default=0)
-        # Nearly all text holds no stop's first character, which one search in C finds out.
+        # Nearly all text has no stop's first character, which one search in C detects.
         firsts = "".join(sorted({re.escape(stop[0]) for stop in self._stops}))
         self._first = re.compile(f"[{firsts}]") if firsts else None
 
     def push(self, text: str) -> str:
-        """Take the next piece; returns what is safe to show, "" once a stop has matched."""
+        """Take the next piece and return the text that can be shown; "" after a match."""
         if self._first is None:
             return text
         if self.matched is not None:
@@ -50,7 +50,7 @@ class StopMatcher:
             return text
         end, length, found = len(text) + 1, 0, ""
         for stop in self._stops:
-            # No need to look beyond the earliest end known.
+            # A later end than the earliest one so far does not matter.
             start = text.find(stop, 0, end)
             if start >= 0 and (start + len(stop), -len(stop)) < (end, -length):
                 end, length, found = start + len(stop), len(stop), stop
@@ -63,12 +63,12 @@ class StopMatcher:
         return text[:cut]
 
     def flush(self) -> str:
-        """The text held back, at the end of the stream: it turned out to be no stop."""
+        """Return the text held back, which is no stop, at the end of the stream."""
         held, self._held = self._held, ""
         return held
 
     def _begins(self, text: str) -> int:
-        """Where the earliest suffix of ``text`` that begins a stop starts."""
+        """The start of the longest suffix of ``text`` that begins a stop."""
         assert self._first is not None
         for match in self._first.finditer(text, max(0, len(text) - self._longest + 1)):
             start = match.start()

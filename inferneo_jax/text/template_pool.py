@@ -1,4 +1,4 @@
-"""The processes that render chat templates, as the process that asks them sees them."""
+"""The pool of processes that render chat templates."""
 
 import atexit
 import os
@@ -19,11 +19,11 @@ from inferneo_jax.errors import EngineError
 from inferneo_jax.text import template_protocol as protocol
 
 WORKERS = 2
-"""Renderings at once; the server has as many threads for text."""
+"""Number of concurrent renderings; the server has as many threads for text."""
 WAIT_FACTOR = 4
 """A worker is killed after this many times the CPU time that a request may take."""
 START_SECONDS = 60.0
-"""Longest time in which a worker starts; on an idle machine it takes less than 0.1 s."""
+"""Maximum time for a worker to start; on an idle machine it takes less than 0.1 s."""
 
 _START = (
     "import sys; sys.path += sys.argv[1:]; "
@@ -33,12 +33,12 @@ _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "TZ")
 
 
 class WorkerEndedError(Exception):
-    """The worker ended before it answered; the text says why."""
+    """The worker ended before it answered; the message says why."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker says: one of the kinds of ``template_protocol``, and a text."""
+    """A worker's answer: one of the kinds of ``template_protocol``, and a text."""
 
     kind: bytes
     text: str
@@ -48,10 +48,10 @@ class _Worker:
     """One process; used by one thread at a time."""
 
     def __init__(self) -> None:
-        """Start it; it is ready later.
+        """Start the process, without waiting until it is ready.
 
         Raises:
-            EngineError: the system starts no process.
+            EngineError: the process cannot be started.
         """
         self._command = [sys.executable, "-I", "-S", "-c", _START, *_import_path()]
         self._channel, theirs = socket.socketpair()
@@ -82,7 +82,7 @@ class _Worker:
         return self._process.poll() is not None
 
     def wait_until_ready(self) -> None:
-        """Wait for the end of the start, which a request's time does not include.
+        """Wait until it has started; a request's time does not include this.
 
         Raises:
             EngineError: it does not start.
@@ -103,7 +103,7 @@ class _Worker:
         self._is_ready = kind == protocol.READY
 
     def ask(self, source: bytes, context: bytes, seconds: float) -> tuple[Answer, bool]:
-        """Send a request; returns the answer, and whether the worker ends after it.
+        """Send a request; return the answer, and whether the worker exits after it.
 
         Raises:
             WorkerEndedError: it was killed, by the kernel or because it took too long.
@@ -150,19 +150,19 @@ class _Worker:
         return received
 
     def close(self) -> None:
-        """End it, and leave no zombie."""
+        """Kill the process and reap it."""
         self._channel.close()
         self._process.kill()
         self._process.wait()
 
     def forget(self) -> None:
-        """Leave it to the process that this one was forked from."""
+        """Leave the worker to the process that this one was forked from."""
         self._channel.close()
         self._process.returncode = 0
 
 
 class TemplatePool:
-    """Workers, started when they are first wanted and replaced when they end; for any thread."""
+    """Workers, started when first needed and replaced when they end; thread-safe."""
 
     def __init__(self) -> None:
         self._clear()
@@ -185,7 +185,7 @@ class TemplatePool:
                 self._idle.insert(0, _Worker())
 
     def ask(self, source: bytes, context: bytes, seconds: float) -> Answer:
-        """Have a template rendered, or only compiled, by whichever worker is free first.
+        """Have a template rendered, or only compiled, by the next free worker.
 
         Args:
             source: the template.
@@ -193,7 +193,7 @@ class TemplatePool:
             seconds: the CPU time it may take.
 
         Raises:
-            WorkerEndedError: the worker was killed; another takes its place.
+            WorkerEndedError: the worker was killed; another replaces it.
             EngineError: no worker can be started.
         """
         with self._borrowed() as worker:
@@ -227,12 +227,12 @@ class TemplatePool:
                             self._idle.insert(0, _Worker())
 
     def pids(self) -> list[int]:
-        """The processes of the workers."""
+        """The process ids of the workers."""
         with self._lock:
             return [worker.pid for worker in (*self._idle, *self._busy)]
 
     def close(self) -> None:
-        """End the workers, for good."""
+        """End the workers; the pool cannot be used afterwards."""
         with self._lock:
             self._is_closed = True
             workers = [*self._idle, *self._busy]
@@ -241,7 +241,7 @@ class TemplatePool:
             worker.close()
 
     def forget(self) -> None:
-        """Called in a forked process, whose workers are its parent's; it starts its own."""
+        """Forget the parent's workers, in a forked process; it starts its own."""
         for worker in (*self._idle, *self._busy):
             worker.forget()
         self._clear()
@@ -250,7 +250,7 @@ class TemplatePool:
 def _import_path() -> list[str]:
     """The folders from which a worker imports what is not in the standard library.
 
-    Named one by one, it starts without ``site``, and where that would not find them too.
+    With these, a worker starts without ``site``, which is faster and might not find them.
     """
     found: dict[str, None] = {}
     for name in ("inferneo_jax", "jinja2", "markupsafe"):
@@ -262,7 +262,7 @@ def _import_path() -> list[str]:
 
 
 POOL = TemplatePool()
-"""The workers of this process, which all its models share."""
+"""The workers of this process, shared by all its models."""
 
 atexit.register(POOL.close)
 os.register_at_fork(after_in_child=POOL.forget)

@@ -1,31 +1,33 @@
-"""What the process that renders chat templates and the one that asks it agree on.
+"""The protocol between a process that renders chat templates and the process that asks it to.
 
-A request is a header, a template's source and a context: JSON, or nothing to have the template
-compiled only. An answer is a header and a text. Both texts are UTF-8.
+A request is a header, a template's source and a context as JSON; without a context the template is
+only compiled. An answer is a header and a text. All texts are UTF-8.
+
+A module of its own, as the renderer imports nothing else of this package.
 """
 
 import struct
 
 MAX_CHARACTERS = 8_000_000
-"""Longest text that a template may render; far above any model's context."""
+"""Maximum length of a rendered text, far above any model's context."""
 MAX_BYTES = 4 * MAX_CHARACTERS
-"""Longest text of an answer, encoded."""
+"""Maximum length of an answer's text, encoded."""
 MAX_ERROR_CHARACTERS = 1000
-"""Longest description of an error."""
+"""Maximum length of an error's description."""
 MAX_REQUEST_BYTES = 64 << 20
-"""Longest request; it is read before it is parsed, so it must fit the worker's memory."""
+"""Maximum length of a request, which must fit into the worker's memory before it is parsed."""
 MEMORY_BYTES = 256 << 20
-"""Address space of a worker beyond what it takes when it starts."""
+"""Address space of a worker beyond what it has when it starts."""
 
 REQUEST = struct.Struct("!dII")
-"""The seconds of CPU time that the request may take, and the lengths of source and context."""
+"""The CPU time in seconds that the request may take, and the lengths of source and context."""
 ANSWER = struct.Struct("!cBI")
-"""One of the kinds below, whether the worker ends after this answer, and the length of the text."""
+"""One of the kinds below, whether the worker exits after this answer, and the text's length."""
 
 READY = b"+"
-"""The worker has started; sent once, unasked."""
+"""The worker has started; sent once, without a request."""
 TEXT = b"t"
-"""The rendered text; for a template that is compiled only, the names of the variables it reads."""
+"""The rendered text; for a template that is only compiled, the names of its variables."""
 SYNTAX = b"s"
 """The source is not a template; the text says why."""
 REFUSED = b"r"

@@ -1,9 +1,9 @@
-"""The process that compiles and renders chat templates: Hugging Face's Jinja, and nothing else.
+"""The process that compiles and renders chat templates in Hugging Face's dialect of Jinja.
 
 Templates come from model repositories, so they are not trusted. Jinja's sandbox keeps them from
-Python's internals, but nothing in Python bounds what a single call may take. So they run in this
+Python's internals, but nothing in Python limits the resources of a single call. So they run in this
 process, whose memory, CPU time and files the kernel limits before it reads its first request. It
-imports the standard library, jinja2 and the constants of the protocol only: 20 MB.
+imports only the standard library, jinja2 and the constants of the protocol, and takes 20 MB.
 """
 
 import encodings.unicode_escape  # noqa: F401  (those without a use are what templates use)

@@ -20,6 +20,7 @@ from server.observe import log
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import KeyRig, bearer, closing_code
 from tests.support.paths import ROOT
+from tests.support.waiting import until
 
 CHATS = "/v1/chat/completions"
 BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
@@ -135,7 +136,7 @@ def test_revocation_rotation_and_expiry_take_effect_within_two_seconds(rig: KeyR
     def status(text: str) -> int:
         return rig.client.get("/v1/models", headers=bearer(text)).status_code
 
-    def until(text: str, wanted: int) -> None:
+    def becomes(text: str, wanted: int) -> None:
         until(lambda: status(text) == wanted, 2)
 
     key, text = rig.key()
@@ -143,12 +144,12 @@ def test_revocation_rotation_and_expiry_take_effect_within_two_seconds(rig: KeyR
     new = new_text(key.id)
     rig.change(key, digest=digest(rig.store.pepper(), new))
     assert status(new) == 200  # at once, though the old one may have been looked up just now
-    until(text, 401)
+    becomes(text, 401)
     rig.change(key, revoked=time.time())
-    until(new, 401)
+    becomes(new, 401)
     brief = rig.key(expires=time.time() + 0.5)[1]
     assert status(brief) == 200
-    until(brief, 401)
+    becomes(brief, 401)
 
 
 def test_no_key_is_repeated_anywhere(rig: KeyRig, monkeypatch: pytest.MonkeyPatch) -> None:

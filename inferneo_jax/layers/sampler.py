@@ -1,7 +1,7 @@
-"""From logits to the next tokens: one batched, pure function with parameters per row.
+"""Sampling: logits to next tokens, as one batched, pure function with parameters per row.
 
-Each feature costs nothing when no row of the batch uses it: the program branches on the device,
-so that one compiled step serves every mixture of requests.
+A feature costs nothing unless a row of the batch uses it: the program branches on the device, so
+one compiled program serves every mixture of requests.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,18 @@ _NEVER = -1e30
 
 
 class SamplingParamsBatch(NamedTuple):
-    """Sampling parameters, one row per request; also the form in which slots keep them.
+    """The sampling parameters of a batch, one row per request. Slots keep them in the same form.
 
-    ``prompt_len`` splits a row's history into prompt and output; before ``min_len`` tokens in all,
-    ``stop_ids`` cannot be sampled. Unused entries of ``bias_ids`` and ``stop_ids`` hold the
-    vocabulary size, which scatters drop.
+    Attributes:
+        temperature, top_k, top_p, min_p: as in ``SamplingParams``; 0 stands for no ``top_k``.
+        frequency_penalty, presence_penalty, repetition_penalty: as in ``SamplingParams``.
+        seed: high and low word.
+        prompt_len: number of prompt tokens; those after them are output.
+        min_len: prompt and output must have this many tokens before a stop token is sampled.
+        want_logprobs: whether the request asked for log probabilities.
+        bias_ids: biased tokens; unused entries hold the vocabulary size, which scatters drop.
+        bias: what is added to their logits.
+        stop_ids: stop tokens, padded like ``bias_ids``.
     """
 
     temperature: Float[Array, " rows"]
@@ -53,9 +60,10 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """The sampling function for one vocabulary.
+    """The sampling function.
 
-    ``num_top`` is how many alternatives are scored when a row wants log probabilities.
+    Attributes:
+        num_top: number of most likely tokens that are scored when a row wants log probabilities.
     """
 
     num_top: int
@@ -90,7 +98,7 @@ class Sampler:
         return ids, self.score(logits, ids, params.want_logprobs.any())
 
     def plain(self, logits: Float[Array, "rows vocab"]) -> tuple[Int[Array, " rows"], Scores]:
-        """What ``__call__`` gives where no row wants more than its most likely token."""
+        """The result of ``__call__`` for rows that all want their most likely token only."""
         return argmax(logits), self._no_scores(logits.shape[0])
 
     def score(
@@ -117,9 +125,9 @@ class Sampler:
 def needs_more(
     params: SamplingParamsBatch, lengths: Int[Array, " rows"], vocab: int
 ) -> Bool[Array, " rows"]:
-    """Which rows want more than their most likely token: a draw, other logits, log probabilities.
+    """Whether a row wants more than its most likely token: a draw, other logits, scores.
 
-    The first bias tells whether there are any.
+    Only the first of ``bias_ids`` is read: it is unused when there are no biases.
     """
     return (
         (params.temperature > 0)

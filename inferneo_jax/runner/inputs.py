@@ -17,22 +17,22 @@ from inferneo_jax.scheduler.block_pool import NULL_BLOCK
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
 
-# The fields of rows are declared as the jax arrays that steps see; these builders fill them with
-# numpy arrays, which a compiled step takes as well. Hence the Any.
+# The fields of inputs are declared as the jax arrays that steps see. The builder fills them with
+# numpy arrays, which a compiled step accepts as well. Hence the Any.
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputBuilder:
-    """Sizes of everything that is handed over; they never change while a model is loaded.
+    """Builds the arguments of every program, in sizes that are fixed while a model is loaded.
 
     Attributes:
         dp_size: number of data-parallel ranks, the size of the mesh's ``data`` axis.
-        slots: of one rank.
-        max_len: tokens of the longest sequence.
-        page_len: tokens of one page.
-        vocab_size: of the model.
-        max_bias: biased tokens of one request.
-        max_stops: stop tokens of one request.
+        slots: number of slots of one rank.
+        max_len: maximum number of tokens of a sequence.
+        page_len: number of tokens of a page.
+        vocab_size: vocabulary size of the model.
+        max_bias: maximum number of biased tokens of a request.
+        max_stops: maximum number of stop tokens of a request.
     """
 
     dp_size: int
@@ -45,20 +45,19 @@ class InputBuilder:
 
     @property
     def max_pages(self) -> int:
-        """Pages of the longest sequence."""
+        """Maximum number of pages of a sequence."""
         return -(-self.max_len // self.page_len)
 
     def empty_state(self) -> SlotState:
-        """All slots without tokens, greedy and with no sampling feature in use."""
-        return self._unused(self.dp_size * self.slots)
+        """The state of all slots before any request: no tokens, no pages, greedy sampling."""
+        return self._empty_rows(self.dp_size * self.slots)
 
-    def _unused(self, rows: int) -> SlotState:
-
+    def _empty_rows(self, rows: int) -> SlotState:
         def full(value: Any, dtype: type[np.generic]) -> Any:
             return np.full(rows, value, dtype)
 
-        unused: tuple[Any, Any, Any] = self._tables({}, frozenset())
-        tiled: Any = [np.tile(table, (rows, 1)) for table in unused]
+        unused: tuple[Any, Any, Any] = self._token_lists({}, frozenset())
+        tiled: Any = [np.tile(each, (rows, 1)) for each in unused]
         bias_ids, bias, stop_ids = tiled
         seed: Any = np.zeros((rows, 2), np.uint32)
         tokens: Any = np.zeros((rows, self.max_len), np.int32)
@@ -82,7 +81,7 @@ class InputBuilder:
         return SlotState(tokens, block_tables, sampling)
 
     def slot_row(self, sequence: Sequence) -> SlotState:
-        """What one slot holds, without the leading axis: known tokens, pages and parameters."""
+        """The state of one slot that holds ``sequence``, without the leading axis."""
         tokens: Any = np.zeros(self.max_len, np.int32)
         tokens[: sequence.num_known] = sequence.tokens()
         block_table: Any = np.full(self.max_pages, NULL_BLOCK, np.int32)
@@ -90,9 +89,12 @@ class InputBuilder:
         return SlotState(tokens, block_table, self._sampling_row(sequence.request))
 
     def admit(self, ranks: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:
-        """The sequences that each rank admits: their slots, and what to put there."""
+        """The slots that each rank admits sequences to, and the state of these slots.
+
+        Both are padded to ``bucket`` rows per rank with rows whose slot is beyond the last.
+        """
         slots: Any = np.full(self.dp_size * bucket, self.slots, np.int32)
-        rows = self._unused(self.dp_size * bucket)
+        rows = self._empty_rows(self.dp_size * bucket)
         arrays = _arrays(rows)
         for rank, sequences in enumerate(ranks):
             for i, sequence in enumerate(sequences, start=rank * bucket):
@@ -102,13 +104,13 @@ class InputBuilder:
         return slots, rows
 
     def decode(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeInputs:
-        """Rows of a decode step; each rank's are padded to the bucket with rows without a slot."""
+        """The inputs of a decode step, padded like those of ``admit``."""
         return DecodeInputs(*self._positions(ranks, bucket, 1))
 
     def _positions(
         self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, length: int
     ) -> tuple[Any, Any, Any]:
-        """Slots, positions and pages of decode rows that write up to ``length`` positions each."""
+        """Slots, positions and pages of rows that write up to ``length`` positions each."""
         total = self.dp_size * bucket
         slots: Any = np.full(total, self.slots, np.int32)
         positions: Any = np.zeros(total, np.int32)
@@ -120,24 +122,26 @@ class InputBuilder:
                 slots[i] = row.sequence.slot
                 positions[i] = row.position
                 first = row.position // self.page_len
-                own = row.sequence.blocks[first : first + num_pages]
-                pages[i, : len(own)] = own
+                for j, page in enumerate(row.sequence.blocks[first : first + num_pages]):
+                    pages[i, j] = page
         return slots, positions, pages
 
-    def verify(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, most: int) -> VerifyInputs:
-        """Rows of a decode step with drafts of up to ``most`` tokens."""
+    def verify(
+        self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, max_draft: int
+    ) -> VerifyInputs:
+        """The inputs of a decode step with drafts of up to ``max_draft`` tokens."""
         total = self.dp_size * bucket
-        drafts: Any = np.zeros((total, most), np.int32)
+        drafts: Any = np.zeros((total, max_draft), np.int32)
         num_drafted: Any = np.zeros(total, np.int32)
         by_rank = [tuple(rows) for rows in ranks]
         for rank, rows in enumerate(by_rank):
             for i, row in enumerate(rows, start=rank * bucket):
                 num_drafted[i] = len(row.draft)
                 drafts[i, : len(row.draft)] = row.draft
-        return VerifyInputs(*self._positions(by_rank, bucket, most + 1), drafts, num_drafted)
+        return VerifyInputs(*self._positions(by_rank, bucket, max_draft + 1), drafts, num_drafted)
 
     def prefill(self, ranks: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillInputs:
-        """Rows of a prefill step, padded like those of a decode step."""
+        """The inputs of a prefill step, padded like those of ``admit``."""
         total = self.dp_size * bucket
         slots: Any = np.full(total, self.slots, np.int32)
         start: Any = np.zeros(total, np.int32)
@@ -153,7 +157,7 @@ class InputBuilder:
 
     def _sampling_row(self, request: GenerationRequest) -> SamplingParamsBatch:
         params = request.sampling
-        bias_ids, bias, stop_ids = self._tables(params.logit_bias, request.stop_token_ids)
+        bias_ids, bias, stop_ids = self._token_lists(params.logit_bias, request.stop_token_ids)
 
         def real(value: float) -> Any:
             return np.float32(value)
@@ -182,7 +186,7 @@ class InputBuilder:
             stop_ids=stop_ids,
         )
 
-    def _tables(self, logit_bias: Any, stop_token_ids: frozenset[int]) -> tuple[Any, Any, Any]:
+    def _token_lists(self, logit_bias: Any, stop_token_ids: frozenset[int]) -> tuple[Any, Any, Any]:
         """Bias ids, biases and stop ids; unused entries name a token beyond the vocabulary."""
         bias_ids = np.full(self.max_bias, self.vocab_size, np.int32)
         bias = np.zeros(self.max_bias, np.float32)

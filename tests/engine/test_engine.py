@@ -160,6 +160,30 @@ def test_prompt_scores_equal_the_generations_own(tiny_engine: MakeEngine) -> Non
     assert _prompt_scores(scored)[-10:] == pytest.approx(own, abs=1e-4)
 
 
+def test_scores_reach_the_host_only_when_a_request_asks(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    runner, found = engine._runner, set()
+    run = runner.run
+
+    def note(scheduled: SchedulerOutputs) -> PendingStep:
+        step = run(scheduled)
+        for _, sampled in filter(None, (step.decode, step.prefill)):
+            found.add((sampled.scores is not None, sampled.prompt_scores is not None))
+        return step
+
+    monkeypatch.setattr(runner, "run", note)
+    submit(engine, prompt(9), 4).wait()
+    assert found == {(False, False)}
+    found.clear()
+    submit(engine, prompt(9), 4, logprobs=1).wait()
+    assert found == {(True, False)}
+    found.clear()
+    submit(engine, prompt(9), 0, prompt_logprobs=1).wait()
+    assert found == {(False, True)}
+
+
 def test_a_stop_token_ends_and_is_reported(tiny_engine: MakeEngine) -> None:
     engine = tiny_engine()
     free = submit(engine, prompt(9), 12).tokens

@@ -1,12 +1,14 @@
 """The description is the API: the same routes, the same models, and a page that shows it."""
 
 import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 
+from inferneo_jax import EngineStats
 from server.api.admin.keys import AdminBody, LimitsBody
 from server.api.openai.generation import StreamOptions
 from server.api.openapi import document
@@ -90,6 +92,11 @@ def test_every_field_of_an_answer_is_described() -> None:
         assert schema["description"], name
         for field, described in schema["properties"].items():
             assert "const" in described or len(described["description"]) > 6, f"{name}.{field}"
+
+
+def test_ready_tells_all_that_an_engine_counts() -> None:
+    counted = {field.name for field in fields(EngineStats)}
+    assert counted <= DOCUMENT["components"]["schemas"]["LanguageModelState"]["properties"].keys()
 
 
 def test_every_operation_has_an_envelope_for_its_errors() -> None:

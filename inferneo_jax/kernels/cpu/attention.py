@@ -1,7 +1,7 @@
-"""Paged attention on CPUs: ``native/attention.h`` reads and writes pages where they lie.
+"""Paged attention on CPUs: ``native/paged_attention.cc`` reads and writes pages in place.
 
 The arrays have the shapes of the reference; within a page, keys and values lie as
-``native/pages.h`` says.
+``native/paged_call.h`` says.
 """
 
 from dataclasses import dataclass

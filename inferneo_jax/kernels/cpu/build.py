@@ -1,12 +1,12 @@
-"""The kernels in ``native/``: compiled with the machine's C++ compiler, cached, told to XLA.
+"""Builds the kernels in ``native/`` with the machine's C++ compiler and registers them with XLA.
 
-All of them are one library. Its sources are ``native/*.cc``, compiled side by side, and what they
-include. To add a kernel, write it in a header of its own, bind it in one of the sources with
+All kernels are one cached library. Its sources, ``native/*.cc``, are compiled in parallel.
+To add a kernel, write a source of its own that ends in its binding,
 ``XLA_FFI_DEFINE_HANDLER_SYMBOL(name, ...)``, and call it inside a jitted function as
 ``library().call("name", results, *arguments, **attributes)``.
 
-A library runs on the CPU that it was compiled for. Which instructions that one has is seen by the
-preprocessor (``__AVX512VNNI__``), so variants are the same source with other flags.
+A library runs on the CPU that it was compiled for. The preprocessor knows that CPU's instructions
+(``__AVX512VNNI__``), so all variants have the same source and differ in compiler flags.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ from jaxtyping import Array
 log = logging.getLogger(__name__)
 
 Variant = Literal["native", "avx2", "portable"]
-"""``native`` uses all that this CPU has; the others are what lesser ones would run."""
+"""``native`` uses all instructions of this CPU; the others are those that older CPUs would run."""
 
 _FLAGS: dict[Variant, tuple[str, ...]] = {
     "native": ("-march=native",),
@@ -39,7 +39,7 @@ _FLAGS: dict[Variant, tuple[str, ...]] = {
     "portable": (),
 }
 _COMMON = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-# Results must not depend on which products the compiler chose to fuse with which sums.
+# Results must not depend on which products and sums the compiler chooses to fuse.
 _EXACT = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 120
@@ -56,8 +56,8 @@ class Library:
     """A compiled library of kernels.
 
     Attributes:
-        variant: what it was compiled for.
-        path: where it lies.
+        variant: the instructions that it was compiled for.
+        path: of its file.
     """
 
     variant: Variant
@@ -72,14 +72,14 @@ class Library:
         aliases: dict[int, int] | None = None,
         **attributes: Any,
     ) -> Any:
-        """Call a kernel inside a function that is traced.
+        """Call a kernel inside a traced function.
 
         Args:
-            kernel: the name it has in ``native``.
-            results: shapes and dtypes of what it gives, as ``jax.ffi.ffi_call`` takes them.
+            kernel: its name in ``native``.
+            results: shapes and dtypes of its results, in any form that ``jax.ffi.ffi_call`` takes.
             arguments: of the call.
-            aliases: from arguments to the results that are written in their place.
-            attributes: numpy scalars or strings, known when it is traced.
+            aliases: from an argument's index to that of the result that overwrites it.
+            attributes: numpy scalars or strings, constant in the trace.
 
         Returns:
             The results, in the form of ``results``.
@@ -89,14 +89,14 @@ class Library:
         return call(*arguments, **attributes)
 
     def register(self) -> None:
-        """Tell XLA all kernels: a program that was kept on disk calls them without being traced."""
+        """Register all kernels: a cached program calls them without having been traced."""
         bindings = "".join(path.read_text(encoding="utf-8") for path in _NATIVE.iterdir())
         for kernel in re.findall(r"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*(\w+)", bindings):
             target = self._target(kernel)
-            if target not in _TOLD:  # XLA takes a name once
+            if target not in _REGISTERED:  # XLA accepts a name only once
                 handler = jax.ffi.pycapsule(getattr(self._handle, kernel))
                 jax.ffi.register_ffi_target(target, handler, platform="cpu")
-                _TOLD.add(target)
+                _REGISTERED.add(target)
 
     def _target(self, kernel: str) -> str:
         """The name under which XLA knows a kernel of this variant."""
@@ -105,14 +105,14 @@ class Library:
 
 _LOCK = threading.Lock()
 _MADE: dict[Variant, Library | None] = {}
-_TOLD: set[str] = set()
+_REGISTERED: set[str] = set()
 
 
 def library(variant: Variant = "native") -> Library | None:
-    """The kernels, compiled if need be: seconds the first time on a machine, milliseconds after.
+    """The library, compiled if needed: in seconds the first time, later found in milliseconds.
 
     Returns:
-        None where they cannot be compiled, of which the log is told once.
+        None if it cannot be compiled; the log says so once.
     """
     with _LOCK:
         if variant not in _MADE:
@@ -123,31 +123,29 @@ def library(variant: Variant = "native") -> Library | None:
 
 
 def chosen(variant: Variant) -> Library:
-    """The library, for what is chosen only where there is one."""
+    """The library, for callers that are chosen only if there is one."""
     made = library(variant)
-    assert made, (
-        "quantization and attention of these kernels are chosen only where there is a library"
-    )
+    assert made, "quantization and attention of these kernels are chosen only if there is a library"
     return made
 
 
 def start_building() -> None:
-    """Compile the kernels, if need be, while the caller goes on; ``library`` waits for them."""
+    """Start compiling the kernels in the background, if needed; ``library`` waits for them."""
     threading.Thread(target=library, name="kernels", daemon=True).start()
 
 
 def look(variant: Variant = "native") -> tuple[str | None, bool, str | None]:
-    """What ``library`` would find, without compiling anything or changing a file.
+    """Report what ``library`` would find, without compiling anything or changing a file.
 
     Returns:
-        The compiler, if there is one; whether the library is there already; why it cannot be made.
+        The compiler, if any; whether the library exists already; why it cannot be compiled.
     """
     compiler = _compiler()
     if compiler is None:
         return None, False, "no C++ compiler was found"
     flags = _flags(variant)
     try:
-        # Sources include no more of the standard library than they need: that it is there will do.
+        # This tests that a standard library is installed.
         _run(compiler, *flags, "-fsyntax-only", "-include", "algorithm", "-x", "c++", os.devnull)
         return compiler, _there(_cache_folder(), _key(compiler, flags)) is not None, None
     except (subprocess.SubprocessError, OSError) as error:
@@ -182,17 +180,17 @@ def _compiler() -> str | None:
 
 
 def _cache_folder() -> Path:
-    """Of this user (XDG Base Directory Specification)."""
+    """The user's cache folder (XDG Base Directory Specification)."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "inferneo" / "kernels"
 
 
 def _cached(compiler: str, variant: Variant, folder: Path) -> Path:
-    """The library's file, made unless it is there and whole.
+    """The library's file, compiled unless a complete one exists.
 
-    Its name holds the hash of all that it is made of, then its own: a file that is cut short or
-    was tampered with is not taken for it. (The loader would map it and crash.) It appears whole,
-    by a rename, and several processes may make it at once.
+    Its name has a hash of everything that it is made of, and a hash of its content, so that a
+    truncated or modified file is not loaded. (The loader would map it and crash.) The file is
+    created by a rename, complete, and several processes may create it at once.
     """
     flags = _flags(variant)
     key = _key(compiler, flags)
@@ -207,13 +205,13 @@ def _cached(compiler: str, variant: Variant, folder: Path) -> Path:
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
-        # A home that cannot be written to: compiled anew by every process.
+        # The cache folder cannot be written to: every process compiles its own library.
         folder = Path(tempfile.mkdtemp(prefix="inferneo-kernels-"))
         return _compile(compiler, flags, folder, folder, key)
 
 
 def _there(folder: Path, key: str) -> Path | None:
-    """A library of this key that is whole."""
+    """The complete library with this key, if it exists."""
     for path in sorted(folder.glob(f"{key}-*.so")):
         if path.stem == f"{key}-{_hash(path.read_bytes())}":
             return path
@@ -242,7 +240,7 @@ def _compile(compiler: str, flags: Sequence[str], scratch: Path, folder: Path, k
 def _key(compiler: str, flags: Sequence[str]) -> str:
     """A hash of the sources, the interface to XLA, the compiler and the CPU.
 
-    What the compiler predefines says which it is, and which instructions it may use.
+    The compiler's predefined macros tell its version and the instructions it may use.
     """
     predefined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
     sources = sorted([*_NATIVE.iterdir(), *Path(_headers()).rglob("*.h")])

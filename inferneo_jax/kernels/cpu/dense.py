@@ -1,4 +1,4 @@
-"""Matrices of floats in the layout of ``native/dense_tiles.h``, and what is fused to products."""
+"""Unquantized matrices in the layout of ``native/dense_tiles.h``, and segment attention."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from inferneo_jax.layers.quantization import (
 from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 _BLOCK = 32
-"""Outputs that lie together."""
+"""Outputs that are stored side by side."""
 
 _NONE: Any = np.zeros(0, np.float32)
 _NO_TABLE: Any = np.zeros((0, 0), np.float32)
@@ -32,11 +32,11 @@ _NO_TABLE: Any = np.zeros((0, 0), np.float32)
 
 @dataclass(frozen=True)
 class Packed(QuantizationMethod):
-    """Numbers as they are, float32 or bfloat16, for the native kernels of a CPU; on one device.
+    """Unquantized float32 or bfloat16 for the native kernels of a CPU, on one device.
 
-    Products are of ``dtype``, or of wider numbers where the CPU has no instruction for these, and
-    summed in float32. A bias, a residual, GELU and layer normalisation are part of the call. What
-    a row gives does not depend on the others.
+    Products are computed in ``dtype``, or in float32 on CPUs without an instruction for it, and
+    accumulated in float32. A bias, a residual, GELU and layer normalisation are part of the call.
+    A row's result does not depend on the other rows.
 
     Attributes:
         variant: of the kernels.
@@ -48,13 +48,13 @@ class Packed(QuantizationMethod):
 
     @property
     def _pack(self) -> int:
-        """Inputs that lie side by side: what is 4 bytes."""
+        """Inputs that are stored side by side: 4 bytes of them."""
         return 4 // self.dtype.itemsize
 
     def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
     ) -> tuple[ParameterSpec, ...]:
-        """``[blocks of outputs, packs of inputs, outputs, inputs]``; padded to be whole."""
+        """``[blocks of outputs, packs of inputs, outputs, inputs]``, padded to whole ones."""
         if table:
             raise EncodingError("tables are not read in blocks of outputs")
         inputs, outputs = shape
@@ -73,11 +73,11 @@ class Packed(QuantizationMethod):
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
-        """``x`` times the matrix, float32; with padding behind the outputs."""
+        """``x @ matrix`` in float32, with padding after the outputs."""
         return self.multiply(x, stored, stored[0].shape[0] * _BLOCK)
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
-        """Tables have no such format."""
+        """Not supported: ``parameters`` refuses tables."""
         raise NotImplementedError
 
     def multiply(
@@ -90,7 +90,7 @@ class Packed(QuantizationMethod):
         epilogue: Epilogue = NO_EPILOGUE,
         live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
-        """``after(prologue(x) @ matrix)``, in one call where the kernel knows how."""
+        """``after(prologue(x) @ matrix)``, in one call if the kernel has the transform."""
         (weights,) = stored
         x = prologue(x) if prologue else x
         norm = epilogue.transform if isinstance(epilogue.transform, LayerNorm) else None

@@ -1,4 +1,4 @@
-"""Matrices in the layouts of ``native/tiles.h``, and products with them."""
+"""Block-quantized matrices in the layouts of ``native/quantized_tiles.h``."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -23,13 +23,13 @@ from inferneo_jax.layers.quantization import (
 )
 
 _BLOCK = 32
-"""Outputs that lie together, and inputs that share a scale."""
+"""Outputs that are stored side by side, and inputs that share a scale."""
 
 _SPAN = 64
-"""Inputs that share a scale of a row."""
+"""Inputs of a row that share a scale."""
 
 _ENCODED_AT_ONCE = 2048
-"""Outputs: what is made on the way is several times as large as the part in float32."""
+"""Outputs. Encoding takes several times the memory of their weights in float32."""
 
 _GROUP_BYTES = {8: 2 * 32 + 32 * 32, 4: 2 * 32 + 2 * 32 + 32 * 16}
 _NONE, _RMS_NORM, _SWIGLU = range(3)
@@ -37,15 +37,15 @@ _NONE, _RMS_NORM, _SWIGLU = range(3)
 
 @dataclass(frozen=True)
 class BlockQuantized(QuantizationMethod):
-    """Integers in groups of 32 inputs, for the native kernels of a CPU; on one device.
+    """Integers in groups of 32 inputs for the native kernels of a CPU, on one device.
 
-    Each group of an output has a scale, and with 4 bits a minimum too: the blocks of ggml's Q8_0
-    and Q4_1, so that what a file has in these is kept as it is. Rows that are multiplied are
-    rounded to int8, with a scale for each 64 of their values: outliers spoil these and not the row.
+    Each group of an output has a scale, and with 4 bits also a minimum. These are the blocks of
+    ggml's Q8_0 and Q4_1, so weights from files in these formats are not rounded again. Rows of
+    ``x`` are rounded to int8 with a scale for each 64 values, so an outlier affects only these.
 
     Attributes:
-        bits: 8, or 4 for matrices that have no more than 16 values in a group, evenly spaced.
-            Tables have 8.
+        bits: 8; or 4, which represents only matrices with at most 16 evenly spaced values in each
+            group. Tables always have 8.
         variant: of the kernels.
     """
 
@@ -56,25 +56,25 @@ class BlockQuantized(QuantizationMethod):
 
     @property
     def name(self) -> str:
-        """What ggml calls such blocks."""
+        """The name of these blocks in ggml."""
         return {8: "q8_0", 4: "q4_1"}[self.bits]
 
     def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
     ) -> tuple[ParameterSpec, ...]:
-        """Groups as bytes, ``[blocks of outputs, groups of inputs, bytes]``; padded to be whole."""
+        """Groups as bytes, ``[blocks of outputs, groups of inputs, bytes]``, with padding."""
         inputs, outputs = reversed(shape) if table else shape
         groups = -(-inputs // _SPAN) * (_SPAN // _BLOCK)
         whole = -(-outputs // _BLOCK), groups, _GROUP_BYTES[self.bits]
         return (ParameterSpec(whole, jnp.dtype("uint8"), (None,) * 3),)
 
     def encode(self, shard: HostArray, *, table: bool) -> tuple[HostArray, ...]:
-        """The nearest that a matrix of 8 bits can be; with 4, what is exactly it.
+        """Round to 8 bits, or convert to 4 bits without any rounding.
 
         Raises:
-            EncodingError: it is not made of groups of 4 bits.
+            EncodingError: the matrix does not consist of groups of 4 bits.
         """
-        # Numpy is quick along the last axis only, where the outputs are therefore kept.
+        # NumPy is fast along the last axis only, so outputs are the last axis here.
         columns = shard.T if table else shard
         (parameter,) = self.parameters(shard.shape, (None, None), table=table)
         blocks, groups, _ = parameter.shape
@@ -92,7 +92,7 @@ class BlockQuantized(QuantizationMethod):
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
-        """``x`` times the matrix, float32; with padding behind the outputs."""
+        """``x @ matrix`` in float32, with padding after the outputs."""
         return self.multiply(x, stored, stored[0].shape[0] * _BLOCK)
 
     def multiply(
@@ -105,8 +105,8 @@ class BlockQuantized(QuantizationMethod):
         epilogue: Epilogue = NO_EPILOGUE,
         live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
-        """``after(prologue(x) @ matrix)``, in one call where the kernel knows how."""
-        del live  # rows of zeros are seen as such
+        """``after(prologue(x) @ matrix)``, in one call if the kernel has them."""
+        del live  # The kernel detects rows of zeros.
         known = epilogue.bias is None and epilogue.transform is None and epilogue.dtype is None
         residual = epilogue.residual if known else None
         (weights,) = stored
@@ -137,7 +137,7 @@ class BlockQuantized(QuantizationMethod):
         down: Stored,
         num_gates: int,
     ) -> Float[Array, "rows embed"] | None:
-        """One call, whose bits are those of two, where the gates are whole spans of 64."""
+        """One call with the bits of two products, if the gates are whole spans of 64."""
         if num_gates % _SPAN or not isinstance(norm, RMSNorm):
             return None
         return self._call(
@@ -151,7 +151,7 @@ class BlockQuantized(QuantizationMethod):
         )
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
-        """Rows of a table, float32, with padding behind their inputs."""
+        """Rows of a table in float32, with padding after their inputs."""
         (weights,) = stored
         shape = ids.size, weights.shape[1] * _BLOCK
         rows = self._call("take_8", shape, ids.astype(jnp.int32).reshape(-1), weights)
@@ -168,12 +168,12 @@ Groups = Float32[np.ndarray, "groups inputs outputs"]
 
 
 class _Encoded(NamedTuple):
-    """Groups taken apart.
+    """The fields of the groups of a matrix.
 
     Attributes:
-        numbers: float16 ones of each output, ``[groups, outputs]``.
-        values: a byte for each weight, ``[groups, inputs, outputs]``, or for two, one of either
-            half of a block of outputs.
+        numbers: float16 numbers of each output (scales, minima), each ``[groups, outputs]``.
+        values: a byte for each weight, ``[groups, inputs, outputs]``; with 4 bits, a byte has one
+            weight of each half of a block of outputs.
     """
 
     numbers: tuple[np.ndarray, ...]
@@ -181,7 +181,7 @@ class _Encoded(NamedTuple):
 
 
 def _packed(encoded: _Encoded) -> np.ndarray:
-    """The bytes of each group: its numbers, then its values, those of 4 inputs together."""
+    """The bytes of each group: its numbers, then its values, with 4 inputs side by side."""
     groups, inputs, _ = encoded.values.shape
     shape = groups, inputs // 4, 4, encoded.numbers[0].shape[1] // _BLOCK, -1
     values = encoded.values.reshape(shape).transpose(3, 0, 1, 4, 2)
@@ -195,8 +195,8 @@ def _packed(encoded: _Encoded) -> np.ndarray:
 def _eight_bits(weights: Groups) -> _Encoded:
     scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float16)
     safe = np.maximum(scales.astype(np.float32), np.float32(1e-30))[:, None]
-    # A scale that was rounded down leaves its largest value above 127, but by less than a half,
-    # unless it is too small for float16 to tell.
+    # If the scale was rounded down, the largest value is above 127, by less than a half unless the
+    # scale is too small for float16.
     values = np.clip(np.rint(weights / safe), -127, 127)
     return _Encoded((scales,), (values + 128).astype(np.uint8))
 
@@ -204,8 +204,8 @@ def _eight_bits(weights: Groups) -> _Encoded:
 def _four_bits(weights: Groups) -> _Encoded:
     low, high = weights.min(axis=1), weights.max(axis=1)
     minima = low.astype(np.float16)
-    # The least value of a group is 0, and the largest nearly always 15: what a file has in 4 bits
-    # has nearly all of its groups found at once.
+    # The smallest value of a group is 0, and the largest is nearly always 15: nearly all groups
+    # of a matrix that was in 4 bits are found at once.
     scales, values, exact = _in_steps(weights, low, high, 15)
     if exact.mean() < 0.5:
         raise EncodingError(f"{1 - exact.mean():.0%} of the matrix is not in groups of 4 bits")
@@ -227,10 +227,10 @@ def _four_bits(weights: Groups) -> _Encoded:
 def _in_steps(
     weights: Groups, low: np.ndarray, high: np.ndarray, largest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Groups as multiples of a scale above their least value, their largest as this one.
+    """Express groups as multiples of a scale above their minimum; the maximum becomes ``largest``.
 
     Returns:
-        Scales; the multiples; which groups these are exactly, but for a float's rounding.
+        The scales, the multiples, and which groups they represent up to float32 rounding.
     """
     scale = ((high - low) / np.float32(largest)).astype(np.float16)
     wide = scale.astype(np.float32)[:, None]

@@ -1,63 +1,40 @@
-// Matrices of floats or bfloat16 in blocks of 32 outputs, and products of a few rows with a block.
+// Matrices of float32 or bfloat16 in blocks of 32 outputs, and products of a few rows with a block.
 //
-// A matrix is `[outputs / 32][inputs / kPack][32][kPack]` of numbers: all that a block needs is one
-// stream of memory, in the order in which it is multiplied. Both are padded with zeros.
+// A matrix is `[outputs / 32][inputs / kPack][32][kPack]` of numbers, so that a block is one stream of
+// memory in the order in which it is multiplied. Outputs and inputs are padded with zeros.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
-#include "pages.h"
+#include "numbers.h"
 
 namespace {
 namespace dense {
 
-using namespace wide;
-using paged::BFloat16;
-using paged::Float32;
+using namespace simd;
 
 constexpr int64_t kOutputs = 32;  // of a block
 
-// Vectors of outputs, and rows, whose sums are kept in registers: of these there are 32 or 16.
+// Vectors of outputs, and rows, whose sums are kept in registers: there are 32 with AVX-512, else 16.
 constexpr int kVectors = 2;
 constexpr int kSpan = kVectors * kLanes;
 constexpr int kMostRows = kLanes == 16 ? 12 : 4;
-// Rows are multiplied by so many, by twice or three times as many. Room for them is rounded up.
+// Rows are multiplied 4, 8 or 12 at a time; their memory is rounded up to a multiple of 4.
 constexpr int kFewRows = 4;
 
 constexpr int64_t round_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }
 
-// In pairs, as bfloat16 is kept; a float is a pack of its own.
+// Inputs with their padding: bfloat16 is stored in pairs.
 template <class F>
 constexpr int64_t whole_packs(int64_t inputs) {
   return round_up(inputs, F::kPack);
 }
 
-// One number as it lies in memory, and what it is multiplied as.
-inline float widened(float x) { return x; }
-inline float widened(uint16_t x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, uint16_t* to) { *to = paged::to_bfloat16(x); }
-
-// kLanes numbers at once.
-inline void put(Vector v, float* to) { store(to, v); }
-inline void put(Vector v, uint16_t* to) {
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-  store(to, _mm512_cvtneps_pbh((__m512)v));
-#else
-  for (int i = 0; i < kLanes; ++i) to[i] = paged::to_bfloat16(v[i]);
-#endif
-}
-
-// `size` numbers as operands of products, with zeros behind them up to whole packs.
+// Converts `size` numbers to operands, followed by zeros up to whole packs.
 template <class F, class X>
 inline void put_operands(const X* __restrict from, int64_t size,
                          typename F::Operand* __restrict to) {
@@ -66,22 +43,22 @@ inline void put_operands(const X* __restrict from, int64_t size,
   } else {
     int64_t i = 0;
     if constexpr (std::is_same_v<X, float>) {
-      for (; i + kLanes <= size; i += kLanes) put(load(from + i), to + i);
+      for (; i + kLanes <= size; i += kLanes) store_rounded(to + i, load(from + i));
     }
-    for (; i < size; ++i) narrow(widened(from[i]), to + i);
+    for (; i < size; ++i) store_rounded(to + i, to_float(from[i]));
   }
   for (int64_t i = size; i < whole_packs<F>(size); ++i) to[i] = 0;
 }
 
-// kRows rows times one block; `totals[row][output]` are the sums. What a row gives depends neither
-// on the others nor on their number.
+// kRows rows times one block; `totals[row][output]` are the results. A row's results depend neither on
+// the other rows nor on their number.
 template <class F, int kRows>
 void multiply_rows(const typename F::Operand* x, int64_t stride, const typename F::Stored* block,
                    int64_t packs, float (*totals)[kOutputs]) {
   for (int64_t output = 0; output < kOutputs; output += kSpan) {
     const typename F::Stored* w = block + output * F::kPack;
     const typename F::Operand* from = x;
-    Vector sums[kRows][kVectors] = {};
+    Floats sums[kRows][kVectors] = {};
     for (int64_t pack = 0; pack < packs; ++pack, w += kOutputs * F::kPack, from += F::kPack) {
       typename F::Packed packed[kVectors];
       for (int v = 0; v < kVectors; ++v) packed[v] = F::read(w + v * kLanes * F::kPack);
@@ -97,7 +74,7 @@ void multiply_rows(const typename F::Operand* x, int64_t stride, const typename 
   }
 }
 
-// The same for 1 to kMostRows rows; there is room for them rounded up to kFewRows.
+// The same for 1 to kMostRows rows, with memory for them rounded up to a multiple of kFewRows.
 template <class F>
 inline void multiply_tile(int64_t rows, const typename F::Operand* x, int64_t stride,
                           const typename F::Stored* block, int64_t packs,

@@ -1,19 +1,27 @@
-// One layer's call of attention over pages: its arrays, where things lie in them, and the writing
-// of keys and values.
+// One layer's call of paged attention: its arrays, their layout, and the writing of keys and values.
+//
+// Positions are stored in blocks of 16, so that scores of 16 keys are one vector of sums over
+// head_dim and need no sums across lanes. For a block of one KV head, with kPack numbers side by side:
+//
+//   keys    [head_dim / kPack][16][kPack]
+//   values  [16 / kPack][head_dim][kPack]
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "pages.h"
+#include "numbers.h"
 
 namespace {
 namespace paged {
 
+using namespace simd;
+
+constexpr int kBlock = 16;       // positions
 constexpr int kMostDims = 1024;  // of a head
 
-// Arrays are row-major; an absent one is null.
+// Arrays are row-major; a missing one is null.
 struct Call {
   int rows, tokens, kv_heads, group, head_dim, page_len, num_pages, max_pages;
   const float* fresh;  // [rows, tokens, kv_heads, entries, head_dim]
@@ -21,7 +29,7 @@ struct Call {
   const float *cos, *sin;            // [rows, tokens, head_dim / 2]: queries and keys are rotated
   const int32_t* block_tables;       // [rows, max_pages]
   const int32_t* positions;          // [rows, tokens]
-  void *keys, *values;               // [pages, kv_heads, page_len, head_dim], as pages.h says
+  void *keys, *values;               // [pages, kv_heads, page_len, head_dim], in the layout above
   float *key_scales, *value_scales;  // [pages, kv_heads, page_len]
   float* out;                        // [rows, tokens, kv_heads, group, head_dim]
 
@@ -46,16 +54,16 @@ struct Call {
     return std::clamp(block_tables[(int64_t)row * max_pages + index], 0, num_pages - 1);
   }
 
-  // Where a head's numbers of a page begin, counted in positions.
+  // Where a head's numbers begin in a page, counted in positions.
   int64_t place(int page, int head) const { return ((int64_t)page * kv_heads + head) * page_len; }
 
-  // The position of a token, which is the last that it sees; -1 for padding, which has no page.
+  // The last position that a token sees, which is its own; -1 for padding, which has no page.
   int last_seen(int row, int token) const {
     const int position = positions[(int64_t)row * tokens + token];
     return page(row, position) ? position : -1;
   }
 
-  // A head's numbers, turned by the token's angles if there are some, times a factor.
+  // Rotates a head's numbers by the token's angles, if there are any, and multiplies by a factor.
   void rotated(const float* from, int row, int token, float factor, float* __restrict to) const {
     if (!cos) {
       for (int i = 0; i < head_dim; ++i) to[i] = from[i] * factor;
@@ -72,7 +80,7 @@ struct Call {
   }
 };
 
-// Puts the keys and values of some tokens of one row into their places.
+// Writes the keys and values of some tokens of one row and KV head into their pages.
 template <class F>
 void write_tokens(const Call& call, int row, int head, int begin, int end) {
   using Stored = typename F::Stored;

@@ -1,8 +1,8 @@
-// Queries that share a KV head, over chunks of 64 positions under an online softmax
-// (arXiv:2205.14135): each chunk's keys and values are read into registers for up to 6 queries.
+// Queries that share a KV head attend to chunks of 64 positions with an online softmax
+// (arXiv:2205.14135). A chunk's keys and values are read into registers once for up to 6 queries.
 //
-// A query meets its positions in the same order whoever is computed with it, and what it may not
-// see adds zeros: so its result is its own.
+// A query's result does not depend on the queries computed with it: it reads its positions in the
+// same order, and masked positions add zeros.
 #pragma once
 
 #include <algorithm>
@@ -13,14 +13,14 @@
 namespace {
 namespace paged {
 
-constexpr int kChunk = 64;                      // positions under one step of the online softmax
-constexpr int kTile = 6;                        // queries that share what is read into registers
+constexpr int kChunk = 64;                      // positions of one step of the online softmax
+constexpr int kTile = 6;                        // queries that share keys and values in registers
 constexpr int kColumns = kLanes == 16 ? 4 : 2;  // vectors that share an operand
 constexpr int kVectors = kChunk / kLanes;
-constexpr int kMostQueries = 96, kQueryNumbers = 6144;  // of one block: they stay in cache
-constexpr float kLowest = -1e30f;                       // finite: a difference of two is a number
+constexpr int kMostQueries = 96, kQueryNumbers = 6144;  // of a block, which stays in cache
+constexpr float kLowest = -1e30f;                       // finite, so that differences are numbers
 
-// Up to 64 positions of one head: where each vector's worth of them lies.
+// Up to 64 positions of one head: the addresses of each vector of them.
 template <class F>
 struct Chunk {
   const typename F::Stored *keys[kVectors], *values[kChunk / kBlock];
@@ -46,14 +46,14 @@ struct Chunk {
   }
 };
 
-// Scores of M queries, [M][kChunk], against N vectors of positions from the given one on. Both
-// this and mix_columns ask memory for the chunk that comes next at the pace at which they read.
+// Scores of M queries, [M][kChunk], for N vectors of positions from `first` on. This and mix_columns
+// prefetch the next chunk at the pace at which they read this one.
 template <class F, int M, int N>
 void score_columns(const typename F::Operand* queries, int head_dim, const Chunk<F>& chunk,
                    const Chunk<F>& next, int first, float* scores) {
-  Vector sums[M][N];
+  Floats sums[M][N];
   UNROLL for (int m = 0; m < M; ++m) {
-    UNROLL for (int n = 0; n < N; ++n) sums[m][n] = Vector{};
+    UNROLL for (int n = 0; n < N; ++n) sums[m][n] = Floats{};
   }
   for (int d = 0; d < head_dim; d += F::kPack) {
     typename F::Packed keys[N];
@@ -64,7 +64,7 @@ void score_columns(const typename F::Operand* queries, int head_dim, const Chunk
     UNROLL for (int m = 0; m < M; ++m) F::multiply_add(sums[m], queries + m * head_dim + d, keys);
   }
   UNROLL for (int n = 0; n < N; ++n) {
-    const Vector scale = F::kScaled ? load(chunk.key_scales[first + n]) : splat(1.0f);
+    const Floats scale = F::kScaled ? load(chunk.key_scales[first + n]) : splat(1.0f);
     UNROLL for (int m = 0; m < M; ++m) {
       if (F::kScaled) sums[m][n] *= scale;
       store(scores + m * kChunk + (first + n) * kLanes, sums[m][n]);
@@ -76,7 +76,7 @@ void score_columns(const typename F::Operand* queries, int head_dim, const Chunk
 template <class F, int M, int N>
 void mix_columns(const typename F::Operand* weights, const float* decay, const Chunk<F>& chunk,
                  const Chunk<F>& next, int live, int head_dim, int dim, float* mixed) {
-  Vector sums[M][N];
+  Floats sums[M][N];
   UNROLL for (int m = 0; m < M; ++m) {
     UNROLL for (int n = 0; n < N; ++n) {
       sums[m][n] = load(mixed + m * head_dim + dim + n * kLanes) * decay[m];
@@ -97,7 +97,7 @@ void mix_columns(const typename F::Operand* weights, const float* decay, const C
         F::multiply_add(sums[m], weights + m * kChunk + begin + at, values);
       }
     }
-    if (at < end) {  // half a pair: what lies beyond may be anything
+    if (at < end) {  // half a pair; the other half is undefined
       UNROLL for (int n = 0; n < N; ++n) {
         values[n] = F::first_of_pair(F::read(from + at * head_dim + n * kLanes * F::kPack));
       }
@@ -111,40 +111,39 @@ void mix_columns(const typename F::Operand* weights, const float* decay, const C
   }
 }
 
-// Some queries of one row and KV head, and what they have found so far.
+// A block of queries of one row and KV head, and their state so far.
 template <class F>
 class Queries {
  public:
   Queries(const Call& call, int row, int head, int begin, int end)
       : call_(call), row_(row), head_(head), begin_(begin), count_(end - begin) {
-    // Softmax is computed to the base of 2, whose logarithm goes into the queries.
+    // Softmax is computed with powers of 2, so queries are divided by ln 2.
     const float factor = 1.44269504f / std::sqrt((float)call.head_dim);
     std::fill(mixed_, mixed_ + count_ * call.head_dim, 0.0f);
     float query[kMostDims];
     for (int i = 0; i < count_; ++i) {
       const int token = (begin + i) / call.group;
-      state_[i] = {kLowest, call.last_seen(row, token), Vector{}};
+      state_[i] = {kLowest, call.last_seen(row, token), Floats{}};
       if (state_[i].last < 0) continue;
       length_ = std::max(length_, state_[i].last + 1);
       const float* from = call.entry(row, token, head, (begin + i) % call.group);
       call.rotated(from, row, token, factor, query);
       for (int d = 0; d < call.head_dim; d += kLanes) {
-        F::put(operands_ + i * call.head_dim + d, load(query + d));
+        store_rounded(operands_ + i * call.head_dim + d, load(query + d));
       }
     }
   }
 
-  // Positions that any of them sees.
+  // Number of positions that any of them sees.
   int length() const { return length_; }
 
-  // Attends to the positions from begin on and before end, not beyond what any of them sees.
-  // The chunk named will be read after these.
+  // Attends to positions [begin, end), at most length(). `after` is the chunk that is read next.
   void attend(int begin, int end, const Chunk<F>& after) {
     for (; begin < end; begin += kChunk) {
       const Chunk<F> chunk(call_, row_, head_, begin, end);
       const bool more = begin + kChunk < end;
       const Chunk<F> next = more ? Chunk<F>(call_, row_, head_, begin + kChunk, end) : after;
-      const Chunk<F>* ahead = &next;  // for the first tile: once is enough
+      const Chunk<F>* ahead = &next;  // prefetched by the first tile only
       int i = 0;
       for (; i + 6 <= count_; i += 6, ahead = &chunk) tile<6>(i, chunk, *ahead);
       for (; i + 3 <= count_; i += 3, ahead = &chunk) tile<3>(i, chunk, *ahead);
@@ -152,28 +151,29 @@ class Queries {
     }
   }
 
-  // Writes the results, where all positions have been attended to.
+  // Writes the results, after all positions have been attended to.
   void finish() const {
     for (int i = 0; i < count_; ++i) {
-      const float total = sum_of(state_[i].total);
-      const float factor = total > 0 ? 1.0f / total : 0.0f;  // no query sees nothing but padding
+      const float total = reduce_add(state_[i].total);
+      const float factor = total > 0 ? 1.0f / total : 0.0f;  // padding sees nothing
       float* to = call_.result(row_, begin_ + i, head_);
       const float* from = mixed_ + i * call_.head_dim;
       for (int d = 0; d < call_.head_dim; ++d) to[d] = from[d] * factor;
     }
   }
 
-  // Numbers that a piece leaves behind: of each query its peak, its total, and what it mixed.
+  // Numbers that a piece stores: the peak, the total and the mixed values of each query.
   static int piece_size(const Call& call) { return call.queries() * (call.head_dim + 2); }
 
-  void leave(float* piece) const {
+  void store_piece(float* piece) const {
     for (int i = 0; i < count_; ++i, piece += call_.head_dim + 2) {
       piece[0] = state_[i].peak;
-      piece[1] = sum_of(state_[i].total);
+      piece[1] = reduce_add(state_[i].total);
       std::copy_n(mixed_ + i * call_.head_dim, call_.head_dim, piece + 2);
     }
   }
 
+  // Writes the results of one row and KV head from all of its pieces.
   static void join(const Call& call, int row, int head, const float* pieces, int count) {
     const int stride = call.head_dim + 2;
     for (int i = 0; i < call.queries(); ++i) {
@@ -184,7 +184,7 @@ class Queries {
       std::fill(to, to + call.head_dim, 0.0f);
       for (int p = 0; p < count; ++p) {
         const float* piece = first + p * piece_size(call);
-        const float weight = exp2_of(piece[0] - peak);
+        const float weight = exp2(piece[0] - peak);
         total += weight * piece[1];
         for (int d = 0; d < call.head_dim; ++d) to[d] += weight * piece[2 + d];
       }
@@ -195,8 +195,8 @@ class Queries {
  private:
   struct State {
     float peak;
-    int last;  // position that it sees last
-    Vector total;
+    int last;  // the last position that it sees
+    Floats total;
   };
 
   template <int M>
@@ -226,7 +226,7 @@ class Queries {
       raise_peak(state, chunk.begin, vectors, scores + m * kChunk);
       decay[m] -= state.peak;
     }
-    for (int m = 0; m < M; m += kLanes) store(decay + m, exp2_of(load(decay + m)));
+    for (int m = 0; m < M; m += kLanes) store(decay + m, exp2(load(decay + m)));
     for (int m = 0; m < M; ++m) {
       state_[i + m].total *= decay[m];
       weigh(state_[i + m], chunk, vectors, scores + m * kChunk, weights + m * kChunk);
@@ -242,36 +242,36 @@ class Queries {
     }
   }
 
-  // Takes a query's scores into its peak; those that it may not see become the lowest.
+  // Updates a query's peak with its scores, and masks those of positions that it must not see.
   static void raise_peak(State& state, int first, int vectors, float* scores) {
     const int seen = state.last - first;
     if (seen < vectors * kLanes - 1) {
-      const Integers lane = lane_numbers();
+      const Ints lane = lane_numbers();
       for (int v = 0; v < vectors; ++v) {
-        const Vector score = load(scores + v * kLanes);
+        const Floats score = load(scores + v * kLanes);
         store(scores + v * kLanes, lane + v * kLanes <= seen ? score : splat(kLowest));
       }
     }
-    Vector peak = splat(state.peak);
+    Floats peak = splat(state.peak);
     for (int v = 0; v < vectors; ++v) peak = max(peak, load(scores + v * kLanes));
-    state.peak = max_of(peak);
+    state.peak = reduce_max(peak);
   }
 
-  // A query's weights from its scores; zeros for what it may not see.
+  // Computes a query's weights from its scores; those of masked positions are zeros.
   static void weigh(State& state, const Chunk<F>& chunk, int vectors, const float* scores,
                     typename F::Operand* weights) {
     const int seen = state.last - chunk.begin;
-    const Integers lane = lane_numbers();
+    const Ints lane = lane_numbers();
     for (int v = 0; v < vectors; ++v) {
-      Vector weight = exp2_of(load(scores + v * kLanes) - state.peak);
-      Vector scaled = F::kScaled ? weight * load(chunk.value_scales[v]) : weight;
+      Floats weight = exp2(load(scores + v * kLanes) - state.peak);
+      Floats scaled = F::kScaled ? weight * load(chunk.value_scales[v]) : weight;
       if (seen < (v + 1) * kLanes - 1) {
         const auto visible = lane + v * kLanes <= seen;
-        weight = visible ? weight : Vector{};
-        scaled = visible ? scaled : Vector{};
+        weight = visible ? weight : Floats{};
+        scaled = visible ? scaled : Floats{};
       }
       state.total += weight;
-      F::put(weights + v * kLanes, scaled);
+      store_rounded(weights + v * kLanes, scaled);
     }
   }
 

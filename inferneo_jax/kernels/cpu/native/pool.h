@@ -1,9 +1,11 @@
-// Work shared out over threads.
+// Shares work out over threads.
 //
 // XLA's own pool sleeps between calls, and a step makes a hundred short ones: waking it took about
-// as long as a call of few rows. So the kernels have workers of their own, who look out for the next
-// call for a while before they sleep. They serve one call at a time; another one meanwhile, of a
-// second model, does its work itself with what XLA's pool can spare.
+// as long as a call of few rows. So the kernels have worker threads of their own, which spin for a
+// while before they sleep. They serve one call at a time; a concurrent call, of a second model, does
+// its own work with the help of XLA's pool.
+//
+// Not in an anonymous namespace: all sources share one set of workers.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +19,7 @@
 
 #include "xla/ffi/api/ffi.h"
 
-namespace {
+namespace inferneo {
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -27,7 +29,7 @@ inline void relax() {
 #endif
 }
 
-// Waits until ready() for as long as a sleeping thread takes to wake, some 50 us; whether it is.
+// Waits until ready(), for as long as a sleeping thread takes to wake, some 50 us. Returns ready().
 template <typename Ready>
 bool look_out(const Ready& ready) {
   constexpr int kSpins = 2000;
@@ -38,7 +40,7 @@ bool look_out(const Ready& ready) {
   return false;
 }
 
-// Chunks of one call, taken one after another by whoever is free.
+// Chunks of one call; each thread that is free takes the next.
 struct Chunks {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
@@ -53,7 +55,7 @@ struct Chunks {
     }
   }
 
-  // What is left is at most a chunk a helper: some microseconds, unless its core was taken away.
+  // At most a chunk of each helper is left: some microseconds, unless the helper lost its core.
   void wait() const {
     const auto all = [this] { return done.load(std::memory_order_acquire) >= count; };
     while (!look_out(all)) std::this_thread::yield();
@@ -64,11 +66,11 @@ struct Chunks {
 class Workers {
  public:
   static Workers& of_process(int64_t count) {
-    static Workers* const workers = new Workers(count);  // never deleted: its threads never end
+    static Workers* const workers = new Workers(count);  // never deleted, as its threads never end
     return *workers;
   }
 
-  // Does all chunks with the workers' help; false if they are at work for another.
+  // Runs all chunks with the workers' help; false if they are busy with another call.
   bool run(const std::shared_ptr<Chunks>& chunks) {
     std::unique_lock<std::mutex> mine(owner_, std::try_to_lock);
     if (!mine) return false;
@@ -105,19 +107,19 @@ class Workers {
     }
   }
 
-  std::mutex owner_;  // held by the call that is served
-  std::mutex mutex_;  // of what follows
+  std::mutex owner_;  // held by the call that the workers serve
+  std::mutex mutex_;  // of the members below
   std::condition_variable wake_;
   std::shared_ptr<Chunks> current_;
   std::atomic<uint64_t> number_{0};
   std::atomic<int> sleeping_{0};
 };
 
-// Calls work(i) once for each i below `chunks`, on this thread and on others that are free; returns
-// when all are done. Which thread gets which chunk is left to chance, so no result may depend on it.
+// Calls work(i) once for each i below `chunks`, on this thread and on others that are free, and
+// returns when all are done. No result may depend on which thread gets which chunk.
 //
-// The calling thread takes chunks too and never waits for a helper that has not begun: threads
-// that are all busy (or all waiting in here) cost time, and cannot deadlock.
+// The calling thread takes chunks too and never waits for a helper that has not begun, so busy
+// threads cost time but cannot deadlock.
 template <typename Work>
 void share(xla::ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
   const int64_t threads = pool.num_threads();
@@ -125,7 +127,7 @@ void share(xla::ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
     for (int64_t i = 0; i < chunks; ++i) work(i);
     return;
   }
-  // On the heap and counted: a helper may begin after the last chunk was done and this call over.
+  // Reference-counted: a helper may begin after the last chunk, when this call has returned.
   const auto shared = std::make_shared<Chunks>();
   shared->count = chunks;
   shared->work = &work;
@@ -138,4 +140,4 @@ void share(xla::ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
   shared->wait();
 }
 
-}  // namespace
+}  // namespace inferneo

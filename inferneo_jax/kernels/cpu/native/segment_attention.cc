@@ -1,23 +1,29 @@
-// Attention of segments that lie one behind the other: every token attends to all of its own segment.
-#pragma once
+// Attention within segments that are stored one after the other: every token attends to all tokens
+// of its own segment.
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <vector>
 
+#include "binding.h"
 #include "dense_tiles.h"
 #include "pool.h"
 
 namespace {
 namespace dense {
 
-// Products that wake no other thread.
+using inferneo::share;
+
+// Fewer multiplications than this wake no other thread.
 constexpr int64_t kFewProducts = 100000;
 
 template <class F>
 struct Segments {
   using Number = typename F::Stored;
 
-  const Number* fused;    // [tokens, 3, heads, dims]: queries, keys, values
-  const int32_t* cu_seqlens;  // [segments + 1]: where each begins, and the last one ends
+  const Number* fused;        // [tokens, 3, heads, dims]: queries, keys, values
+  const int32_t* cu_seqlens;  // [segments + 1]: where each begins, and where the last one ends
   int64_t tokens, count, heads, dims;
   Number* out;  // [tokens, heads, dims]
 
@@ -30,7 +36,7 @@ struct Segments {
   }
 };
 
-// Memory of a thread, kept from call to call.
+// A thread's memory, kept from call to call.
 template <class F>
 struct Scratch {
   std::vector<typename F::Stored> keys, values;
@@ -44,7 +50,7 @@ struct Scratch {
   }
 };
 
-// One head's keys as a matrix of dims x length, or its values as one of length x dims.
+// Packs one head's keys as a matrix of dims x length, or its values as one of length x dims.
 template <class F>
 void pack_keys(const Segments<F>& segments, int64_t begin, int64_t length, int64_t head,
                typename F::Stored* to) {
@@ -81,17 +87,17 @@ void pack_values(const Segments<F>& segments, int64_t begin, int64_t length, int
 template <class F>
 float weigh(const float* scores, int64_t length, typename F::Operand* weights) {
   const int64_t whole = round_up(length, kLanes);
-  Vector most = load(scores);
+  Floats most = load(scores);
   for (int64_t k = kLanes; k < whole; k += kLanes) most = max(most, load(scores + k));
-  const Vector largest = splat(max_of(most));
-  Vector sums = {};
+  const Floats largest = splat(reduce_max(most));
+  Floats sums = {};
   for (int64_t k = 0; k < whole; k += kLanes) {
-    Vector weight = exp2_of(load(scores + k) - largest);
-    if (k + kLanes > length) weight = lane_numbers() < (int32_t)(length - k) ? weight : Vector{};
+    Floats weight = exp2(load(scores + k) - largest);
+    if (k + kLanes > length) weight = lane_numbers() < (int32_t)(length - k) ? weight : Floats{};
     sums += weight;
-    put(weight, weights + k);
+    store_rounded(weights + k, weight);
   }
-  return 1.0f / sum_of(sums);
+  return 1.0f / reduce_add(sums);
 }
 
 // One head of one segment.
@@ -108,7 +114,7 @@ void attend_segment(const Segments<F>& segments, int64_t segment, int64_t head) 
   auto* const scores = scratch.room(scratch.scores, kMostRows * width);
   pack_keys(segments, begin, length, head, keys);
   pack_values(segments, begin, length, head, values);
-  const Vector factor = splat(1.44269504f / std::sqrt((float)dims));
+  const Floats factor = splat(1.44269504f / std::sqrt((float)dims));
 
   for (int64_t first = 0; first < length; first += kMostRows) {
     const int64_t rows = std::min<int64_t>(kMostRows, length - first);
@@ -142,9 +148,9 @@ void attend_segment(const Segments<F>& segments, int64_t segment, int64_t head) 
           store(totals[r] + i, load(totals[r] + i) * inverse[r]);
         }
         if (count == kOutputs) {
-          for (int64_t i = 0; i < kOutputs; i += kLanes) put(load(totals[r] + i), to + i);
+          for (int64_t i = 0; i < kOutputs; i += kLanes) store_rounded(to + i, load(totals[r] + i));
         } else {
-          for (int64_t i = 0; i < count; ++i) narrow(totals[r][i], to + i);
+          for (int64_t i = 0; i < count; ++i) store_rounded(to + i, totals[r][i]);
         }
       }
     }
@@ -169,5 +175,38 @@ void attend_segments(xla::ffi::ThreadPool& pool, const Segments<F>& segments) {
   }
 }
 
+// --- Binding ---
+
+using Ints32 = ffi::BufferR1<ffi::S32>;
+
+// `fused` is [tokens, 3, heads, dims], `cu_seqlens` [segments + 1], `out` [tokens, heads, dims].
+ffi::Error segments_call(ffi::ThreadPool pool, ffi::AnyBuffer fused, Ints32 cu_seqlens,
+                         ffi::Result<ffi::AnyBuffer> out) {
+  const auto f = fused.dimensions();
+  if (f.size() != 4 || f[1] != 3 || out->element_count() * 3 != fused.element_count() ||
+      out->element_type() != fused.element_type() || cu_seqlens.element_count() < 1) {
+    return invalid("segments: fused must be [tokens, 3, heads, dims], cu_seqlens [segments + 1]");
+  }
+  const bool known = with_format(fused.element_type(), [&](auto format) {
+    using F = decltype(format);
+    using Number = typename F::Stored;
+    attend_segments<F>(pool, {(const Number*)fused.untyped_data(), cu_seqlens.typed_data(), f[0],
+                              (int64_t)cu_seqlens.element_count() - 1, f[2], f[3],
+                              (Number*)out->untyped_data()});
+  });
+  return known ? ffi::Error::Success() : invalid("segments: neither float32 nor bfloat16");
+}
+
+auto segments_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<Ints32>()
+      .Ret<ffi::AnyBuffer>();
+}
+
 }  // namespace dense
 }  // namespace
+
+using namespace dense;
+XLA_FFI_DEFINE_HANDLER_SYMBOL(segment_attention, segments_call, segments_binding());

@@ -243,7 +243,8 @@ def _key(compiler: str, flags: Sequence[str]) -> str:
     The compiler's predefined macros tell its version and the instructions it may use.
     """
     predefined = _run(compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull)
-    sources = sorted([*_NATIVE.iterdir(), *Path(_headers()).rglob("*.h")])
+    # Each sorted by itself: their order must not depend on where either folder is.
+    sources = [*sorted(_NATIVE.iterdir()), *sorted(Path(_headers()).rglob("*.h"))]
     parts = [predefined.encode(), *(path.read_bytes() for path in sources)]
     return _hash(repr(flags).encode(), *parts)
 

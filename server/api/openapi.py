@@ -1,4 +1,7 @@
-"""The OpenAPI 3.1 document, of declarations: https://spec.openapis.org/oas/v3.1.0."""
+"""The OpenAPI 3.1 document, built from the endpoints' declarations.
+
+See https://spec.openapis.org/oas/v3.1.0.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -49,7 +52,7 @@ _TAGS = {
 _REQUEST_HEADERS = {
     "RequestId": (
         "X-Request-Id",
-        Parameter(schema={"type": "string"}, description="Your id of the request."),
+        Parameter(schema={"type": "string"}, description="Your id for the request."),
     ),
     "Timeout": (
         TIMEOUT_HEADER,
@@ -59,8 +62,8 @@ _REQUEST_HEADERS = {
                 "pattern": r"^\d{1,9}(\.\d{1,9})?$",
                 "examples": ["30"],
             },
-            description="The most seconds that the request may take, above 0; the server's own "
-            "limit may be lower.",
+            description="The maximum time that the request may take, in seconds, above 0; the "
+            "server's own limit may be lower.",
         ),
     ),
     "Strict": (
@@ -87,7 +90,7 @@ _HEADERS: dict[str, tuple[Schema, str]] = {
     "Cache-Control": ({"const": "no-store"}, "The response must not be stored."),
     "Content-Security-Policy": (
         {"type": "string"},
-        "What the page may load: only files of this server.",
+        "The files that the page may load: only those of this server.",
     ),
 }
 
@@ -125,13 +128,13 @@ _ERRORS = {
     ),
     504: _error("The request did not finish before its deadline.", "X-Should-Retry"),
 }
-"""The usual description of each error."""
+"""The default description of each error status."""
 
 
 class _Schemas(GenerateJsonSchema):
     """Pydantic's schemas without titles, which would only repeat the names.
 
-    An answer has no other keys than those of its TypedDict.
+    Answers have only the keys of their TypedDict.
     """
 
     def field_title_should_be_set(self, schema: Any) -> bool:
@@ -142,7 +145,7 @@ class _Schemas(GenerateJsonSchema):
 
 
 def document(endpoints: Iterable[AnyEndpoint]) -> dict[str, Any]:
-    """The whole document that describes the endpoints."""
+    """Return the document that describes ``endpoints``."""
     endpoints = tuple(endpoints)
     types: dict[type, TypeAdapter[Any]] = {
         kind: TypeAdapter(kind) for each in endpoints for kind in _types(each)
@@ -180,7 +183,7 @@ def document(endpoints: Iterable[AnyEndpoint]) -> dict[str, Any]:
 
 
 def _types(endpoint: AnyEndpoint) -> Iterator[type]:
-    """Every type that an endpoint's description names."""
+    """Yield every type that the description of an endpoint refers to."""
     yield from endpoint.body
     for response in _responses(endpoint).values():
         for kind in (*response.content.values(), response.events):
@@ -189,7 +192,7 @@ def _types(endpoint: AnyEndpoint) -> Iterator[type]:
 
 
 def _untitled(schema: dict[str, Any]) -> dict[str, Any]:
-    """A component without its title, its description in one line."""
+    """Return a component without its title, and with its description on one line."""
     rest = {key: value for key, value in schema.items() if key != "title"}
     if "description" in rest:
         rest["description"] = " ".join(rest["description"].replace("``", "`").split())
@@ -234,7 +237,7 @@ def _operation(endpoint: AnyEndpoint) -> dict[str, Any]:
 
 
 def _responses(endpoint: AnyEndpoint) -> dict[int, ResponseSpec]:
-    """The responses by status: of success, and of the errors that the declaration implies."""
+    """Return the responses by status: success, and the errors that the declaration implies."""
     found = {}
     if endpoint.answer is not None:
         words = (endpoint.answer.__doc__ or "").split("\n")[0].replace("``", "`")
@@ -268,7 +271,7 @@ def _response(response: ResponseSpec) -> dict[str, Any]:
 
 
 def _event(kind: type) -> dict[str, Any]:
-    """One event of a stream: what schemas of streams describe until OpenAPI 3.2."""
+    """Return the schema of one event, as OpenAPI describes streams before version 3.2."""
     payload = {
         "type": "string",
         "contentMediaType": "application/json",

@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 Count = Annotated[int, Field(ge=0)]
-Null = Annotated[None, Field(description="Always null; other servers have something there.")]
+Null = Annotated[None, Field(description="Always null; other servers may send a value.")]
 
 
 class Warned(TypedDict):
@@ -20,7 +20,8 @@ class Warned(TypedDict):
         Annotated[
             list[str],
             Field(
-                min_length=1, description="What of the request had no effect; absent if all had."
+                min_length=1,
+                description="The parts of the request that had no effect; absent if all had one.",
             ),
         ]
     ]

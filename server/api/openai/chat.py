@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``: the body, the answers and their dialect, and the endpoint."""
+"""``/v1/chat/completions``: the request body, the wire format of answers, and the endpoint."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
@@ -57,7 +57,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
 
 
 def _message(value: Any, name: str) -> dict[str, Any]:
-    """A message as templates take it: ``content`` is one text."""
+    """Return a message as templates expect it, with ``content`` as one string."""
     if not isinstance(value, dict):
         raise FieldError(name, f"is {json_kind(value)}; it must be an object.")
     role = value.get("role")
@@ -132,25 +132,25 @@ _VARIABLES = {"type": "object", "propertyNames": {"not": {"enum": [*_TAKEN]}}}
 
 
 class Conversation(Body):
-    """Messages, and how the model's chat template makes a prompt of them."""
+    """The messages of a conversation, and options for rendering them as a prompt."""
 
     messages: Annotated[
         list[dict[str, Any]], PlainValidator(_messages), WithJsonSchema(_MESSAGES)
     ] = Field(
-        description="The conversation so far. A message has a role, system, developer (which means "
-        "system), user, assistant, tool or function, and a content: a text, or a list of text "
-        "parts, which are joined by newlines."
+        description="The conversation so far. Each message has a role (system, developer, "
+        "user, assistant, tool or function; developer is treated as system) and "
+        "content: a string, or a list of text parts, which are joined by newlines."
     )
     chat_template_kwargs: Annotated[dict[str, Any], WithJsonSchema(_VARIABLES)] = Field(
-        default_factory=dict, description="Further variables of the model's chat template."
+        default_factory=dict, description="Additional variables for the model's chat template."
     )
     continue_final_message: bool = Field(
-        False, description="Go on with the last message, which must be the assistant's."
+        False, description="Continue the last message, which must be from the assistant."
     )
     add_generation_prompt: bool | None = Field(
         None,
-        description="Open the assistant's message; by default true, unless continue_final_message "
-        "is.",
+        description="Whether to open a new assistant message; by default true, unless "
+        "continue_final_message is true.",
     )
 
     def token_ids(
@@ -161,7 +161,7 @@ class Conversation(Body):
         strict: bool,
         add_special_tokens: bool = False,
     ) -> list[int]:
-        """The conversation as token ids, as :func:`conversation_ids` makes them."""
+        """Return the token ids of the conversation; see :func:`conversation_ids`."""
         return conversation_ids(
             tokenizer,
             self.messages,
@@ -194,14 +194,17 @@ class Conversation(Body):
 
 
 class ChatBody(Conversation, GenerationBody):
-    """A conversation to go on with."""
+    """A request to continue a conversation."""
 
-    logprobs: bool = Field(False, description="Log probabilities of the tokens.")
+    logprobs: bool = Field(
+        False, description="Return the log probabilities of the generated tokens."
+    )
     top_logprobs: int | None = Field(
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="So many alternatives beside each token; needs logprobs.",
+        description="The number of likely alternatives to return for each token; requires "
+        "logprobs.",
     )
 
     @model_validator(mode="after")
@@ -214,83 +217,110 @@ class ChatBody(Conversation, GenerationBody):
 
 
 class Alternative(TypedDict):
-    """A token that was likely at its place."""
+    """A token and its log probability at one position."""
 
-    token: Annotated[str, Field(description="As text; a part of a character is `bytes:\\x..`.")]
-    logprob: Annotated[float, Field(description="Its log probability, before temperature.")]
+    token: Annotated[
+        str,
+        Field(description="The token as text; a part of a character is written as `bytes:\\x..`."),
+    ]
+    logprob: Annotated[
+        float, Field(description="The log probability of the token, before temperature is applied.")
+    ]
     bytes: Annotated[
-        list[Annotated[int, Field(ge=0, le=255)]], Field(description="Of its text in UTF-8.")
+        list[Annotated[int, Field(ge=0, le=255)]],
+        Field(description="The text of the token as UTF-8 bytes."),
     ]
 
 
 class ChatToken(Alternative):
-    """A token of an answer."""
+    """A generated token, with its most likely alternatives."""
 
-    top_logprobs: Annotated[list[Alternative], Field(description="So many as were asked for.")]
+    top_logprobs: Annotated[
+        list[Alternative],
+        Field(
+            description="The most likely tokens at this position, as many as the request asks for."
+        ),
+    ]
 
 
 class ChatLogprobs(TypedDict):
-    """Log probabilities, token by token."""
+    """The log probabilities of the tokens of a message."""
 
-    content: Annotated[list[ChatToken], Field(description="In their order.")]
+    content: Annotated[list[ChatToken], Field(description="One entry for each token, in order.")]
     refusal: Null
 
 
 class AnswerMessage(TypedDict):
-    """The assistant's message."""
+    """The message that the assistant generated."""
 
     role: Literal["assistant"]
-    content: Annotated[str, Field(description="The text.")]
+    content: Annotated[str, Field(description="The text of the message.")]
     refusal: Null
 
 
 class ChatChoice(TypedDict):
-    """A next message."""
+    """One of the generated messages."""
 
     index: Index
-    message: Annotated[AnswerMessage, Field(description="What the model says.")]
-    logprobs: Annotated[ChatLogprobs | None, Field(description="Null unless they were asked for.")]
+    message: Annotated[AnswerMessage, Field(description="The generated message.")]
+    logprobs: Annotated[
+        ChatLogprobs | None,
+        Field(
+            description="The log probabilities of the tokens; null unless the request asks for "
+            "them."
+        ),
+    ]
     finish_reason: Finish
 
 
 class ChatCompletion(Generated):
-    """Next messages of a conversation."""
+    """The messages generated for a conversation."""
 
     object: Literal["chat.completion"]
-    choices: Annotated[list[ChatChoice], Field(description="So many as `n` asked for.")]
-    usage: Annotated[Usage, Field(description="What the request took.")]
+    choices: Annotated[list[ChatChoice], Field(description="The choices, as many as `n` asks for.")]
+    usage: Annotated[Usage, Field(description="The number of tokens that the request used.")]
 
 
 class MessageDelta(TypedDict):
-    """What is new in a message; the role comes once, first."""
+    """The new part of a message; the role is sent once, in the first chunk."""
 
     role: NotRequired[Literal["assistant"]]
-    content: NotRequired[
-        Annotated[str, Field(description="The text that follows what came before.")]
-    ]
+    content: NotRequired[Annotated[str, Field(description="The text to append to the message.")]]
 
 
 class ChatDelta(TypedDict):
-    """What is new in a choice."""
+    """The new part of a choice."""
 
     index: Index
-    delta: Annotated[MessageDelta, Field(description="Empty where the choice ends.")]
-    logprobs: Annotated[ChatLogprobs | None, Field(description="Null unless they were asked for.")]
+    delta: Annotated[
+        MessageDelta,
+        Field(description="The new part of the message; empty in the last chunk of the choice."),
+    ]
+    logprobs: Annotated[
+        ChatLogprobs | None,
+        Field(
+            description="The log probabilities of the tokens; null unless the request asks for "
+            "them."
+        ),
+    ]
     finish_reason: Unfinished
 
 
 class ChatCompletionChunk(GeneratedChunk):
-    """An event of a stream."""
+    """A chunk of a streamed chat completion."""
 
     object: Literal["chat.completion.chunk"]
-    choices: Annotated[list[ChatDelta], Field(description="What is new; empty beside the usage.")]
+    choices: Annotated[
+        list[ChatDelta],
+        Field(description="The new parts of choices; empty in the final chunk with the usage."),
+    ]
 
 
 class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
-    """Answers of ``/v1/chat/completions``."""
+    """The wire format of ``/v1/chat/completions``."""
 
     def answer(self, choices: list[ChatChoice], usage: Usage) -> ChatCompletion:
-        """A whole answer."""
+        """Build a whole answer."""
         return {
             "id": self.id,
             "object": "chat.completion",
@@ -301,7 +331,7 @@ class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
         }
 
     def chunk(self, choices: list[ChatDelta]) -> ChatCompletionChunk:
-        """A chunk of a stream."""
+        """Build a chunk of a stream."""
         return {
             "id": self.id,
             "object": "chat.completion.chunk",
@@ -311,7 +341,7 @@ class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
         }
 
     def choice(self, index: int, choice: Choice) -> ChatChoice:
-        """A choice of a whole answer."""
+        """Build a choice of a whole answer."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -320,12 +350,12 @@ class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
         }
 
     def opening(self, index: int) -> ChatDelta:
-        """The beginning of a choice: its role."""
+        """Build the first delta of a choice, which holds its role."""
         delta: MessageDelta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> ChatDelta:
-        """New text of a choice, and the log probabilities of its tokens."""
+        """Build a delta with new text of a choice and the log probabilities of its tokens."""
         return {
             "index": index,
             "delta": {"content": text},
@@ -334,11 +364,11 @@ class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
         }
 
     def ending(self, index: int, reason: FinishReason) -> ChatDelta:
-        """The end of a choice."""
+        """Build the last delta of a choice."""
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
 
     def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
-        """The log probabilities of these tokens."""
+        """Return the log probabilities of ``tokens``, for :meth:`choice` and :meth:`delta`."""
         content: list[ChatToken] = [
             {**_entry(token), "top_logprobs": [_entry(other) for other in token.top]}
             for token in tokens
@@ -355,10 +385,10 @@ def _entry(token: NamedToken) -> Alternative:
 
 
 def prepare_chat(registry: "Registry", context: Context, fields: dict[str, Any]) -> Answer:
-    """The answer to a request of ``/v1/chat/completions``.
+    """Prepare the answer to a request to ``/v1/chat/completions``.
 
     Raises:
-        ApiError, RequestError: it cannot be served as it stands.
+        ApiError, RequestError: the request is invalid or cannot be served by the model.
     """
     body, warnings = validate(ChatBody, fields, strict=context.strict)
     model = registry.language_model(body.model, context.caller)
@@ -403,5 +433,5 @@ async def _serve_socket(services: Services) -> None:
     gen_ai_operation="chat",
 )
 async def create_chat_completion(services: Services, context: Context) -> Response:
-    """Continue a conversation; its template is rendered off the event loop."""
+    """Continue a conversation; the chat template is rendered off the event loop."""
     return await generate(services, context, prepare_chat, inline=False)

@@ -1,4 +1,4 @@
-"""``/v1/completions``: the body, the answers and their dialect, and the endpoint."""
+"""``/v1/completions``: the request body, the wire format of answers, and the endpoint."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from server.models.registry import Registry
 
 MAX_ITEMS = 500_000
-"""Longest list of token ids; beyond any context, and looked at quickly."""
+"""Maximum length of a list of token ids: longer than any context, yet quick to check."""
 MAX_TOKEN_ID = 2**31 - 1
-"""Far above any vocabulary, whose own bound the model checks; what is no id at all ends here."""
+"""Far above the size of any vocabulary; the model checks its own bound."""
 TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
 
 
 def prompts_of(value: Any, name: str) -> list[PromptInput]:
-    """The texts or lists of token ids in a ``prompt`` or ``input``, one or several.
+    """Return the strings or lists of token ids in a ``prompt`` or ``input``.
 
     Raises:
         FieldError: it is neither, or holds nothing.
@@ -76,7 +76,10 @@ def prompts_of(value: Any, name: str) -> list[PromptInput]:
 
 
 def prompts_schema(most: int, *, shortest: int = 0) -> dict[str, Any]:
-    """What :func:`prompts_of` takes, for up to ``most`` prompts of ``shortest`` characters."""
+    """Return the JSON schema of :func:`prompts_of`.
+
+    It allows up to ``most`` prompts, of at least ``shortest`` characters if they are strings.
+    """
     text = {"type": "string", "minLength": shortest}
     ids = {"type": "array", "items": TOKEN_ID, "minItems": 1}
     several = {"type": "array", "minItems": 1, "maxItems": most}
@@ -84,10 +87,10 @@ def prompts_schema(most: int, *, shortest: int = 0) -> dict[str, Any]:
 
 
 def checked_ids(ids: list[int], name: str) -> list[int]:
-    """The same token ids.
+    """Return ``ids`` unchanged.
 
     Raises:
-        FieldError: one of them cannot be the id of any token.
+        FieldError: a value is out of the range of token ids.
     """
     for worst in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= worst <= MAX_TOKEN_ID:
@@ -101,36 +104,42 @@ def _is_ids(value: Any) -> bool:
 
 
 class CompletionBody(GenerationBody):
-    """A prompt to go on with, or several."""
+    """A request to complete one or more prompts."""
 
     prompt: Annotated[
         list[PromptInput],
         PlainValidator(lambda value: prompts_of(value, "prompt")),
         WithJsonSchema(prompts_schema(MAX_SEQUENCES)),
     ] = Field(
-        description="A text, a list of texts, token ids, or a list of such lists; choices come in "
-        f"their order. Prompts times choices are at most {MAX_SEQUENCES}."
+        description="A string, a list of strings, a list of token ids, or a list of such "
+        "lists; choices are in the order of the prompts. The number of prompts times "
+        f"the choices of each is at most {MAX_SEQUENCES}."
     )
     suffix: str = Field(
         "",
-        description="Text that follows: filled in by models that can, else appended, with a "
-        "warning.",
+        description="The text that follows the completion. Models that support infilling "
+        "complete the gap before it; for other models it is appended to the answer, "
+        "with a warning.",
     )
     echo: bool = Field(
-        False, description="Begin with the prompt, and score it if logprobs is there."
+        False,
+        description="Begin each choice with its prompt, and include the prompt's log "
+        "probabilities if logprobs is given.",
     )
     best_of: int | None = Field(
         None,
         ge=1,
         le=MAX_SEQUENCES,
-        description="Sample so many and return the n of the highest mean log probability; by "
-        "default n, and not above it with stream.",
+        description="Sample this many sequences for each prompt and return the n with the "
+        "highest mean log probability. The default is n; with stream, it must not "
+        "exceed n.",
     )
     logprobs: int | None = Field(
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="Log probabilities of the tokens, with so many alternatives beside each.",
+        description="Return the log probabilities of the tokens, with this many "
+        "alternatives for each.",
     )
 
     @model_validator(mode="after")
@@ -155,66 +164,82 @@ class CompletionBody(GenerationBody):
 
     @property
     def num_sampled(self) -> int:
-        """Sequences sampled for each prompt."""
+        """The number of sequences sampled for each prompt."""
         return self.best_of or self.n
 
 
 class CompletionLogprobs(TypedDict):
-    """Log probabilities, token by token; those of a prompt's first token are null."""
+    """The log probabilities of a choice's tokens; those of a prompt's first token are null."""
 
     tokens: Annotated[
-        list[str], Field(description="As text; a part of a character is `bytes:\\x..`.")
+        list[str],
+        Field(description="The tokens as text; a part of a character is written as `bytes:\\x..`."),
     ]
-    token_logprobs: Annotated[list[float | None], Field(description="Of each of them.")]
+    token_logprobs: Annotated[
+        list[float | None], Field(description="The log probability of each token.")
+    ]
     top_logprobs: Annotated[
         list[dict[str, float | None] | None],
-        Field(description="At each place the likeliest tokens, and the one that was chosen."),
+        Field(
+            description="For each token, the log probabilities of the likeliest tokens at its "
+            "position and of the token itself."
+        ),
     ]
-    text_offset: Annotated[list[Count], Field(description="Where each begins, in characters.")]
+    text_offset: Annotated[
+        list[Count],
+        Field(description="The position at which each token begins in the text, in characters."),
+    ]
 
 
 class _CompletionText(TypedDict):
     index: Index
-    text: Annotated[str, Field(description="What was generated; with echo the prompt before it.")]
+    text: Annotated[str, Field(description="The generated text; with echo, it follows the prompt.")]
     logprobs: Annotated[
-        CompletionLogprobs | None, Field(description="Null unless they were asked for.")
+        CompletionLogprobs | None,
+        Field(
+            description="The log probabilities of the tokens; null unless the request asks for "
+            "them."
+        ),
     ]
 
 
 class CompletionChoice(_CompletionText):
-    """A continuation of a prompt."""
+    """A completion of a prompt."""
 
     finish_reason: Finish
 
 
 class Completion(Generated):
-    """Continuations of prompts."""
+    """The completions of all prompts."""
 
     object: Literal["text_completion"]
-    choices: Annotated[list[CompletionChoice], Field(description="In the order of their prompts.")]
-    usage: Annotated[Usage, Field(description="What the request took.")]
+    choices: Annotated[
+        list[CompletionChoice], Field(description="The choices, in the order of their prompts.")
+    ]
+    usage: Annotated[Usage, Field(description="The number of tokens that the request used.")]
 
 
 class CompletionDelta(_CompletionText):
-    """What is new in a choice."""
+    """The new part of a choice."""
 
     finish_reason: Unfinished
 
 
 class CompletionChunk(GeneratedChunk):
-    """An event of a stream."""
+    """A chunk of a streamed completion."""
 
     object: Literal["text_completion"]
     choices: Annotated[
-        list[CompletionDelta], Field(description="What is new; empty beside the usage.")
+        list[CompletionDelta],
+        Field(description="The new parts of choices; empty in the final chunk with the usage."),
     ]
 
 
 class CompletionDialect(OpenAIDialect[CompletionChoice, CompletionDelta]):
-    """Answers of ``/v1/completions``."""
+    """The wire format of ``/v1/completions``."""
 
     def answer(self, choices: list[CompletionChoice], usage: Usage) -> Completion:
-        """A whole answer."""
+        """Build a whole answer."""
         return {
             "id": self.id,
             "object": "text_completion",
@@ -225,7 +250,7 @@ class CompletionDialect(OpenAIDialect[CompletionChoice, CompletionDelta]):
         }
 
     def chunk(self, choices: list[CompletionDelta]) -> CompletionChunk:
-        """A chunk of a stream."""
+        """Build a chunk of a stream."""
         return {
             "id": self.id,
             "object": "text_completion",
@@ -235,7 +260,7 @@ class CompletionDialect(OpenAIDialect[CompletionChoice, CompletionDelta]):
         }
 
     def choice(self, index: int, choice: Choice) -> CompletionChoice:
-        """A choice of a whole answer."""
+        """Build a choice of a whole answer."""
         return {
             "index": index,
             "text": choice.text,
@@ -244,7 +269,7 @@ class CompletionDialect(OpenAIDialect[CompletionChoice, CompletionDelta]):
         }
 
     def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> CompletionDelta:
-        """New text of a choice, and the log probabilities of its tokens."""
+        """Build a delta with new text of a choice and the log probabilities of its tokens."""
         return {
             "index": index,
             "text": text,
@@ -253,11 +278,11 @@ class CompletionDialect(OpenAIDialect[CompletionChoice, CompletionDelta]):
         }
 
     def ending(self, index: int, reason: FinishReason) -> CompletionDelta:
-        """The end of a choice."""
+        """Build the last delta of a choice."""
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
     def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
-        """The log probabilities of these tokens."""
+        """Return the log probabilities of ``tokens``, for :meth:`choice` and :meth:`delta`."""
         return {
             "tokens": [token.name for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
@@ -277,7 +302,7 @@ class CompletionDialect(OpenAIDialect[CompletionChoice, CompletionDelta]):
 
 
 def _top(token: TokenInfo) -> dict[str, float | None] | None:
-    """The alternatives by name, with the token itself always among them."""
+    """Return the alternatives by name; the token itself is always among them."""
     if token.logprob is None:
         return None
     top: dict[str, float | None] = {}
@@ -287,10 +312,10 @@ def _top(token: TokenInfo) -> dict[str, float | None] | None:
 
 
 def prepare_completion(registry: "Registry", context: Context, fields: dict[str, Any]) -> Answer:
-    """The answer to a request of ``/v1/completions``.
+    """Prepare the answer to a request to ``/v1/completions``.
 
     Raises:
-        ApiError, RequestError: it cannot be served as it stands.
+        ApiError, RequestError: the request is invalid or cannot be served by the model.
     """
     body, warnings = validate(CompletionBody, fields, strict=context.strict)
     model = registry.language_model(body.model, context.caller)

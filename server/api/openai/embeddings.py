@@ -1,4 +1,4 @@
-"""``/v1/embeddings``: the body, the answer, and the endpoint."""
+"""``/v1/embeddings``: the request body, the answer, and the endpoint."""
 
 import asyncio
 import base64
@@ -48,7 +48,7 @@ def _inputs(value: Any) -> list[PromptInput]:
 
 
 class EmbeddingBody(Body):
-    """A text to embed, or several."""
+    """A request to embed one or more texts."""
 
     model: str = Field(description="The id or an alias of a model; the answer repeats it.")
     input: Annotated[
@@ -56,29 +56,32 @@ class EmbeddingBody(Body):
         PlainValidator(_inputs),
         WithJsonSchema(prompts_schema(MAX_INPUTS, shortest=1)),
     ] = Field(
-        description="A text, a list of texts, token ids, or a list of such lists: at most "
-        f"{MAX_INPUTS}, none empty, none longer than the model reads."
+        description="A string, a list of strings, a list of token ids, or a list of such "
+        f"lists: at most {MAX_INPUTS} inputs, none of them empty or longer than the "
+        "model's maximum length."
     )
     encoding_format: Literal["float", "base64"] = Field(
         "float",
-        description="Numbers, or the base64 of little-endian 32-bit floats.",
+        description="The format of the vectors: numbers, or base64 of little-endian 32-bit floats.",
     )
     dimensions: int | None = Field(
         None,
         ge=1,
-        description="Keep the first so many, scaled to length one again; by default the model's.",
+        description="Keep only this many leading components of each vector, rescaled to "
+        "unit length. By default, all components are kept.",
     )
     truncate_prompt_tokens: int | None = Field(
         None,
         ge=-1,
         le=MAX_TOKEN_ID,
-        description="Cut each input to its first so many tokens, those that the model adds to a "
-        "text included; -1 is the most that the model reads. By default what is longer is refused.",
+        description="Truncate each input to its first tokens, at most this many, including "
+        "the special tokens that the model adds to a text; -1 stands for the model's "
+        "maximum length. By default, inputs that are too long are rejected.",
     )
     user: str | None = Field(
         None,
         max_length=MAX_NAME,
-        description="Your name for whom you serve; it appears in the server's log.",
+        description="Your identifier for the end user; it is written to the server's log.",
     )
 
     @model_validator(mode="after")
@@ -91,29 +94,32 @@ class EmbeddingBody(Body):
 
 
 class Embedding(TypedDict):
-    """The vector of an input."""
+    """The embedding of one input."""
 
     object: Literal["embedding"]
     embedding: Annotated[
-        Vector | str, Field(description="Numbers, or the base64 of little-endian 32-bit floats.")
+        Vector | str,
+        Field(description="The vector, as numbers or as base64 of little-endian 32-bit floats."),
     ]
-    index: Annotated[Count, Field(description="Which input it is of, from 0.")]
+    index: Annotated[Count, Field(description="The index of the input, from 0.")]
 
 
 class EmbeddingUsage(TypedDict):
-    """Tokens of a request."""
+    """The number of tokens that a request used."""
 
-    prompt_tokens: Annotated[Count, Field(description="Tokens that were embedded.")]
-    total_tokens: Annotated[Count, Field(description="The same number.")]
+    prompt_tokens: Annotated[Count, Field(description="The number of tokens embedded.")]
+    total_tokens: Annotated[Count, Field(description="The same number as prompt_tokens.")]
 
 
 class EmbeddingList(Warned):
-    """Vectors, in the order of the inputs."""
+    """The embeddings, in the order of the inputs."""
 
     object: Literal["list"]
-    data: Annotated[JsonList[Embedding], Field(description="One for each input.")]
-    model: Annotated[str, Field(description="The name that was asked for.")]
-    usage: Annotated[EmbeddingUsage, Field(description="What the request took.")]
+    data: Annotated[JsonList[Embedding], Field(description="One embedding for each input.")]
+    model: Annotated[str, Field(description="The model name as given in the request.")]
+    usage: Annotated[
+        EmbeddingUsage, Field(description="The number of tokens that the request used.")
+    ]
 
 
 @Endpoint(
@@ -129,7 +135,7 @@ class EmbeddingList(Warned):
     gen_ai_operation="embeddings",
 )
 async def create_embeddings(services: Services, context: Context) -> Response:
-    """Embed texts."""
+    """Embed the texts of a request."""
     work = partial(_read, services.registry, context)
     body, model, ids, warnings = await read_body(services.cpu_pool, context, work)
     owner, deadline = context.caller.id, context.deadline
@@ -162,7 +168,7 @@ async def create_embeddings(services: Services, context: Context) -> Response:
 def _read(
     registry: "Registry", context: Context, fields: dict[str, Any]
 ) -> tuple[EmbeddingBody, "EmbeddingModel", list[list[int]], list[str]]:
-    """The request, its model, the token ids of its inputs, and warnings."""
+    """Return the request body, its model, the token ids of its inputs, and warnings."""
     body, warnings = validate(EmbeddingBody, fields, strict=context.strict)
     model = registry.embedding_model(body.model, context.caller)
     hidden_size = model.embedder.hidden_size
@@ -175,10 +181,10 @@ def _read(
 
 
 def _longest(model: "EmbeddingModel", truncate: int | None) -> int | None:
-    """The tokens to which every input is cut; None: it is not cut.
+    """Return the length to which inputs are truncated, in tokens; None means no truncation.
 
     Raises:
-        ApiError: the model does not read so many.
+        ApiError: the length exceeds the model's maximum.
     """
     if truncate is not None and truncate > model.max_len:
         raise bad_request(
@@ -192,9 +198,9 @@ def _longest(model: "EmbeddingModel", truncate: int | None) -> int | None:
 def _tokenize(
     model: "EmbeddingModel", inputs: Sequence[PromptInput], keep: int | None
 ) -> list[list[int]]:
-    """Token ids of each input, none longer than the model reads.
+    """Return the token ids of each input, none longer than the model's maximum length.
 
-    A text gets what the tokenizer adds to it; token ids are taken as they are.
+    The tokenizer adds its special tokens to texts; token ids are used unchanged.
     """
     texts = iter(
         model.tokenizer.encode_batch(
@@ -215,7 +221,7 @@ def _tokenize(
 
 
 def _shorten(vectors: "Vectors", dimensions: int | None) -> "Vectors":
-    """The first ``dimensions`` of every vector, of length one again."""
+    """Truncate every vector to ``dimensions`` components and rescale it to unit length."""
     if dimensions is None or dimensions == vectors.shape[1]:
         return vectors
     cut = vectors[:, :dimensions]
@@ -230,7 +236,7 @@ def embedding_answer(
     num_tokens: int,
     warnings: list[str],
 ) -> EmbeddingList:
-    """The answer: ``vectors`` is ``[inputs, dimensions]``; base64 is of little-endian float32."""
+    """Build an answer of ``vectors`` ``[inputs, dimensions]``; base64 is little-endian float32."""
     data = JsonList[Embedding]()
     for index, vector in enumerate(vectors):
         embedding = vector

@@ -37,23 +37,23 @@ if TYPE_CHECKING:
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
-"""Every token is compared with the beginnings of all stop strings, on the event loop."""
+"""Bounded because every token is compared with the beginnings of all stop strings."""
 MAX_SEQUENCES = 256
-"""Most sequences of one request: prompts times ``n``, or times ``best_of``."""
+"""Maximum number of sequences of one request: prompts times ``n`` or ``best_of``."""
 MAX_STOP_TOKENS = 1024
-"""Far more than an engine takes, which knows its own bound."""
+"""Far above any engine's own limit, which the engine checks itself."""
 MAX_BIASES = 10_000
 MAX_LOGPROBS = 20
 
 
 class StreamOptions(Body):
-    """Options of a streamed answer."""
+    """Options for a streamed answer."""
 
     include_usage: bool = Field(
         False, description="End the stream with a chunk that holds the usage and no choices."
     )
     continuous_usage_stats: bool = Field(
-        False, description="Every chunk holds the usage so far; needs include_usage."
+        False, description="Include the usage so far in every chunk; requires include_usage."
     )
 
     @model_validator(mode="after")
@@ -116,114 +116,133 @@ _LOGIT_BIAS = {
 
 
 class GenerationBody(Body):
-    """The parameters that completions and chat share."""
+    """The parameters that completions and chat completions share."""
 
     model: str = Field(description="The id or an alias of a model; the answer repeats it.")
     max_tokens: int | None = Field(
         None,
         ge=0,
-        description="Most tokens to generate. Together with the prompt they must fit the model's "
-        "context. Completions default to 16, chat to what is left of the context; 0 is for "
-        "completions that echo their prompt.",
+        description="The maximum number of tokens to generate. Together with the prompt, "
+        "they must fit in the model's context. The default is 16 for completions and "
+        "the rest of the context for chat; 0 is allowed only for completions with echo.",
     )
     max_completion_tokens: int | None = Field(
-        None, ge=0, description="The newer name of max_tokens; of both, this one counts."
+        None, ge=0, description="The newer name of max_tokens; if both are given, this one is used."
     )
     temperature: float = Field(
-        1.0, ge=0, le=2, description="0 always takes the likeliest token; higher is more random."
+        1.0,
+        ge=0,
+        le=2,
+        description="The sampling temperature. 0 always picks the most likely token; "
+        "higher values are more random.",
     )
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Sample among the likeliest tokens that together have this probability.",
+        description="Sample from the most likely tokens that together have at least this "
+        "probability.",
     )
     top_k: int = Field(
         -1,
         ge=-1,
         lt=2**31,
-        description="Sample among this many of the likeliest tokens; -1 and 0 keep them all.",
+        description="Sample from this many of the most likely tokens; -1 and 0 mean all tokens.",
     )
     min_p: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Drop tokens whose probability is below this share of the likeliest one's.",
+        description="Discard tokens whose probability is below this fraction of the most "
+        "likely token's probability.",
     )
     frequency_penalty: float = Field(
         0.0,
         ge=-2,
         le=2,
-        description="Subtracted from a token's logit for each time it has been generated.",
+        description="The value subtracted from a token's logit for each time it has been "
+        "generated.",
     )
     presence_penalty: float = Field(
         0.0,
         ge=-2,
         le=2,
-        description="Subtracted from a token's logit if it has been generated at all.",
+        description="The value subtracted from a token's logit if it has been generated at all.",
     )
     repetition_penalty: float = Field(
         1.0,
         gt=0,
         le=10,
-        description="Makes tokens of the prompt and of the answer less likely, if above 1.",
+        description="Values above 1 make tokens that occur in the prompt or the answer "
+        "less likely.",
     )
     stop: Annotated[list[str], PlainValidator(_stops), WithJsonSchema(_STOPS)] = Field(
         default_factory=list,
-        description=f"A string, or up to {MAX_STOPS}, of at most {MAX_STOP_CHARACTERS} characters "
-        "each: the first to be complete ends the choice and is left out of its text.",
+        description=f"A string, or a list of up to {MAX_STOPS} strings, of at most "
+        f"{MAX_STOP_CHARACTERS} characters each. The first one to be generated ends the "
+        "choice and is left out of its text.",
     )
     stop_token_ids: list[int] = Field(
         default_factory=list,
         max_length=MAX_STOP_TOKENS,
         fail_fast=True,
-        description="Token ids that end a choice, besides the model's own.",
+        description="Token ids that end a choice, in addition to the model's own end tokens.",
     )
     include_stop_str_in_output: bool = Field(
-        False, description="Keep what stopped a choice in its text."
+        False, description="Keep the stop string or stop token in the text of the choice."
     )
     min_tokens: int = Field(
-        0, ge=0, description="Before so many tokens nothing stops a choice; at most max_tokens."
+        0,
+        ge=0,
+        description="The number of tokens before which nothing can stop a choice; at most "
+        "max_tokens.",
     )
-    ignore_eos: bool = Field(False, description="The model's own end token does not stop it.")
-    stream: bool = Field(False, description="Answer in server-sent events.")
+    ignore_eos: bool = Field(False, description="Do not stop at the model's own end tokens.")
+    stream: bool = Field(False, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(
-        None, description="Options of the stream; only with stream."
+        None, description="Options for streaming; allowed only with stream."
     )
-    n: int = Field(1, ge=1, le=MAX_SEQUENCES, description="Choices for each prompt.")
+    n: int = Field(
+        1, ge=1, le=MAX_SEQUENCES, description="The number of choices to return for each prompt."
+    )
     logit_bias: Annotated[
         dict[int, float], PlainValidator(_logit_bias), WithJsonSchema(_LOGIT_BIAS)
     ] = Field(
         default_factory=dict,
-        description="Added to the logits of tokens, by their ids.",
+        description="A map from token ids to the values that are added to their logits.",
     )
     seed: int | None = Field(
         None,
         ge=-(2**63),
         le=2**64 - 1,
-        description="Makes sampling repeatable: the choice with index i uses seed + i. By default "
-        "a random one.",
+        description="Makes sampling repeatable: the choice with index i uses seed + i. By "
+        "default, the seed is random.",
     )
     user: str | None = Field(
         None,
         max_length=MAX_NAME,
-        description="Your name for whom you serve; it appears in the server's log.",
+        description="Your identifier for the end user; it is written to the server's log.",
     )
-    skip_special_tokens: bool = Field(True, description="Leave control tokens out of the text.")
+    skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
     priority: int = Field(
-        0, ge=-(2**31), lt=2**31, description="Of requests that wait, lower ones run first."
+        0,
+        ge=-(2**31),
+        lt=2**31,
+        description="The scheduling priority: among waiting requests, lower values run first.",
     )
     cache_salt: str = Field(
         "",
         max_length=MAX_NAME,
-        description="Requests share cached prompts only if theirs are equal.",
+        description="Requests share cached prompts only if their salts are equal.",
     )
     metadata: dict[str, Any] = Field(
         default_factory=dict, description="Accepted with a warning: answers are not stored."
     )
     store: bool = Field(False, description="Accepted with a warning: answers are not stored.")
     service_tier: str = Field(
-        "auto", max_length=64, description="There is one tier; others than auto and default warn."
+        "auto",
+        max_length=64,
+        description="There is one tier; values other than auto and default cause a warning.",
     )
 
     @model_validator(mode="after")
@@ -239,7 +258,7 @@ class GenerationBody(Body):
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens to generate; of its two names the newer one goes first."""
+        """The maximum number of tokens to generate; the newer name takes precedence."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -253,12 +272,12 @@ class GenerationBody(Body):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def unknown(self) -> list[str]:
-        """Names in the body that this endpoint does not know, nested ones with their path."""
+        """Return the names of unknown fields, including nested ones with their path."""
         options = self.stream_options.unknown() if self.stream_options else []
         return super().unknown() + [f"stream_options.{name}" for name in options]
 
     def notes(self) -> list[str]:
-        """Warnings about parameters that cannot have their effect here."""
+        """Return warnings about parameters that have no effect on this server."""
         notes = []
         if self.token_limit is not None and self.max_tokens not in (None, self.token_limit):
             notes.append(
@@ -278,65 +297,77 @@ class GenerationBody(Body):
 
 
 class CachedTokens(TypedDict):
-    """Where a prompt's tokens came from."""
+    """Details about the prompt tokens."""
 
-    cached_tokens: Annotated[Count, Field(description="Found in the prefix cache.")]
+    cached_tokens: Annotated[
+        Count, Field(description="The number of prompt tokens found in the prefix cache.")
+    ]
 
 
 class Usage(TypedDict):
-    """Tokens of a request, those of choices that ``best_of`` left out included."""
+    """The number of tokens that a request used, including choices that ``best_of`` discarded."""
 
-    prompt_tokens: Annotated[Count, Field(description="Tokens of the prompts, cached or not.")]
-    completion_tokens: Annotated[Count, Field(description="Tokens that were sampled.")]
-    total_tokens: Annotated[Count, Field(description="Both together.")]
+    prompt_tokens: Annotated[
+        Count, Field(description="The number of prompt tokens, cached or not.")
+    ]
+    completion_tokens: Annotated[Count, Field(description="The number of tokens sampled.")]
+    total_tokens: Annotated[Count, Field(description="The sum of prompt and completion tokens.")]
     prompt_tokens_details: Annotated[
-        CachedTokens, Field(description="Where those of the prompts came from.")
+        CachedTokens, Field(description="Details about the prompt tokens.")
     ]
 
 
 class Generated(Warned):
-    """What answers of generation have in common; in a stream it is the same in every chunk."""
+    """The fields that all generated answers share; they are equal in all chunks of a stream."""
 
-    id: Annotated[str, Field(description="The answer's own id.")]
-    created: Annotated[int, Field(description="Seconds since 1970.")]
-    model: Annotated[str, Field(description="The name that was asked for.")]
+    id: Annotated[str, Field(description="The id of the answer.")]
+    created: Annotated[
+        int, Field(description="When the answer was created, in seconds since 1970.")
+    ]
+    model: Annotated[str, Field(description="The model name as given in the request.")]
 
 
 class GeneratedChunk(Generated):
-    """What the events of streams have in common."""
+    """The fields that all chunks of streams share."""
 
     usage: NotRequired[
-        Annotated[Usage | None, Field(description="With stream_options.include_usage.")]
+        Annotated[
+            Usage | None,
+            Field(
+                description="The usage, with stream_options.include_usage; null in all chunks but "
+                "the last, unless continuous_usage_stats is set."
+            ),
+        ]
     ]
 
 
 Index = Annotated[
-    int, Field(ge=0, description="Its place: choices are numbered prompt by prompt, from 0.")
+    int, Field(ge=0, description="The index of the choice, counted prompt by prompt from 0.")
 ]
 Finish = Annotated[
     FinishReason,
     Field(
-        description="`stop`: the end token or a stop; `length`: max_tokens; `abort`: it was "
-        "cancelled over its WebSocket."
+        description="Why the choice ended: `stop` for an end token or a stop, `length` for "
+        "max_tokens, `abort` if it was cancelled over its WebSocket."
     ),
 ]
 Unfinished = Annotated[
-    FinishReason | None, Field(description="Null until the choice ends; then why it did.")
+    FinishReason | None, Field(description="Why the choice ended; null until then.")
 ]
 SOCKET = (
-    "The path takes WebSocket connections too: send such a body as a text frame, and the answer "
-    "comes in frames. See the description at the top."
+    "The path also accepts WebSocket connections: send this body as a text "
+    "frame, and the answer is sent in frames. See the description at the top."
 )
-"""What the description of an endpoint says of its WebSocket."""
+"""The WebSocket paragraph in the description of an endpoint."""
 
 
 def streamed(whole: type, chunk: type) -> dict[int, ResponseSpec]:
-    """How the response is described that holds a whole answer, or its chunks as events."""
+    """Describe a response that is a whole answer or a stream of its chunks."""
     return {
         200: ResponseSpec(
-            description="The whole answer, or with `stream` its chunks as events: "
-            f"`data: {{...}}`, each a {chunk.__name__}, and at the end `data: [DONE]`. What fails "
-            'after the first of them is an event `{"error": {...}}`.',
+            description="The whole answer or, with `stream`, its chunks as events: "
+            f"`data: {{...}}`, each a {chunk.__name__}, and at the end `data: [DONE]`. An error "
+            'after the first event is sent as an event `{"error": {...}}`.',
             content={"application/json": whole},
             events=chunk,
         )
@@ -346,20 +377,21 @@ def streamed(whole: type, chunk: type) -> dict[int, ResponseSpec]:
 AnyChoice = TypeVar("AnyChoice")
 """A choice of a whole answer."""
 AnyDelta = TypeVar("AnyDelta")
-"""What is new in a choice."""
+"""The new part of a choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAIDialect(Dialect, Generic[AnyChoice, AnyDelta]):
-    """What the answers of OpenAI's two endpoints of generation have in common.
+    """The wire format that OpenAI's two generating endpoints share.
 
     Attributes:
-        id: the same in every chunk, and so are ``created`` and ``model``.
-        model: the name that was asked for.
-        with_logprobs: the request asked for log probabilities.
-        include_usage: a stream ends with a chunk of usage.
-        continuous_usage: the chunks before that one hold the usage so far.
-        warnings: for the client; in a stream they are part of the first chunk.
+        id: the id of the answer; all chunks have the same ``id``, ``created`` and ``model``.
+        created: when the answer was created, in seconds since 1970.
+        model: the model name as given in the request.
+        with_logprobs: whether the request asks for log probabilities.
+        include_usage: whether a stream ends with a chunk that holds the usage.
+        continuous_usage: whether the chunks before that one hold the usage so far.
+        warnings: warnings for the client; in a stream, the first chunk holds them.
     """
 
     done = "[DONE]"
@@ -374,11 +406,11 @@ class OpenAIDialect(Dialect, Generic[AnyChoice, AnyDelta]):
 
     @abstractmethod
     def answer(self, choices: list[AnyChoice], usage: Usage) -> Generated:
-        """A whole answer, without warnings."""
+        """Build a whole answer, without warnings."""
 
     @abstractmethod
     def chunk(self, choices: list[AnyDelta]) -> GeneratedChunk:
-        """A chunk of a stream, without warnings and usage."""
+        """Build a chunk of a stream, without warnings and usage."""
 
     @abstractmethod
     def choice(self, index: int, choice: Choice) -> AnyChoice:
@@ -386,18 +418,18 @@ class OpenAIDialect(Dialect, Generic[AnyChoice, AnyDelta]):
 
     @abstractmethod
     def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> AnyDelta:
-        """New text of a choice, and the log probabilities of its tokens."""
+        """Build a delta with new text of a choice and the log probabilities of its tokens."""
 
     @abstractmethod
     def ending(self, index: int, reason: FinishReason) -> AnyDelta:
-        """The end of a choice, after its text."""
+        """Build the last delta of a choice, after its text."""
 
     def opening(self, index: int) -> AnyDelta | None:
-        """The beginning of a choice, before its text; None: it has none."""
+        """Build the first delta of a choice, before its text; None if the format has none."""
         return None
 
     def whole(self, result: Result) -> Generated:
-        """The answer to a request that does not stream."""
+        """Build the answer to a request that does not stream."""
         choices = [self.choice(index, choice) for index, choice in enumerate(result.choices)]
         answer = self.answer(choices, _usage(result.usage))
         if self.warnings:
@@ -405,7 +437,7 @@ class OpenAIDialect(Dialect, Generic[AnyChoice, AnyDelta]):
         return answer
 
     async def events(self, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Event | None, None]:
-        """The chunks of a stream; None after a long silence."""
+        """Yield the chunks of a stream, and None after a long silence."""
         warnings, usage = self.warnings, TokenUsage()
 
         def event(delta: AnyDelta) -> Event:
@@ -439,7 +471,7 @@ class OpenAIDialect(Dialect, Generic[AnyChoice, AnyDelta]):
                             yield None, chunk
 
     def error(self, error: ApiError) -> Event:
-        """The event that tells of a failure in the middle of a stream."""
+        """Build the event that reports an error in the middle of a stream."""
         return None, error.envelope()
 
 
@@ -467,19 +499,20 @@ def prepare(
     echo: bool = False,
     suffix: str = "",
 ) -> Answer:
-    """The answer to a request of either endpoint, which only needs to be run.
+    """Prepare the answer to a request to either endpoint; it only remains to be run.
 
     Args:
-        model: whom it is for.
-        caller: who sent it.
-        body: the request.
-        dialect: of the answer.
-        prefix: what the answer's id begins with.
-        warnings: about the request, for the client.
-        prompts: of the request.
-        num_choices: sequences for each prompt.
-        logprobs: alternatives wanted beside each token's log probability; None: nothing.
-        logprobs_field: what the request calls those.
+        model: the model to generate with.
+        caller: the sender of the request.
+        body: the request body.
+        dialect: the wire format of the answer.
+        prefix: the prefix of the answer's id.
+        warnings: warnings about the request, for the client.
+        prompts: the prompts of the request.
+        num_choices: the number of sequences to sample for each prompt.
+        logprobs: the number of alternatives to return with each token's log probability; None
+            returns no log probabilities.
+        logprobs_field: the field of the request that sets ``logprobs``, for errors.
         echo: whether the answer repeats the prompts.
         suffix: text to append to the answer.
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class ModelCard(TypedDict):
     """A model."""
 
-    id: Annotated[str, Field(description="The name to ask for it by.")]
+    id: Annotated[str, Field(description="The model's id, as requests name it.")]
     object: Literal["model"]
     created: Annotated[
-        int, Field(description="When its checkpoint was made, in seconds since 1970.")
+        int, Field(description="When the model's checkpoint was created, in seconds since 1970.")
     ]
     owned_by: Literal["inferneo"]
 
@@ -29,14 +29,14 @@ class ModelList(TypedDict):
     """The models served."""
 
     object: Literal["list"]
-    data: Annotated[list[ModelCard], Field(description="Those that the caller's key may use.")]
+    data: Annotated[list[ModelCard], Field(description="The models that the caller's key may use.")]
 
 
 class ModelDetails(ModelCard):
-    """A model; ``id`` is the name that was asked for, ``root`` the model's own."""
+    """A model; ``id`` is the requested name, ``root`` the model's own id."""
 
-    permission: Annotated[list[Any], Field(max_length=0, description="Always empty.")]
-    root: Annotated[str, Field(description="Its own id, where `id` is an alias.")]
+    permission: Annotated[list[Any], Field(max_length=0, description="Always an empty list.")]
+    root: Annotated[str, Field(description="The model's own id, also where `id` is an alias.")]
     parent: Null
 
 
@@ -65,7 +65,8 @@ async def list_models(services: Services, context: Context) -> ModelList:
     parameters={
         "model_id": Parameter(
             schema={"type": "string", "minLength": 1},
-            description="Ids may hold slashes, written as they are or as %2F.",
+            description="The id or an alias of a model. Slashes in it may be written as they "
+            "are or as %2F.",
         )
     },
     answer=ModelDetails,
@@ -73,7 +74,7 @@ async def list_models(services: Services, context: Context) -> ModelList:
     needs_models=True,
 )
 async def get_model(services: Services, context: Context, model_id: str) -> ModelDetails:
-    """Describe a model under the name that was asked for."""
+    """Describe a model under the requested name."""
     model = services.registry.get(model_id, context.caller)
     return {**_card(model, model_id), "permission": [], "root": model.name, "parent": None}
 

@@ -1,1 +1,1 @@
-"""Health, metrics, version and the API's description."""
+"""The endpoints for health, metrics, the version and the OpenAPI description."""

@@ -1,4 +1,4 @@
-"""``GET /openapi.json``: the API's description."""
+"""``GET /openapi.json``: the OpenAPI description of the server."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,12 +13,17 @@ from server.services import Services
 
 @with_config(ConfigDict(extra="allow"))
 class Document(TypedDict):
-    """This description."""
+    """The OpenAPI description of this server."""
 
     openapi: Literal["3.1.0"]
-    info: Annotated[dict[str, Any], Field(description="Name, version and description of the API.")]
-    paths: Annotated[dict[str, Any], Field(description="Its endpoints.")]
-    components: Annotated[dict[str, Any], Field(description="What they share.")]
+    info: Annotated[
+        dict[str, Any], Field(description="The name, version and description of the API.")
+    ]
+    paths: Annotated[dict[str, Any], Field(description="The endpoints, by path.")]
+    components: Annotated[
+        dict[str, Any],
+        Field(description="The schemas, headers and parameters that endpoints share."),
+    ]
 
 
 @Endpoint(
@@ -30,5 +35,5 @@ class Document(TypedDict):
     answer=Document,
 )
 async def openapi(services: Services, context: Context) -> Response:
-    """Send the document, which is the same for everybody."""
+    """Send the document, which is the same for every caller."""
     return Response(services.description(), content_type="application/json")

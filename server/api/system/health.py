@@ -1,4 +1,4 @@
-"""``GET /health``: the process is alive. ``GET /ready``: it can serve, and how full it is."""
+"""``GET /health``: the process is alive. ``GET /ready``: it can serve requests, with its load."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,35 +30,53 @@ class LanguageModelState(TypedDict):
     id: Annotated[str, Field(description="The model's own id.")]
     kind: Literal["decoder"]
     max_len: Annotated[
-        Count, Field(description="Maximum length of a request, its answer included.")
+        Count, Field(description="The maximum length of a request, including its answer.")
     ]
-    kv_tokens: Annotated[Count, Field(description="Tokens that fit into the KV cache.")]
-    ready: Annotated[bool, Field(description="Whether it takes requests.")]
-    slots: Annotated[int, Field(description="Sequences that can run at once.")]
-    slots_used: Annotated[int, Field(description="Slots in use.")]
-    pages: Annotated[int, Field(description="Pages of the KV cache.")]
-    pages_used: Annotated[int, Field(description="Pages in use by sequences.")]
+    kv_tokens: Annotated[Count, Field(description="The number of tokens that fit in the KV cache.")]
+    ready: Annotated[bool, Field(description="Whether the model accepts requests.")]
+    slots: Annotated[int, Field(description="The maximum number of sequences that run at once.")]
+    slots_used: Annotated[int, Field(description="The number of slots in use.")]
+    pages: Annotated[int, Field(description="The number of pages in the KV cache.")]
+    pages_used: Annotated[int, Field(description="The number of pages that sequences use.")]
     pages_cached: Annotated[
         int,
-        Field(description="Pages that no sequence uses, kept for prompts with the same beginning."),
+        Field(
+            description="The number of pages that no sequence uses, kept for prompts with the "
+            "same prefix."
+        ),
     ]
-    page_len: Annotated[int, Field(description="Tokens per page.")]
-    running: Annotated[int, Field(description="Sequences that hold a slot.")]
-    waiting: Annotated[int, Field(description="Sequences that wait for a slot.")]
+    page_len: Annotated[int, Field(description="The number of tokens in a page.")]
+    running: Annotated[int, Field(description="The number of sequences that hold a slot.")]
+    waiting: Annotated[int, Field(description="The number of sequences that wait for a slot.")]
     steps: Annotated[
-        int, Field(description="Steps of the engine since it started, as are all counters below.")
+        int,
+        Field(
+            description="The number of engine steps since the engine started; the counters "
+            "below also count from then."
+        ),
     ]
     compiles_after_ready: Annotated[
-        int, Field(description="Programs compiled since the server became ready; should be 0.")
+        int,
+        Field(
+            description="The number of programs compiled since the server became ready; should "
+            "be 0."
+        ),
     ]
     preemptions: Annotated[
-        int, Field(description="Times a sequence lost its pages to another and was computed again.")
+        int,
+        Field(description="How often a sequence lost its pages to another one and was recomputed."),
     ]
-    prompt_tokens: Annotated[int, Field(description="Prompt tokens computed.")]
-    cached_tokens: Annotated[int, Field(description="Prompt tokens found in the prefix cache.")]
-    output_tokens: Annotated[int, Field(description="Tokens sampled.")]
-    drafted_tokens: Annotated[int, Field(description="Tokens drafted by speculative decoding.")]
-    accepted_tokens: Annotated[int, Field(description="Drafted tokens that were accepted.")]
+    prompt_tokens: Annotated[int, Field(description="The number of prompt tokens computed.")]
+    cached_tokens: Annotated[
+        int, Field(description="The number of prompt tokens found in the prefix cache.")
+    ]
+    output_tokens: Annotated[int, Field(description="The number of tokens sampled.")]
+    drafted_tokens: Annotated[
+        int, Field(description="The number of tokens drafted by speculative decoding.")
+    ]
+    accepted_tokens: Annotated[
+        int, Field(description="The number of drafted tokens that were accepted.")
+    ]
 
 
 class EmbeddingModelState(TypedDict):
@@ -66,8 +84,8 @@ class EmbeddingModelState(TypedDict):
 
     id: Annotated[str, Field(description="The model's own id.")]
     kind: Literal["encoder"]
-    max_tokens: Annotated[Count, Field(description="Maximum length of a text, in tokens.")]
-    dimensions: Annotated[Count, Field(description="Length of a vector.")]
+    max_tokens: Annotated[Count, Field(description="The maximum length of a text, in tokens.")]
+    dimensions: Annotated[Count, Field(description="The number of components of a vector.")]
 
 
 ModelState = LanguageModelState | EmbeddingModelState
@@ -78,7 +96,7 @@ class Ready(TypedDict):
 
     status: Literal["ready"]
     compiles_after_ready: Annotated[
-        Count, Field(description="The largest of all models; anything but 0 is a fault.")
+        Count, Field(description="The maximum over all models; any value but 0 is a fault.")
     ]
     models: Annotated[
         list[ModelState], Field(description="The capacity and the load of each model.")
@@ -88,13 +106,15 @@ class Ready(TypedDict):
 class Unready(TypedDict):
     """Models are loading, the server is shutting down, or an engine has failed."""
 
-    error: Annotated[ErrorDetails, Field(description="The error that requests get meanwhile.")]
+    error: Annotated[
+        ErrorDetails, Field(description="The error that requests get in the meantime.")
+    ]
     status: Annotated[
-        Literal["loading", "draining", "failed"], Field(description="Why it is not ready.")
+        Literal["loading", "draining", "failed"], Field(description="Why the server is not ready.")
     ]
     models: Annotated[
         list[Progress] | list[ModelState],
-        Field(description="The progress of loading, or the load, of each model."),
+        Field(description="The loading progress, or the load, of each model."),
     ]
 
 
@@ -109,7 +129,7 @@ class Unready(TypedDict):
     logged=False,
 )
 async def health(services: Services, context: Context) -> Health:
-    """Answer."""
+    """Report that the process is alive."""
     return {"status": "ok"}
 
 
@@ -130,7 +150,7 @@ async def health(services: Services, context: Context) -> Health:
     logged=False,
 )
 async def ready(services: Services, context: Context) -> Ready | Response:
-    """Report the progress of loading, or the load of the models."""
+    """Report the loading progress or the load of the models."""
     registry = services.registry
     if not registry.loaded:
         return _unready("loading", still_loading(), registry.progress())
@@ -161,7 +181,7 @@ def _failed(message: str, models: list[ModelState]) -> Response:
 
 
 def _state(model: "Model") -> ModelState:
-    """The capacity and the load of a model."""
+    """Return the capacity and the load of a model."""
     from inferneo_jax import EmbeddingModel  # with jax, which a loaded model has loaded
 
     if isinstance(model, EmbeddingModel):

@@ -1,4 +1,4 @@
-"""``GET /metrics``: figures for Prometheus."""
+"""``GET /metrics``: the server's metrics, for Prometheus."""
 
 import asyncio
 
@@ -17,19 +17,19 @@ _TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
     path="/metrics",
     access="metrics",
     tag="server",
-    summary="Get figures for Prometheus",
-    description="Names, labels and units are vLLM's where the meaning is the same. With a key, "
-    "it needs the scope `metrics`.",
+    summary="Get metrics for Prometheus",
+    description="Names, labels and units are those of vLLM where the meaning is the "
+    "same. On a server with keys, the caller's key needs the scope `metrics`.",
     responses={
         200: ResponseSpec(
-            description="The figures, in Prometheus' text form.",
+            description="The metrics in the text format of Prometheus.",
             content={"text/plain": {"type": "string"}},
         )
     },
     traced=False,
 )
 async def metrics(services: Services, context: Context) -> Response:
-    """Write out the figures."""
+    """Send all metrics."""
     # One format, which every Prometheus reads: of OpenMetrics prometheus_client (0.26) makes
     # vllm_num_requests_running where Prometheus 2 asks for it, and so no figure has its name.
     # The engines are asked under their locks, which the event loop must not wait for.

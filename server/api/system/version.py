@@ -1,4 +1,4 @@
-"""``GET /version``."""
+"""``GET /version``: the server's version."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from server.services import Services
 class Version(TypedDict):
     """The server's version."""
 
-    version: Annotated[str, Field(description="Such as 0.1.0.")]
+    version: Annotated[str, Field(description="The version, such as 0.1.0.")]
 
 
 @Endpoint(
@@ -26,5 +26,5 @@ class Version(TypedDict):
     answer=Version,
 )
 async def version(services: Services, context: Context) -> Version:
-    """Name the version."""
+    """Return the version."""
     return {"version": __version__}

@@ -1,1 +1,1 @@
-"""Endpoints of vLLM that OpenAI does not have."""
+"""vLLM's endpoints that OpenAI's API does not have."""

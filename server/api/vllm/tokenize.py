@@ -1,4 +1,4 @@
-"""``POST /tokenize`` and ``POST /detokenize``, at vLLM's paths and in its words."""
+"""``POST /tokenize`` and ``POST /detokenize``, compatible with vLLM's endpoints."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -26,29 +26,30 @@ if TYPE_CHECKING:
     from server.models.registry import Registry
 
 _SLICE = 10_000
-_MODEL = "The id or an alias of a model; by default the first that is served."
-_STRINGS = "Give the tokens as the vocabulary spells them, too."
+_MODEL = "The id or an alias of a model; by default, the first one that is served."
+_STRINGS = "Also return the tokens as strings, as the vocabulary spells them."
 
 
 class TokenizeTextBody(Body):
-    """A text to tokenize."""
+    """A request to tokenize a text."""
 
     model: str | None = Field(None, description=_MODEL)
     prompt: str = Field(description="The text to tokenize.")
     add_special_tokens: bool = Field(
-        True, description="Add the tokens that the model expects around a text, such as BOS."
+        True,
+        description="Add the special tokens that the model expects around a text, such as BOS.",
     )
     return_token_strs: bool = Field(False, description=_STRINGS)
 
 
 class TokenizeChatBody(Conversation):
-    """A conversation to tokenize."""
+    """A request to tokenize a conversation."""
 
     model: str | None = Field(None, description=_MODEL)
     add_special_tokens: bool = Field(
         False,
-        description="Add the tokens that the model expects around a text. Chat templates write "
-        "them already.",
+        description="Add the special tokens that the model expects around a text. Chat "
+        "templates already write them.",
     )
     return_token_strs: bool = Field(False, description=_STRINGS)
 
@@ -61,37 +62,38 @@ def _tokens(value: Any) -> list[int]:
 
 
 class DetokenizeBody(Body):
-    """Tokens to write out as a text."""
+    """A request to decode token ids."""
 
     model: str | None = Field(None, description=_MODEL)
     tokens: Annotated[
         list[int],
         PlainValidator(_tokens),
         WithJsonSchema({"type": "array", "items": TOKEN_ID}),
-    ] = Field(description="Token ids, all of the model's vocabulary.")
+    ] = Field(description="The token ids to decode; all must be in the model's vocabulary.")
 
 
 class TokenList(Warned):
     """The tokens of a text or a conversation."""
 
-    count: Annotated[Count, Field(description="How many there are.")]
+    count: Annotated[Count, Field(description="The number of tokens.")]
     max_model_len: Annotated[
-        Count, Field(description="Most tokens that the model reads, or context.")
+        Count, Field(description="The maximum number of tokens that the model can process.")
     ]
-    tokens: Annotated[JsonList[Count], Field(description="Their ids.")]
+    tokens: Annotated[JsonList[Count], Field(description="The ids of the tokens.")]
     token_strs: Annotated[
-        JsonList[str] | None, Field(description="Null unless they were asked for.")
+        JsonList[str] | None,
+        Field(description="The tokens as strings; null unless the request asks for them."),
     ]
 
 
 class Detokenized(Warned):
-    """A text."""
+    """The text of the token ids."""
 
-    prompt: Annotated[str, Field(description="Special tokens written out.")]
+    prompt: Annotated[str, Field(description="The text, with special tokens written out.")]
 
 
 class _Written(NamedTuple):
-    """An answer, and the model that it is about."""
+    """A serialized answer, and the name of its model."""
 
     model: str
     text: Json
@@ -103,14 +105,14 @@ class _Written(NamedTuple):
     access="inference",
     tag="tokens",
     summary="Get the token ids of a text or a conversation",
-    description="Send `prompt` or `messages`, as to vLLM.",
+    description="Send either `prompt` or `messages`, as with vLLM.",
     body=(TokenizeTextBody, TokenizeChatBody),
     example={"model": CHAT_MODEL, "prompt": "Hello!", "return_token_strs": True},
     answer=TokenList,
     admitted=True,
 )
 async def tokenize(services: Services, context: Context) -> Response:
-    """Encode a text, or a conversation by its model's chat template."""
+    """Encode a text, or a conversation rendered with the model's chat template."""
     work = partial(_tokenize, services.registry, context)
     return _respond(context, await read_body(services.cpu_pool, context, work, inline=False))
 
@@ -121,7 +123,7 @@ async def tokenize(services: Services, context: Context) -> Response:
     access="inference",
     tag="tokens",
     summary="Get the text of token ids",
-    description="Special tokens are written out; bytes that are no UTF-8 become U+FFFD.",
+    description="Special tokens are written out; bytes that are not valid UTF-8 become U+FFFD.",
     body=(DetokenizeBody,),
     example={"model": CHAT_MODEL, "tokens": [19556, 17]},
     answer=Detokenized,
@@ -187,7 +189,7 @@ def _detokenize(registry: "Registry", context: Context, fields: dict[str, Any]) 
 
 
 def _model(registry: "Registry", caller: Caller, name: str | None) -> "Model":
-    """The model of this name, or the first one."""
+    """Return the model of this name; by default, the first model."""
     return registry.get(registry.models()[0].name if name is None else name, caller)
 
 

@@ -9,10 +9,10 @@ from inferneo_jax.errors import ConfigError
 from inferneo_jax.files import shown
 
 MAX_VOCAB_SIZE = 2**20
-"""Largest vocabulary; the largest in use has 262,144 tokens."""
+"""Maximum size of a vocabulary; the largest in use has 262,144 tokens."""
 
-# Several times what the largest models in use have: a configuration beyond is a mistake or an
-# attack, and is refused before anything of these sizes is made.
+# Several times the sizes of the largest models in use. A configuration that exceeds them is a
+# mistake or an attack, and is rejected before anything of these sizes is allocated.
 _MAX_SIZES = {
     "vocab_size": MAX_VOCAB_SIZE,
     "hidden_size": 2**17,
@@ -33,8 +33,8 @@ _MAX_SIZES = {
 class RopeScaling:
     """Frequency scaling of rotary embeddings.
 
-    ``linear`` divides every frequency by ``factor``; ``llama3`` divides the low ones only and
-    blends between (Llama 3.1, section "long context").
+    ``linear`` divides every frequency by ``factor``. ``llama3`` divides only the low frequencies
+    and interpolates towards the high ones (Llama 3.1, section "long context").
     """
 
     kind: Literal["linear", "llama3"]
@@ -95,10 +95,10 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """A bidirectional encoder that makes embeddings.
+    """A bidirectional encoder that computes embeddings.
 
-    ``max_tokens`` is the longest input the model was made for, which may be less than its
-    ``num_positions``; ``head_dim`` 0 becomes the share of each head in ``hidden_size``.
+    ``max_tokens`` is the longest input that the model was trained for, which may be less than its
+    ``num_positions``. A ``head_dim`` of 0 is replaced by ``hidden_size // num_heads``.
     """
 
     vocab_size: int
@@ -140,7 +140,7 @@ _TOKEN_LENGTH = 16
 
 @dataclass(frozen=True, slots=True)
 class MeshShape:
-    """How many devices along each axis; ``model`` None takes all that ``data`` leaves."""
+    """The number of devices along each axis; with ``model`` None, all that ``data`` leaves."""
 
     data: int = 1
     model: int | None = None
@@ -152,10 +152,10 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``data=1,model=8``; what is not named keeps its default.
+        """Parse a shape such as ``data=1,model=8``; an axis that is not named keeps its default.
 
         Raises:
-            ConfigError: it is not written like that.
+            ConfigError: the text has another form.
         """
         sizes: dict[str, int] = {}
         for part in filter(None, text.replace(" ", "").split(",")):
@@ -166,10 +166,10 @@ class MeshShape:
         return cls(**sizes)
 
     def over(self, num_devices: int) -> tuple[int, int]:
-        """Sizes of both axes over so many devices.
+        """The sizes of both axes on ``num_devices`` devices.
 
         Raises:
-            ConfigError: there are fewer, or ``data`` does not divide them.
+            ConfigError: the shape needs more devices, or ``data`` does not divide their number.
         """
         model = self.model or num_devices // self.data
         if not model or self.data * model > num_devices:
@@ -184,36 +184,39 @@ class MeshShape:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a model is run. Everything has a default that suits a laptop.
+    """How a model is run. Every setting has a default that suits a laptop.
 
     Attributes:
-        slots: requests that run at once; each is a row of the decode batch.
-        max_len: most tokens (prompt and output) of one request; None: the model's context.
-        page_len: tokens of one KV page; None: 64 on TPUs, which read few large pages faster than
-            many small ones, 16 elsewhere.
-        kv_tokens: KV cache size in tokens, shared by all requests; None: chosen from memory.
-        prefill_chunks: sizes into which prompts are cut. A step prefills one chunk, or as many of a
-            shorter size as the longest chunk's tokens allow.
-        dtype: of the weights and matrix products; auto: bfloat16 where it is fast.
-        kernels: of attention, and on CPUs of products; xla: the reference, native: those made for
-            the device, auto: these where there are some.
-        quantization: of the weights: int8, or none; auto: none, but where a CPU has native kernels
-            and dtype is auto, blocks of 8 bits, or of 4 where the checkpoint's weights are such.
-        kv_dtype: of keys and values; int8 has a scale for each token and head. auto: bfloat16, but
-            float32 where dtype is that and on a CPU without native kernels.
-        speculation: drafts of the next tokens that one step verifies; ngram: what followed when the
-            newest tokens came before, auto: that, where it was measured to be faster, off: none.
-        draft_tokens: most tokens of a draft.
-        draft_rows: most rows of a step that verifies drafts: with more, products cost as much as
-            reading the weights does.
-        max_logprobs: most alternatives a request may ask for.
-        max_logit_bias: most biased tokens of one request.
-        step_seconds: a step that takes longer hangs, unless ten times the slowest step at start
-            is more.
-        compilation_cache: folder in which compiled programs and encoded weights are kept for the
-            next start; None: off.
-        mesh: how the devices are shared out; all of them over ``model`` by default.
-        row_buckets: rows of a decode step for which a program is compiled, rising.
+        slots: number of requests that run at once; each is a row of the decode batch.
+        max_len: maximum number of tokens (prompt and output) of a request; None: the model's
+            context.
+        page_len: number of tokens per KV page; None: 64 on TPUs, which read few large pages faster
+            than many small ones, and 16 elsewhere.
+        kv_tokens: size of the KV cache in tokens, shared by all requests; None: chosen by memory.
+        prefill_chunks: the sizes of the chunks into which prompts are split. A step prefills one
+            chunk, or as many chunks of a shorter size as fit into the longest chunk's tokens.
+        dtype: type of the weights and matrix products; auto: bfloat16 where it is fast.
+        kernels: implementation of attention, and on CPUs of matrix products; xla: the reference,
+            native: the kernels for the device, auto: native where such kernels exist.
+        quantization: quantization of the weights, int8 or none; auto: none, except that a CPU with
+            native kernels uses blocks of 8 bits if dtype is auto, or of 4 bits if the checkpoint's
+            weights are stored so.
+        kv_dtype: type of keys and values; int8 has a scale for each token and head; auto: bfloat16,
+            except float32 if dtype is float32 and on a CPU without native kernels.
+        speculation: drafts of the next tokens, which one step verifies; ngram: the tokens that
+            followed an earlier occurrence of the newest tokens, auto: ngram where it was measured
+            to be faster, off: none.
+        draft_tokens: maximum number of tokens of a draft.
+        draft_rows: maximum number of rows of a step that verifies drafts; with more rows, matrix
+            products would cost as much as reading the weights.
+        max_logprobs: maximum number of alternatives that a request can ask for.
+        max_logit_bias: maximum number of biased tokens of a request.
+        step_seconds: a step that takes longer counts as hanging; the limit is at least ten times
+            the slowest step measured at start.
+        compilation_cache: folder that keeps compiled programs and encoded weights for the next
+            start; None: off.
+        mesh: how the devices are divided; by default, all of them along ``model``.
+        row_buckets: the numbers of rows for which a decode step is compiled, in ascending order.
     """
 
     slots: int = 32
@@ -254,17 +257,19 @@ class JobConfig:
     """The processes that run one model together, usually one on each host.
 
     Attributes:
-        token: a secret that all of them know; nobody else joins them.
-        coordinator: ``host:port`` of process 0, where the others find it; None: JAX finds address
-            and numbers itself, on TPU slices, in Slurm, Open MPI and Kubernetes' indexed jobs.
-        num_processes: how many there are; with a coordinator.
-        process_id: this one's number, from 0, the leader's; with a coordinator.
-        join_seconds: how long to wait for the others to start.
-        connect_seconds: how long their connections may take once all have started.
-        load_seconds: how long to wait for others that load or compile.
-        beat_seconds: between two signs of life.
-        lost_seconds: without a sign of life for so long a process is lost.
-        end_seconds: how long the others may take to end.
+        token: a secret shared by all processes; a process without it cannot join.
+        coordinator: ``host:port`` of process 0, where the others find it; None: JAX detects the
+            address and the numbers itself (on TPU slices, in Slurm, Open MPI and Kubernetes'
+            indexed jobs).
+        num_processes: number of processes; required with a coordinator.
+        process_id: number of this process, from 0, which is the leader; required with a
+            coordinator.
+        join_seconds: maximum time to wait for the others to start.
+        connect_seconds: maximum time to connect to the others after all have started.
+        load_seconds: maximum time to wait for others that load or compile.
+        beat_seconds: time between two heartbeats.
+        lost_seconds: a process is lost if no heartbeat arrives for this long.
+        end_seconds: maximum time for the others to end.
     """
 
     token: str = field(repr=False)
@@ -296,7 +301,7 @@ class JobConfig:
 
 
 def _build(cls: type[Any], values: Any) -> Any:
-    """``cls(**values)``, with a ConfigError that names the wrong keys."""
+    """Return ``cls(**values)``; raises a ConfigError that names unknown or missing keys."""
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__} is {shown(values)}; it must be an object")
     known = {f.name: f for f in dataclasses.fields(cls)}
@@ -309,7 +314,7 @@ def _build(cls: type[Any], values: Any) -> Any:
 
 
 def _check_fields(config: Any) -> None:
-    """Raises ConfigError unless every field of a model's configuration has its type and bounds."""
+    """Raise ConfigError unless every field of a configuration has its type and is in bounds."""
     for each in dataclasses.fields(config):
         value, wanted = getattr(config, each.name), ""
         if each.type is int:

@@ -4,23 +4,23 @@
 
     InferneoError
      |- ConfigError              a setting or a model configuration that cannot work
-     |- JobError                 the processes of a job do not agree, or one of them is gone
+     |- JobError                 the processes of a job do not agree, or one of them is lost
      |- CheckpointError          a model on disk, or its source, that cannot be used
      |   |- FetchError           it could not be downloaded, or its hash is wrong
      |   |- WeightsError         missing, unused or misshapen weights, named
      |   `- TokenizerError       no tokenizer, or one of a kind that is not supported
      |- RequestError             one request that cannot be served as it stands
      |   |- ContextLengthError   prompt and max_tokens do not fit the context
-     |   `- TemplateError        the chat template refused the messages
+     |   `- TemplateError        the chat template rejected the messages
      `- EngineError              the engine cannot serve any request now
-         |- OverloadedError      it cannot take a request now, but may soon
+         |- OverloadedError      it cannot accept a request now, but may soon
          |- EngineStoppedError   it was told to stop
-         `- EngineFailedError    a step raised, the cause is chained, or did not return
+         `- EngineFailedError    a step raised (the cause is chained) or did not return
 """
 
 
 class InferneoError(Exception):
-    """Base of every error of this package; its text is meant for the person who reads it."""
+    """Base class of every error of this package; its message is written for the user."""
 
 
 class ConfigError(InferneoError):
@@ -28,7 +28,7 @@ class ConfigError(InferneoError):
 
 
 class JobError(InferneoError):
-    """The processes of a job do not agree, or one of them is gone."""
+    """The processes of a job do not agree, or one of them is lost."""
 
 
 class CheckpointError(InferneoError):
@@ -36,15 +36,15 @@ class CheckpointError(InferneoError):
 
 
 class FetchError(CheckpointError):
-    """A model that could not be downloaded, or whose hash is not the one promised."""
+    """A model that could not be downloaded, or whose hash is wrong."""
 
 
 class WeightsError(CheckpointError):
-    """Weights that are missing, unused or misshapen; the text names each of them."""
+    """Weights that are missing, unused or misshapen; the message names each of them."""
 
 
 class TokenizerError(CheckpointError):
-    """A checkpoint without a tokenizer, or with one of a kind that is not supported."""
+    """A checkpoint without a tokenizer, or with a kind of tokenizer that is not supported."""
 
 
 class RequestError(InferneoError):
@@ -60,11 +60,11 @@ class RequestError(InferneoError):
 
 
 class ContextLengthError(RequestError):
-    """Prompt and requested tokens together do not fit the model's context."""
+    """The prompt and the requested tokens together exceed the model's context."""
 
 
 class TemplateError(RequestError):
-    """The chat template refused the messages."""
+    """The chat template rejected the messages."""
 
 
 class EngineError(InferneoError):
@@ -72,7 +72,7 @@ class EngineError(InferneoError):
 
 
 class OverloadedError(EngineError):
-    """The engine cannot take a request now; the same request may succeed later."""
+    """The engine cannot accept a request now; the same request may succeed later."""
 
 
 class EngineStoppedError(EngineError):
@@ -80,4 +80,4 @@ class EngineStoppedError(EngineError):
 
 
 class EngineFailedError(EngineError):
-    """A step of the engine raised, the cause is chained, or did not return in time."""
+    """A step of the engine raised (the cause is chained) or did not return in time."""

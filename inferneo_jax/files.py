@@ -1,7 +1,7 @@
-"""Reading files that came with a model, whoever made them.
+"""Reads untrusted files that come with a model.
 
-Nothing in such a file is believed: it must be a regular file of a bounded size, and its JSON must
-be of a bounded shape, before anything is built from it. ``shown`` puts values from it into errors.
+Such a file must be a regular file of bounded size, and its JSON must have a bounded shape, before
+anything is built from it. ``shown`` formats its values for error messages.
 """
 
 import os
@@ -22,10 +22,10 @@ _REPR.maxlevel, _REPR.maxstring = 3, _SHOWN
 
 @dataclass(frozen=True, kw_only=True)
 class JsonBounds:
-    """How large a JSON file may be before it is parsed.
+    """Limits on a JSON file, checked before it is parsed.
 
-    Python objects take up to 80 times the bytes of JSON that describe them (``[],`` against 64
-    bytes, ``{"a":0},`` against 240), so the brackets and commas are counted too.
+    Python objects take up to 80 times as many bytes as their JSON (64 bytes for ``[],``, 240 for
+    ``{"a":0},``), so brackets and commas are counted as well.
     """
 
     size: int
@@ -35,33 +35,33 @@ class JsonBounds:
 
 
 SMALL_JSON = JsonBounds(size=2**24, arrays=2**17, objects=2**17, commas=2**20)
-"""Configurations and indexes. The largest in use list 30,000 added tokens in 6 MB."""
+"""Bounds of configurations and indexes; the largest in use list 30,000 added tokens in 6 MB."""
 
 TOKENIZER_JSON = JsonBounds(size=2**26, arrays=2**20, objects=2**17, commas=2**22)
-"""The largest in use has 262,144 tokens and 514,906 merges in 33 MB."""
+"""Bounds of tokenizers; the largest in use has 262,144 tokens and 514,906 merges in 33 MB."""
 
 MAX_TEXT_BYTES = 2**20
-"""Chat templates and model cards; the longest templates in use have 30 KB."""
+"""Maximum size of chat templates and model cards; the longest templates in use have 30 KB."""
 
 
 def shown(value: object) -> str:
-    """A value of a model's file for an error's text: escaped, and cut where it is long or deep."""
+    """Format a value of a model's file for an error message: escaped, and cut if long or deep."""
     text = _REPR.repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def one_line(problem: object) -> str:
-    """What a library says of a file, for an error's text: it may repeat what the file says."""
+    """Format a library's error for an error message; it may quote the content of the file."""
     text = " ".join(str(problem)[:_MESSAGE].split()) or type(problem).__name__
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def check_regular(file: Path, error: type[CheckpointError] = CheckpointError) -> int:
-    """The size of a file, which may be a link to one.
+    """Check that a path is a regular file, or a link to one, and return its size in bytes.
 
     Raises:
         CheckpointError: it is a folder, a device or a pipe, which could block or never end.
-        OSError: it cannot be looked at.
+        OSError: the path cannot be examined.
     """
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -70,11 +70,11 @@ def check_regular(file: Path, error: type[CheckpointError] = CheckpointError) ->
 
 
 def read_file(file: Path, max_bytes: int, error: type[CheckpointError] = CheckpointError) -> bytes:
-    """The content of a model's file, which must lie in its own folder.
+    """Read a model's file, which must lie in the model's own folder.
 
     Raises:
-        CheckpointError: it is too large, not regular, or a link that leads elsewhere.
-        OSError: it cannot be read.
+        CheckpointError: the file is too large, not regular, or a link out of the folder.
+        OSError: the file cannot be read.
     """
     _refuse_foreign(file, error)
     size = check_regular(file, error)
@@ -85,7 +85,7 @@ def read_file(file: Path, max_bytes: int, error: type[CheckpointError] = Checkpo
 
 
 def read_text(file: Path, error: type[CheckpointError] = CheckpointError) -> str:
-    """A text in UTF-8, of at most ``MAX_TEXT_BYTES``; raises as ``read_json`` does."""
+    """Read UTF-8 text of at most ``MAX_TEXT_BYTES``; raises the same errors as ``read_json``."""
     try:
         return read_file(file, MAX_TEXT_BYTES, error).decode()
     except (OSError, ValueError) as problem:
@@ -97,11 +97,11 @@ def read_json(
     bounds: JsonBounds = SMALL_JSON,
     error: type[CheckpointError] = CheckpointError,
 ) -> Any:
-    """The value in a JSON file.
+    """Read the value in a JSON file.
 
     Raises:
-        CheckpointError: it cannot be read, is not JSON in UTF-8, or exceeds its bounds.
-        FileNotFoundError: there is none.
+        CheckpointError: the file cannot be read, is not JSON in UTF-8, or exceeds its bounds.
+        FileNotFoundError: the file does not exist.
     """
     try:
         data = read_file(file, bounds.size, error)
@@ -117,7 +117,7 @@ def read_json(
         if (count := data.count(mark)) > most:
             raise error(f"{file} has {count} {name}; at most {most} are read")
     try:
-        # It refuses NaN, lone surrogates, and nesting deeper than 1,024 levels.
+        # orjson rejects NaN, lone surrogates, and nesting deeper than 1,024 levels.
         return orjson.loads(data)
     except ValueError as problem:
         raise error(f"{file} cannot be read: {one_line(problem)}") from problem
@@ -128,7 +128,7 @@ def read_object(
     bounds: JsonBounds = SMALL_JSON,
     error: type[CheckpointError] = CheckpointError,
 ) -> dict[str, Any]:
-    """The object in a JSON file; raises as ``read_json`` does, and for any other value."""
+    """Read the object in a JSON file; raises as ``read_json`` does, also for other values."""
     value = read_json(file, bounds, error)
     if not isinstance(value, dict):
         raise error(f"{file} holds {shown(value)}; it must hold a JSON object")
@@ -136,9 +136,10 @@ def read_object(
 
 
 def _refuse_foreign(file: Path, error: type[CheckpointError]) -> None:
-    """A link out of the model's folder could bring any file of this machine into a checkpoint.
+    """Reject links out of a model's folder, which could copy any local file into a checkpoint.
 
-    The cache of the Hugging Face Hub links ``snapshots/<revision>/<file>`` to ``blobs``.
+    The cache of the Hugging Face Hub is allowed to link ``snapshots/<revision>/<file>`` to
+    ``blobs``.
     """
     if not file.is_symlink():
         return

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: token ids both ways, no text, no jax."""
+"""The engine's inputs and outputs: token ids in both directions, without text and without jax."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,20 +13,20 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams:
     """How the next token is chosen from the logits.
 
-    Applied in this order: repetition, frequency and presence penalties, logit bias and banned
-    tokens, temperature, then top-k, top-p and min-p on the tempered distribution.
+    The parameters are applied in this order: repetition, frequency and presence penalties; logit
+    bias and banned tokens; temperature; then top-k, top-p and min-p on the tempered distribution.
 
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it. [0, 2]
         top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probabilities reach it. (0, 1]
+        top_p: keep the smallest set of tokens whose total probability reaches this. (0, 1]
         min_p: keep tokens at least this likely, relative to the most likely one. [0, 1]
-        frequency_penalty: taken from a logit for each time its token was generated. [-2, 2]
-        presence_penalty: taken once from the logits of generated tokens. [-2, 2]
+        frequency_penalty: subtracted from a logit for each time its token was generated. [-2, 2]
+        presence_penalty: subtracted once from the logits of generated tokens. [-2, 2]
         repetition_penalty: divides positive and multiplies negative logits of tokens in the
             prompt or the output (CTRL, arXiv:1909.05858). (0, 10]
         logit_bias: added to the logits of these token ids. [-100, 100]
-        seed: makes the draws repeatable; 64 bits.
+        seed: makes sampling reproducible; 64 bits.
     """
 
     temperature: float = 1.0
@@ -70,20 +70,22 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate. ``n`` choices are n requests; their prompts share pages.
+    """One sequence to generate. ``n`` choices are n requests, whose prompts share pages.
 
     Attributes:
         id: unique among the requests that are running or waiting.
         prompt: token ids, at least one.
-        max_tokens: most tokens to generate; 0 only scores the prompt.
-        stop_token_ids: generation ends when one of these is sampled, and the token is the last
+        max_tokens: maximum number of tokens to generate; 0 only scores the prompt.
+        stop_token_ids: generation ends when one of these is sampled, and this token is the last
             of the output. Includes the model's end-of-sequence ids unless these are to be ignored.
-        min_tokens: before this many tokens the stop tokens cannot be sampled.
-        logprobs: None, or how many alternatives to report beside each sampled token's own.
-        prompt_logprobs: the same for the prompt's tokens.
-        priority: of its owner's requests, lower runs first; equal ones in order of arrival.
-        cache_salt: requests share cached prefixes only with requests of an equal salt.
-        owner: whose it is; owners share the engine evenly.
+        min_tokens: stop tokens cannot be sampled before this many tokens are generated.
+        logprobs: number of alternatives to report in addition to each sampled token; None reports
+            no log probabilities at all.
+        prompt_logprobs: the same for the tokens of the prompt.
+        priority: among the requests of one owner, lower values run first; equal values run in order
+            of arrival.
+        cache_salt: requests share cached prefixes only with requests that have the same salt.
+        owner: who sent the request; owners share the engine evenly.
     """
 
     id: str
@@ -101,7 +103,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestLimits:
-    """What one engine can take; ``max_len`` is prompt and output together, in tokens."""
+    """The limits of one engine; ``max_len`` covers prompt and output together, in tokens."""
 
     vocab_size: int
     max_len: int
@@ -110,10 +112,11 @@ class RequestLimits:
     max_stop_ids: int
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuse what could never be served.
+        """Reject a request that could never be served.
 
         Raises:
-            RequestError: names the field and its bound; ContextLengthError when it is too long.
+            RequestError: a field is out of bounds; the error names the field and its bound.
+            ContextLengthError: the request is too long.
         """
         self._check_ids(request)
         bias, stops = request.sampling.logit_bias, request.stop_token_ids
@@ -156,8 +159,8 @@ class RequestLimits:
 class TokenLogprob:
     """A token's log probability, in nats, under the model's own distribution.
 
-    Sampling parameters do not change it. ``top`` holds the most likely alternatives as
-    (token id, log probability), best first.
+    Sampling parameters do not affect it. ``top`` holds the most likely alternatives as
+    (token id, log probability), the most likely first.
     """
 
     token_id: int
@@ -167,16 +170,17 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationOutput:
-    """What one step brought for one request.
+    """The output of one step for one request.
 
     Attributes:
-        token_ids: new tokens, in order; the stop token that ended the request included.
-        logprobs: one per new token, when asked for.
-        prompt_logprobs: one per prompt token (None for the first), once, when asked for.
-        cached_tokens: prompt tokens that were found in the prefix cache.
+        token_ids: new tokens, in order, including the stop token that ended the request.
+        logprobs: one entry per new token, if requested.
+        prompt_logprobs: one entry per prompt token (None for the first one), if requested; sent
+            only once.
+        cached_tokens: number of prompt tokens that were found in the prefix cache.
         admitted_at: when the request first got a slot, in seconds of ``time.monotonic``.
-        finish_reason: set in the last output only.
-        error: why, when ``finish_reason`` is "error".
+        finish_reason: set only in the last output.
+        error: the cause, if ``finish_reason`` is "error".
     """
 
     token_ids: tuple[int, ...] = ()
@@ -194,7 +198,7 @@ OutputSink = Callable[[GenerationOutput], None]
 
 @dataclass(slots=True)
 class EngineTotals:
-    """What an engine has done since it began, in steps and tokens."""
+    """Counts of the steps and tokens that an engine has processed since it started."""
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -206,9 +210,9 @@ class EngineTotals:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A consistent picture of the engine between two steps. Pages hold ``page_len`` tokens.
+    """A consistent snapshot of the engine between two steps. Pages hold ``page_len`` tokens.
 
-    Of ``drafted_tokens``, which were guessed, ``accepted_tokens`` were sampled too.
+    ``accepted_tokens`` counts those of the ``drafted_tokens`` that were sampled as well.
     """
 
     ready: bool

@@ -1,1 +1,1 @@
-"""Several processes as one job."""
+"""Jobs of several processes that run one model together."""

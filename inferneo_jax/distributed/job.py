@@ -1,4 +1,4 @@
-"""This process's place among those that run a model together: joining them, and leaving them."""
+"""Joins and leaves a job, which is a group of processes that run one model together."""
 
 import logging
 import socket
@@ -16,22 +16,23 @@ from inferneo_jax.version import __version__
 
 log = logging.getLogger(__name__)
 
-# JAX's own watch over the processes aborts this one with a page of text. It is there for the case
-# that ours fails, so it waits longer.
+# JAX monitors the processes as well, but on a loss it aborts this one with a page of text. It only
+# serves as a fallback for our own monitoring, so its timeouts are longer.
 _JAX_HEARTBEAT_SECONDS = 100
 _JAX_EXTRA_SECONDS = 60
 _PORT_KEY = "inferneo/lockstep/port"
 _STRANGERS = 32
-"""Connections that may be in their handshake at once."""
+"""Maximum number of connections that are in their handshake at once."""
 
 
 class Job:
-    """One process of a job. Cheap to make, and imports no jax; ``join`` is what takes its time.
+    """One process of a job. Creating it is cheap and imports no jax; only ``join`` takes long.
 
     Args:
-        config: of the job.
-        leads: whether this process is to be number 0, which says what is run.
-        on_leave: called on a leader when a follower is told to end, with a sentence.
+        config: the configuration of the job.
+        leads: whether this process is the leader, process 0, which decides what is run.
+        on_leave: called on the leader when a follower was told to end, with a sentence that says
+            so.
     """
 
     def __init__(
@@ -49,17 +50,20 @@ class Job:
 
     @property
     def lost(self) -> str | None:
-        """Why the job cannot go on, as a sentence; None: it can. Thread-safe."""
+        """The reason why the job cannot go on, or None while it can. Thread-safe."""
         return self._lost
 
     @property
     def processes(self) -> TcpProcessGroup:
-        """The other processes; after ``join``."""
+        """The connections to the other processes; available after ``join``."""
         assert self._processes, "join() comes first"
         return self._processes
 
     def on_lost(self, callback: Callback) -> None:
-        """Have it called, on any thread, when another process is lost; at once if one is."""
+        """Register a callback for the loss of the job; it is called at once if that has happened.
+
+        It may be called on any thread.
+        """
         with self._lock:
             self._on_lost.append(callback)
             lost = self._lost
@@ -67,11 +71,13 @@ class Job:
             callback(lost)
 
     def join(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
-        """Find the other processes and connect to them, once. Blocks; touches the device.
+        """Find the other processes and connect to them; later calls do nothing.
+
+        The call blocks and initializes the devices.
 
         Raises:
-            JobError: they did not come, this process has another number than it should, or they
-                are not of the same kind.
+            JobError: the other processes did not join in time, they differ from this one in what
+                must be equal, or this process has the wrong number for its role.
         """
         if self._processes:
             return
@@ -109,10 +115,10 @@ class Job:
         agree(self._processes, "process", _nature())
 
     def take(self, model: str) -> None:
-        """Give the job's devices to a model.
+        """Reserve the job's devices for a model.
 
         Raises:
-            ConfigError: another has them.
+            ConfigError: another model has reserved them.
         """
         if self._model is not None:
             raise ConfigError(
@@ -121,19 +127,22 @@ class Job:
         self._model = model
 
     def leave(self) -> None:
-        """As a follower: tell the leader that this process is to end; it then ends the job."""
+        """Tell the leader that this follower has to end; the leader then ends the job."""
         if self._processes:
             with suppress(JobError):
                 self._processes.announce(Kind.LEAVE)
 
     def fail(self, reason: str) -> None:
-        """As a follower: tell the leader why this process ends."""
+        """Tell the leader why this follower ends."""
         if self._processes:
             with suppress(JobError):
                 self._processes.announce(Kind.FAILED, reason.encode()[:1000])
 
     def end(self) -> None:
-        """Leave in order: a leader ends the others first. Idempotent, blocks for a bounded time."""
+        """Leave the job in order; a leader ends the followers first.
+
+        The call is idempotent and blocks for a bounded time.
+        """
         with self._lock:
             if self._ended or not self._processes:
                 return
@@ -148,7 +157,7 @@ class Job:
         else:
             import jax
 
-            jax.distributed.shutdown()  # waits for all to be here
+            jax.distributed.shutdown()  # waits until all processes have called it
         self._processes.close()
 
     def _lose(self, reason: str) -> None:
@@ -169,10 +178,10 @@ def _check_number(leads: bool, number: int | None) -> None:
 
 
 def _nature() -> dict[str, object]:
-    """What all processes of a job must be alike in before they agree on a model.
+    """The properties that must be equal in all processes of a job.
 
-    Two sources of one version would run other programs, or the same in another order, and wait for
-    each other for ever.
+    Processes with the same version but different sources could run different programs, or the same
+    programs in a different order, and would wait for each other forever.
     """
     import jax
 
@@ -189,15 +198,14 @@ def _nature() -> dict[str, object]:
 
 
 def _initialize(config: JobConfig) -> tuple[str, Any]:
-    """Join JAX's own processes: where its coordinator is, and its client."""
+    """Initialize ``jax.distributed``; return the address of its coordinator, and its client."""
     import jax
 
-    # What JAX knows of the processes' addresses, and its store that all of them see, it keeps to
-    # itself so far.
+    # JAX has no public access yet to the address of the coordinator and the shared key-value store.
     from jax._src.distributed import global_state
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM from the server, which ends in order by itself.
+    # This service would intercept SIGTERM, on which the server shuts down in order by itself.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -219,7 +227,7 @@ def _initialize(config: JobConfig) -> tuple[str, Any]:
 
 
 def _listen(host: str) -> socket.socket:
-    """A listener where the coordinator is, or at all addresses if that name is not this host's."""
+    """Listen on the coordinator's address, or on all addresses if it is not one of this host."""
     try:
         return socket.create_server((socket.gethostbyname(host), 0))
     except OSError:
@@ -227,10 +235,10 @@ def _listen(host: str) -> socket.socket:
 
 
 def connect(host: str, port: int, config: JobConfig, process_id: int) -> Channel:
-    """A follower's connection to its leader.
+    """Connect a follower to its leader.
 
     Raises:
-        JobError: it cannot be reached, or refuses this process.
+        JobError: the leader cannot be reached, or rejects this process.
     """
     try:
         connection = socket.create_connection((host, port), config.connect_seconds)
@@ -246,10 +254,10 @@ def connect(host: str, port: int, config: JobConfig, process_id: int) -> Channel
 
 
 def accept(listener: socket.socket, config: JobConfig, count: int) -> dict[int, Channel]:
-    """A leader's connections to all followers, numbers 1 to ``count``. Strangers are refused.
+    """Accept the connections of all followers, numbers 1 to ``count``, and reject any others.
 
     Raises:
-        JobError: not all came in time.
+        JobError: a follower did not connect in time.
     """
     found: dict[int, Channel] = {}
     pending: set[Channel] = set()
@@ -292,7 +300,7 @@ def accept(listener: socket.socket, config: JobConfig, count: int) -> dict[int, 
         closed = True
         left = list(pending)
     with suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept()
+        listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept()
     for channel in left:
         channel.close()
     if missing := sorted(set(range(1, count + 1)) - found.keys()):

@@ -1,4 +1,4 @@
-"""The processes of a job, as one of them sees the others: what they agree on and announce."""
+"""The other processes of a job: exchanging values with them and announcing work to them."""
 
 import threading
 from collections import deque
@@ -13,22 +13,22 @@ from inferneo_jax.distributed.transport import Channel, Kind
 from inferneo_jax.errors import JobError
 
 Callback = Callable[[str], None]
-"""Told why; called on a thread of the process group."""
+"""Receives the reason; called on a thread of the process group."""
 
 DISSOLVE_SECONDS = 10.0
-"""How long the leader of a job that cannot be waits for the others to end before it does."""
+"""Maximum time that the leader of a failed job waits for the others to end first."""
 
 
 def _nothing(_: object) -> None:
-    """No values end the job."""
+    """The default of ``dooms``: no values end the job."""
 
 
 class ProcessGroup(Protocol):
-    """What a model's runner needs of the processes that run it with this one."""
+    """What a model's runner needs from the processes that run the model together with it."""
 
     @property
     def leads(self) -> bool:
-        """Whether this process says what is run."""
+        """Whether this process is the leader, which decides what is run."""
 
     def exchange(
         self,
@@ -38,35 +38,35 @@ class ProcessGroup(Protocol):
         *,
         dooms: Callable[[list[Any]], object] = _nothing,
     ) -> list[Any]:
-        """Each process's value, by its number, once all have come here.
+        """Wait until all processes have called this, and return their values in order of number.
 
         Args:
-            what: a name, the same in all.
-            mine: anything that JSON can hold.
-            seconds: how long to wait for the others; None: the job's ``load_seconds``.
-            dooms: whether the values end the job. Then the others may be gone as soon as they have
-                them, which is no loss.
+            what: a name of the exchange, the same in all processes.
+            mine: this process's value, which must be representable as JSON.
+            seconds: maximum time to wait for the others; None: the job's ``load_seconds``.
+            dooms: tells whether the values end the job. If so, the others may exit as soon as they
+                have received them, and this does not count as a loss.
 
         Raises:
-            JobError: one is lost, is elsewhere, or does not come in time.
+            JobError: a process is lost, is at another exchange, or does not arrive in time.
         """
 
     def announce(self, kind: Kind, *parts: bytes | memoryview) -> None:
-        """Have the others do something, as the leader, before doing it here.
+        """Tell the others what to do; the leader calls this before it does the same itself.
 
         Raises:
             JobError: one of them is lost.
         """
 
     def dissolve(self) -> None:
-        """End a job that cannot be: the leader waits for the others to end, for a while.
+        """End a job that has failed: the leader waits for the others to end, for a limited time.
 
-        JAX ends every process at once whose leader is gone, so that it could not say why it ends.
+        JAX ends every process whose leader is gone at once, before it could report why it ends.
         """
 
 
 class SingleProcess:
-    """The only process there is."""
+    """The process group of a single process."""
 
     leads = True
 
@@ -78,22 +78,23 @@ class SingleProcess:
         *,
         dooms: Callable[[list[Any]], object] = _nothing,
     ) -> list[Any]:
-        """Its own value."""
+        """Return this process's own value."""
         del what, seconds, dooms
         return [mine]
 
     def announce(self, kind: Kind, *parts: bytes | memoryview) -> None:
-        """There is nobody to tell."""
+        """Do nothing, as there are no other processes."""
 
     def dissolve(self) -> None:
-        """There is nobody to wait for."""
+        """Do nothing, as there are no other processes to wait for."""
 
 
 def agree(processes: ProcessGroup, what: str, fields: Mapping[str, Any]) -> None:
-    """Compare what must be the same in all processes.
+    """Check that ``fields`` are equal in all processes.
 
     Raises:
-        JobError: it is not; names the processes, fields and values. Raised in each of them.
+        JobError: they differ; the error names the processes, fields and values. It is raised in
+            every process.
     """
 
     def compare(found: list[Any]) -> list[str]:
@@ -114,17 +115,18 @@ def agree(processes: ProcessGroup, what: str, fields: Mapping[str, Any]) -> None
 
 
 class TcpProcessGroup:
-    """This process's connections to others, with a thread that listens to each and one that beats.
+    """The connections of this process to the others.
 
-    To be closed; until then the loss of any of them is the loss of all.
+    One thread listens to each connection and another one sends heartbeats. Until the group is
+    closed, the loss of any process is the loss of the job.
 
     Args:
-        channels: by the number of the process at the other end.
-        process_id: of this one; 0 leads.
-        beat_seconds: between two signs of life.
-        load_seconds: the longest wait of ``exchange``.
+        channels: the connections, by the number of the process at the other end.
+        process_id: the number of this process; process 0 leads.
+        beat_seconds: the time between two heartbeats.
+        load_seconds: the default maximum wait of ``exchange``.
         on_lost: called once, when a process is lost.
-        on_leave: called when a follower is told to end.
+        on_leave: called when a follower was told to end.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class TcpProcessGroup:
 
     @property
     def lost(self) -> str | None:
-        """Why the job cannot go on; None: it can."""
+        """The reason why the job cannot go on, or None while it can."""
         return self._lost
 
     def exchange(
@@ -167,7 +169,7 @@ class TcpProcessGroup:
         """See :class:`ProcessGroup`."""
         seconds = self._load_seconds if seconds is None else seconds
         if self.leads:
-            found = {0: orjson.loads(orjson.dumps(mine))}  # as the others see it
+            found = {0: orjson.loads(orjson.dumps(mine))}  # the value as the others receive it
             for peer in self._channels:
                 found[peer] = self._value(peer, what, seconds)
             values = [found[number] for number in sorted(found)]
@@ -182,7 +184,7 @@ class TcpProcessGroup:
         return values
 
     def announce(self, kind: Kind, *parts: bytes | memoryview) -> None:
-        """See :class:`ProcessGroup`. A follower has the leader only to tell."""
+        """See :class:`ProcessGroup`. A follower is connected to the leader only."""
         for peer, channel in self._channels.items():
             try:
                 channel.send(kind, *parts)
@@ -201,14 +203,14 @@ class TcpProcessGroup:
                 )
 
     def next(self, peer: int = 0, seconds: float | None = None) -> tuple[Kind, bytes]:
-        """The next frame of a process, without its signs of life.
+        """Wait for the next frame of a process, other than its heartbeats.
 
         Args:
             peer: the number of the process.
-            seconds: how long to wait for it; None: as long as the process lives.
+            seconds: maximum time to wait for the frame; None: as long as the process lives.
 
         Raises:
-            JobError: it is lost, or took too long.
+            JobError: the process is lost, or took too long.
         """
         with self._changed:
             inbox = self._inbox[peer]
@@ -221,17 +223,17 @@ class TcpProcessGroup:
             raise JobError(self._lost or self._gone[peer])
 
     def end(self, seconds: float) -> None:
-        """As the leader: have all others end in order, and wait until they are about to.
+        """Have all followers end in order, and wait until each has confirmed it.
 
         Raises:
-            JobError: one of them is lost, or does not answer.
+            JobError: a follower is lost, or does not answer.
         """
         with self._changed:
             self._ending = True
         self.announce(Kind.STOP)
         for peer in self._channels:
             while self.next(peer, seconds)[0] != Kind.STOP:
-                pass  # what it said before it knew
+                pass  # a frame that was sent before the follower was told to stop
 
     def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -274,7 +276,7 @@ class TcpProcessGroup:
                 self.announce(Kind.BEAT)
 
     def _lose(self, peer: int, why: str) -> None:
-        """Note that a process is gone, and with it the job, unless that was to end."""
+        """Record that a process is gone, and that the job is lost unless it was ending anyway."""
         with self._changed:
             reason = f"process {peer} of the job {why}"
             first = not self._lost and not self._ending

@@ -1,9 +1,10 @@
 """Frames over one TCP connection between two processes of a job.
 
-A frame is a byte that says its kind, four bytes of length, and so many bytes. Nothing in it is
-executed or unpickled. Whoever connects first proves that it knows the job's token, and then so does
-the other side: each by an HMAC (RFC 2104) over random bytes of both, so that the token itself never
-travels and nothing can be sent again later. What follows is neither encrypted nor signed.
+A frame consists of one byte for its kind, four bytes for the length, and the payload. Nothing in it
+is executed or unpickled. The connecting side first proves that it knows the job's token, and then
+the other side does. Each proof is an HMAC (RFC 2104) over random bytes of both sides, so that the
+token itself is never sent and no proof can be replayed. The frames that follow are neither
+encrypted nor signed.
 """
 
 import enum
@@ -20,20 +21,20 @@ _HEADER = struct.Struct("!BI")
 _NONCE = struct.Struct("!32s")
 _HELLO = struct.Struct("!32sI32s")
 _MOST = 2**28
-"""Bytes of the largest frame of a process that proved itself."""
+"""Maximum number of bytes of a frame after the handshake."""
 
 
 class Kind(enum.IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     PROOF = 1
     """Part of the handshake."""
     BEAT = 2
-    """Nothing but a sign of life."""
+    """A heartbeat without a payload."""
     VALUE = 3
-    """JSON: what a process, or the leader for all, says in an exchange."""
+    """JSON: a process's value in an exchange, or all values as sent by the leader."""
     STEP = 4
-    """The number of a program, and its arguments."""
+    """The number of a program and the arguments to run it with."""
     RESET = 5
     """Allocate the cache and the slots anew."""
     STOP = 6
@@ -45,11 +46,11 @@ class Kind(enum.IntEnum):
 
 
 class Channel:
-    """One end of a connection. Any thread may send; one receives.
+    """One end of a connection. Any thread may send; only one may receive.
 
     Args:
         connection: a connected socket.
-        seconds: a peer that sends nothing, or takes nothing, for so long is lost.
+        seconds: the time after which a peer that sends or accepts nothing counts as lost.
     """
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
@@ -74,10 +75,10 @@ class Channel:
             raise JobError(f"closed the connection ({error.strerror or error})") from None
 
     def receive(self, most: int = _MOST) -> tuple[Kind, bytes]:
-        """The next frame, of at most so many bytes.
+        """Receive the next frame, whose payload may have at most ``most`` bytes.
 
         Raises:
-            JobError: the peer is lost, or does not speak this protocol.
+            JobError: the peer is lost, or does not follow this protocol.
         """
         try:
             code, size = _HEADER.unpack(self._read(_HEADER.size))
@@ -90,16 +91,16 @@ class Channel:
             raise JobError(f"closed the connection ({error.strerror or error})") from None
 
     def close(self) -> None:
-        """End the connection; whoever waits for a frame gets an error. Idempotent."""
+        """Close the connection; a thread that waits for a frame gets an error. Idempotent."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def prove(self, token: str, process_id: int) -> None:
-        """A follower's side of the handshake.
+        """Perform the follower's side of the handshake.
 
         Raises:
-            JobError: the other side does not know the token, or refuses this one.
+            JobError: the other side does not know the token, or rejects this process.
         """
         mine = secrets.token_bytes(_NONCE.size)
         try:
@@ -116,10 +117,13 @@ class Channel:
             raise JobError("the leader does not know the job's token; it must be the same on all")
 
     def challenge(self, token: str) -> int:
-        """The leader's side of the handshake, up to its own proof: the follower's number.
+        """Perform the leader's side of the handshake except for its own proof.
+
+        Returns:
+            The follower's number.
 
         Raises:
-            JobError: it does not know the token.
+            JobError: the follower does not know the token.
         """
         mine = secrets.token_bytes(_NONCE.size)
         self.send(Kind.PROOF, mine)
@@ -130,7 +134,7 @@ class Channel:
         return int(process_id)
 
     def welcome(self) -> None:
-        """Send the leader's own proof: the follower is one of the job now."""
+        """Send the leader's own proof, which makes the follower a member of the job."""
         self.send(Kind.PROOF, self._answer)
 
     def _proof(self, size: int) -> bytes:
@@ -140,7 +144,7 @@ class Channel:
         return payload
 
     def _read(self, size: int) -> bytes:
-        """Exactly so many bytes."""
+        """Read exactly ``size`` bytes."""
         data = bytearray(size)
         view, done = memoryview(data), 0
         while done < size:

@@ -1,4 +1,4 @@
-"""Embeddings in batches: token ids in, one vector per text out."""
+"""Computes embeddings in batches: token ids in, one vector per text out."""
 
 import logging
 import threading
@@ -38,14 +38,14 @@ log = logging.getLogger(__name__)
 Vectors = Float32[np.ndarray, "texts embed"]
 
 _ROUND_BATCHES = 4
-"""Full batches that one request gets before it is the next one's turn."""
+"""Number of full batches that one request gets before the next one has its turn."""
 
 _STOP_SECONDS = 0.1
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """One request: its texts, longest last, and the vectors found so far; and whose it is."""
+    """One request: its owner, its texts with the longest last, and the vectors computed so far."""
 
     texts: Sequence[Sequence[int]]
     order: list[int]
@@ -55,11 +55,11 @@ class _Job:
 
 
 class Embedder:
-    """Runs one encoder on a thread of its own, over a short list of batch sizes.
+    """Runs one encoder on its own thread, with a short list of batch sizes.
 
-    In a batch texts lie one behind the other, so their lengths are no shapes; each data-
-    parallel rank has texts of its own. Owners take turns, and the requests of each, so that
-    neither many nor a large one hold up the others.
+    Within a batch, texts are packed one after another, so that no shape depends on their lengths.
+    Each data-parallel rank has its own texts. Owners take turns, and so do the requests of each
+    owner, so that neither many requests nor a large one delay the others.
     """
 
     def __init__(self, backend: EncoderBackend, weights: list[Array], config: EngineConfig) -> None:
@@ -81,13 +81,13 @@ class Embedder:
         ]
         self._compiled: dict[int, Any] = {}
         self._changed = threading.Condition()
-        self._jobs: dict[str, deque[_Job]] = {}  # by owner, whose turn it is first
+        self._jobs: dict[str, deque[_Job]] = {}  # by owner; the first one's turn is next
         self._current: _Job | None = None
         self._stopped = self._hung = False
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
 
     def start(self, progress: Progress | None = None) -> None:
-        """Compile every batch size, then begin to serve."""
+        """Compile every batch size, then start the thread that serves requests."""
         step = self._step()
 
         def lower(size: int) -> jax.stages.Lowered:
@@ -101,7 +101,7 @@ class Embedder:
         self._thread.start()
 
     def _warm_up(self) -> float:
-        """Run every batch size once; the seconds after which a round of batches hangs."""
+        """Run every batch size once; return the seconds after which a round counts as hanging."""
         slowest = 0.0
         for size, step in self._compiled.items():
             started = time.perf_counter()
@@ -112,13 +112,15 @@ class Embedder:
         return max(self._step_seconds, PATIENCE * _ROUND_BATCHES * slowest)
 
     def embed(self, texts: Sequence[Sequence[int]], owner: str = "") -> Future[Vectors]:
-        """Queue texts, as token ids; the future gives float32 ``[texts, embed]``. Thread-safe.
+        """Queue texts, given as token ids; the future's result is float32 ``[texts, embed]``.
 
-        Cancelling the future drops what is not computed yet.
+        Thread-safe. Cancelling the future drops the texts that are not computed yet.
 
         Raises:
-            RequestError: a text is empty or holds an unknown id; ContextLengthError: too long.
-            EngineStoppedError: ``stop`` was called; OverloadedError: a batch hangs.
+            RequestError: a text is empty or contains an unknown id.
+            ContextLengthError: a text is too long.
+            EngineStoppedError: ``stop`` was called.
+            OverloadedError: a batch hangs.
         """
         for i, text in enumerate(texts):
             if not text:
@@ -152,7 +154,7 @@ class Embedder:
         return self._heartbeat.late()
 
     def stop(self) -> None:
-        """End the thread, unless it hangs; what is queued fails with EngineStoppedError.
+        """End the thread, unless it hangs; queued requests fail with EngineStoppedError.
 
         Thread-safe.
         """
@@ -167,7 +169,7 @@ class Embedder:
         self._heartbeat.stop()
 
     def _step(self) -> Any:
-        """The jitted step; data-parallel ranks are split over the mesh."""
+        """The jitted step, in which the data-parallel ranks are split over the mesh."""
         split = meshes.spec("rows")
         return jax.jit(
             jax.shard_map(
@@ -189,14 +191,14 @@ class Embedder:
         return model(tokens[0], cu_seqlens[0], self._attention)[None]
 
     def _run(self) -> None:
-        """The embedder's thread: a round of each owner in turn."""
+        """The main loop of the embedder's thread, which runs a round for each owner in turn."""
         while job := self._next_job():
             try:
                 with self._heartbeat:
                     self._round(job)
-            except Exception as error:  # noqa: BLE001 - one request's fault is not the others'
+            except Exception as error:  # noqa: BLE001 - an error fails only its own request
                 self._hung = False
-                if not job.future.done():  # it is, if it hung
+                if not job.future.done():  # a hanging request has failed already
                     job.future.set_exception(error)
                 continue
             if not job.order:
@@ -220,13 +222,13 @@ class Embedder:
                 jobs = self._jobs.pop(owner)
                 job = jobs.popleft()
                 if jobs:
-                    self._jobs[owner] = jobs  # behind the other owners
+                    self._jobs[owner] = jobs  # after the other owners
                 if job.future.running() or job.future.set_running_or_notify_cancel():
                     self._current = job
                     return job
 
     def _give_up_round(self) -> None:
-        """Fail every request while a round hangs. The heartbeat holds the thread there."""
+        """Fail every request while a round hangs; the heartbeat holds the thread in the round."""
         with self._changed:
             self._hung, stopped = True, self._stopped
         log.error("a round of embeddings hangs")
@@ -246,7 +248,7 @@ class Embedder:
                 job.future.set_exception(error)
 
     def _round(self, job: _Job) -> None:
-        """Compute the longest texts that are left: dispatch some batches, then read them."""
+        """Compute the longest remaining texts: dispatch several batches, then read the results."""
         batches = []
         for _ in range(_ROUND_BATCHES):
             if not job.order:

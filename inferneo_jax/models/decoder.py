@@ -1,4 +1,4 @@
-"""The one decoder that serves every causal family; families differ in configuration only."""
+"""The decoder shared by all causal families, which differ only in their configuration."""
 
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from inferneo_jax.sharding import mesh
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each after a norm and added to the residual stream."""
+    """Attention and MLP, each preceded by a norm and added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, quantization: QuantizationConfig) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -54,7 +54,7 @@ def _run_layer(
 
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states over a paged KV cache, and hidden states to logits."""
+    """Maps token ids to hidden states over a paged KV cache, and hidden states to logits."""
 
     def __init__(self, config: DecoderConfig, quantization: QuantizationConfig) -> None:
         self.freqs = tuple(
@@ -77,12 +77,13 @@ class Decoder(nnx.Module):
         cache: KVCache,
         metadata: AttentionMetadata,
     ) -> tuple[Float[Array, "rows tokens embed"], KVCache]:
-        """Run the layers over new tokens, whose keys and values join the cache.
+        """Run the layers over new tokens and add their keys and values to the cache.
 
-        The layers are unrolled: a scan over them would copy each layer's cache at every step. But
-        they are traced and lowered once, as calls of one function that XLA inlines.
+        The layers are unrolled, because a scan over them would copy each layer's cache at every
+        step. They are nevertheless traced and lowered once, as calls of one function that XLA
+        inlines.
         """
-        # Padding is zeros: a kernel sees at a glance that it need not multiply them.
+        # Padding is set to zero, so that kernels can detect it cheaply and skip its products.
         x = jnp.where(metadata.live()[..., None], self.embed(tokens), 0.0)
         angles = rope.angles(metadata.positions, jnp.asarray(self.freqs, jnp.float32))
         written: KVCache = []
@@ -93,7 +94,7 @@ class Decoder(nnx.Module):
         return x, written
 
     def logits(self, hidden: Float[Array, "rows embed"]) -> Float[Array, "rows vocab"]:
-        """Scores of every vocabulary entry as the next token, float32, on every device."""
+        """The float32 logits of the next token over the whole vocabulary, on every device."""
         x = self.final_norm(hidden)
         scores = self.head(x) if hasattr(self, "head") else self.embed.attend(x)
         return mesh.gather(scores, "vocab", 1)

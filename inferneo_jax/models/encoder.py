@@ -28,13 +28,13 @@ class GeluMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens embed"], norm: LayerNorm, live: Int[Array, ""]
     ) -> Float[Array, "tokens embed"]:
-        """``norm`` of ``x`` and what is made of it."""
+        """Return ``norm(x + down(gelu(up(x))))``; only the first ``live`` tokens matter."""
         wide = self.up(x, transform=gelu, narrow=True, live=live)
         return self.down(wide, residual=x, transform=norm, live=live)
 
 
 class EncoderLayer(nnx.Module):
-    """Attention and feed-forward, each added to the residual stream and then normalised."""
+    """Attention and MLP, each added to the residual stream, which is then normalized."""
 
     def __init__(self, config: EncoderConfig, quantization: QuantizationConfig) -> None:
         self.attention = BidirectionalAttention(config, quantization.linear)
@@ -57,12 +57,12 @@ def _run_layer(
     attention: SegmentAttention,
     segments: Segments,
 ) -> Float[Array, "tokens embed"]:
-    """One layer, as a function that is traced and lowered once for all layers."""
+    """Run one layer; a separate function, so that it is traced and lowered once for all layers."""
     return nnx.merge(graphdef, weights)(x, attention, segments)
 
 
 class Encoder(nnx.Module):
-    """Token ids of packed texts to one vector per text."""
+    """Maps the token ids of packed texts to one vector per text."""
 
     def __init__(self, config: EncoderConfig, quantization: QuantizationConfig) -> None:
         embed, table = config.hidden_size, Unquantized(quantization.dtype)
@@ -85,9 +85,9 @@ class Encoder(nnx.Module):
         """Embed packed texts, one per segment; an empty segment gives a finite, arbitrary vector.
 
         Args:
-            tokens: their ids, then padding.
-            cu_seqlens: the first token of each segment, then the end of the last one.
-            attention: within segments.
+            tokens: the token ids of the packed texts, followed by padding.
+            cu_seqlens: the index of each segment's first token, then the end of the last segment.
+            attention: the implementation of attention within segments.
         """
         segments = Segments.of(cu_seqlens, tokens.shape[0])
         x = self.embed(tokens) + self.position(segments.positions)

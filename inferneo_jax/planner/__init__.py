@@ -1,1 +1,1 @@
-"""What a model would take and give on hardware that need not be there."""
+"""Estimates the memory and speed of a model on hardware that need not be present."""

@@ -1,4 +1,4 @@
-"""Which mesh suits a model, and what would make one fit that does not."""
+"""Recommends a mesh for a model, and finds changes that would make a model fit."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from inferneo_jax.sharding import mesh as meshes
 
 
 def advise(wish: Wish, devices: list[Any]) -> MeshShape:
-    """The mesh on which the roofline lets decode run fastest, of those on which it fits."""
+    """The mesh with the fastest decode step by roofline, among those on which the model fits."""
     best, fastest = wish.engine.mesh, 0.0
     for data in range(1, len(devices) + 1):
         if len(devices) % data or wish.engine.slots % data:
@@ -34,7 +34,7 @@ def advise(wish: Wish, devices: list[Any]) -> MeshShape:
 
 
 def remedies(wish: Wish) -> list[str]:
-    """What would make a model fit, least first."""
+    """Changes, each of which would make the model fit, from the smallest to the largest."""
     found = []
     topology = wish.topology
     shape = MeshShape(data=wish.engine.mesh.data)

@@ -1,4 +1,4 @@
-"""What a model cannot do without on a chip, from shapes alone: bytes, operations, seconds."""
+"""Lower bounds for a model on a chip, from shapes alone: bytes, operations and seconds."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What is planned for."""
+    """The model, hardware and settings to plan for; ``context`` is in tokens per request."""
 
     model: DecoderConfig
     topology: Topology
@@ -28,15 +28,18 @@ class Wish:
 
 
 class Budget:
-    """A chip's memory, shared out before anything is compiled, as the runner would. All in bytes.
+    """The memory of one chip, divided as the runner would divide it, but before compilation.
+
+    All sizes are in bytes.
 
     Attributes:
-        backend: how the model runs there.
-        token_bytes: that one token takes in the KV cache.
-        weights: of the weights.
-        state: of the slots' tokens and sampling parameters.
-        kv: that the KV cache may take at most.
-        missing: by how much the weights and one request of ``wish.context`` tokens do not fit.
+        backend: how the model runs on the chip.
+        token_bytes: size of one token in the KV cache.
+        weights: size of the weights.
+        state: size of the slots' tokens and sampling parameters.
+        kv: maximum size of the KV cache.
+        missing: the memory that is lacking for the weights and one request of ``wish.context``
+            tokens.
     """
 
     def __init__(self, wish: Wish, mesh: Mesh) -> None:
@@ -56,14 +59,14 @@ class Budget:
         self.missing = max(0, least - self.kv, self.weights + least - chip.memory_bytes)
 
     def programs(self, **changes: Any) -> Programs:
-        """The programs, with a cache as large as the memory lets it be."""
+        """The model's programs, with a KV cache as large as the memory permits."""
         config = dataclasses.replace(self._wish.engine, **changes)
         return make_programs(self.backend, config, lambda: self.kv)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step cannot do without, on one chip: bytes to read, operations to perform."""
+    """The minimum work of a step on one chip: bytes to read and operations to perform."""
 
     weights: int
     live_kv: int
@@ -73,13 +76,13 @@ class Work:
 def work_of(
     backend: DecoderBackend, context: int, token_bytes: int, rows: int, tokens: int
 ) -> Work:
-    """The work of a rank's ``rows`` rows of ``tokens`` new tokens each, after ``context``."""
+    """The work of a rank with ``rows`` rows of ``tokens`` new tokens each, after ``context``."""
     padded = backend.padded
     model = meshes.parts(backend.mesh, "kv_heads")
     shapes = weight_shapes(padded, backend.mesh, backend.quantization)
     specs = models.weight_specs(padded)
     if not padded.tie_embeddings:
-        del shapes["embed.table"], specs["embed.table"]  # a few rows of it are read
+        del shapes["embed.table"], specs["embed.table"]  # only a few of its rows are read
     weights = local_bytes(flat(shapes))
     elements = sum(
         math.prod(spec.shape) // (model if any(spec.flat_axes) else 1)
@@ -93,9 +96,9 @@ def work_of(
 
 
 def bound(chip: Chip, work: Work, sent: float, quantization: str) -> tuple[float, str]:
-    """Seconds that the step takes at least, and what takes longest of them.
+    """Return the minimum seconds of a step, and the resource that takes the longest.
 
-    Memory and compute overlap; the network is waited for.
+    Memory and compute overlap, but the network does not overlap with them.
     """
     rate = chip.int8_rate if quantization == "int8" else chip.float_rate
     parts = {

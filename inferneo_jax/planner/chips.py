@@ -1,4 +1,4 @@
-"""Chips and topologies that a model can be planned for, as their makers describe them."""
+"""The chips and topologies that a model can be planned for, with their makers' specifications."""
 
 import contextlib
 import math
@@ -12,17 +12,17 @@ from inferneo_jax.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One chip. Rates are peaks.
+    """One chip. All rates are peak rates.
 
     Attributes:
-        name: as in a topology.
-        memory_bytes: that a program can have, after what the runtime keeps to itself.
-        memory_rate: bytes a second from and to that memory.
-        float_rate: bfloat16 operations a second; a multiplication with an addition is two.
-        int8_rate: the same in int8.
-        link_rate: bytes a second that a chip sends to the other chips of its mesh, all links
-            together.
-        host_chips: chips of one host at most.
+        name: the name in a topology.
+        memory_bytes: memory that is available to programs, without what the runtime reserves.
+        memory_rate: bytes per second from and to that memory.
+        float_rate: bfloat16 operations per second; a multiply-add counts as two.
+        int8_rate: int8 operations per second, counted in the same way.
+        link_rate: bytes per second that a chip can send to the other chips of its mesh, over all
+            links together.
+        host_chips: maximum number of chips per host.
     """
 
     name: str
@@ -39,7 +39,7 @@ _GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        # cloud.google.com/tpu/docs/v5e, /v6e, /v5p; memory as the TPU compiler states it.
+        # cloud.google.com/tpu/docs/v5e, /v6e, /v5p; memory sizes are those of the TPU compiler.
         Chip(
             name="v5e",
             memory_bytes=int(15.75 * _GIB),
@@ -67,7 +67,7 @@ CHIPS = {
             link_rate=600e9,
             host_chips=4,
         ),
-        # NVIDIA H100 SXM datasheet, without sparsity; jax leaves a tenth of the memory to CUDA.
+        # NVIDIA H100 SXM datasheet, without sparsity. jax leaves a tenth of the memory to CUDA.
         Chip(
             name="h100",
             memory_bytes=int(0.9 * 80e9),
@@ -77,7 +77,8 @@ CHIPS = {
             link_rate=450e9,
             host_chips=8,
         ),
-        # A server core's share, roughly; what a plan for it shows is memory and collectives.
+        # Roughly the share of one server core. A plan for CPUs is meant to show memory and
+        # collectives.
         Chip(
             name="cpu",
             memory_bytes=16 * _GIB,
@@ -117,12 +118,12 @@ gpu_device_info {
   block_dim_limit_z: 65535
 }
 """
-"""An H100 as XLA's compiler wants it described, where there is none to ask."""
+"""The description of an H100 that XLA's compiler needs where no such device is present."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Some chips of one kind: ``shape`` along each axis of their network."""
+    """A network of chips of one kind; ``shape`` is the number of chips along each axis."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -132,15 +133,15 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """How many chips it has."""
+        """The total number of chips."""
         return math.prod(self.shape)
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """Read ``v5e:2x4``, ``v5p:2x2x1``, ``h100:8`` or ``cpu:8``.
+        """Parse a topology such as ``v5e:2x4``, ``v5p:2x2x1``, ``h100:8`` or ``cpu:8``.
 
         Raises:
-            ConfigError: it is not written like that, or names no chip that is known.
+            ConfigError: the text has another form, or the chip is unknown.
         """
         name, _, sizes = text.partition(":")
         if name not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", sizes):
@@ -151,10 +152,11 @@ class Topology:
         return cls(CHIPS[name], tuple(int(size) for size in sizes.split("x")))
 
     def devices(self) -> list[Any]:
-        """Descriptions of its devices, for which programs can be compiled.
+        """Descriptions of the devices, for which programs can be compiled.
 
         Raises:
-            ConfigError: the compiler for these chips is not installed, or builds none like that.
+            ConfigError: the compiler for these chips is not installed, or does not support the
+                topology.
         """
         if self.chip.name == "cpu":
             return self._cpus()
@@ -163,7 +165,7 @@ class Topology:
         return self._tpus()
 
     def larger(self) -> "Topology":
-        """The next larger one of the same chips: the shortest axis doubled."""
+        """The next larger topology of the same chips, in which the shortest axis is doubled."""
         axes = self.shape[:2] if self.chip.name == "v5p" and len(self.shape) < 3 else self.shape
         shortest = axes.index(min(axes))
         return Topology(
@@ -206,7 +208,7 @@ class Topology:
     def _cpus(self) -> list[Any]:
         import jax
 
-        with contextlib.suppress(RuntimeError):  # jax runs already, with as many as it has
+        with contextlib.suppress(RuntimeError):  # jax is initialized already; its devices are fixed
             jax.config.update("jax_num_cpu_devices", self.num_chips)
         devices = jax.devices("cpu")
         if len(devices) < self.num_chips:
@@ -215,7 +217,7 @@ class Topology:
 
 
 def _describe_no_tpu() -> None:
-    """Keep libtpu from looking for a TPU, and from minding other processes that do not use one."""
+    """Keep libtpu from looking for a TPU, and from failing if another process has loaded it."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",

@@ -1,10 +1,11 @@
-"""What a compiled program moves, read from its optimized HLO text.
+"""Reads the memory traffic and collectives of a compiled program from its optimized HLO text.
 
 XLA's own cost analysis does not know what a kernel reads, nor which arrays stay in a chip's fast
-memory. Here each operation of the program, as it will run, is charged with the operands it reads
-from main memory and the results it writes there; a kernel that says what it moves is believed.
+memory. This module instead adds up, for each operation that will run, the operands that it reads
+from main memory and the results that it writes there. If a kernel states its own traffic, that
+figure is used.
 
-Branches of conditionals are left out: in these programs they are what only some requests ask for.
+Branches of conditionals are omitted, because in these programs only some requests need them.
 """
 
 import math
@@ -43,7 +44,7 @@ _FREE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """Collectives of one kind and size: ``num_bytes`` is what a chip has after one of them."""
+    """Collectives of one kind and size; ``num_bytes`` is the size of one's result on a chip."""
 
     kind: str
     num_bytes: int
@@ -52,7 +53,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """What a chip sends for all of them, in rings (arXiv:2004.09910, section 2)."""
+        """Bytes that a chip sends for all of them, in rings (arXiv:2004.09910, section 2)."""
         share = (self.participants - 1) / self.participants
         rounds = 2 if self.kind == "all-reduce" else 1
         return self.count * rounds * share * self.num_bytes
@@ -91,7 +92,7 @@ class Program:
     """A compiled program.
 
     Args:
-        text: what ``compiled.as_text()`` gives.
+        text: the HLO text that ``compiled.as_text()`` returns.
     """
 
     def __init__(self, text: str) -> None:
@@ -109,7 +110,7 @@ class Program:
                 current.operations.append(operation)
 
     def collectives(self) -> list[Collective]:
-        """Those of one run of the program, most bytes first."""
+        """The collectives of one run of the program, sorted by bytes sent, the most first."""
         counted: dict[tuple[str, int, int], int] = {}
         for operation in self._run():
             kind = operation.opcode.removesuffix("-start")
@@ -117,7 +118,7 @@ class Program:
                 continue
             arrays = operation.results
             if operation.opcode.endswith("-start") and kind != "all-reduce":
-                arrays = arrays[len(operation.operands) :] or arrays  # behind the inputs
+                arrays = arrays[len(operation.operands) :] or arrays  # the inputs come first
             key = kind, sum(array.num_bytes for array in arrays), _participants(operation.text)
             counted[key] = counted.get(key, 0) + 1
         found = [Collective(*key, count) for key, count in counted.items() if key[2] > 1]
@@ -127,14 +128,14 @@ class Program:
         """Bytes that one run moves from and to main memory.
 
         Args:
-            in_place: shapes of arrays that operations touch in part: what they read and write of
-                them is not counted.
+            in_place: the shapes of arrays that operations access only partly; reads and writes of
+                these arrays are not counted.
         """
         known = {
             operation.name: operation for operation in self._computations[self._entry].operations
         }
-        # A TPU may copy a weight to fast memory at a program's end for its next run, which then
-        # does not copy it at its beginning.
+        # At the end of a program, a TPU may copy a weight to fast memory for the next run, which
+        # then does not copy it at its beginning.
         copied = [each.operands for each in known.values() if each.opcode == "copy-start"]
         return sum(
             self._moved(operation, known, frozenset(in_place))
@@ -160,7 +161,8 @@ class Program:
             return [a.num_bytes for a in arrays if a.in_main_memory and a.shape not in partly]
 
         if opcode in ("copy-start", "slice-start"):
-            # (source, destination, context), or the other way round: the smaller one moves.
+            # The results are (source, destination, context) or (destination, source, context). The
+            # smaller of the two arrays is what moves.
             arrays = [a for a in operation.results if a.shape]
             sizes = [a.num_bytes for a in arrays[:2]]
             sides = sum(a.in_main_memory for a in arrays[:2])
@@ -178,7 +180,7 @@ class Program:
         return read + written
 
     def _gathers(self, operation: _Operation) -> bool:
-        """Whether it reads only a few places of its operands."""
+        """Whether the operation reads only a few elements of its operands."""
         if operation.opcode in ("gather", "dynamic-slice", "slice", "dynamic-update-slice"):
             return True
         if operation.opcode != "fusion":
@@ -195,7 +197,7 @@ class Program:
         }
 
     def _run(self) -> Iterator[_Operation]:
-        """Every operation that is run, those of called computations included."""
+        """Iterate over all operations that are run, including those of called computations."""
         waiting, seen = [self._entry], {self._entry}
         while waiting:
             for operation in self._computations.get(waiting.pop(), _Computation()).operations:

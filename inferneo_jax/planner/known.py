@@ -1,4 +1,4 @@
-"""Models that a plan knows by their Hugging Face id: sizes from their published configurations."""
+"""The sizes of models that a plan can name by Hugging Face id, from published configurations."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def _model(
     qkv_bias: bool = False,
     qk_norm: bool = False,
 ) -> DecoderConfig:
-    """``heads`` are query and KV heads."""
+    """Build a configuration; ``heads`` holds the numbers of query heads and KV heads."""
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -1,8 +1,8 @@
-"""What a model takes and gives on a topology: memory, collectives, roofline.
+"""Plans a model on a topology: its memory, its collectives and the roofline of its speed.
 
-The programs are those that the runner would run there (``programs.py``), compiled for chips that
-need not be there. Memory and collectives are read off the executables; operations, and so the
-bounds on speed, follow from shapes.
+The programs are those that the runner would run there (``runner/programs.py``), compiled for chips
+that need not be present. Memory and collectives are read from the executables. Operations, and thus
+the bounds on speed, follow from shapes.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ class Step:
 
     Attributes:
         kind: ``decode`` or ``prefill``.
-        tokens: that it computes on all chips together.
-        temporary_bytes: beside its arguments.
-        aliased_bytes: of the cache that are updated in place.
-        cache_bytes: of the whole cache.
-        needed_bytes: of memory traffic that no program could avoid: weights and live KV.
-        moved_bytes: of memory traffic, as compiled; None where the compiler does not say.
-        operations: multiplications and additions.
-        collectives: with what they send.
-        seconds: no faster than that.
-        wall: what sets that bound: memory, compute or network.
+        tokens: the number of tokens computed on all chips together.
+        temporary_bytes: memory needed in addition to the arguments.
+        aliased_bytes: bytes of the cache that are updated in place.
+        cache_bytes: size of the whole cache.
+        needed_bytes: memory traffic that no program can avoid, for weights and live KV.
+        moved_bytes: memory traffic of the compiled program; None if the compiler does not show it.
+        operations: the number of multiplications and additions.
+        collectives: the collectives and the bytes that they send.
+        seconds: lower bound of the step's duration.
+        wall: the resource that sets this bound: memory, compute or network.
     """
 
     kind: str
@@ -53,28 +53,28 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A model on a topology; bytes are of one chip.
+    """The plan of a model on a topology; all bytes are per chip.
 
     Attributes:
-        topology: its text.
-        mesh: devices on both axes.
-        dtype: of weights and products.
-        quantization: of the weights.
-        kv_dtype: of keys and values.
-        slots: requests that run at once, on all chips.
-        context: live positions that each of them is reckoned with.
-        memory_bytes: what the chip has for programs.
-        weight_bytes: of the weights.
-        state_bytes: of tokens and sampling parameters.
-        temporary_bytes: of the step that takes most.
-        code_bytes: of all programs, each with that of the largest of its kind.
-        kv_bytes: that the KV cache may take; a server takes less if its slots need no more.
-        kv_tokens: that such a KV cache can hold, on all chips together.
-        steps: decode and prefill; none where the model does not fit.
-        tokens_per_second: output tokens of all chips, at most.
-        missing_bytes: by how much it does not fit; 0 when it does.
-        remedies: what would make it fit.
-        advised_mesh: the one with the highest bound on decode.
+        topology: the topology as text.
+        mesh: the number of devices along both axes.
+        dtype: type of the weights and matrix products.
+        quantization: quantization of the weights.
+        kv_dtype: type of keys and values.
+        slots: number of requests that run at once, on all chips.
+        context: number of live positions assumed for each request.
+        memory_bytes: memory of the chip that is available to programs.
+        weight_bytes: size of the weights.
+        state_bytes: size of tokens and sampling parameters.
+        temporary_bytes: temporary memory of the step that needs the most.
+        code_bytes: size of all programs, each counted like the largest of its kind.
+        kv_bytes: maximum size of the KV cache; a server takes less if its slots need no more.
+        kv_tokens: number of tokens that this KV cache holds, on all chips together.
+        steps: the decode and prefill steps; empty if the model does not fit.
+        tokens_per_second: upper bound of the output tokens per second, on all chips.
+        missing_bytes: memory that is lacking for the model to fit; 0 if it fits.
+        remedies: changes that would make the model fit.
+        advised_mesh: the mesh with the highest bound on decode.
     """
 
     topology: str
@@ -98,15 +98,15 @@ class Plan:
     advised_mesh: MeshShape
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Convert the plan to plain JSON values."""
         return dataclasses.asdict(self)
 
 
 def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> Plan:
-    """Compile a model's steps for a topology, and see what they take.
+    """Compile a model's steps for a topology and measure what they need.
 
     Raises:
-        ConfigError: the mesh does not go with the topology, or its compiler cannot be used.
+        ConfigError: the mesh does not match the topology, or its compiler cannot be used.
     """
     shape = wish.engine.mesh
     data, model = shape.over(wish.topology.num_chips)
@@ -150,7 +150,7 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
             memory = program.memory_analysis()
             alike = sum(type(each) is type(part) for each in kept)
             code += memory.generated_code_size_in_bytes * alike
-            # A compiler may state a peak above its temporaries.
+            # Some compilers state a peak that exceeds the temporaries.
             beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
             temporary = max(temporary, beside, memory.temp_size_in_bytes)
     taken = budget.weights + programs.cache_bytes + programs.state_bytes + temporary + code

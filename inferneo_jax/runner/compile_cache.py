@@ -1,9 +1,9 @@
-"""Compiled programs, kept on disk between starts.
+"""Keeps compiled programs on disk between starts.
 
-JAX's own persistent cache knows a program by its lowered form, so each start would trace and lower
-every program again to find it. Here a program is known by what it is made of: the source of this
-package that runs on devices, the versions of JAX and of the device's compiler, the machine, the
-mesh, and the configuration. What was compiled from the same is loaded as it is.
+JAX's own persistent cache identifies a program by its lowered form, so each start would have to
+trace and lower every program to find it. This cache identifies a program by its inputs: the source
+of this package that runs on devices, the versions of JAX and of the device's compiler, the machine,
+the mesh, and the configuration. A program whose inputs are unchanged is loaded as it is.
 """
 
 import contextlib
@@ -38,26 +38,26 @@ log = logging.getLogger(__name__)
 K = TypeVar("K", bound=Hashable)
 
 _from_jax = threading.local()
-"""Whether JAX's own cache, where it is on, had this thread's latest program."""
+"""Whether JAX's own cache, if enabled, contained the latest program of this thread."""
 
 _SUFFIX = ".executable"
 _OURS = (_SUFFIX, WEIGHTS_SUFFIX, PARTIAL)
 _UNUSED_SECONDS = 30 * 86_400.0
-"""What no start has asked for in so long is removed."""
+"""A file that no start has used for this long is removed."""
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
-"""Variables that change what is compiled."""
+"""Environment variables that affect compilation."""
 
 
 class ExecutableStore:
     """The executables of one model on one mesh.
 
-    Whoever may write to the folder may run code in this process, as with JAX's own cache.
+    Anyone who can write to the folder can run code in this process, as with JAX's own cache.
 
     Args:
-        folder: made if it is not there; None keeps nothing.
-        mesh: what the programs run on.
-        facts: all else that the programs are made of. Their ``repr`` must tell them apart, and be
-            the same in every process.
+        folder: created if it does not exist; None: nothing is kept.
+        mesh: the devices that the programs run on.
+        facts: everything else that the programs depend on. Different facts must have different
+            ``repr``, which must be the same in every process.
     """
 
     def __init__(self, folder: str | Path | None, mesh: Mesh, *facts: object) -> None:
@@ -68,7 +68,7 @@ class ExecutableStore:
     def compile_all(
         self, programs: Mapping[K, Callable[[], jax.stages.Lowered]], progress: Progress | None
     ) -> dict[K, jax.stages.Compiled]:
-        """Every program, from disk or lowered and compiled, several at a time."""
+        """Load every program from disk, or else lower and compile it, several at a time."""
 
         def build(key: K) -> jax.stages.Compiled:
             with compiles.expected():
@@ -86,21 +86,21 @@ class ExecutableStore:
     def _compile(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
         _from_jax.hit = False
         compiled = lower().compile()
-        # XLA:CPU writes out a program that was itself read from a file without its functions.
+        # If XLA:CPU has read a program from a file, it serializes it without its functions.
         if self._folder and not _from_jax.hit:
             try:
                 content = pickle.dumps(serialize_executable.serialize(compiled))
                 write_whole(self._file(key), [content])
-            except Exception as error:  # noqa: BLE001  (not every platform can; it is made again)
+            except Exception as error:  # noqa: BLE001  (not all platforms can; it is recompiled)
                 log.info("a compiled program is not kept: %s", error)
         return compiled
 
     def _load(self, key: Hashable) -> Any:
-        """The executable that was kept, or None; one that cannot be used is as if not there."""
+        """Load the executable from disk; None if there is none, or if it cannot be used."""
         try:
             file = self._file(key)
             content = file.read_bytes()
-            with contextlib.suppress(PermissionError):  # somebody else keeps them
+            with contextlib.suppress(PermissionError):  # the file belongs to another user
                 os.utime(file)
             program, inputs, outputs = pickle.loads(content)  # noqa: S301  (as safe as the folder)
             return serialize_executable.deserialize_and_load(
@@ -112,7 +112,7 @@ class ExecutableStore:
             )
         except FileNotFoundError:
             return None
-        except Exception as error:  # noqa: BLE001  (a damaged file may raise anything)
+        except Exception as error:  # noqa: BLE001  (a damaged file can raise anything)
             log.warning("a kept program cannot be loaded and is compiled again: %s", error)
             return None
 
@@ -131,18 +131,18 @@ class ExecutableStore:
             try:
                 if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
                     file.unlink()
-            except OSError:  # somebody else removed it
+            except OSError:  # another process removed it
                 continue
 
 
 def _surroundings(mesh: Mesh) -> list[object]:
-    """What every program depends on beside the model."""
+    """Everything except the model that the programs depend on."""
     device = mesh.devices.flat[0]
     return [
         source_hash(*DEVICE_ROOMS),
         (jax.__version__, jaxlib.version.__version__, sys.version),
         (device.platform, device.device_kind, device.client.platform_version),
-        # Code for another CPU may not run on this one.
+        # Code that was compiled for another CPU may not run on this one.
         cpu_description() if device.platform == "cpu" else platform.machine(),
         [os.environ.get(name) for name in _ENVIRONMENT],
         (mesh.axis_names, mesh.devices.shape, [each.id for each in mesh.devices.flat]),

@@ -1,7 +1,7 @@
-"""What the host passes to a step: scheduled work and requests, written out as numpy arrays.
+"""Builds the arguments of a step on the host: scheduled work and requests as numpy arrays.
 
-Each array holds the same number of rows for every data-parallel rank, rank after rank; slots and
-pages are counted from 0 within a rank.
+Each array holds the same number of rows for every data-parallel rank, rank after rank. Slots and
+pages are numbered from 0 within a rank.
 """
 
 from collections.abc import Iterable
@@ -18,12 +18,12 @@ from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
 
 # The fields of inputs are declared as the jax arrays that steps see. The builder fills them with
-# numpy arrays, which a compiled step accepts as well. Hence the Any.
+# numpy arrays, which a compiled step accepts as well; this is why they are typed as Any here.
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputBuilder:
-    """Builds the arguments of every program, in sizes that are fixed while a model is loaded.
+    """Builds the arguments of every program; their sizes are fixed while a model is loaded.
 
     Attributes:
         dp_size: number of data-parallel ranks, the size of the mesh's ``data`` axis.
@@ -81,7 +81,7 @@ class InputBuilder:
         return SlotState(tokens, block_tables, sampling)
 
     def slot_row(self, sequence: Sequence) -> SlotState:
-        """The state of one slot that holds ``sequence``, without the leading axis."""
+        """The state of a slot that holds ``sequence``, without the axis of slots."""
         tokens: Any = np.zeros(self.max_len, np.int32)
         tokens[: sequence.num_known] = sequence.tokens()
         block_table: Any = np.full(self.max_pages, NULL_BLOCK, np.int32)
@@ -89,9 +89,9 @@ class InputBuilder:
         return SlotState(tokens, block_table, self._sampling_row(sequence.request))
 
     def admit(self, ranks: Iterable[Iterable[Sequence]], bucket: int) -> tuple[Any, SlotState]:
-        """The slots that each rank admits sequences to, and the state of these slots.
+        """The slots to which each rank admits sequences, and the state of these slots.
 
-        Both are padded to ``bucket`` rows per rank with rows whose slot is beyond the last.
+        Both are padded to ``bucket`` rows per rank with rows whose slot is beyond the last one.
         """
         slots: Any = np.full(self.dp_size * bucket, self.slots, np.int32)
         rows = self._empty_rows(self.dp_size * bucket)
@@ -114,7 +114,7 @@ class InputBuilder:
         total = self.dp_size * bucket
         slots: Any = np.full(total, self.slots, np.int32)
         positions: Any = np.zeros(total, np.int32)
-        # The first position may be the last one of its page.
+        # The first position may be the last of its page, so the rest begins on a new page.
         num_pages = -(-(length - 1) // self.page_len) + 1
         pages: Any = np.full((total, num_pages), NULL_BLOCK, np.int32)
         for rank, rows in enumerate(ranks):

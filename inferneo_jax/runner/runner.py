@@ -1,4 +1,4 @@
-"""Owns the weights, the cache and the compiled steps: the only one that touches the device."""
+"""Owns the weights, the cache and the compiled steps of a decoder; only this module runs them."""
 
 import dataclasses
 import time
@@ -44,14 +44,14 @@ from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.convert import Progress
 
 _TIMES = 3
-"""Runs of a program whose time is compared with another's."""
+"""Number of timed runs of a program when its time is compared with another's."""
 
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A dispatched step, whose results are on their way to the host.
+    """A dispatched step, whose results are being copied to the host.
 
-    Those of decode and prefill are each with the program that they come from.
+    The results of decode and of prefill are each paired with the program that computes them.
     """
 
     scheduled: SchedulerOutputs
@@ -59,7 +59,7 @@ class PendingStep:
     prefill: tuple[Forward, Sampled] | None
 
     def wait(self) -> tuple[Sampled | None, Sampled | None]:
-        """The results of decode and prefill as numpy arrays, once they are there."""
+        """Wait for the results of decode and prefill, and return them as numpy arrays."""
         read = [each and _read(*each, len(self.scheduled)) for each in (self.decode, self.prefill)]
         return read[0], read[1]
 
@@ -67,7 +67,7 @@ class PendingStep:
 def _fetch(
     key: Forward, sampled: Sampled, rows: Iterable[DecodeRow | PrefillChunk]
 ) -> tuple[Forward, Sampled]:
-    """Start copying to the host what the requests of ``rows`` want; drop what none of them does."""
+    """Start copying the results to the host, without those that no request of ``rows`` needs."""
     requests = [row.sequence.request for row in rows]
     scored = any(request.logprobs is not None for request in requests)
     prompt_scored = any(request.prompt_logprobs is not None for request in requests)
@@ -81,7 +81,10 @@ def _fetch(
 
 
 def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
-    """The results of a program's own rows, as numpy arrays; of drafts ``[rows, tokens]``."""
+    """Return the results of a program's own rows as numpy arrays; with drafts, per token as well.
+
+    Token ids are ``[rows]``, or ``[rows, tokens]`` for a program that verifies drafts.
+    """
     rows = dp_size * key.rows
     shape = (rows, key.tokens) if isinstance(key, Verify) else (rows,)
 
@@ -97,18 +100,19 @@ def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
 class Runner:
     """Runs the scheduled steps of one decoder.
 
-    Every shape it may meet is compiled by ``compile``; after that it calls executables only, so a
-    shape that was not foreseen raises instead of compiling.
+    ``compile`` compiles every shape that can occur. After that only executables are called, so an
+    unforeseen shape raises instead of compiling.
 
     Args:
-        backend: how the model runs, in the quantization of ``weights``.
-        weights: as ``place_weights`` lays them out.
-        config: of the engine.
-        processes: the processes that run the same model with this one; None: there are none.
+        backend: how the model runs, with the quantization of ``weights``.
+        weights: the weights as laid out by ``place_weights``.
+        config: the configuration of the engine.
+        processes: the processes that run the same model together with this one; None: there are
+            none.
 
     Attributes:
-        step_seconds: a step that takes longer hangs; known after ``compile``.
-        speculation: when to make drafts; None for never. Known after ``compile``.
+        step_seconds: the time after which a step counts as hanging; known after ``compile``.
+        speculation: when to make drafts; None: never. Known after ``compile``.
         wire: encodes steps for the other processes; None: there are none.
 
     Raises:
@@ -146,7 +150,7 @@ class Runner:
 
     @property
     def limits(self) -> RequestLimits:
-        """What a request may ask for."""
+        """The limits of a request."""
         return RequestLimits(
             vocab_size=self.model.vocab_size,
             max_len=self.max_len,
@@ -156,17 +160,17 @@ class Runner:
         )
 
     def info(self) -> ModelInfo:
-        """What it runs; to be asked while no step is under way, as steps take the cache along."""
+        """Describe the model that runs. Must not be called during a step, which takes the cache."""
         return ModelInfo.of(self._programs.backend, self._weights, jax.tree.leaves(self._cache))
 
     def reset(self) -> None:
-        """Allocate cache and slots anew, after a step failed with the old ones in its hands.
+        """Allocate cache and slots anew, after a step that held the old ones has failed.
 
-        The other processes do the same once they have run all that they were told to. If one of
-        them still waits for a part of the failed step, the job cannot go on.
+        The other processes do the same after they have run all earlier steps. If one of them still
+        waits for a part of the failed step, the job cannot go on.
 
         Raises:
-            JobError: another process did not get there in time.
+            JobError: another process did not finish its steps in time.
         """
         if self._processes.leads:
             self._processes.announce(Kind.RESET)
@@ -176,7 +180,7 @@ class Runner:
         self._allocate()
 
     def _allocate(self) -> None:
-        vars(self).pop("_cache", None)  # freed first: there may be no room for two
+        vars(self).pop("_cache", None)  # freed first, as there may be no memory for two
         what = f"the KV cache of {self.dp_size * self.num_pages * self.page_len} tokens"
         require(self._programs.cache_bytes * devices_sharing_memory(self._mesh), what)
         with compiles.expected(), oom_as_config_error(f"{what} was allocated"):
@@ -187,21 +191,22 @@ class Runner:
             jax.block_until_ready(self._cache)
 
     def compile(self, progress: Progress | None = None) -> None:
-        """Compile every step for every shape."""
+        """Compile every step for every shape, then run the steps to warm up and to time them."""
         store = ExecutableStore(self.config.compilation_cache, self._mesh, self._programs)
-        # First those that take longest.
+        # The programs that take longest to compile come first.
         keys = [*self._programs.sample_keys(), *self._programs.keys()]
         lower = {key: partial(self._programs.lower, key) for key in keys}
         self._compiled = store.compile_all(lower, progress)
-        # Where one process still compiles, the others' collectives would give up waiting for it.
+        # While one process still compiles, collectives of the others would time out.
         self._processes.exchange("compiled", None)
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run the steps once, in slots that nobody has yet, and see how long the slowest takes."""
+        """Run the steps once, in slots that no request uses yet, and time the slowest one."""
         keys = self._programs.keys()  # in the same order in all processes
         if self._mesh.devices.flat[0].platform == "cpu":
-            # A first run takes no longer than the next: it is run to time the largest of each kind.
+            # On CPUs a first run takes no longer than later ones, so only the largest program of
+            # each kind is run, to time it.
             largest: dict[type[Called], int] = {}
             for key in keys:
                 largest[type(key)] = max(largest.get(type(key), 0), _size(key))
@@ -215,7 +220,7 @@ class Runner:
                 self.speculation = dataclasses.replace(self.speculation, cost=cost)
 
     def _seconds(self, key: Called) -> float:
-        """How long a program takes with all its rows at work."""
+        """Measure the seconds that a program takes when all its rows are busy."""
         arguments = self._programs.busy_arguments(key)
         started = time.perf_counter()
         self.execute(key, arguments)
@@ -223,9 +228,10 @@ class Runner:
         return time.perf_counter() - started
 
     def _draft_cost(self, bucket: int) -> float:
-        """What a step that verifies drafts takes, in plain ones; each at its best of a few.
+        """The time of a step that verifies drafts, as a multiple of a plain step's time.
 
-        A tenth more: nothing is dispatched ahead of it.
+        Each time is the best of several runs. The result includes a tenth more, because no step is
+        dispatched ahead of one that verifies drafts.
         """
         length = self.config.draft_tokens + 1
         verify, plain = (
@@ -235,7 +241,7 @@ class Runner:
         return 1.1 * verify / plain
 
     def run(self, scheduled: SchedulerOutputs) -> PendingStep:
-        """Dispatch a scheduled step and return at once."""
+        """Dispatch a scheduled step and return without waiting for its results."""
         if most := max(len(rank.admitted) for rank in scheduled):
             rows = 1 if most == 1 else self.shapes.max_rows
             admitted = self._inputs.admit((rank.admitted for rank in scheduled), rows)
@@ -253,7 +259,7 @@ class Runner:
         )
 
     def _decode(self, scheduled: SchedulerOutputs, most: int) -> tuple[Forward, Sampled]:
-        """A decode step of up to so many rows of a rank, which verifies their drafts."""
+        """Dispatch a decode step of at most ``most`` rows per rank, which verifies any drafts."""
         ranks = [rank.decode for rank in scheduled]
         if not any(rank.drafted for rank in scheduled):
             bucket = next(b for b in self._programs.row_buckets if b >= most)
@@ -264,22 +270,22 @@ class Runner:
         return self._forward(Verify(bucket, length + 1), drafted)
 
     def _forward(self, key: Forward, inputs: Any) -> tuple[Forward, Sampled]:
-        """Dispatch a forward pass, and name it beside what is sampled after it."""
+        """Dispatch a forward pass; return its program together with the sampled results."""
         sampled = self._dispatch(key, (inputs,))
         assert sampled
         return key, sampled
 
     def _dispatch(self, key: Called, arguments: tuple[Any, ...]) -> Sampled | None:
-        """Dispatch one program, on the other processes first: theirs is the longer way."""
+        """Dispatch one program, on the other processes first, as they take longer to reach."""
         if self.wire:
             self._processes.announce(Kind.STEP, *self.wire.write(key, arguments))
         return self.execute(key, arguments)
 
     def execute(self, key: Called, arguments: tuple[Any, ...]) -> Sampled | None:
-        """Dispatch one program in this process, and the one that samples what it computes.
+        """Dispatch one program in this process, and the program that samples from its results.
 
         Returns:
-            What is sampled, on the device.
+            The sampled results, on the device.
         """
         program, placed = self._compiled[key], self._programs.place(arguments)
         if isinstance(key, Admit):
@@ -294,7 +300,7 @@ class Runner:
         return Sampled(sampled.ids, sampled.scores, *prompt_scores)
 
     def _cache_budget(self) -> int:
-        """Bytes of one device for the KV cache: what the process with the least can give."""
+        """Bytes of one device for the KV cache: the minimum over all processes."""
         mine = cache_budget(
             self._mesh.devices.flat[0].platform,
             total=total_memory() // devices_sharing_memory(self._mesh),

@@ -1,1 +1,1 @@
-"""The device mesh, and sizes made to divide by it."""
+"""The device mesh, and the padding of sizes to multiples of its axes."""

@@ -1,11 +1,12 @@
-"""The device mesh, and what of the model is split over which of its axes.
+"""The device mesh, and the rules by which the model is split over its axes.
 
-A mesh has two axes. Over ``model`` the weights and the KV heads are split, so that a model runs on
-chips none of which could hold it (Megatron: arXiv:1909.08053); over ``data`` the slots and their
-pages, so that groups of chips serve different requests. ``RULES`` is the only table that says so.
+A mesh has two axes. The weights and the KV heads are split over ``model``, so that a model can run
+on chips none of which could hold it alone (Megatron: arXiv:1909.08053). The slots and their pages
+are split over ``data``, so that groups of chips serve different requests. ``RULES`` is the only
+table of these splits.
 
-Steps run inside ``jax.shard_map``: every function sees the part that its device holds, and calls
-``reduce`` or ``gather`` where it needs the others'. Outside of a mesh both do nothing.
+Steps run inside ``jax.shard_map``. Every function sees the part that its device holds, and calls
+``reduce`` or ``gather`` where it needs the parts of others. Outside of a mesh, both do nothing.
 """
 
 import math
@@ -30,14 +31,16 @@ RULES = {
     "rows": DATA,
     "pages": DATA,
 }
-"""Logical axis to mesh axis; an axis that is not listed is never split."""
+"""Maps logical axes to mesh axes; an axis that is not listed is never split."""
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the given devices, or all of this job; neighbours on ``model`` are near.
+    """Make a mesh of the given devices, by default of all devices of the job.
+
+    Neighbours along ``model`` are physically close.
 
     Raises:
-        ConfigError: the shape does not go with the number of devices.
+        ConfigError: the shape does not match the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = shape.over(len(devices))
@@ -50,38 +53,38 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """How an array with these logical axes is split."""
+    """The partition of an array with these logical axes."""
     return PartitionSpec(*(RULES.get(axis) if axis else None for axis in axes))
 
 
 def parts(mesh: Mesh, axis: str) -> int:
-    """Into how many parts a logical axis is split."""
+    """The number of parts into which a logical axis is split."""
     return int(mesh.shape[RULES[axis]]) if axis in RULES else 1
 
 
 def is_split(axis: str | None) -> bool:
-    """Whether the function being traced sees a part of this logical axis only."""
+    """Whether the function being traced sees only a part of this logical axis."""
     return axis in RULES and jax.sharding.get_abstract_mesh().shape.get(RULES[axis], 1) > 1
 
 
 def reduce(partial: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
-    """Sum over the devices what each found for its part of the contracted logical axes."""
+    """Sum the partial results of all devices over the contracted logical axes."""
     split = {RULES[axis] for axis in axes if axis and is_split(axis)}
     return lax.psum(partial, tuple(sorted(split))) if split else partial
 
 
 def gather(part: Array, axis: str, dim: int) -> Array:
-    """Join the parts of a logical axis, which is the array's dimension ``dim``, on each device."""
+    """Concatenate the parts of a logical axis on every device, along dimension ``dim``."""
     return lax.all_gather(part, RULES[axis], axis=dim, tiled=True) if is_split(axis) else part
 
 
 def local_size(axis: str | None, size: int) -> int:
-    """How many of an axis's ``size`` entries the function being traced sees."""
+    """The number of entries, out of an axis's ``size``, that the function being traced sees."""
     if not (axis and is_split(axis)):
         return size
     return size // int(jax.sharding.get_abstract_mesh().shape[RULES[axis]])
 
 
 def first_index(axis: str | None, size: int) -> int | Int[Array, ""]:
-    """Where this device's part of a logical axis begins, when each part has ``size`` entries."""
+    """The index at which this device's part of a logical axis begins, if each has ``size``."""
     return lax.axis_index(RULES[axis]) * np.int32(size) if axis and is_split(axis) else 0

@@ -1,9 +1,9 @@
-"""A model's sizes made to divide by a mesh, and its weights as they then look.
+"""Pads a model's sizes to multiples of a mesh's axes, and its weights accordingly.
 
-Sizes that do not divide by the number of parts are padded with zeros, which change no result: a
-padded query head has no way out, a padded feature is multiplied by nothing, and padded vocabulary
-entries are cut off the logits. Where there are more parts than KV heads, each head is held by
-several, which share its group of query heads among them.
+Sizes that are not divisible by the number of parts are padded with zeros, which change no result:
+the output weights of a padded query head are zero, a padded feature is multiplied by zero, and
+padded vocabulary entries are removed from the logits. If there are more parts than KV heads,
+several parts hold each KV head and divide its group of query heads among them.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ Index = tuple[slice, ...]
 
 
 class Sliceable(Protocol):
-    """A whole weight, of which parts can be read: a numpy array, or a file."""
+    """A whole weight of which slices can be read, such as a numpy array or a file."""
 
     def __getitem__(self, index: Index, /) -> Any:
-        """The part as a numpy array."""
+        """Read a slice as a numpy array."""
 
 
 Config = TypeVar("Config", bound=ModelConfig)
 
 
 def pad_for_mesh(config: Config, parts: int) -> Config:
-    """The configuration of what ``parts`` equal parts of the model make up together."""
+    """The configuration of the padded model, which splits into ``parts`` equal parts."""
     padded: dict[str, Any] = {
         name: _round_up(getattr(config, name), parts) for name in ("vocab_size", "mlp_size")
     }
@@ -44,15 +44,15 @@ def pad_for_mesh(config: Config, parts: int) -> Config:
 
 @dataclass(frozen=True)
 class PaddedWeight:
-    """A weight with the shape that the padded model declares, read from the original.
+    """A weight with the shape that the padded model declares, read from the original weight.
 
     Attributes:
         source: the original weight.
-        stored: its shape.
-        shape: of the padded weight.
-        axes: the logical axes of both.
-        group: query heads of one KV head, in the original and in the padded model; None when the
-            weight has no KV heads.
+        stored: the shape of the original weight.
+        shape: the shape of the padded weight.
+        axes: the logical axes of both weights.
+        group: the number of query heads per KV head in the original and in the padded model; None
+            if the weight has no KV heads.
     """
 
     source: Sliceable
@@ -73,7 +73,7 @@ class PaddedWeight:
         return np.pad(read, missing)
 
     def _heads(self, bounds: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[Any]]:
-        """Padded KV head j is a copy of j // copies, with the next few heads of its group."""
+        """Read KV heads: padded head j is a copy of head j // copies with a part of its group."""
         assert self.group
         dim = self.axes.index("kv_heads")
         group, padded_group = self.group
@@ -90,7 +90,7 @@ class PaddedWeight:
             block = np.asarray(self.source[(*before, whole, slice(None), *after)])
             part = part.astype(block.dtype, copy=False)
             low, high = copy * padded_group, min((copy + 1) * padded_group, group)
-            # Queries, and behind them key and value, where they are in one with them.
+            # The queries, followed by key and value if the weight combines them.
             for to, source in (
                 (slice(high - low), slice(low, high)),
                 (slice(padded_group, None), slice(group, None)),

@@ -1,7 +1,7 @@
 """Chat templates: Jinja programs, shipped with a model, that render a conversation as one text.
 
-Templates come from model repositories, so they run in separate processes, whose memory and time the
-kernel limits (``template_worker.py``). They see the same variables as in transformers.
+Templates come from model repositories, so they run in separate processes whose memory and time the
+kernel limits (see ``template_worker.py``). They see the same variables as in transformers.
 """
 
 import json
@@ -18,16 +18,16 @@ Message = Mapping[str, Any]
 MAX_SECONDS = 5.0
 """Maximum CPU time of a rendering."""
 
-_TAIL = "\ue0c5continue\ue0c5 "  # private-use characters around a word; ends in a space on purpose
+_TAIL = "\ue0c5continue\ue0c5 "  # private-use characters around a word; the final space is needed
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _ADVICE = "; send shorter messages, or tools and variables that are less deeply nested"
 
 
 class ChatTemplate:
-    """A chat template that compiles; it can render in several threads at once.
+    """A compiled chat template, which can render in several threads at once.
 
     Attributes:
-        variables: names that the template reads and that not every rendering provides.
+        variables: the names that the template reads but that not every rendering provides.
     """
 
     def __init__(self, source: str, named_tokens: Mapping[str, str]) -> None:
@@ -38,7 +38,7 @@ class ChatTemplate:
             named_tokens: variables such as ``bos_token``, provided to every rendering.
 
         Raises:
-            TokenizerError: the text is not a template, or takes too much to compile.
+            TokenizerError: the text is not a template, or exceeds the limits when compiled.
             EngineError: the process that compiles templates cannot be started.
         """
         self._named_tokens = dict(named_tokens)
@@ -64,7 +64,7 @@ class ChatTemplate:
         """Render ``messages`` as one text; see ``Tokenizer.render_chat``.
 
         Raises:
-            TemplateError: the template refused the messages, failed, or exceeded its limits.
+            TemplateError: the template rejected the messages, failed, or exceeded its limits.
             EngineError: the process that renders templates cannot be started.
         """
         if not messages:
@@ -103,7 +103,7 @@ class ChatTemplate:
 
 
 def _reason(answer: Answer) -> str:
-    """Why a template could not be compiled or rendered."""
+    """Describe why a template could not be compiled or rendered."""
     match answer.kind:
         case protocol.MEMORY:
             return f"it needs more than {protocol.MEMORY_BYTES >> 20} MB of memory"
@@ -115,10 +115,10 @@ def _reason(answer: Answer) -> str:
 
 
 def _as_json(context: Mapping[str, Any]) -> bytes:
-    """The context in the form that a worker reads.
+    """Serialize the context for a worker.
 
     Raises:
-        TemplateError: it is not JSON, nested too deeply, or too long.
+        TemplateError: the context cannot be JSON, is nested too deeply, or is too long.
     """
     try:
         written = json.dumps(context).encode()
@@ -140,7 +140,7 @@ def _as_json(context: Mapping[str, Any]) -> bytes:
 
 
 def _as_transformers_shows(message: Message) -> dict[str, Any]:
-    """A message without null values, with its reasoning under the names that templates read."""
+    """A message without null values, and with its reasoning under the names that templates use."""
     shown = {key: value for key, value in message.items() if value is not None}
     reasoning = next((shown[key] for key in _REASONING if key in shown), None)
     if reasoning is None:
@@ -160,8 +160,8 @@ def _with_tail(messages: Sequence[Message]) -> list[Message]:
 def _cut_at_tail(text: str, content: str) -> str:
     """Cut ``text`` where the last message's content ends.
 
-    A template that trims the content has taken the tail's own space with it; then the space before
-    the tail would have gone too.
+    If the template trimmed the content, it also removed the space at the end of the tail; without
+    the tail, it would have removed the space at the end of the content, so that is cut as well.
     """
     cut = text.rfind(_TAIL.rstrip())
     if cut < 0 or content.strip() not in text:

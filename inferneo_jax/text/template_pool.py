@@ -38,17 +38,17 @@ class WorkerEndedError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A worker's answer: one of the kinds of ``template_protocol``, and a text."""
+    """A worker's answer: its kind (a constant of ``template_protocol``) and its text."""
 
     kind: bytes
     text: str
 
 
 class _Worker:
-    """One process; used by one thread at a time."""
+    """One worker process, which only one thread may use at a time."""
 
     def __init__(self) -> None:
-        """Start the process, without waiting until it is ready.
+        """Start the process without waiting until it is ready.
 
         Raises:
             EngineError: the process cannot be started.
@@ -63,7 +63,7 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 cwd="/",
                 env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
-                start_new_session=True,  # Ctrl-C is for the parent, which finishes what runs
+                start_new_session=True,  # only the parent handles Ctrl-C and finishes its requests
             )
         except OSError as error:
             self._channel.close()
@@ -82,10 +82,10 @@ class _Worker:
         return self._process.poll() is not None
 
     def wait_until_ready(self) -> None:
-        """Wait until it has started; a request's time does not include this.
+        """Wait until the process has started; this does not count as time of a request.
 
         Raises:
-            EngineError: it does not start.
+            EngineError: the process did not start.
         """
         if self._is_ready:
             return
@@ -106,7 +106,7 @@ class _Worker:
         """Send a request; return the answer, and whether the worker exits after it.
 
         Raises:
-            WorkerEndedError: it was killed, by the kernel or because it took too long.
+            WorkerEndedError: the worker was killed by the kernel, or because it took too long.
         """
         deadline = time.monotonic() + WAIT_FACTOR * seconds
         header = protocol.REQUEST.pack(seconds, len(source), len(context))
@@ -131,7 +131,7 @@ class _Worker:
             raise WorkerEndedError(
                 f"its process ended with code {self._process.returncode}"
             ) from None
-        except BaseException:  # such as Ctrl-C: half an answer may be on its way
+        except BaseException:  # such as Ctrl-C: part of an answer may be in transit
             self.close()
             raise
         return Answer(kind, text), bool(ends)
@@ -162,7 +162,7 @@ class _Worker:
 
 
 class TemplatePool:
-    """Workers, started when first needed and replaced when they end; thread-safe."""
+    """A pool of workers that start on demand and are replaced when they end; thread-safe."""
 
     def __init__(self) -> None:
         self._clear()
@@ -178,19 +178,19 @@ class TemplatePool:
         """Start the workers in advance, so that no request waits for one.
 
         Raises:
-            EngineError: the system starts no process.
+            EngineError: a process cannot be started.
         """
         with self._lock:
             while len(self._idle) + len(self._busy) < WORKERS:
                 self._idle.insert(0, _Worker())
 
     def ask(self, source: bytes, context: bytes, seconds: float) -> Answer:
-        """Have a template rendered, or only compiled, by the next free worker.
+        """Have the next free worker render a template, or only compile it.
 
         Args:
-            source: the template.
-            context: its variables, as JSON; empty to compile it only.
-            seconds: the CPU time it may take.
+            source: the source of the template.
+            context: the template's variables, as JSON; empty to only compile the template.
+            seconds: the CPU time that the request may take.
 
         Raises:
             WorkerEndedError: the worker was killed; another replaces it.
@@ -208,7 +208,7 @@ class TemplatePool:
             with self._lock:
                 if self._is_closed:
                     raise EngineError("the process that renders chat templates has been ended")
-                # The last one used is the most likely to have this template compiled.
+                # The worker used last is the most likely to have compiled this template.
                 worker = self._idle.pop() if self._idle else _Worker()
                 if worker.has_ended():
                     worker.close()
@@ -227,7 +227,7 @@ class TemplatePool:
                             self._idle.insert(0, _Worker())
 
     def pids(self) -> list[int]:
-        """The process ids of the workers."""
+        """The process ids of all workers."""
         with self._lock:
             return [worker.pid for worker in (*self._idle, *self._busy)]
 
@@ -241,16 +241,16 @@ class TemplatePool:
             worker.close()
 
     def forget(self) -> None:
-        """Forget the parent's workers, in a forked process; it starts its own."""
+        """Forget the parent's workers in a forked process, which starts its own."""
         for worker in (*self._idle, *self._busy):
             worker.forget()
         self._clear()
 
 
 def _import_path() -> list[str]:
-    """The folders from which a worker imports what is not in the standard library.
+    """The folders from which a worker imports everything outside of the standard library.
 
-    With these, a worker starts without ``site``, which is faster and might not find them.
+    Given these, a worker starts without ``site``, which is slower and might not find them.
     """
     found: dict[str, None] = {}
     for name in ("inferneo_jax", "jinja2", "markupsafe"):

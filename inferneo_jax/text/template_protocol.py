@@ -3,7 +3,7 @@
 A request is a header, a template's source and a context as JSON; without a context the template is
 only compiled. An answer is a header and a text. All texts are UTF-8.
 
-A module of its own, as the renderer imports nothing else of this package.
+This is a separate module because the renderer imports nothing else of this package.
 """
 
 import struct

@@ -1,7 +1,7 @@
-"""The system calls that are left to the process that renders chat templates: seccomp.
+"""Limits the system calls of the process that renders chat templates, by seccomp.
 
-Jinja's sandbox has had holes. A template that gets through one finds a process that can compute,
-answer, and end: it starts no program, signals no process and traces none.
+Jinja's sandbox has had holes. A template that escapes through one finds itself in a process that
+can only compute, answer and exit: it cannot start programs, and cannot signal or trace processes.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import os
 import struct
 import sys
 
-# By machine: its number in audit.h, and the calls' numbers in asm/unistd.h.
+# For each machine: its number in audit.h, and the numbers of the system calls in asm/unistd.h.
 _ALLOWED = {
     "x86_64": (
         0xC000003E,
@@ -74,7 +74,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
 _RETURN_ERRNO = 0x0005_0000
 _RETURN_ALLOW = 0x7FFF_0000
-# Of classic BPF: load a word of seccomp_data, jump if it equals a constant, return.
+# Instructions of classic BPF: load a word of seccomp_data, jump if it equals a constant, return.
 _LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _NUMBER_OFFSET, _MACHINE_OFFSET = 0, 4
 
@@ -84,9 +84,10 @@ class _Program(ctypes.Structure):
 
 
 def leave_few_system_calls() -> bool:
-    """Have the kernel refuse all other system calls of this process, for good.
+    """Have the kernel refuse all other system calls of this process, permanently.
 
-    Returns whether it does: not on other systems and machines, nor in kernels without seccomp.
+    Returns False where this is not supported: on other systems or machines, and in kernels without
+    seccomp.
     """
     machine = os.uname().machine
     if sys.platform != "linux" or machine not in _ALLOWED or sys.maxsize < 1 << 32:

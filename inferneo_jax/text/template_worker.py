@@ -1,12 +1,13 @@
 """The process that compiles and renders chat templates in Hugging Face's dialect of Jinja.
 
-Templates come from model repositories, so they are not trusted. Jinja's sandbox keeps them from
-Python's internals, but nothing in Python limits the resources of a single call. So they run in this
-process, whose memory, CPU time and files the kernel limits before it reads its first request. It
-imports only the standard library, jinja2 and the constants of the protocol, and takes 20 MB.
+Templates come from model repositories and are not trusted. Jinja's sandbox keeps them away from
+Python's internals, but nothing in Python limits the resources of a single call. They therefore run
+in this process, whose memory, CPU time and files the kernel limits before it reads its first
+request. It imports only the standard library, jinja2 and the constants of the protocol, and takes
+20 MB of memory.
 """
 
-import encodings.unicode_escape  # noqa: F401  (those without a use are what templates use)
+import encodings.unicode_escape  # noqa: F401  (templates need the modules unused here)
 import html  # noqa: F401
 import json
 import os
@@ -54,12 +55,12 @@ _GROWTH_BYTES = 16 << 20
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, which marks the assistant's words for training: a scope of its own."""
+    """``{% generation %}``, which marks the assistant's words for training and opens a scope."""
 
     tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Keep the body, drop the mark."""
+        """Keep the body of the block and drop its tags."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
@@ -69,7 +70,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """``dict`` for templates, which does not hand out the type itself."""
+    """``dict`` for templates, without access to the type itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -79,10 +80,10 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """``namespace`` for templates, which stores no name that Python gives a meaning to."""
+    """``namespace`` for templates, which rejects attributes that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        # Without names, so that ``self`` may be a keyword.
+        # No parameter is named, so that ``self`` can be a keyword argument.
         self, *rest = args
         attributes = dict(*rest, **kwargs)
         for name in attributes:
@@ -108,7 +109,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """``tojson`` without Jinja's escapes for HTML."""
+    """The filter ``tojson``, without Jinja's escaping for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -123,7 +124,7 @@ def _strftime_now(format: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    """The environment that model authors write for: that of transformers."""
+    """The environment of transformers, for which model authors write their templates."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -143,7 +144,7 @@ _ENVIRONMENT = _environment()
 
 
 class _TooLongError(Exception):
-    """The template wrote more than it may."""
+    """The template wrote more text than MAX_CHARACTERS."""
 
 
 @lru_cache(_CACHED_TEMPLATES)
@@ -152,7 +153,7 @@ def _compiled(source: bytes) -> jinja2.Template:
 
 
 def _variables(source: bytes) -> str:
-    """The names that a template reads, beyond what the environment has, one on a line."""
+    """The names that a template reads and the environment does not define, one per line."""
     _compiled(source)
     tree = _ENVIRONMENT.parse(source.decode("utf-8", "surrogatepass"))
     read = jinja2.meta.find_undeclared_variables(tree)
@@ -171,7 +172,7 @@ def _rendered(source: bytes, context: Mapping[str, Any]) -> str:
 
 
 def _answered(source: bytes, context: bytes) -> tuple[bytes, str]:
-    """The kind and the text of the answer to a request."""
+    """Return the kind and the text of the answer to a request."""
     try:
         if not context:
             return TEXT, _variables(source)
@@ -188,7 +189,7 @@ def _answered(source: bytes, context: bytes) -> tuple[bytes, str]:
         return REFUSED, str(error.message)[:MAX_ERROR_CHARACTERS]
     except (ImportError, OSError):
         return FAILED, "it uses a file or a module, which templates cannot"
-    except Exception as error:  # noqa: BLE001  (whatever a template makes Python raise)
+    except Exception as error:  # noqa: BLE001  (a template can make Python raise anything)
         return FAILED, (str(error) or type(error).__name__)[:MAX_ERROR_CHARACTERS]
 
 
@@ -196,15 +197,15 @@ def _answer(source: bytes, context: bytes) -> tuple[bytes, bytes]:
     try:
         kind, text = _answered(source, context)
         return kind, text.encode("utf-8", "surrogatepass")
-    except MemoryError:  # of the encoded text, or of an error's
+    except MemoryError:  # while encoding the text or the error's description
         return MEMORY, b""
 
 
 class _Memory:
-    """How much memory this process has; the file cannot be opened later."""
+    """Measures this process's memory; opens its file early, because that is impossible later."""
 
     def __init__(self) -> None:
-        # Elsewhere the kernel does not limit the address space either: only time is bounded there.
+        # Other systems do not limit the address space either; only time is bounded there.
         linux = sys.platform == "linux"
         self._file = os.open("/proc/self/statm", os.O_RDONLY) if linux else None
         self.address_space = self._read(0)
@@ -221,13 +222,13 @@ class _Memory:
 
 
 def _confine(memory: _Memory) -> None:
-    """Have the kernel limit this process; nothing it runs can undo that without privileges."""
+    """Have the kernel limit this process; undoing that would require privileges."""
     highest = os.open(os.devnull, os.O_RDONLY)
     os.close(highest)
     limits = {
         "RLIMIT_CORE": 0,
         "RLIMIT_FSIZE": 0,
-        # Nothing can be opened besides what is: no file, no socket, and no module either.
+        # Nothing more can be opened: no file, no socket, and therefore no module.
         "RLIMIT_NOFILE": highest,
         "RLIMIT_NPROC": 0,
     }
@@ -239,8 +240,8 @@ def _confine(memory: _Memory) -> None:
         if hard != resource.RLIM_INFINITY:
             limit = min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
-    # What ends a request that takes too long is the default action of this signal, which needs
-    # no help from the interpreter; so one call that never returns to it ends as well.
+    # The default action of this signal ends a request that takes too long. It needs no help from
+    # the interpreter, so it also ends a single call that never returns to it.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     leave_few_system_calls()
@@ -253,9 +254,10 @@ def _send(channel: BinaryIO, kind: bytes, text: bytes, *, ends: bool) -> None:
 
 
 def main() -> None:
-    """Answer requests on the socket that is the standard input until it is closed."""
-    # It is also the only sign of the parent's end, and enough: a request is bounded in time.
-    # PR_SET_PDEATHSIG would kill this process when the thread that started it ends.
+    """Answer requests on the socket that is the standard input, until it is closed."""
+    # The closed socket is the only sign that the parent has ended, which suffices because requests
+    # are bounded in time. PR_SET_PDEATHSIG would kill this process when the thread that started it
+    # ends.
     requests, answers = open(0, "rb"), open(0, "wb", closefd=False)  # noqa: SIM115
     memory = _Memory()
     _confine(memory)

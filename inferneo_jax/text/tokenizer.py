@@ -1,8 +1,8 @@
-"""Text to token ids and back, from a checkpoint's ``tokenizer.json``.
+"""Converts text to token ids and back, as a checkpoint's ``tokenizer.json`` defines.
 
-What is stateful lives beside this module:
-:class:`~inferneo_jax.text.detokenize.IncrementalDecoder` for streams and
-:class:`~inferneo_jax.text.stops.StopMatcher` for stop strings.
+The stateful parts are in other modules:
+:class:`~inferneo_jax.text.detokenize.IncrementalDecoder` decodes streams and
+:class:`~inferneo_jax.text.stops.StopMatcher` finds stop strings.
 """
 
 import json
@@ -40,9 +40,9 @@ class Tokenizer:
         vocab_size: one more than the highest token id; a model's logits may have more columns.
         bos_token_id: the beginning-of-sequence token, or None.
         eos_token_ids: the tokens that end a sequence.
-        special_ids: control tokens, which ``skip_special_tokens`` leaves out of decoded text.
+        special_ids: control tokens, which ``skip_special_tokens`` omits from decoded text.
         kind: how the tokens spell text.
-        strips_leading_space: decoding drops one space at the start of the text.
+        strips_leading_space: whether decoding drops one space at the start of the text.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Tokenizer:
         eos_token_ids: Iterable[int] = (),
         bos_token_id: int | None = None,
     ) -> None:
-        # A tokenizer.json may cut or pad every text; lengths are for the server to judge.
+        # A tokenizer.json may truncate or pad every text, but the server handles lengths itself.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -77,7 +77,7 @@ class Tokenizer:
             step["type"] == "Strip" or step.get("prepend_scheme", "never") != "never"
             for step in steps
         )
-        # Ids without a token (holes in the vocabulary) stay empty, as decoding leaves them out.
+        # Ids without a token (gaps in the vocabulary) stay empty, because decoding omits them.
         pieces, spelled = [b""] * self.vocab_size, [""] * self.vocab_size
         for token, index in vocab.items():
             pieces[index], spelled[index] = spell(token), token
@@ -88,10 +88,10 @@ class Tokenizer:
 
     @classmethod
     def from_text(cls, tokenizer_json: str, config: dict[str, Any]) -> Self:
-        """A tokenizer from the content of its files, which was checked when they were read.
+        """Build a tokenizer from the content of its files, which must have been checked on reading.
 
         Raises:
-            TokenizerError: it is broken, or the chat template does not compile.
+            TokenizerError: the content is malformed, or the chat template does not compile.
         """
         with guarded("the tokenizer cannot be read"):
             backend = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -99,10 +99,12 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Self:
-        """Read ``tokenizer.json``, ``tokenizer_config.json`` and, if there, ``inferneo.json``.
+        """Read ``tokenizer.json``, ``tokenizer_config.json`` and ``inferneo.json`` of a folder.
+
+        The last two files may be missing.
 
         Raises:
-            TokenizerError: a file is missing or broken, or the chat template does not compile.
+            TokenizerError: a file is missing or malformed, or the chat template does not compile.
         """
         folder = Path(path)
         checkpoint = _read_json(folder / "inferneo.json")
@@ -116,23 +118,24 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether :meth:`render_chat` can work at all."""
+        """Whether the model has a chat template, which :meth:`render_chat` needs."""
         return self._template is not None
 
     @property
     def template_variables(self) -> frozenset[str]:
-        """What the chat template reads beyond the messages: the names of its further variables."""
+        """The names of the variables that the chat template reads besides the messages."""
         return self._template.variables if self._template else frozenset()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of ``text``; special tokens written out in it count as such.
+        """The token ids of ``text``; special tokens that are written out in it are recognized.
 
         Args:
             text: valid Unicode.
-            add_special_tokens: add what the model expects around a text, such as BOS.
+            add_special_tokens: whether to add the tokens that the model expects around a text,
+                such as BOS.
 
         Raises:
-            RequestError: the text holds a lone surrogate.
+            RequestError: the text contains a lone surrogate.
         """
         return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
@@ -143,10 +146,13 @@ class Tokenizer:
         add_special_tokens: bool = True,
         max_tokens: int | None = None,
     ) -> list[list[int]]:
-        """:meth:`encode` for many texts at once, each cut to ``max_tokens``, the added included."""
+        """Encode many texts at once, as :meth:`encode` does.
+
+        Each result has at most ``max_tokens`` ids, including the added special tokens.
+        """
         for text in texts:
             _check_unicode(text)
-        # The fast variant does not track character offsets, which nothing here needs.
+        # The fast variant does not track character offsets, which are not needed here.
         with guarded("a text cannot be encoded", RequestError):
             encodings = self._backend.encode_batch_fast(
                 list(texts), add_special_tokens=add_special_tokens
@@ -155,9 +161,9 @@ class Tokenizer:
         return [_truncated(encoding.ids, max_tokens, suffix) for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        """The text of ``ids``; invalid UTF-8 becomes U+FFFD and unknown ids are skipped."""
         with guarded("the tokens cannot be decoded", RequestError):
-            # Only the variant for batches lets other threads run meanwhile.
+            # Only the batch variant lets other threads run in the meantime.
             (text,) = self._backend.decode_batch(
                 [list(ids)], skip_special_tokens=skip_special_tokens
             )
@@ -172,17 +178,17 @@ class Tokenizer:
         continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
-        """The prompt text of a conversation.
+        """Render the prompt text of a conversation.
 
         Args:
-            messages: role and content of each, content being a string.
-            add_generation_prompt: end with what opens the assistant's answer.
-            continue_final_message: end with the last message's own text, for the model to go on
-                with; then no generation prompt is added.
+            messages: the role and the content of each message; the content is a string.
+            add_generation_prompt: end the prompt with the opening of the assistant's answer.
+            continue_final_message: end the prompt with the text of the last message, so that the
+                model continues it; no generation prompt is added then.
             **template_kwargs: further variables of the template.
 
         Raises:
-            TemplateError: there is no template, or it refused the messages.
+            TemplateError: the model has no chat template, or the template rejected the messages.
         """
         if self._template is None:
             raise TemplateError("this model has no chat template; use text completion", "messages")
@@ -202,9 +208,9 @@ class Tokenizer:
         continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> list[int]:
-        """:meth:`render_chat` as token ids.
+        """Render a conversation as :meth:`render_chat` does, and return its token ids.
 
-        A template writes the special tokens itself, so encoding adds none to them.
+        The template writes the special tokens itself, so encoding adds none.
         """
         text = self.render_chat(
             messages,
@@ -215,27 +221,27 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to the text, in UTF-8; perhaps a part of a character only.
+        """The UTF-8 bytes that a token adds to the text, which may be only part of a character.
 
-        Empty for an id that has no token.
+        The result is empty for an id without a token.
         """
         return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
 
     def token_text(self, token_id: int) -> str:
-        """:meth:`token_bytes` as text, with U+FFFD for what is no whole character."""
+        """The text that a token adds; incomplete characters become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def token_piece(self, token_id: int) -> str:
-        """The token as the vocabulary spells it; empty for an id that has no token."""
+        """The token as the vocabulary spells it; empty for an id without a token."""
         return self._spelled[token_id] if 0 <= token_id < self.vocab_size else ""
 
     def pieces(self, *, skip_special_tokens: bool) -> Sequence[bytes]:
-        """:meth:`token_bytes` of every id, empty for special tokens when these are skipped."""
+        """The bytes of every token, by id; empty for special tokens if these are skipped."""
         return self._plain_pieces if skip_special_tokens else self._pieces
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The object in ``file``; empty when there is no such file."""
+    """Read the JSON object in ``file``; it is empty if the file does not exist."""
     try:
         return read_object(file, error=TokenizerError)
     except FileNotFoundError:
@@ -243,7 +249,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _token_text(entry: object) -> str | None:
-    """A named token of tokenizer_config.json: its text, or an object that holds it."""
+    """The text of a named token in tokenizer_config.json, which is a string or an object."""
     if isinstance(entry, dict):
         entry = entry.get("content")
     return entry if isinstance(entry, str) else None
@@ -264,7 +270,7 @@ def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
 
 
 def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], bytes]]:
-    """How tokens spell text, and the function from a token to its bytes."""
+    """Return how tokens spell text, and the function that maps a token to its bytes."""
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
         alphabet = _byte_alphabet()
@@ -272,7 +278,7 @@ def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], by
         def from_alphabet(token: str) -> bytes:
             try:
                 return token.translate(alphabet).encode("latin-1")
-            except UnicodeEncodeError:  # an added token, spelled as it reads
+            except UnicodeEncodeError:  # an added token, which is spelled as plain text
                 return token.encode()
 
         return "bytes", from_alphabet
@@ -296,14 +302,14 @@ def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], by
 
 
 class _ByteAlphabet(dict[int, int]):
-    """A table for ``str.translate``; other characters become one that Latin-1 does not have."""
+    """A table for ``str.translate`` that maps all other characters to one outside of Latin-1."""
 
     def __missing__(self, character: int) -> int:
         return 0x100
 
 
 def _byte_alphabet() -> _ByteAlphabet:
-    """GPT-2's spelling of bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    """GPT-2's spelling of bytes: printable Latin-1 as itself, all other bytes from U+0100 on."""
     shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in shown]
     spelled = _ByteAlphabet((byte, byte) for byte in shown)
@@ -312,10 +318,10 @@ def _byte_alphabet() -> _ByteAlphabet:
 
 
 def _check_unicode(text: str) -> None:
-    """Refuse text that cannot be encoded as UTF-8.
+    """Check that ``text`` can be encoded as UTF-8.
 
     Raises:
-        RequestError: the text has a lone surrogate.
+        RequestError: the text contains a lone surrogate.
     """
     try:
         text.encode()
@@ -337,7 +343,7 @@ def _added_suffix(backend: tokenizers.Tokenizer) -> list[int]:
 
 
 def _truncated(ids: list[int], max_tokens: int | None, suffix: list[int]) -> list[int]:
-    """At most ``max_tokens`` of ``ids`` (None: all), ending in ``suffix`` if there is room."""
+    """The first ``max_tokens`` of ``ids`` (None: all), ending in ``suffix`` if there is room."""
     if max_tokens is None or len(ids) <= max_tokens:
         return ids
     kept = max_tokens - len(suffix)

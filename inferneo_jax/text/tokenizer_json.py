@@ -1,8 +1,8 @@
-"""``tokenizer.json`` from anyone, checked before the `tokenizers` library sees it.
+"""Reads an untrusted ``tokenizer.json`` and checks it before the `tokenizers` library sees it.
 
-The library believes what it reads. Few bytes can make it build automata of gigabytes (long added
-tokens), texts that double forty times (a sequence of replacements), or panic, which in Python is a
-``BaseException``. Patterns are run by Oniguruma, which panics at a match of 10 million steps.
+The library trusts its input. A small file can make it build automata of gigabytes (long added
+tokens), double a text forty times (a sequence of replacements), or panic, which in Python raises a
+``BaseException``. Patterns are run by Oniguruma, which panics after 10 million steps of a match.
 """
 
 import base64
@@ -19,28 +19,27 @@ from inferneo_jax.config import MAX_VOCAB_SIZE
 from inferneo_jax.errors import InferneoError, TokenizerError
 from inferneo_jax.files import MAX_TEXT_BYTES, TOKENIZER_JSON, one_line, read_object, shown
 
-# The models in use with the most added tokens have 32,768 of them, in 800 KB. The automata that
-# find them take about 40 times these bytes.
+# The models in use have at most 32,768 added tokens, in 800 KB. The automata that find them take
+# about 40 times as many bytes.
 _MAX_ADDED_TOKENS = 2**16
 _MAX_ADDED_BYTES = 2**20
-# A unigram model's trie takes about 200 times the bytes of its pieces in the worst case; the
-# largest in use has 2.5 MB of them, with long prefixes in common.
+# In the worst case, a unigram model's trie takes about 200 times the bytes of its pieces. The
+# largest model in use has 2.5 MB of pieces, which share long prefixes.
 _MAX_UNIGRAM_BYTES = 2**23
-# Normalizer, pre-tokenizer, post-processor and decoder; the longest in use have 5 KB and 15 steps,
-# beside a table of character mappings of 400 KB.
+# The longest stages in use have 5 KB and 15 steps, plus a table of character mappings of 400 KB.
 _STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MAX_STAGE_BYTES = 2**16
 _MAX_STEPS = 64
 _MAX_CHARSMAP_BYTES = 2**21
 _MAX_GROWTH = 8
-"""By which factor the replacements of one stage may lengthen a text."""
+"""Maximum factor by which the replacements of one stage may lengthen a text."""
 _MAX_FIELD = 1024
-"""Longest text, and largest word in characters, among the fields of a model."""
+"""Maximum length of a string, and maximum value of an integer, among the fields of a model."""
 
 
 @contextlib.contextmanager
 def guarded(where: str, error: type[InferneoError] = TokenizerError) -> Iterator[None]:
-    """Turns whatever the library raises into an error of this package, its panics included."""
+    """Convert whatever the library raises, including panics, to an error of this package."""
     try:
         yield
     except InferneoError:
@@ -50,15 +49,15 @@ def guarded(where: str, error: type[InferneoError] = TokenizerError) -> Iterator
     except BaseException as problem:
         if type(problem).__module__ != "pyo3_runtime":
             raise
-        # Not chained: what handles BaseException specially must not meet it again.
+        # Not chained: code that handles BaseException specially must not see the panic.
         raise error(f"{where}: the tokenizer failed ({one_line(problem)})") from None
 
 
 def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a ``tokenizer.json``; it neither cuts nor pads.
+    """Read the tokenizer in a ``tokenizer.json``; it neither truncates nor pads.
 
     Raises:
-        TokenizerError: the file is missing, broken, or asks for more than its bounds.
+        TokenizerError: the file is missing or malformed, or exceeds the bounds above.
     """
     try:
         document = read_object(file, TOKENIZER_JSON, TokenizerError)
@@ -67,9 +66,9 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
             f"{file.parent} holds no {file.name}; pull or convert the model again"
         ) from None
     _check(document, str(file))
-    # Lengths are for the server to judge.
+    # The server handles lengths itself.
     document["truncation"] = document["padding"] = None
-    # Written again: of a key that is there twice, this has the one that was checked.
+    # Serialized again, so that for a repeated key the library sees the value that was checked.
     checked = orjson.dumps(document)
     del document
     with guarded(f"{file} cannot be read"):
@@ -77,7 +76,7 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
 
 
 def check_added_tokens(contents: Iterable[str], where: str) -> None:
-    """Raises TokenizerError when there are more or longer added tokens than any model has."""
+    """Raise TokenizerError if the added tokens are too many or too long."""
     sizes = [len(content.encode()) for content in contents]
     if len(sizes) > _MAX_ADDED_TOKENS or sum(sizes) > _MAX_ADDED_BYTES:
         raise TokenizerError(
@@ -87,10 +86,10 @@ def check_added_tokens(contents: Iterable[str], where: str) -> None:
 
 
 def template_text(value: object, where: str) -> str | None:
-    """A ``chat_template`` field: a text, or several by name, of which chat uses the default one.
+    """The template in a ``chat_template`` field: its text, or the default one of a named list.
 
     Raises:
-        TokenizerError: it is something else.
+        TokenizerError: the field is malformed or too long.
     """
     if isinstance(value, list):
         named = [entry for entry in value if isinstance(entry, dict)]
@@ -110,10 +109,10 @@ def template_text(value: object, where: str) -> str | None:
 
 
 def token_ids(value: object, where: str) -> set[int]:
-    """The token ids of a field that is null, one id or a list of them.
+    """The token ids of a field, which is null, one id or a list of ids.
 
     Raises:
-        TokenizerError: there is something else among them.
+        TokenizerError: a value is not a token id.
     """
     listed = [] if value is None else value if isinstance(value, list) else [value]
     for index in listed:
@@ -189,7 +188,7 @@ def _check_stage(stage: object, where: str) -> None:
 
 
 def _growth(pattern: object, content: object) -> float:
-    """How many characters a replacement makes of one; a pattern may match between two of them."""
+    """The most characters that a replacement makes of one; patterns may match empty strings."""
     if not isinstance(content, str):
         return 1.0
     literal = pattern.get("String") if isinstance(pattern, dict) else None
@@ -199,7 +198,7 @@ def _growth(pattern: object, content: object) -> float:
 
 
 def _check_template(step: dict[str, Any], where: str) -> None:
-    """The library panics at a text whose template names a token that it does not define."""
+    """Check that a template defines the tokens that it names; the library panics otherwise."""
     defined = step.get("special_tokens")
     for name in ("single", "pair"):
         for piece in step.get(name) or ():
@@ -212,9 +211,9 @@ def _check_template(step: dict[str, Any], where: str) -> None:
 
 
 def _check_charsmap(encoded: object, where: str) -> None:
-    """The library panics at a table that is not what sentencepiece writes.
+    """Check the form of sentencepiece's table of characters; the library panics otherwise.
 
-    That is the length of a trie, the trie, and a text in UTF-8, all in base64.
+    The table is base64 of the length of a trie, the trie itself, and a text in UTF-8.
     """
     try:
         data = base64.b64decode(encoded if isinstance(encoded, str) else "", validate=True)
@@ -227,7 +226,7 @@ def _check_charsmap(encoded: object, where: str) -> None:
 
 
 def _objects(value: object) -> Iterator[dict[str, Any]]:
-    """Every object within a value, in the order of the file."""
+    """Iterate over all objects within a value, in the order of the file."""
     left = [value]
     while left:
         value = left.pop()

@@ -1,4 +1,4 @@
-"""Which models have short names, where checkpoints lie, and which are there."""
+"""The catalog of models with short names, and the folder that holds the checkpoints."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from inferneo_jax.platform.atomic import remove_folder
 from inferneo_jax.weights.checkpoint import INFO_FILE, CheckpointInfo, fingerprint, read_info
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# Built wheels carry the catalog inside the package; a checkout has it beside.
+# A built wheel carries the catalog inside the package; in a checkout it lies outside of it.
 _CHECKOUT_CATALOG = _PACKAGE.parent / "checkpoints" / "catalog.toml"
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
 
@@ -23,8 +23,8 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
 class CatalogEntry:
     """One model that has a short name.
 
-    ``source`` is a pip requirement and ``file`` a path inside its wheel: a GGUF file or a folder
-    in Hugging Face form. ``sha256`` and ``size`` (bytes) are the wheel's.
+    ``source`` is a pip requirement. ``file`` is a path inside its wheel, to a GGUF file or to a
+    folder in Hugging Face's layout. ``sha256`` and ``size`` (bytes) describe the wheel.
     """
 
     name: str
@@ -38,10 +38,10 @@ class CatalogEntry:
 
 
 def load_catalog(file: Path | None = None) -> dict[str, CatalogEntry]:
-    """The catalog by name, in the order of the file (the project's own by default).
+    """Read a catalog, by default the project's own: entries by name, in the order of the file.
 
     Raises:
-        CheckpointError: the file is missing or not of this form.
+        CheckpointError: the file is missing or malformed.
     """
     if file is None:
         packaged = _PACKAGE / "catalog.toml"
@@ -63,10 +63,10 @@ def load_catalog(file: Path | None = None) -> dict[str, CatalogEntry]:
 
 
 def default_checkpoints_dir() -> Path:
-    """Where checkpoints lie unless told otherwise.
+    """The default folder for checkpoints.
 
-    The checkout's own folder when the package runs from one, else the user's cache folder (XDG
-    Base Directory Specification).
+    This is the checkout's own folder when the package runs from a checkout, and otherwise one in
+    the user's cache folder (XDG Base Directory Specification).
     """
     if _CHECKOUT_CATALOG.exists():
         return _CHECKOUT_CATALOG.parent
@@ -75,10 +75,10 @@ def default_checkpoints_dir() -> Path:
 
 
 def checkpoint_path(checkpoints: Path, name: str) -> Path:
-    """The folder of a checkpoint: its name below ``checkpoints``, slashes and all.
+    """The folder of a checkpoint: its name, which may contain slashes, below ``checkpoints``.
 
     Raises:
-        CheckpointError: the name could lead outside, or lies within another checkpoint.
+        CheckpointError: the path would lie outside ``checkpoints`` or within another checkpoint.
     """
     if not all(_PART.fullmatch(part) for part in name.split("/")):
         raise CheckpointError(
@@ -95,7 +95,7 @@ def checkpoint_path(checkpoints: Path, name: str) -> Path:
 
 
 def list_checkpoints(checkpoints: Path) -> dict[str, Path]:
-    """Folders of the complete checkpoints below ``checkpoints`` by name, in order of name."""
+    """The folders of all complete checkpoints below ``checkpoints``, by name and sorted by it."""
     found = {}
     for folder, folders, files in os.walk(checkpoints):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -106,10 +106,10 @@ def list_checkpoints(checkpoints: Path) -> dict[str, Path]:
 
 
 def find_checkpoint(checkpoints: Path, name: str) -> Path:
-    """The folder of a checkpoint that is there, if damaged.
+    """The folder of an existing checkpoint, which may be damaged.
 
     Raises:
-        CheckpointError: there is none of this name.
+        CheckpointError: no checkpoint has this name.
     """
     path = checkpoint_path(checkpoints, name)
     if not (path / INFO_FILE).exists():
@@ -119,12 +119,12 @@ def find_checkpoint(checkpoints: Path, name: str) -> Path:
 
 
 def look(path: Path) -> CheckpointInfo:
-    """What the checkpoint in a folder is, if it is whole as far as can be seen quickly.
+    """Describe the checkpoint in a folder, after a quick check that it is complete.
 
-    Every description, and all numbers of its vectors, are read.
+    The check reads the description of every weight and all values of its vectors.
 
     Raises:
-        CheckpointError: it is damaged, or there is none.
+        CheckpointError: the checkpoint is damaged or does not exist.
     """
     info = read_info(path)
     fingerprint(info)
@@ -132,10 +132,10 @@ def look(path: Path) -> CheckpointInfo:
 
 
 def remove_checkpoint(checkpoints: Path, name: str) -> None:
-    """Removes one checkpoint, also a damaged one, and the parent folders that it leaves empty.
+    """Remove a checkpoint, even a damaged one, and the parent folders that it leaves empty.
 
     Raises:
-        CheckpointError: there is none of this name.
+        CheckpointError: no checkpoint has this name.
     """
     path = find_checkpoint(checkpoints, name)
     remove_folder(path)
@@ -143,7 +143,7 @@ def remove_checkpoint(checkpoints: Path, name: str) -> None:
 
 
 def prune_parents(checkpoints: Path, path: Path) -> None:
-    """Removes the folders between ``checkpoints`` and ``path`` that hold nothing."""
+    """Remove the empty folders between ``checkpoints`` and ``path``."""
     for parent in path.parents:
         if parent == Path(checkpoints) or any(parent.iterdir()):
             break

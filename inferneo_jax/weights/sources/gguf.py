@@ -1,7 +1,7 @@
 """Reader of GGUF files, the format of llama.cpp.
 
-Sources: the GGUF specification for keys and tensor names; llama.cpp's converter for what it does
-to the tensors on the way in, which this reader undoes.
+Sources: the GGUF specification for keys and tensor names, and llama.cpp's converter for its changes
+to the tensors, which this reader undoes.
 """
 
 import re
@@ -31,21 +31,21 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# For these the converter reorders the rows of each query and key head from the two-halves form of
-# rotary embeddings to the interleaved one.
+# For these architectures, the converter reorders the rows of each query and key head from the
+# two-halves form of rotary embeddings to the interleaved form.
 _PERMUTED = frozenset({"llama"})
 _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _ROPE_FREQS = "rope_freqs.weight"
 
 
 def read_gguf(path: Path) -> SourceModel:
-    """The model in a GGUF file; tensors are read and dequantized when asked for.
+    """Open the model in a GGUF file; its tensors are read and dequantized on demand.
 
     Raises:
-        CheckpointError: the file is damaged, split, of an architecture that is not read, or holds
-            a block type that cannot be dequantized.
+        CheckpointError: the file is damaged or split, its architecture is not supported, or it
+            holds a block type that cannot be dequantized.
     """
-    # Not at the top: the tokenizers library takes its time, and only conversion needs it.
+    # Imported here because the tokenizers library is slow to load and only conversion needs it.
     from inferneo_jax.weights.sources.gguf_tokenizer import gguf_tokenizer
 
     path = Path(path)
@@ -99,18 +99,19 @@ def read_gguf(path: Path) -> SourceModel:
 def _config(
     path: Path, arch: str, metadata: Metadata, infos: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
-    """The metadata in the words of a Hugging Face config."""
+    """Translate the metadata into the keys of a Hugging Face config."""
 
     def integer(key: str, default: int | None = None) -> int:
         value = metadata.integer(f"{arch}.{key}", default, least=1)
-        if not value:  # a default may be 0, as of heads that are more than the width
+        if not value:  # a default can be 0: a head_dim, if there are more heads than features
             raise CheckpointError(
                 f"{path}: {arch}.{key} is missing; it must be one integer above 0"
             )
         return value
 
     def real(key: str, default: float) -> float:
-        # Stored as float32: the shortest decimal that gives it is what the model's author wrote.
+        # The value is stored as float32. The shortest decimal that rounds to it is what the
+        # model's author wrote.
         return float(str(np.float32(metadata.number(f"{arch}.{key}", default))))
 
     if experts := metadata.integer(f"{arch}.expert_count"):
@@ -147,10 +148,11 @@ def _config(
 
 
 def _llama3_scaling(path: Path, info: TensorInfo, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The Llama 3 rope scaling behind a table of frequency divisors.
+    """Recover the Llama 3 rope scaling from its table of frequency divisors.
 
-    The file holds only the table; every Llama 3 release made it from the same three constants and
-    a factor, its largest entry. A table that they do not reproduce is refused.
+    The file holds only the table. Every Llama 3 release computed it from the same three constants
+    and a factor, which is the table's largest entry. A table that these do not reproduce raises
+    CheckpointError.
     """
     low, high, original = 1.0, 4.0, 8192
     whole = info.shape == (config["head_dim"] // 2,)
@@ -159,7 +161,7 @@ def _llama3_scaling(path: Path, info: TensorInfo, config: Mapping[str, Any]) -> 
     inverse = config["rope_theta"] ** (-np.arange(divisors.size) / divisors.size)
     turns = original * inverse / (2 * np.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    # A factor that is 0, negative or NaN is no factor; np.allclose refuses NaN by itself.
+    # A factor that is 0, negative or NaN makes ``expected`` NaN, which np.allclose rejects.
     expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else np.nan
     if not np.allclose(divisors, expected, rtol=1e-3):
         raise CheckpointError(
@@ -176,14 +178,14 @@ def _llama3_scaling(path: Path, info: TensorInfo, config: Mapping[str, Any]) -> 
 
 
 def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
-    """Ends of text, of turn and of message: a chat model stops at whichever it has."""
+    """The tokens that end a text, a turn or a message; a chat model stops at any it defines."""
     kinds = ("eos", "eot", "eom")
     ids = {metadata.integer(f"tokenizer.ggml.{kind}_token_id") for kind in kinds}
     return tuple(sorted(i for i in ids if i is not None))
 
 
 def _read(path: Path, name: str, info: TensorInfo, interleaved_heads: int | None = None) -> Array:
-    """One tensor's values; block-quantized ones as float32."""
+    """Read one tensor's values; block-quantized tensors are returned as float32."""
     try:
         raw = np.memmap(path, np.uint8, "r", info.offset, (info.size,))
         if info.type in _PLAIN:
@@ -208,6 +210,6 @@ def _elements(info: TensorInfo) -> int:
 
 
 def _halves_from_interleaved(rows: Array, heads: int) -> Array:
-    """Undoes the converter's reordering: within each head, even rows first, then odd ones."""
+    """Undo the converter's reordering: within each head, put the even rows before the odd ones."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its metadata as Python values, and where each tensor lies.
+"""The header of a GGUF file: its metadata as Python values, and the location of each tensor.
 
-Source: the GGUF specification, versions 2 and 3, little-endian. Every count and length is compared
-with the bytes that the file has left, and with the bounds below, before anything is made of it: a
-damaged file ends in an error, not in a long loop or a full memory.
+Source: the GGUF specification, versions 2 and 3, little-endian. Every count and length is checked
+against the remaining bytes of the file and against the bounds below before it is used, so that a
+damaged file raises an error instead of causing a long loop or exhausting memory.
 """
 
 import mmap
@@ -38,24 +38,24 @@ _SCALARS = {
 _U32, _U64 = _SCALARS[GGUFValueType.UINT32], _SCALARS[GGUFValueType.UINT64]
 
 # The largest vocabulary in use has 262,144 tokens with score and type, and 514,906 merges: 1.3
-# million items in 17 MB. Python takes up to 4 times the bytes of a text and 32 bytes a number.
+# million items in 17 MB. Python needs up to 4 times the bytes of a text, and 32 bytes per number.
 _MAX_HEADER_BYTES = 2**25
 _MAX_ITEMS = 2**21
 # A model of 1,000 layers has 12,000 tensors; files in use have fewer than 100 keys.
 _MAX_TENSORS = 2**15
 _MAX_KEYS = 2**12
-# Both are the specification's.
+# Both limits are set by the specification.
 _MAX_KEY_BYTES = 2**16 - 1
 _MAX_NAME_BYTES = 64
 _MAX_DIMENSIONS = 4
 _MAX_ALIGNMENT = 2**16
-# The least that a key (length, type, value) and a tensor (length, dimensions, type, offset) take.
+# Minimum size of a key (length, type, value) and of a tensor (length, dimensions, type, offset).
 _LEAST_KEY_BYTES, _LEAST_TENSOR_BYTES = 13, 24
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: shape in NumPy order, block type, and the bytes of the file that hold it."""
+    """One tensor: its shape in NumPy order, its block type, and its byte range in the file."""
 
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -65,17 +65,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """All that precedes the tensor data of a GGUF file."""
+    """Everything that precedes the tensor data of a GGUF file."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
 
 def read_header(path: Path) -> Header:
-    """The header of the GGUF file at ``path``.
+    """Read the header of the GGUF file at ``path``.
 
     Raises:
-        CheckpointError: it is no GGUF file, or a damaged or truncated one.
+        CheckpointError: the file is not a GGUF file, or it is damaged or truncated.
     """
     try:
         check_regular(path)
@@ -90,7 +90,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Parser:
-    """A cursor over the file's bytes; every method raises ValueError where they end."""
+    """A cursor over the file's bytes; every method raises ValueError at their end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -124,7 +124,7 @@ class _Parser:
     def placed(
         self, tensors: dict[str, TensorInfo], metadata: dict[str, Any]
     ) -> dict[str, TensorInfo]:
-        """The tensors with their offsets from the start of the file."""
+        """Return the tensors with offsets that count from the start of the file."""
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT:
             raise ValueError(
@@ -152,7 +152,7 @@ class _Parser:
             raise ValueError(
                 f"{name} has {dimensions} dimensions; it must have 1 to {_MAX_DIMENSIONS}"
             )
-        # Stored with the contiguous dimension first.
+        # The file stores the contiguous dimension first.
         shape = tuple(self.scalar(_U64) for _ in range(dimensions))[::-1]
         if 0 in shape:
             raise ValueError(f"{name} has the shape {list(shape)}, and so no values")
@@ -180,7 +180,7 @@ class _Parser:
             return self.scalar(_SCALARS[kind])
         inner = self.kind(key)
         if inner is GGUFValueType.ARRAY:
-            # No model needs them, and llama.cpp does not read them either.
+            # No model needs nested arrays, and llama.cpp does not read them either.
             raise ValueError(f"{key} is an array of arrays")
         least = _U64.size if inner is GGUFValueType.STRING else _SCALARS[inner].size
         length = self.count(f"items in {key}", least, self.items_left)
@@ -199,7 +199,7 @@ class _Parser:
             raise ValueError(f"{key} is of the unknown type {number}") from None
 
     def move(self, size: int) -> int:
-        """The present place; the cursor goes on by ``size`` bytes."""
+        """Advance the cursor by ``size`` bytes and return its previous position."""
         start, stop = self.at, self.at + size
         if stop > self.end:
             raise ValueError(
@@ -214,7 +214,7 @@ class _Parser:
         return form.unpack_from(self.data, self.move(form.size))[0]
 
     def count(self, what: str, least_bytes: int, most: int) -> int:
-        """How many things follow, each of so many bytes at least."""
+        """Read the number of items that follow, each of which takes ``least_bytes`` or more."""
         count: int = self.scalar(_U64)
         if count > min(most, (self.size - self.at) // least_bytes):
             raise ValueError(
@@ -234,7 +234,7 @@ class _Parser:
             raise ValueError(f"{what} at byte {start} is not UTF-8: {error.reason}") from None
 
     def texts(self, key: str, length: int) -> list[str]:
-        """As ``text`` for each, in a loop that a vocabulary of a million does not make slow."""
+        """Read ``length`` strings like ``text``, in a loop that is fast for a million of them."""
         data, end, unpack, start = self.data, self.end, _U64.unpack_from, self.at
         found: list[str] = []
         try:

@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF file describes in its metadata.
 
-A GGUF file carries no ``tokenizer.json``: it lists the vocabulary and the merges, and names the
-rule that splits text before merging. That rule decides the ids as much as the merges do, so a name
-this module does not know is refused rather than guessed.
+A GGUF file carries no ``tokenizer.json``. It lists the vocabulary and the merges, and names the
+rule that splits text before merging. That rule affects the ids as much as the merges do, so an
+unknown name is an error rather than a guess.
 
 Sources: the GGUF specification (``tokenizer.ggml.*``), and for each pre-tokenizer name the split
 expression in the ``tokenizer.json`` of the models that llama.cpp gives this name.
@@ -32,7 +32,7 @@ from inferneo_jax.weights.sources.gguf_metadata import Metadata
 
 
 class TokenType(IntEnum):
-    """What ``tokenizer.ggml.token_type`` says of a token."""
+    """The kinds of tokens in ``tokenizer.ggml.token_type``."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -44,10 +44,10 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class _Split:
-    """How a byte-level vocabulary cuts text into the pieces that merges stay within.
+    """How a byte-level tokenizer splits text into pieces; merges never cross their boundaries.
 
-    ``pattern`` None is the expression built into the byte-level step (GPT-2's). ``whole_pieces``
-    looks a piece up in the vocabulary before trying merges.
+    With ``pattern`` None, the expression built into the byte-level step (GPT-2's) applies. With
+    ``whole_pieces``, a piece is looked up in the vocabulary before merges are tried.
     """
 
     pattern: str | None = None
@@ -88,8 +88,8 @@ _NAMED = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# Of sentencepiece vocabularies; the largest in use has 262,144 pieces of 1.9 million characters,
-# which make half a million merges.
+# Limits of sentencepiece vocabularies. The largest in use has 262,144 pieces of 1.9 million
+# characters, which yield half a million merges.
 _MAX_PIECES_LENGTH = 2**22
 _MAX_MERGES = 2**20
 _MAX_TOKEN_LENGTH = 1024
@@ -100,15 +100,15 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, An
     """Build the tokenizer that GGUF metadata describes.
 
     Args:
-        metadata: GGUF keys to plain Python values, of which those under ``tokenizer.`` are read.
+        metadata: plain Python values by GGUF key; only keys under ``tokenizer.`` are read.
 
     Returns:
-        The tokenizer and the content of its ``tokenizer_config.json``: chat template, named tokens
-        and which of them encoding adds.
+        The tokenizer and the content of its ``tokenizer_config.json``: the chat template, the named
+        tokens, and which of them encoding adds.
 
     Raises:
-        TokenizerError: a key is missing, values contradict each other, or the model or
-            pre-tokenizer is of a kind that is not supported.
+        TokenizerError: a key is missing, values contradict each other, or this kind of model or
+            pre-tokenizer is not supported.
     """
     keys = Metadata(metadata, TokenizerError)
     tokens = keys.texts("tokenizer.ggml.tokens")
@@ -126,7 +126,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, An
             f"tokenizer.ggml.model is {shown(model)}; supported are 'gpt2' and 'llama'. "
             "Convert the model from its Hugging Face files instead"
         )
-    # `normalized=False`: a special token is matched in the text as it was written.
+    # With `normalized=False`, special tokens are matched in the text before normalization.
     in_config = set(named.values())
     special, mine = [], []
     for token, kind in zip(tokens, types, strict=True):
@@ -199,7 +199,7 @@ def _named_tokens(keys: Metadata, tokens: Sequence[str]) -> dict[str, str | None
 
 
 def _byte_level(keys: Metadata, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
-    """Byte-pair encoding over bytes; also whether this kind adds BOS unless told otherwise."""
+    """Build byte-pair encoding over bytes; also return whether it adds BOS by default."""
     name = keys.text("tokenizer.ggml.pre", "default")
     split = _SPLITS.get(name or "")
     if split is None:
@@ -239,7 +239,7 @@ def _sentencepiece(
     types: Sequence[TokenType],
     unknown: str | None,
 ) -> Tokenizer:
-    """Byte-pair encoding by score, falling back to byte tokens for what the vocabulary lacks."""
+    """Build byte-pair encoding by score, with byte tokens for text outside the vocabulary."""
     scores = keys.numbers("tokenizer.ggml.scores")
     if len(scores) != len(vocab):
         raise TokenizerError(
@@ -274,10 +274,10 @@ def _sentencepiece(
 def _merges_by_score(
     vocab: dict[str, int], types: Sequence[TokenType], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """Pairs of tokens that make a token, in the order sentencepiece would merge them.
+    """The pairs of tokens that form a token, in the order in which sentencepiece merges them.
 
-    Sentencepiece joins the neighbours whose union scores highest; of several ways to make one
-    token, the one with the longer left part comes first.
+    Sentencepiece joins the neighbours whose union scores highest. Among several ways to form the
+    same token, the one with the longer left part comes first.
     """
     plain = {token: token for token, index in vocab.items() if types[index] is TokenType.NORMAL}
     if (length := sum(map(len, plain))) > _MAX_PIECES_LENGTH:
@@ -288,7 +288,7 @@ def _merges_by_score(
     pairs: list[tuple[float, int, int, str, str]] = []
     for token in plain:
         for cut in range(1, len(token)):
-            # The vocabulary's own objects, so that pairs need no memory for their texts.
+            # The pairs refer to the vocabulary's own strings and need no memory for copies.
             left = plain.get(token[:cut])
             if left is not None and (right := plain.get(token[cut:])) is not None:
                 pairs.append((-scores[vocab[token]], -cut, vocab[token], left, right))

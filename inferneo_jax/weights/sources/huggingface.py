@@ -1,4 +1,4 @@
-"""Reader of local folders in Hugging Face form: transformers and sentence-transformers models."""
+"""Reader of local Hugging Face folders: transformers and sentence-transformers models."""
 
 import re
 from pathlib import Path
@@ -18,12 +18,12 @@ _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"
 
 
 def read_huggingface(folder: Path) -> SourceModel:
-    """The model in a local folder; tensors are read when asked for.
+    """Open the model in a local folder; its tensors are read on demand.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are not safetensors.
-        TokenizerError: there is no tokenizer in a form that can be read.
-        ConfigError: sentence-transformers modules that are not supported.
+        TokenizerError: the folder has no tokenizer in a supported form.
+        ConfigError: the sentence-transformers modules are not supported.
     """
     folder = Path(folder)
     config = _json(folder / "config.json")
@@ -64,11 +64,11 @@ def _json(file: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    """The folder's fast tokenizer, or one made of its slow one; cuts and pads nothing."""
+    """The folder's fast tokenizer, or one converted from its slow one; never truncates or pads."""
     file = folder / "tokenizer.json"
     if file.exists():
         return read_tokenizer(file)
-    # Of none at all transformers would make one with no words.
+    # Without any vocabulary file, transformers would build a tokenizer with no words.
     if not any(any(folder.glob(name)) for name in _VOCABULARIES):
         raise TokenizerError(
             f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary to make one of; "
@@ -79,7 +79,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
         slow = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer = Tokenizer.from_str(slow.backend_tokenizer.to_str())
-        # Training leftovers: the server itself decides what is too long.
+        # Leftovers from training: the server itself decides what is too long.
         tokenizer.no_truncation()
         tokenizer.no_padding()
     return tokenizer
@@ -87,7 +87,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     config = _json(folder / "tokenizer_config.json", default={})
-    # Repeats what tokenizer.json says, at length.
+    # This repeats the content of tokenizer.json at length.
     config.pop("added_tokens_decoder", None)
     special = _json(folder / "special_tokens_map.json", default={})
     for name in _SPECIAL:
@@ -101,7 +101,10 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """From its own file, or else from the tokenizer's config; of several, the default one."""
+    """The chat template from its own file, or else from the tokenizer's config.
+
+    If there are several templates, the default one is returned.
+    """
     file = folder / "chat_template.jinja"
     if file.exists():
         return read_text(file, TokenizerError)
@@ -113,7 +116,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _sentence_transformers(folder: Path) -> dict[str, Any]:
-    """Pooling, normalization and the longest input of a sentence-transformers folder."""
+    """The pooling, normalization and maximum input length of a sentence-transformers folder."""
     found: dict[str, Any] = {"normalize": False}
     file = folder / "modules.json"
     for module in read_json(file):
@@ -147,7 +150,7 @@ def _pooling(config: dict[str, Any]) -> str:
 
 
 def _check_lower_case(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """A model that wants its texts in lower case needs a tokenizer that sees to it."""
+    """Check that a model that requires lower-case text has a tokenizer that lower-cases it."""
     wanted = config.get("sentence_transformers", {}).get("do_lower_case")
     if not wanted or not tokenizer.normalizer:
         return
@@ -158,7 +161,7 @@ def _check_lower_case(folder: Path, config: dict[str, Any], tokenizer: Tokenizer
 
 
 def _licence(folder: Path) -> str | None:
-    """As the model card's front matter names it."""
+    """The licence named in the model card's front matter."""
     try:
         card = read_text(folder / "README.md")
     except CheckpointError:

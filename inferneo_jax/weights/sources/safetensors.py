@@ -1,7 +1,7 @@
-"""The tensors of a folder in safetensors files: where each lies, and its values when asked for.
+"""Reader of the tensors in a folder's safetensors files; values are read on demand.
 
-The library checks that the tensors fill the file without gaps or overlaps; what is checked here is
-that the header is of a size for which it may be asked to.
+The library checks that the tensors fill the file without gaps or overlaps. This module first checks
+that the header is small enough to be given to the library.
 """
 
 import re
@@ -28,7 +28,7 @@ _MAX_NAME = 512
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's weight files, in one file or in shards.
+    """The tensors of all weight files of a folder, which may be one file or several shards.
 
     Raises:
         CheckpointError: a file is missing, damaged, or not safetensors.
@@ -97,7 +97,7 @@ def _file_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def _check_header(file: Path) -> None:
-    """Raises ValueError unless the header lies within the file and its bounds."""
+    """Raise ValueError unless the header lies within the file and its size within the bounds."""
     size = check_regular(file)
     with file.open("rb") as opened:
         start = opened.read(_LENGTH.size)

@@ -1,4 +1,4 @@
-"""The common form in which every reader hands over a model of someone else's format."""
+"""The common form in which every reader returns a model, whatever its format."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +14,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def own_name(name: str) -> str:
-    """The name mapping of sources that already use Hugging Face names."""
+    """The identity, as the name mapping of sources that already use Hugging Face names."""
     return name
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the model's path before errors that do not name it."""
+    """Prefix errors with the model's path unless they already name it."""
     try:
         yield
     except InferneoError as error:
@@ -31,10 +31,10 @@ def naming(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a source: its shape is known, its values are read by ``read()``.
+    """One tensor of a source: its shape is known, and ``read()`` reads its values.
 
-    ``shape`` is in NumPy order (rows first); ``read`` returns float32, float16 or bfloat16 (through
-    ml_dtypes) and raises CheckpointError when the values cannot be had.
+    ``shape`` is in NumPy order (rows first). ``read`` returns float32, float16 or bfloat16 (from
+    ml_dtypes) and raises CheckpointError if the values cannot be read.
     """
 
     shape: tuple[int, ...]
@@ -43,20 +43,20 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceModel:
-    """A model as a reader found it.
+    """A model as returned by a reader.
 
     Attributes:
         path: the file or folder that was read.
-        config: the configuration in the words of a Hugging Face ``config.json``. What
-            sentence-transformers keeps elsewhere stands under the key ``sentence_transformers``.
-        tensors: every tensor under the source's own name, none of them read yet.
-        tensor_name: from a Hugging Face tensor name to the source's own one.
+        config: the configuration with the keys of a Hugging Face ``config.json``. Settings that
+            sentence-transformers keeps elsewhere are under the key ``sentence_transformers``.
+        tensors: every tensor by the source's own name, none of them read yet.
+        tensor_name: maps a Hugging Face tensor name to the source's own name.
         tokenizer_json: the tokenizer in the format of the ``tokenizers`` library.
         tokenizer_config: special tokens as plain strings, and ``chat_template`` (text or None).
-        eos_token_ids: ids that end a generation, rising.
-        bos_token_id: the id that starts a text, if there is one.
-        licence: as the source names it.
-        origin: what ``inferneo.json`` remembers of where the weights came from.
+        eos_token_ids: the ids that end a generation, in ascending order.
+        bos_token_id: the id that starts a text, or None.
+        licence: the licence as the source names it, or None.
+        origin: what ``inferneo.json`` records about the origin of the weights.
     """
 
     path: Path

@@ -115,9 +115,9 @@ class NumericSettings(BaseModel):
     )
     kernels: Literal["auto", "xla", "native"] = Field(
         default="auto",
-        description="Kernels for attention and, on CPUs, for matrix products: xla is the "
-        "reference, native is written for the device (on a CPU it is compiled at the "
-        "first start, which needs a C++ compiler); auto is native where it exists.",
+        description="Kernels for attention and, on CPUs, for matrix products. xla is the "
+        "reference. native is written for the device (on a CPU it is compiled at the "
+        "first start, which needs a C++ compiler). auto is native where it exists.",
     )
 
 

@@ -207,7 +207,7 @@ templates = st.builds(
 
 ALLOWED = re.compile(
     r"<(function (safe_range|generate_lorem_ipsum|_raise_exception|_strftime_now|Macro)"
-    r"|class '(jinja2\.utils\.(Cycler|Joiner)|inferneo_jax\.template_worker\._Namespace)'"
+    r"|class '(jinja2\.utils\.(Cycler|Joiner)|inferneo_jax\.text\.template_worker\._Namespace)'"
     r"|bound method (Cycler|Joiner|Undefined|LoopContext|_Dict|Namespace|_Namespace)\b"
     r"|built-in method)"
 )

@@ -1,31 +1,31 @@
 # Two commands, each from a bare clone: `make serve` and `make test`.
 #
 #   make serve            install, fetch the models, serve on http://127.0.0.1:8000
-#   make serve PORT=9000  the same elsewhere; HOST=0.0.0.0 to be reached from other machines
-#   make check            install, lint, check types, run the quick tests: before each commit
+#   make serve PORT=9000  the same on another port; HOST=0.0.0.0 accepts other machines
+#   make check            install, lint, check types, run the quick tests; run this before each commit
 #   make test             the same with every test
-#   make docs             write docs/reference anew, of the schemas
-#   make image            the server as an image of Docker; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
-#   make hooks            check each commit before it is made: .pre-commit-config.yaml
-#   make screenshots      make the pictures of docs/images anew
-#   make test-clients     run the tests of every client, LangChain, LlamaIndex and LiteLLM too
+#   make docs             regenerate docs/reference from the schemas
+#   make image            build a Docker image of the server; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
+#   make hooks            check every commit before it is made, by .pre-commit-config.yaml
+#   make screenshots      take the screenshots of docs/images again
+#   make test-clients     run the tests of every client, including LangChain, LlamaIndex and LiteLLM
 #   make clean            remove the virtual environments
 
 VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-# Processes that share the tests; those that bound time or memory run alone, after them.
+# Number of processes that run tests in parallel; tests that bound time or memory run alone, afterwards.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Folders whose tests are quick and find most mistakes.
+# Folders whose tests are fast and find most mistakes.
 QUICK := tests/api tests/config tests/http tests/prompt tests/run tests/scheduler
 
 BIN := $(VENV)/bin
 MODELS := smollm2-135m-instruct all-minilm-l6-v2
 
-# The first Python that really runs and is new enough: some shims exist only to say that they don't.
+# The first Python that runs and is new enough; some shims exist but only print an error.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
@@ -65,8 +65,8 @@ lint: conflicts $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
-# No tracked file may hold what a merge left behind. A release's sources are no repository, and are not searched.
-# git grep exits with 1 where it finds nothing; any other status is a finding, or a search that failed.
+# No tracked file may hold conflict markers. The sources of a release are not a repository, and are not searched.
+# git grep exits with 1 if it finds nothing; any other status is a finding or a failed search.
 conflicts:
 	@! git rev-parse --git-dir >/dev/null 2>&1 || { \
 		git grep -nIE '^(<{7}|\|{7}|>{7})( |$$)|^={7}$$'; test $$? -eq 1 || { \
@@ -83,7 +83,7 @@ screenshots: $(VENV)/.installed-test
 
 install: $(VENV)/.installed
 
-# The version is written in one place, and git knows the revision.
+# The version is read from its one place, and the revision from git.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' inferneo_jax/version.py)
 DOCKER ?= docker
 IMAGE ?= inferneo-jax

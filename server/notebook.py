@@ -1,4 +1,4 @@
-"""A server beside a notebook: start it in one cell, use it in the next ones, stop it at the end."""
+"""A server for a notebook: start it in one cell, use it in the next ones, stop it at the end."""
 
 import os
 from types import TracebackType
@@ -9,26 +9,26 @@ from server.config.settings import Settings
 from server.process.child import END_SECONDS, OURS, Child
 
 _SLACK_SECONDS = 5.0
-"""How long the shutdown takes after the last request has finished."""
+"""How long the shutdown may take after the last request has finished."""
 
 
 class Server:
     """A server in a child process, on a free port of this machine unless one is given.
 
-    Starting returns once it is ready, after models are fetched and compiled. On Linux it ends with
-    the notebook's kernel, even if that is killed.
+    The constructor returns once the server is ready, with its models fetched and compiled. On
+    Linux, the server ends with the notebook's kernel, even if that is killed.
 
     Args:
-        timeout: seconds to wait for that.
-        settings: of the server, by their names: ``slots=8, mesh="data=1,model=8"``.
+        timeout: seconds to wait until the server is ready.
+        settings: settings of the server by name, such as ``slots=8, mesh="data=1,model=8"``.
 
     Attributes:
-        url: where the OpenAI API lies; the ``base_url`` of its clients.
+        url: the URL of the OpenAI API; the ``base_url`` of clients.
 
     Raises:
-        ValueError: there is no such setting.
-        OSError: the address that was given is taken.
-        RuntimeError: it ended, or was not ready in time; with the end of its log.
+        ValueError: a setting does not exist.
+        OSError: the given address is in use.
+        RuntimeError: the server ended, or was not ready in time; the message ends with its log.
     """
 
     def __init__(self, timeout: float = 1800.0, **settings: object) -> None:
@@ -51,11 +51,11 @@ class Server:
 
     @property
     def log(self) -> str:
-        """The server's log so far, which can be read after its end, too."""
+        """The server's log so far; it can still be read after the server has ended."""
         return self._child.log
 
     def stop(self) -> None:
-        """Let requests finish and end the server, which is killed if it takes too long."""
+        """Let running requests finish and end the server; it is killed if that takes too long."""
         self._child.end(self._end_seconds)
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
 """Several servers behind one port: ``serve run server.replicas:app`` (Ray Serve).
 
-Every replica is a process with the whole of ``server.app``: it loads the models itself, and is
-given requests once it is ready. Needs the extra ``ray``.
+Every replica is a process that runs the whole of ``server.app``: it loads the models itself, and
+receives requests once it is ready. This module needs the extra ``ray``.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ from server.config.replica_settings import ReplicaSettings
 from server.config.schema import PREFIX
 
 HEALTH_SECONDS = 5.0
-"""How often a replica is asked whether it is ready; three times no, and it is replaced."""
+"""Interval of health checks; a replica that fails three in a row is replaced."""
 _POLL_SECONDS = 0.2
 _GOODBYE_SECONDS = 5.0
 
 
 def _serve_app() -> Quart:
-    """The application, whose start ends when it is ready; called in each replica."""
+    """Return the application, whose startup ends once it is ready. Called in each replica."""
     from server.app import app
 
     @app.while_serving
@@ -49,12 +49,12 @@ class Replica:
         for name in [name for name in os.environ if name.startswith(PREFIX)]:
             del os.environ[name]
         os.environ.update(environment)
-        # An application that cannot serve ends its thread (SystemExit), which Ray does not notice.
+        # An application that cannot serve exits its thread (SystemExit), which Ray does not notice.
         loop_thread = threading.current_thread()
         threading.Thread(target=_end_after, args=(loop_thread,), daemon=True).start()
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces a replica where this raises."""
+        """Called by Serve, which replaces the replica if this raises."""
         if (status := await _status(self.app)) != 200:
             raise RuntimeError(f"GET /ready answers {status}")
 
@@ -65,13 +65,13 @@ def _end_after(thread: threading.Thread) -> None:
 
 
 def build(settings: ReplicaSettings) -> serve.Application:
-    """What ``serve run`` deploys."""
+    """Return the application that ``serve run`` deploys."""
     capacity = settings.capacity()
     tpus = {"TPU": settings.replica_tpus} if settings.replica_tpus else {}
     deployment = serve.deployment(
         Replica,
         num_replicas=settings.replicas,
-        # Each server bounds its requests and sockets itself, and says so in words of the API.
+        # Each server bounds its requests and sockets itself, and rejects more with API errors.
         max_ongoing_requests=4 * capacity,
         max_queued_requests=capacity,
         health_check_period_s=HEALTH_SECONDS,

@@ -1,4 +1,4 @@
-"""Request bodies: what all of them have in common, and how they are validated."""
+"""The base class of request bodies, and their validation."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,11 +21,11 @@ from server.run.context import Context
 Result = TypeVar("Result")
 
 MAX_NAME = 512
-"""Most characters of ``user`` and ``cache_salt``."""
+"""Maximum number of characters in ``user`` and ``cache_salt``."""
 
 _LONGEST_NAME = 100
 _MOST_NAMED = 20
-"""Most unknown parameters that the warnings name."""
+"""Maximum number of unknown parameters that warnings name."""
 
 _ANNOTATIONS: tuple[str, ...] = ("description", "default", "examples")
 
@@ -33,8 +33,8 @@ _ANNOTATIONS: tuple[str, ...] = ("description", "default", "examples")
 class Body(BaseModel):
     """A request body.
 
-    Values have the JSON type they should have: no string passes for a number. ``null`` counts as
-    absent. Names that are not known are kept, for a warning.
+    Values must have the right JSON type: a string is not accepted as a number. ``null`` counts as
+    absent. Unknown fields are kept, so that a warning can name them.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
@@ -51,7 +51,7 @@ class Body(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """The schema, with what ``_drop_nulls`` means for it."""
+        """Return the schema, which allows null where ``_drop_nulls`` does."""
         reference = handler(core_schema)
         schema = handler.resolve_ref_schema(reference)
         required = schema.get("required", ())
@@ -64,12 +64,12 @@ class Body(BaseModel):
         return reference
 
     def unknown(self) -> list[str]:
-        """Names in the body that this endpoint does not know, nested ones with their path."""
+        """Return the names of unknown fields, including nested ones with their path."""
         return sorted(self.model_extra or ())
 
 
 def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """A schema that null passes too; what annotates it stays outside."""
+    """Return a schema that also accepts null; annotations stay outside the alternatives."""
     if {"type": "null"} in schema.get("anyOf", ()):
         return schema
     outside = {key: schema[key] for key in _ANNOTATIONS if key in schema}
@@ -88,10 +88,10 @@ async def read_body(
     *,
     inline: bool = True,
 ) -> Result:
-    """What ``work`` makes of the current request's body.
+    """Parse the body of the current request and return the result of ``work`` on it.
 
-    The size of the body decides whether that happens on the event loop, for all of it: parsing,
-    validation, and whatever ``work`` computes. ``inline`` is that of :meth:`CpuPool.run`.
+    The size of the body decides whether all of this, parsing, validation and ``work``, runs on the
+    event loop or in a thread. ``inline`` is passed to :meth:`CpuPool.run`.
 
     Raises:
         ApiError: as ``work``, ``CpuPool.run``, ``read_json`` and ``parse_object`` do.
@@ -107,10 +107,10 @@ async def read_body(
 
 
 def validate(kind: type[AnyBody], fields: Any, *, strict: bool) -> tuple[AnyBody, list[str]]:
-    """The validated body, and warnings about names in it that are not known.
+    """Return the validated body, and warnings about unknown fields in it.
 
     Raises:
-        ApiError: a field is missing or wrong, or a name is not known, and ``strict``.
+        ApiError: a field is missing or invalid, or a field is unknown and ``strict`` is set.
     """
     try:
         body = kind.model_validate(fields)

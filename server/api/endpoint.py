@@ -1,8 +1,8 @@
-"""The declaration of an endpoint, and the routes made of declarations.
+"""The declaration of an endpoint, and the routes built from declarations.
 
-Everything that knows endpoints reads their declarations: routes, the access check, the labels of
-metrics, the names of traces, the OpenAPI document and ``docs/reference``. A new endpoint is a
-declaration beside its body and answer, and a line in :mod:`server.endpoints`.
+The routes, the access check, the labels of metrics, the names of traces, the OpenAPI document and
+``docs/reference`` are all derived from the declarations. A new endpoint is a declaration next to
+its body and answer, and a line in :mod:`server.endpoints`.
 """
 
 import re
@@ -32,8 +32,8 @@ class Parameter:
     """A parameter of the path or the query.
 
     Attributes:
-        schema: its JSON schema.
-        description: what it means.
+        schema: the JSON schema of its value.
+        description: its meaning.
     """
 
     schema: Schema
@@ -42,13 +42,13 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseSpec:
-    """How the response of one status is described.
+    """The description of a response with one status.
 
     Attributes:
-        description: when it is sent.
-        content: its media types, each with the type of what it holds, or a JSON schema.
-        headers: names of headers that it carries besides ``X-Request-Id``.
-        events: the type of the events if it may be a stream.
+        description: when the response is sent.
+        content: media types, each with the type of its content, or a JSON schema.
+        headers: names of headers that the response has besides ``X-Request-Id``.
+        events: the type of the events, if the response may be a stream.
     """
 
     description: str
@@ -62,31 +62,31 @@ class Endpoint(Generic[Answer]):
     """An operation of the API. Calling the declaration with a function attaches the operation.
 
     The operation is called with the services, the request's context, and the parameters of the
-    path by name. It returns the answer, or a response of its own making.
+    path by name. It returns the answer, or a whole response.
 
     Attributes:
-        method: of HTTP, in capitals.
-        path: as Quart writes it, with ``<name>`` for a parameter.
-        access: what a key needs.
-        tag: the group under which it is described.
-        summary: a few words.
-        description: the rest, in Markdown.
-        answer: the type of the answer, a TypedDict whose docstring says what it is.
-        status: of the answer.
-        headers: of the answer.
-        body: the models of the request's body, any of which it may be.
-        example: a body.
-        parameters: those of the path.
-        query: those of the query; all are optional.
-        errors: statuses beyond those that follow from access, body and admission.
-        responses: descriptions by status, where they are not the usual ones.
-        needs_models: whether it is refused until the models are loaded.
-        admitted: whether a request counts against its key's limits and needs a permit, and so
-            the models.
-        socket: what serves a WebSocket connection to the same path.
-        traced: whether requests have traces.
-        logged: whether requests have an entry in the access log.
-        gen_ai_operation: its name in OpenTelemetry's conventions for generative AI.
+        method: the HTTP method, in capitals.
+        path: the path in Quart's syntax, with ``<name>`` for a parameter.
+        access: the access that a key needs.
+        tag: the group of endpoints in the OpenAPI document.
+        summary: a description in a few words.
+        description: further description, in Markdown.
+        answer: the type of the answer, a TypedDict; its docstring describes the response.
+        status: the status of the answer.
+        headers: names of the headers of the answer.
+        body: the models that the request's body may match.
+        example: an example of a body.
+        parameters: the parameters of the path.
+        query: the parameters of the query, all optional.
+        errors: error statuses beyond those that follow from access, body and admission.
+        responses: descriptions by status that replace the default ones.
+        needs_models: whether requests are rejected until the models are loaded.
+        admitted: whether a request counts against its key's limits and needs a permit; this implies
+            that it needs the models.
+        socket: the handler of WebSocket connections to the same path.
+        traced: whether requests are traced.
+        logged: whether requests are recorded in the access log.
+        gen_ai_operation: the operation's name in OpenTelemetry's conventions for generative AI.
     """
 
     method: str
@@ -115,7 +115,7 @@ class Endpoint(Generic[Answer]):
     def __call__(
         self, operation: Callable[..., Awaitable[Answer | Response]]
     ) -> "Endpoint[Answer]":
-        """Attach the operation."""
+        """Attach the operation and return the declaration."""
         self.operation = operation
         return self
 
@@ -126,12 +126,12 @@ class Endpoint(Generic[Answer]):
 
     @property
     def socket_name(self) -> str:
-        """What Quart calls the WebSocket at the same path."""
+        """Quart's name for the WebSocket endpoint at the same path."""
         return f"{self.name}_socket"
 
     @property
     def openapi_path(self) -> str:
-        """The path as OpenAPI writes it, with ``{name}`` for a parameter."""
+        """The path in OpenAPI's syntax, with ``{name}`` for a parameter."""
         return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", self.path)
 
 
@@ -139,7 +139,7 @@ AnyEndpoint = Endpoint[Any]
 
 
 def access_of(endpoints: Iterable[AnyEndpoint]) -> dict[str, Access]:
-    """What a key needs for each of Quart's endpoints."""
+    """Return the access that a key needs, by the name of Quart's endpoint."""
     access = {}
     for endpoint in endpoints:
         access[endpoint.name] = access[endpoint.socket_name] = endpoint.access
@@ -156,7 +156,7 @@ def add_routes(app: Quart, services: Services, endpoints: Iterable[AnyEndpoint])
             app.add_websocket(endpoint.path, endpoint.socket_name, serve)
     for rule in app.url_map.iter_rules():
         if rule.websocket:
-            rule.methods = None  # or Allow would name GET, which those paths do not take
+            rule.methods = None  # otherwise Allow would name GET, which those paths do not support
 
 
 def _view(services: Services, endpoint: AnyEndpoint) -> Callable[..., Awaitable[Response]]:
@@ -172,11 +172,11 @@ def _view(services: Services, endpoint: AnyEndpoint) -> Callable[..., Awaitable[
         try:
             _check_models(services, endpoint)
             if endpoint.admitted:
-                # Before the body is waited for, which may be as slow as its sender likes.
+                # Before waiting for the body, which its sender may delay at will.
                 context = await services.admission.enter(context)
                 current.body.deadline = context.deadline
             answer = await endpoint.operation(services, context, **parameters)
-        except Exception as error:  # noqa: BLE001  (whatever it is, it is settled)
+        except Exception as error:  # noqa: BLE001  (whatever the error, the charge is settled)
             raise context.fail(error) from None
         if isinstance(answer, Response):
             return answer

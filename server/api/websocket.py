@@ -1,7 +1,7 @@
-"""Generation over a WebSocket: one frame starts an answer, many may run at once.
+"""Generation over a WebSocket: each frame starts an answer, and several may run at once.
 
 A frame is a request body, or an envelope that gives it an id; see ``docs/api.md``. Frames are read
-as fast as they are dealt with and sent as fast as the client reads, so neither side piles up here.
+only as fast as they are handled, and sent only as fast as the client reads, so neither accumulates.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ async def serve_socket(services: Services, prepare: Prepare, *, inline: bool) ->
     ``prepare`` reads the bodies, small ones on the event loop if ``inline``.
 
     Raises:
-        ApiError: a page of a foreign origin opened it; it was not accepted.
+        ApiError: a page of a foreign origin opened the connection, which is not accepted.
     """
     await open_socket(services.settings, services.limiter)
     strict = is_strict(websocket.headers.get(STRICT_HEADER))
@@ -51,10 +51,11 @@ async def serve_socket(services: Services, prepare: Prepare, *, inline: bool) ->
 
 @dataclass(slots=True)
 class _Running:
-    """A request of this socket, in a frame of ``size`` bytes.
+    """A request of this socket that is running.
 
     Attributes:
-        charge: what it counts for, if its frame was so large that it has been counted.
+        size: size of its frame, in bytes.
+        charge: its charge, if the frame was so large that it was counted before being parsed.
         answer: None until its body has been read.
     """
 
@@ -86,10 +87,10 @@ class _Session:
         self._running: dict[object, _Running] = {}
 
     async def run(self) -> None:
-        """Deal with frames until the client goes away, which cancels this and all it started.
+        """Handle frames until the client goes away, which cancels this and all running requests.
 
         Raises:
-            FrameError: it sent what is no frame.
+            FrameError: the client sent an invalid frame.
         """
         failed = None
         try:
@@ -110,7 +111,7 @@ class _Session:
                     task.add_done_callback(answers.discard)
 
     async def _refuse(self, error: ApiError, name: str | None, charge: Charge | None) -> None:
-        """Answer a frame that starts nothing; it counts as a request all the same."""
+        """Answer a frame that starts nothing; it still counts as a request."""
         try:
             charge = charge or await self._services.limiter.enter(self._caller)
         except ApiError as limit:
@@ -120,9 +121,9 @@ class _Session:
         await self._send(error.envelope(), name)
 
     async def _next(self) -> Coroutine[Any, Any, None] | None:
-        """What answers the next frame; None: it asked for nothing, or was refused.
+        """Return what answers the next frame; None if it starts no request.
 
-        Nothing of a frame outlives this but the body of its request.
+        Only the body of the request outlives this call; the frame itself does not.
         """
         charge, name = None, None
         try:
@@ -149,14 +150,14 @@ class _Session:
         return self._answer(key, name, body)
 
     async def _leave_in_time(self, answers: set[asyncio.Task[None]]) -> None:
-        """Once the server is going to end: close when nothing runs here any more."""
+        """When the server shuts down, close the connection once all its requests have finished."""
         await self._services.permits.closed.wait()
         while answers:
             await asyncio.wait(tuple(answers))
         await current_socket().close(1001, "the server is shutting down")
 
     def _open(self, message: dict[str, Any], name: str | None) -> dict[str, Any] | None:
-        """The body of the request to start; None when the frame was a cancellation."""
+        """Return the body of the request to start; None if the frame is a cancellation."""
         if "type" not in message:
             body: Any = message
         else:
@@ -194,7 +195,7 @@ class _Session:
         return body
 
     async def _answer(self, key: object, name: str | None, body: dict[str, Any]) -> None:
-        """Run one request to its end; whatever happens to it stays with it."""
+        """Run one request to its end; its errors affect no other request."""
         entry, running = AccessLogEntry(), self._running[key]
         socket = current_socket()
         path = socket.path
@@ -233,7 +234,7 @@ class _Session:
     async def _generate(
         self, context: Context, running: _Running, name: str | None, body: dict[str, Any]
     ) -> None:
-        """Answer a request that has entered."""
+        """Answer a request that has been admitted."""
         services = self._services
         prepare = partial(self._prepare, services.registry, context, body)
         answer = await services.cpu_pool.run(
@@ -252,7 +253,7 @@ class _Session:
         async with aclosing(answer.events(context, services.admission)) as events:
             async for event in events:
                 running.streamed = True
-                if event is not None:  # silence: the protocol's own pings tell of life
+                if event is not None:  # None is a silence: the protocol's own pings keep alive
                     await self._send(event[1], name)
 
     async def _send(self, payload: Mapping[str, Any], name: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Options of a command, made of the schema."""
+"""Command-line options, generated from the schema of settings."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterator
@@ -12,9 +12,9 @@ from server.config.schema import SettingDoc, setting_docs
 def with_flags(
     command: Callable[..., None], groups: Collection[str] | None = None
 ) -> Callable[..., None]:
-    """Give a command, which takes a ``typer.Context``, the flags of all settings, or of groups.
+    """Give a command that takes a ``typer.Context`` the flags of all settings, or of some groups.
 
-    Typer reads them off its signature.
+    Typer reads the flags from the command's signature.
     """
     vars(command)["__signature__"] = inspect.Signature(
         [
@@ -26,7 +26,7 @@ def with_flags(
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """The flags that were given, by the names of the settings."""
+    """Return the values of the given flags, by the names of the settings."""
     return {
         name: value
         for name, value in context.params.items()
@@ -42,13 +42,13 @@ def _parameters(groups: Collection[str] | None) -> Iterator[inspect.Parameter]:
 
 
 def _parameter(setting: SettingDoc) -> inspect.Parameter:
-    """A setting as Typer is to see it. Values are texts: the schema reads and checks them."""
+    """Return a setting as a parameter for Typer. Values are strings, which the schema validates."""
     bounds = f"From {setting.bounds}" if setting.bounds[:1].isdigit() else setting.bounds
     shared: dict[str, Any] = {
         "help": f"{setting.description} {bounds[:1].upper()}{bounds[1:]}."
         if bounds
         else setting.description,
-        # Typer puts words in parentheses, and what would be typed not.
+        # Typer puts descriptions in parentheses, but not values that a user could type.
         "show_default": setting.default if setting.default_in_words else True,
     }
     kind: Any

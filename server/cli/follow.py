@@ -19,13 +19,13 @@ from server.observe import log
 logger = structlog.get_logger(__name__)
 
 GROUPS = ("Models", "Numerics", "Engine", "Several processes", "Logs and file")
-"""Of the settings, those that a process without HTTP reads."""
+"""The settings that a process without HTTP reads."""
 
 
 def follow(context: typer.Context, **_: Any) -> None:
-    """Run the language model's steps for process 0 of a job, until that ends.
+    """Run the language model's steps for process 0 of a job, until the job ends.
 
-    Give it the settings that process 0 has, but for its own number.
+    Give it the same settings as process 0, except for its own process number.
     """
     settings = Settings.load(given(context))
     log.configure(settings.log_format)
@@ -50,7 +50,7 @@ def follow(context: typer.Context, **_: Any) -> None:
 
 
 def _follow(settings: Settings, job: Job) -> None:
-    """Until the leader ends the job.
+    """Run the leader's steps until it ends the job.
 
     Raises:
         InferneoError: a model cannot be used, or the job is lost.
@@ -69,19 +69,19 @@ def _follow(settings: Settings, job: Job) -> None:
 
 
 def _end_now(reason: str) -> NoReturn:
-    """End with exit code 1, at once: parts of a step may never come, and JAX waits for them."""
+    """Exit at once with code 1; JAX might wait for ever for the missing parts of a step."""
     logger.error("job_lost", reason=reason)
     sys.stderr.flush()
     os._exit(1)
 
 
 def _hand_on_signals(job: Job) -> None:
-    """The first signal to end goes to the leader, which lets requests finish; the second ends."""
+    """Pass the first signal to the leader, which lets requests finish; end at the second."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         del frame
         signal.signal(number, signal.SIG_DFL)
-        # A thread of its own: this one may be about to send something.
+        # On a thread of its own, because this one may be in the middle of sending.
         threading.Thread(target=job.leave, daemon=True).start()
         logger.info("told_to_end", reason="the leader drains, and then ends all processes")
 
@@ -90,4 +90,4 @@ def _hand_on_signals(job: Job) -> None:
 
 
 def _quiet(stage: str, done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+    """Ignore progress."""

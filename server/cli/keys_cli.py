@@ -1,4 +1,4 @@
-"""``inferneo keys``: make, list, change and end API keys, and read what they took."""
+"""``inferneo keys``: create, list, change and revoke API keys, and read their usage."""
 
 import re
 import sys
@@ -47,7 +47,7 @@ Concurrent = Annotated[str | None, typer.Option(help="Requests at once, or none.
 
 
 Column = Literal["date", "model", "requests", "prompt_tokens", "completion_tokens", "cached_tokens"]
-"""What is shown of the usage, in this order."""
+"""The columns of the usage table, in order."""
 
 
 @app.command()
@@ -68,7 +68,7 @@ def create(
     ] = None,
     db: Database = None,
 ) -> None:
-    """Make a key. It is printed once, alone on the last line."""
+    """Create a key. It is printed once, alone on the last line."""
     with _keyring(db) as keyring:
         key, text = keyring.create(
             name,
@@ -83,7 +83,7 @@ def create(
 
 @app.command("list")
 def list_keys(db: Database = None, as_json: Json = False) -> None:
-    """List the keys; none of them can be read again."""
+    """List the keys. The keys themselves cannot be read again."""
     table = _table("id", "name", "state", "scopes", "models", *_FIELDS, "expires")
     with _store(db) as store:
         keys = Keyring(store).all()
@@ -100,7 +100,7 @@ def list_keys(db: Database = None, as_json: Json = False) -> None:
 
 @app.command()
 def revoke(which: Which, db: Database = None) -> None:
-    """End a key, for ever; servers notice within a second."""
+    """Revoke a key permanently; servers notice within a second."""
     with _keyring(db) as keyring:
         key = keyring.revoke(keyring.find(which))
     _print(f"{key.id}: revoked")
@@ -108,7 +108,7 @@ def revoke(which: Which, db: Database = None) -> None:
 
 @app.command()
 def rotate(which: Which, db: Database = None) -> None:
-    """Replace a key by a new one with its name, rights, limits and usage; the old one ends."""
+    """Replace a key with a new one of the same name, rights, limits and usage; the old one ends."""
     with _keyring(db) as keyring:
         key = keyring.find(which)
         text = keyring.rotate(key)
@@ -125,7 +125,7 @@ def limits(
     concurrent: Concurrent = None,
     db: Database = None,
 ) -> None:
-    """Change the limits that are given, and show all."""
+    """Change the given limits, and show all limits."""
     with _keyring(db) as keyring:
         key = keyring.find(which)
         found = _limits(key.limits, rpm=rpm, tpm=tpm, rpd=rpd, concurrent=concurrent)
@@ -143,7 +143,7 @@ def usage(
     db: Database = None,
     as_json: Json = False,
 ) -> None:
-    """Show what keys took, by day (UTC) and model."""
+    """Show the usage of keys by day (UTC) and model."""
     columns: tuple[Column, ...] = get_args(Column)
     with _store(db) as store:
         store.sweep(None)
@@ -166,9 +166,9 @@ def _table(*names: str) -> Table:
 
 
 def _print(what: object) -> None:
-    """On a terminal as it fits; elsewhere, where a program may read it, with nothing left out.
+    """Print to fit a terminal; elsewhere, where a program may read it, print everything.
 
-    Names are shown as they are: brackets and colons in them are no markup.
+    Names are printed literally: brackets and colons in them are not markup.
     """
     width = None if sys.stdout.isatty() else _WIDE
     console = Console(width=width, soft_wrap=True, highlight=False, markup=False, emoji=False)

@@ -78,7 +78,7 @@ def pull(
     ],
     checkpoints: Checkpoints = None,
 ) -> None:
-    """Download models and convert them; those that are there already are left alone."""
+    """Download and convert models; models that already exist are left unchanged."""
     from inferneo_jax.weights.fetch import pull as pull_model
 
     _convert_on_host()
@@ -107,7 +107,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a model that lies on this machine."""
+    """Convert a model that is on this machine."""
     from inferneo_jax.weights.catalog import checkpoint_path
     from inferneo_jax.weights.convert import convert as convert_model
 
@@ -122,7 +122,7 @@ def convert(
 
 @app.command("list", rich_help_panel=MODELS)
 def list_models(checkpoints: Checkpoints = None) -> None:
-    """List the converted models, and those of the catalog that could be pulled."""
+    """List the converted models, and the models of the catalog that can be pulled."""
     from rich.table import Table
 
     from inferneo_jax.weights.catalog import list_checkpoints, load_catalog
@@ -144,7 +144,7 @@ def list_models(checkpoints: Checkpoints = None) -> None:
     for name in absent:
         table.add_row(name, catalog[name].kind, "", catalog[name].licence, "not here")
     out.print(table)
-    if absent:  # in one line, to be copied
+    if absent:  # on one line, so that it can be copied
         out.print(f"\nTo have them: inferneo pull {' '.join(absent)}", soft_wrap=True)
 
 
@@ -195,7 +195,7 @@ def rm(
         out.print(f"{name}: removed")
 
 
-# Here, so that help shows them last.
+# Added here so that help shows them last.
 app.command(rich_help_panel=MEASURE)(plan_cli.plan)
 app.add_typer(bench_cli.app, name="bench", rich_help_panel=MEASURE)
 
@@ -208,13 +208,13 @@ def _convert_on_host() -> None:
 
 
 def _folder(checkpoints: str | None) -> Path:
-    """Where the converted models lie."""
+    """Return the folder of converted models."""
     return Settings.load({"checkpoints": checkpoints} if checkpoints else {}).checkpoints_dir()
 
 
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows on stderr what is being done for one model."""
+    """Show the progress of one model on stderr."""
     row: dict[str, Any] = {"id": name, "stage": "waiting", "done": 0, "total": 0}
 
     def report(stage: str, done: int, total: int) -> None:
@@ -225,7 +225,7 @@ def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def main(command: Callable[[], object] = app) -> None:
-    """Runs a command; what goes wrong for a known reason is one message and exit status 1."""
+    """Run a command; a known error prints one message and exits with status 1."""
     try:
         command()
     except InferneoError as error:

@@ -1,4 +1,4 @@
-"""`inferneo plan`: what a model would take and give on chips that need not be there."""
+"""`inferneo plan`: the memory and speed of a model on chips that need not be present."""
 
 import json
 import os
@@ -51,8 +51,8 @@ def plan(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Compile a model's steps for chips that need not be there; say what they take and give."""
-    # The compilers of accelerators are used here, never the accelerators.
+    """Compile a model's steps for chips that need not be present; show memory and speed."""
+    # This uses the compilers of accelerators, never the accelerators themselves.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from inferneo_jax.config import EngineConfig, MeshShape
     from inferneo_jax.planner.budget import Wish
@@ -80,10 +80,10 @@ def plan(
 
 
 def find_model(name: str) -> "DecoderConfig":
-    """The sizes of a model, by the name that a user gives.
+    """Return the configuration of a model by the name that the user gives.
 
     Raises:
-        ConfigError: there is no such model, or it generates nothing.
+        ConfigError: there is no such model, or it does not generate text.
     """
     from inferneo_jax.config import DecoderConfig
     from inferneo_jax.models.families import find_family
@@ -143,13 +143,13 @@ def _print(console: Console, model: str, made: "Plan") -> None:
 
 
 def _numbers(made: "Plan") -> str:
-    """What numbers the plan is for."""
+    """Describe the dtypes that the plan is for."""
     weights = made.dtype if made.quantization in ("auto", "none") else made.quantization
     return weights if weights == made.kv_dtype else f"{weights} weights, {made.kv_dtype} KV"
 
 
 def _memory(made: "Plan") -> Table:
-    """A bar of one chip's memory, and what its parts are."""
+    """Return a bar of one chip's memory, with a legend of its parts."""
     parts = {
         "weights": made.weight_bytes,
         "state": made.state_bytes,

@@ -1,4 +1,4 @@
-"""How far models are, on a terminal: for each what is done for it, and a bar."""
+"""Progress of models on a terminal: a row with a stage and a bar for each."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,13 +22,13 @@ _WORDS = {
 
 
 class ModelProgress:
-    """A table that redraws itself, and is gone at the end; nothing where there is no terminal.
+    """A live table that disappears at the end. Without a terminal, nothing is shown.
 
-    While it is shown, what is written to ``sys.stderr`` appears above it.
+    While it is shown, output to ``sys.stderr`` appears above it.
 
     Args:
-        console: where to.
-        rows: what is so at the moment: ``id``, ``stage``, ``done``, ``total`` of each model.
+        console: the console to draw on.
+        rows: returns the current ``id``, ``stage``, ``done`` and ``total`` of each model.
     """
 
     def __init__(self, console: Console, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
@@ -50,12 +50,12 @@ class ModelProgress:
         self.stop()
 
     def start(self) -> None:
-        """Show it from now on."""
+        """Start showing the table."""
         if self._live.console.is_terminal:
             self._live.start(refresh=True)
 
     def stop(self) -> None:
-        """Take it away, if it is still there."""
+        """Remove the table if it is still shown."""
         self._live.stop()
 
     def _table(self) -> Group:

@@ -38,20 +38,20 @@ EPILOG = "\n\n".join(
 def serve(context: typer.Context, **_: Any) -> None:
     """Serve models over an OpenAI-compatible API, until Ctrl-C or SIGTERM.
 
-    Without arguments two small models are served to this machine. What is not there yet is fetched.
+    Without arguments, two small models are served to this machine. Missing models are downloaded.
     """
     run(Settings.load(given(context)))
 
 
 def run(settings: Settings, loader: "Loader | None" = None) -> None:
-    """Serve until told to end, as ``hypercorn server.app:app`` does, but in this process.
+    """Serve until a signal, as ``hypercorn server.app:app`` does, but in this process.
 
     Args:
-        settings: of the server.
-        loader: of its models, as ``create_app`` takes it.
+        settings: the settings of the server.
+        loader: the loader of its models, as for ``create_app``.
 
     Raises:
-        ConfigError: the settings cannot work, or the address is not to be had.
+        ConfigError: the settings are invalid, or the address cannot be used.
         SystemExit: the models cannot be loaded, or one is lost; with exit code 1.
     """
     from server.application import create_app
@@ -76,5 +76,5 @@ async def _serve(app: "Quart", settings: Settings, listener: socket.socket) -> N
             paths = {rule.rule for rule in app.url_map.iter_rules()}
             port, registry = listener.getsockname()[1], services_of(app).registry
             stack.enter_context(Display(Console(stderr=True), settings, port, paths, registry))
-        config.bind = [f"fd://{listener.detach()}"]  # which is Hypercorn's to close
+        config.bind = [f"fd://{listener.detach()}"]  # Hypercorn closes it
         await hypercorn.asyncio.serve(app, config)

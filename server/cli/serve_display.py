@@ -1,4 +1,4 @@
-"""What `inferneo serve` shows on a terminal: how loading goes, then where everything is."""
+"""What `inferneo serve` shows on a terminal: the loading progress, then the server's addresses."""
 
 import time
 from collections.abc import Collection
@@ -31,11 +31,11 @@ class Display:
     """Shows on a terminal what the log would say while the server starts and ends.
 
     Args:
-        console: on standard error.
-        settings: of the server.
-        port: that it listens on.
-        paths: that it answers.
-        registry: its models.
+        console: a console on standard error.
+        settings: the settings of the server.
+        port: the port that it listens on.
+        paths: the paths that it serves.
+        registry: the registry of its models.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Display:
     def __enter__(self) -> "Display":
         self._console.print(f"[bold]Inferneo[/] {__version__} at {self._url}", highlight=False)
         self._progress.start()
-        # Now, so that what is still logged is written above the progress.
+        # Started now, so that further log output appears above the progress.
         log.configure(self._settings.log_format, self._takes)
         return self
 
@@ -71,7 +71,7 @@ class Display:
         log.configure(self._settings.log_format, self._takes)
 
     def _takes(self, event: EventDict) -> bool:
-        """Whether an event of the log is shown here, and need not be written."""
+        """Return whether a log event is shown here and need not be written."""
         match event["event"]:
             case "loading" | "loaded" | "connections_cut":
                 pass

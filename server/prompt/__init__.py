@@ -1,1 +1,1 @@
-"""Words to token ids: templates, prompts and the threads for text work."""
+"""From text to token ids: templates, prompts and the threads for text work."""

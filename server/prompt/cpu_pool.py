@@ -13,15 +13,15 @@ from server.http.deadline import Deadline
 from server.http.errors import bad_request, unavailable
 
 INLINE_BYTES = 2000
-"""Smaller bodies are handled on the event loop: that takes less time than a thread's answer."""
+"""Smaller bodies are handled on the event loop, which is faster than switching to a thread."""
 LARGE_BYTES = 64 * 1024
-"""Work on more than this always leaves one thread free for smaller work."""
+"""Work on larger bodies always leaves one thread free for smaller work."""
 MAX_QUEUED_BYTES = 32 * 2**20
-"""Most bytes that may wait for the threads on behalf of one key, or of all callers without one."""
+"""Maximum bytes that wait for a thread for one key, or for all callers without a key."""
 BUDGET_SECONDS = 30.0
-"""How long the work itself may take."""
+"""Time limit for the work itself."""
 WAIT_SECONDS = 30.0
-"""How long it may wait for its turn and a thread, unless its request's deadline comes sooner."""
+"""Time limit for waiting for a thread, unless the request's deadline is earlier."""
 RETRY_SECONDS = 5
 _THREADS = 2
 
@@ -29,10 +29,10 @@ Result = TypeVar("Result")
 
 
 class CpuPool:
-    """A small pool of threads for text.
+    """A small pool of threads for text work.
 
-    A key has at most one thread at a time, so keys take turns, and large texts never have all
-    threads. A turn ends when its thread does, also if its request ended before.
+    A key uses at most one thread at a time, so that keys take turns, and large texts never occupy
+    all threads. A turn ends when its thread finishes, even if its request ended earlier.
     """
 
     def __init__(self) -> None:
@@ -54,15 +54,15 @@ class CpuPool:
         """Do ``work`` for a request, in a thread unless the request is small.
 
         Args:
-            size: bytes of the whole body, or of what is to be written.
-            work: sees the context variables of the logger.
-            owner: the id of the caller's key; None: it has none.
-            deadline: of the request, which ends the wait and the work; None: it has none.
-            inline: small work may run on the event loop. False: it may block.
+            size: size of the whole body, or of the data to be written, in bytes.
+            work: runs with the context variables of the logger.
+            owner: the id of the caller's key; None if it has no key.
+            deadline: the deadline of the request for waiting and work; None if it has none.
+            inline: whether small work may run on the event loop; False if it may block.
 
         Raises:
-            ApiError: the queue is too long, or the work or its request ran out of time. A thread
-                that has begun runs on to its end.
+            ApiError: the queue is full, or the time limit or deadline has passed. A thread that has
+                started runs to its end.
         """
         if inline and size <= INLINE_BYTES:
             return work()
@@ -73,7 +73,7 @@ class CpuPool:
         def end(done: asyncio.Future[Result]) -> None:
             held.close()
             if not done.cancelled():
-                done.exception()  # nobody may be left to look at it
+                done.exception()  # the caller may have left
 
         future.add_done_callback(end)
         until = loop.time() + BUDGET_SECONDS
@@ -89,10 +89,10 @@ class CpuPool:
                 f"The text was not read within {BUDGET_SECONDS:.0f} seconds; shorten it."
             ) from None
         finally:
-            del future  # a failure's traceback would keep it, and it the failure: a cycle
+            del future  # otherwise it and the failure's traceback would form a reference cycle
 
     async def _turn(self, size: int, owner: str | None, deadline: Deadline | None) -> ExitStack:
-        """Wait for the key's turn and a thread; closing the result gives both back."""
+        """Wait for the key's turn and for a thread; closing the result releases both."""
         if self._queued[owner] and self._queued[owner] + size > MAX_QUEUED_BYTES:
             raise self._overloaded()
         locks: list[asyncio.Lock | asyncio.Semaphore] = []
@@ -129,5 +129,5 @@ class CpuPool:
         )
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Shut down the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Prompts as token ids: texts, middles to fill in, conversations, and what fits the context."""
+"""Prompts as token ids: texts, infilling, conversations, and the limits of the context."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ if TYPE_CHECKING:
     from inferneo_jax import LanguageModel, Tokenizer
 
 PromptInput = str | list[int]
-"""A text, or token ids."""
+"""A text, or a list of token ids."""
 DEFAULT_MAX_TOKENS = 16
-"""Tokens that a completion has unless the request says otherwise."""
+"""Default maximum number of tokens of a completion."""
 CONTEXT_IS = "This model's maximum context length is"
-"""OpenAI's words, by which LiteLLM and others know that a shorter prompt would do."""
+"""OpenAI's wording, by which LiteLLM and other clients recognize that the prompt is too long."""
 
 SCORE_BYTES = 128
-"""Memory of a log probability until its answer has been sent.
+"""Memory per log probability until the answer has been sent, in bytes.
 
-As JSON one takes 83 bytes on average in chat answers (SmolLM2's vocabulary), and 30 in completions;
-those of an echoed prompt, which come from the engine all at once, 100 at their peak.
+As JSON, one takes 83 bytes on average in chat answers (SmolLM2's vocabulary) and 30 in completions.
+Those of an echoed prompt arrive from the engine all at once, and take 100 at their peak.
 """
 MAX_SCORES = 256 * 2**20 // SCORE_BYTES
-"""Most log probabilities that one answer may hold: they may take 256 MiB."""
+"""Maximum number of log probabilities in one answer, which take 256 MiB."""
 
 _LONGEST_NAME = 100
 _MOST_NAMED = 20
@@ -40,9 +40,9 @@ class Prompt:
 
     Attributes:
         ids: its token ids.
-        text: what ``echo`` shows of it.
-        added: leading ids that the tokenizer added and the text does not show.
-        max_tokens: most tokens to generate after it.
+        text: the text that ``echo`` shows.
+        added: number of leading ids that the tokenizer added and that the text does not show.
+        max_tokens: maximum number of tokens to generate.
     """
 
     ids: tuple[int, ...]
@@ -61,19 +61,19 @@ def completion_prompt(
     echo: bool,
     max_tokens: int | None,
 ) -> Prompt:
-    """One prompt of a request.
+    """Tokenize one prompt of a completion request.
 
     Args:
-        model: whom it is for.
-        prompt: a text, or token ids as they are.
-        name: the prompt's, in errors.
-        suffix: the text after what is filled in.
-        infill: the model's tokens for filling in, if that is what the suffix is for.
+        model: the model that the prompt is for.
+        prompt: a text, or token ids, which are used unchanged.
+        name: the name of the prompt in errors.
+        suffix: the text that follows the completion.
+        infill: the model's infill tokens, if it is to fill in the text before the suffix.
         echo: whether the answer repeats the prompt.
-        max_tokens: most tokens to generate, if the request says so.
+        max_tokens: maximum number of tokens to generate, if the request sets it.
 
     Raises:
-        ApiError: it does not fit the context, or is empty where it must not be.
+        ApiError: the prompt does not fit the context, or is empty although it must not be.
     """
     tokenizer = model.tokenizer
     added = 0
@@ -99,7 +99,7 @@ def completion_prompt(
 
 
 def _begin(tokenizer: "Tokenizer") -> list[int]:
-    """The tokens of an empty prompt: a model cannot begin from nothing."""
+    """Return the tokens that stand for an empty prompt, since a model needs at least one token."""
     if tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id]
     if tokenizer.eos_token_ids:
@@ -108,7 +108,7 @@ def _begin(tokenizer: "Tokenizer") -> list[int]:
 
 
 def infill_tokens(tokenizer: "Tokenizer") -> tuple[int, int, int] | None:
-    """The tokens around prefix, suffix and middle, of a model that was trained with such."""
+    """Return the infill tokens for prefix, suffix and middle; None if the model has none."""
     for names in _FILL_IN_THE_MIDDLE:
         ids = [tokenizer.encode(name, add_special_tokens=False) for name in names]
         if all(len(each) == 1 for each in ids):
@@ -127,20 +127,20 @@ def conversation_ids(
     strict: bool,
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """The token ids of a conversation. Rendering the template may block.
+    """Return the token ids of a conversation. Rendering the template may block.
 
     Args:
         tokenizer: the model's.
         messages: the conversation.
-        variables: further variables of the template.
-        warnings: gets one for each variable that the template does not read.
-        add_generation_prompt: whether to open the assistant's message.
+        variables: additional variables for the template.
+        warnings: receives a warning for each variable that the template does not read.
+        add_generation_prompt: whether to open a new assistant message.
         continue_final_message: whether to leave the last message open.
-        strict: whether to refuse what would be a warning.
-        add_special_tokens: whether to add the tokens that the model expects around a text.
+        strict: whether to raise an error instead of warning.
+        add_special_tokens: whether to add the special tokens that the model expects around a text.
 
     Raises:
-        ApiError, TemplateError: it cannot be written out as it stands.
+        ApiError, TemplateError: the template cannot render the conversation.
     """
     if not tokenizer.has_chat_template:
         raise bad_request(
@@ -153,17 +153,17 @@ def conversation_ids(
         continue_final_message=continue_final_message,
         **known,
     )
-    # A template writes the special tokens itself.
+    # Templates write the special tokens themselves.
     return tokenizer.encode(written, add_special_tokens=add_special_tokens)
 
 
 def _known_variables(
     tokenizer: "Tokenizer", variables: Mapping[str, Any], warnings: list[str], *, strict: bool
 ) -> dict[str, Any]:
-    """The variables that the chat template reads; nothing else reaches it.
+    """Return the variables that the chat template reads; it receives no others.
 
     Raises:
-        ApiError: there are others, and ``strict``.
+        ApiError: there are others, and ``strict`` is set.
     """
     known = tokenizer.template_variables
     for name in sorted(variables.keys() - known)[:_MOST_NAMED]:
@@ -176,17 +176,17 @@ def _known_variables(
 
 
 def fit(length: int, limit: int | None, default: int, context: int, name: str) -> int:
-    """The most tokens to generate after a prompt of ``length`` tokens.
+    """Return the maximum number of tokens to generate after a prompt of ``length`` tokens.
 
     Args:
-        length: of the prompt.
-        limit: what the client asked for.
-        default: if it did not, or what is left of the context if that is less.
-        context: the model's.
-        name: the prompt's, in an error.
+        length: length of the prompt.
+        limit: the limit that the request sets; None if it sets none.
+        default: the limit in that case, reduced to what is left of the context.
+        context: the length of the model's context.
+        name: the name of the prompt in errors.
 
     Raises:
-        ApiError: prompt and limit do not fit the context.
+        ApiError: the prompt and the limit together exceed the context.
     """
     if length + (1 if limit is None else limit) <= context:
         return min(default, context - length) if limit is None else limit
@@ -207,15 +207,15 @@ def fit(length: int, limit: int | None, default: int, context: int, name: str) -
 def check_scores(
     prompts: Sequence[Prompt], sampled: int, logprobs: int, *, name: str, echo: bool, stream: bool
 ) -> None:
-    """Refuse a request whose log probabilities would take too much memory.
+    """Reject a request whose log probabilities would take too much memory.
 
-    A stream keeps little of what it generates, but a prompt is scored at once.
+    A stream keeps few of the log probabilities that it generates, but a prompt's arrive at once.
 
     Args:
-        prompts: of the request.
-        sampled: sequences for each prompt.
-        logprobs: alternatives for each token.
-        name: what the request calls those.
+        prompts: the prompts of the request.
+        sampled: number of sequences sampled for each prompt.
+        logprobs: number of alternatives for each token.
+        name: the field of the request that sets ``logprobs``, for errors.
         echo: whether the prompts are scored as well.
         stream: whether the answer is streamed.
 

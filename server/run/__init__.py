@@ -1,1 +1,1 @@
-"""A request's life from admission to answer."""
+"""The life of a request from admission to answer."""

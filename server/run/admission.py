@@ -1,10 +1,10 @@
-"""The way of every request from its arrival to its settlement, in two steps.
+"""Admission of requests, from arrival to settlement, in two steps.
 
-:meth:`Admission.enter` comes before the body is read: the key is checked once more, the request is
-counted, and a permit is acquired, so that under any load a refusal costs nothing but the refusal.
-:meth:`Admission.admitted` comes when it is known what the request asks for: it acquires a permit
-for each sequence, refuses what cannot be finished in time, reserves tokens, and charges what was
-used. What was admitted is finished.
+:meth:`Admission.enter` runs before the body is read: it checks the key once more, counts the
+request and acquires a permit, so that rejecting a request stays cheap under any load.
+:meth:`Admission.admitted` runs once it is known what the request asks for: it acquires a permit
+for each sequence, rejects requests that cannot finish in time, reserves tokens, and charges what
+was used. An admitted request runs to its end.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from server.run.context import Context
 from server.run.permits import LONGEST_RETRY, Permits
 
 _MARGIN = 1.25
-"""What an estimate is multiplied by: it is rather low, and the machine may become slower."""
+"""Safety factor for estimates, which tend to be low, on a machine that may slow down."""
 
 
 class Work:
-    """What was admitted, while it is under way.
+    """The work of an admitted request while it runs.
 
     Attributes:
-        usage: what it has taken, to be charged at the end. None while nothing was done: if the
-            request fails, its error then decides what is charged.
+        usage: the usage to charge at the end; None until some work has been done. If the request
+            fails before that, its error decides what is charged.
     """
 
     def __init__(self, metrics: Metrics, model: str, trace: Trace | None) -> None:
@@ -41,23 +41,23 @@ class Work:
         self.usage: Usage | None = None
 
     def meter(self) -> Meter:
-        """A meter for the sequences that are generated."""
+        """Return a meter for the sequences that are generated."""
         return self._metrics.meter(self._model, self._trace)
 
     def embedded(self, tokens: int) -> None:
-        """Count tokens of texts that were embedded."""
+        """Count the tokens of embedded texts."""
         self._metrics.embedded(self._model, tokens)
 
 
 class Admission:
-    """Lets requests in, and settles them.
+    """Admits requests and settles their charges.
 
     Args:
-        permits: of the server.
-        longest: how many seconds a request may take at most, and by default.
+        permits: the permits of the server.
+        longest: the maximum and default time of a request, in seconds.
         guard: checks keys.
-        limiter: counts what keys use.
-        metrics: counts what models do.
+        limiter: counts the usage of keys.
+        metrics: counts the work of models.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class Admission:
         self._metrics = metrics
 
     async def enter(self, context: Context, charge: Charge | None = None) -> Context:
-        """Count a request and give it a permit, both until its cleanup.
+        """Count a request and give it a permit; its cleanup settles the one and releases the other.
 
         Args:
-            context: of the request.
-            charge: what it counts for, if it has been counted already.
+            context: the context of the request.
+            charge: the charge of the request, if it has been counted already.
 
         Returns:
             The context with deadline, charge and permit.
 
         Raises:
-            ApiError: its key does not count any more, a limit refuses it, the header of its
-                timeout is wrong, or there is no permit.
+            ApiError: the key is no longer valid, a limit is exceeded, the timeout header is
+                invalid, or no permit is free.
         """
         caller, cleanup = context.caller, context.cleanup
         if charge is not None:
@@ -113,16 +113,16 @@ class Admission:
         """Do the work of a request that has entered.
 
         Args:
-            context: of the request.
+            context: the context of the request.
             model: the id of its model.
-            prompt: tokens of all its prompts.
-            completion: most tokens that it may generate.
-            sequences: how many it generates.
-            forecast: estimates the seconds that it would take from now; None: that is not known.
+            prompt: number of tokens in all prompts.
+            completion: maximum number of tokens that the request may generate.
+            sequences: number of sequences that it generates.
+            forecast: estimates how many seconds it would take from now; None if unknown.
 
         Raises:
-            ApiError: there are too few permits, the request would take longer than it has, or a
-                limit refuses it.
+            ApiError: too few permits are free, the request could not finish before its deadline,
+                or a limit is exceeded.
         """
         assert context.deadline is not None
         assert context.charge is not None
@@ -140,14 +140,14 @@ class Admission:
 
 
 def check_in_time(deadline: Deadline, seconds: float | None) -> None:
-    """Refuse a request that cannot be finished in time.
+    """Reject a request that cannot finish before its deadline.
 
     Args:
-        deadline: of the request.
-        seconds: how long it would take from now; None: that is not known.
+        deadline: the deadline of the request.
+        seconds: the time that the request would take from now; None if unknown.
 
     Raises:
-        ApiError: it would take longer than it has.
+        ApiError: the request would miss its deadline.
     """
     if seconds is None:
         return

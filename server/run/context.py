@@ -1,4 +1,4 @@
-"""What a request carries from where it enters the server to all that works for it."""
+"""The context of a request, passed to everything that handles it."""
 
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from server.run.permits import Permit
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """A request over HTTP, or one of a WebSocket. It is handed down, never looked up.
+    """The context of a request over HTTP or a WebSocket. It is passed down, never looked up.
 
-    The last three are None until :meth:`~server.run.admission.Admission.enter` has let it in.
+    The last three are None until :meth:`~server.run.admission.Admission.enter` sets them.
 
     Attributes:
-        caller: who sent it.
-        strict: whether parameters that are not known are refused.
+        caller: the sender of the request.
+        strict: whether unknown parameters are rejected.
         timeout: the value of the header ``X-Request-Timeout``.
         log_entry: its entry in the access log.
-        cleanup: what is to be done when its answer has been sent, or nobody waits for it any more.
-        deadline: when its time is over.
-        charge: what it counts for in the limits of its key.
-        permit: its leave to be served.
+        cleanup: closed when the answer has been sent, or when the client has left.
+        deadline: the time by which the request must finish.
+        charge: the charge against the limits of its key.
+        permit: the permit under which it is served.
     """
 
     caller: Caller
@@ -41,7 +41,7 @@ class Context:
         """Log and settle a request that failed.
 
         Returns:
-            What the client is told.
+            The error to send to the client.
         """
         failure = as_api_error(error)
         self.log_entry.add_error(failure)

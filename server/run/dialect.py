@@ -33,7 +33,7 @@ class End:
     """The last part: every choice has finished, and the usage has been charged.
 
     Attributes:
-        cancelled: the client ended the generation.
+        cancelled: whether the client ended the generation.
     """
 
     usage: Usage
@@ -69,26 +69,26 @@ class Dialect(ABC):
     """A wire format, made for one answer.
 
     Attributes:
-        done: the data of the event that ends a stream of server-sent events; None: none does.
+        done: the data of the event that ends a stream of server-sent events; None if there is none.
     """
 
     done: ClassVar[str | None] = None
 
     @abstractmethod
     def logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
-        """The log probabilities of ``tokens`` as this format's lists, one or several, by name.
+        """Return the log probabilities of ``tokens`` as this format's lists, by their names.
 
         A whole answer is collected in this form, since it takes less memory than the tokens.
         """
 
     @abstractmethod
     def whole(self, result: Result) -> Mapping[str, Any]:
-        """The answer to a request that does not stream."""
+        """Build the answer to a request that does not stream."""
 
     @abstractmethod
     def events(self, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Event | None, None]:
-        """The events of a stream; None after a long silence. Closes ``parts`` when it is closed."""
+        """Yield the events of a stream, None after a long silence; closes ``parts`` at the end."""
 
     @abstractmethod
     def error(self, error: ApiError) -> Event:
-        """The event that tells of a failure in the middle of a stream."""
+        """Build the event that reports an error in the middle of a stream."""

@@ -1,7 +1,7 @@
-"""From a request to the stream of its parts: JSON, SSE and WebSocket all consume this one.
+"""Generation: runs a request on the engine and yields its parts, for JSON, SSE and WebSocket alike.
 
-The engine calls back on its own thread. What it brings goes into a mailbox, and the event loop
-empties that at its own pace: what piled up meanwhile becomes one part a choice.
+The engine calls back on its own thread. Its outputs go into a mailbox, which the event loop empties
+at its own pace: outputs that have accumulated become one part per choice.
 """
 
 import asyncio
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from server.models.registry import Registry
 
 MAX_UNTAKEN = 64
-"""Outputs of a choice that may wait for a reader that cannot keep up."""
+"""Maximum number of outputs of a choice that wait for a slow reader before it is paused."""
 SILENCE_SECONDS = 15.0
-"""After so long without a part a stream says that it is alive."""
+"""After this long without a part, a stream sends a keep-alive."""
 PORTION = 400
-"""Most records handled at once: tokens, and alternatives of which the log probability is told."""
+"""Maximum number of records handled at once: tokens, and alternatives with log probabilities."""
 
 _SEEDS = 2**64
 
 Arrived = tuple[int, GenerationOutput, float]
-"""What came for a choice, and when."""
+"""The index of a choice, an output of it, and when that arrived."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +58,12 @@ class Plan:
     """A request, validated and tokenized.
 
     Attributes:
-        id: of the answer; the engine's requests are named after it.
-        num_choices: sequences of each prompt.
-        sampling: with the seed of choice 0; choice i has the seed i above it.
-        logprobs: alternatives wanted beside each token's own log probability; None: nothing.
-        ranked: log probabilities are needed to choose the best, whatever the client sees.
+        id: the id of the answer, from which the ids of the engine's requests are derived.
+        num_choices: number of sequences for each prompt.
+        sampling: sampling parameters, with the seed of choice 0; choice i uses that seed plus i.
+        logprobs: number of alternatives to return with each token's log probability; None returns
+            no log probabilities.
+        ranked: whether log probabilities are needed to choose the best sequences.
         owner: the id of the caller's key.
     """
 
@@ -80,16 +81,16 @@ class Plan:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
+        """The number of tokens in all prompts."""
         return sum(len(prompt.ids) for prompt in self.prompts)
 
     @property
     def max_completion_tokens(self) -> int:
-        """Most tokens that all choices together may have."""
+        """The maximum number of tokens of all choices together."""
         return sum(prompt.max_tokens for prompt in self.prompts) * self.num_choices
 
     def request(self, index: int) -> GenerationRequest:
-        """The engine's request for the choice of this index."""
+        """Return the engine's request for the choice with this index."""
         prompt = self.prompts[index // self.num_choices]
         seed = (self.sampling.seed + index) % _SEEDS
         return GenerationRequest(
@@ -110,8 +111,8 @@ class Plan:
 class _Mailbox:
     """Carries outputs from the engine's thread to the event loop.
 
-    A choice whose outputs are not taken is paused, until they are: its reader is slow, which is
-    nobody else's concern.
+    A choice whose outputs are not taken is paused until they are, so that a slow reader affects
+    only itself.
     """
 
     def __init__(self, engine: "Engine") -> None:
@@ -126,7 +127,7 @@ class _Mailbox:
         self._silence = Alarm(SILENCE_SECONDS, self._break_silence)
 
     def sink(self, index: int, request_id: str) -> Callable[[GenerationOutput], None]:
-        """Where the engine puts the outputs of one choice."""
+        """Return the callback that receives the engine's outputs for one choice."""
 
         def put(output: GenerationOutput) -> None:
             with self._lock:
@@ -134,22 +135,22 @@ class _Mailbox:
                 self._outputs.append((index, output, time.monotonic()))
                 self._untaken[request_id] = number = self._untaken.get(request_id, 0) + 1
                 if number >= MAX_UNTAKEN:
-                    # Within the lock, so that it comes before the resumption that it needs; and
+                    # Within the lock, so that it comes before the matching resumption; and
                     # again for every output, should an earlier resumption have come late.
                     self._paused.add(request_id)
                     self._engine.pause(request_id)
             if first:  # one call wakes the reader for everything until it looks
-                with suppress(RuntimeError):  # the loop has closed: nobody will read this
+                with suppress(RuntimeError):  # the loop has closed: nothing reads this any more
                     self._loop.call_soon_threadsafe(self._filled.set)
 
         return put
 
     def wake(self) -> None:
-        """Let the reader look, though nothing came."""
+        """Wake the reader although no output has arrived."""
         self._filled.set()
 
     def close(self) -> None:
-        """Nothing more will be taken."""
+        """Stop the alarm; outputs are no longer taken."""
         self._silence.close()
 
     def _break_silence(self) -> None:
@@ -157,7 +158,7 @@ class _Mailbox:
         self._filled.set()
 
     async def take(self) -> list[Arrived] | None:
-        """Everything that has come, waiting for something; None after a long silence."""
+        """Wait for outputs and return all that have arrived; None after a long silence."""
         self._silence.set()
         await self._filled.wait()
         self._silence.clear()
@@ -176,8 +177,8 @@ class Generation:
     """Runs a plan.
 
     Attributes:
-        usage: what it has taken so far.
-        cancelled: its client has ended it.
+        usage: the usage so far.
+        cancelled: whether the client has cancelled it.
     """
 
     def __init__(self, model: "LanguageModel", plan: Plan) -> None:
@@ -200,18 +201,18 @@ class Generation:
         return [self.plan.request(index) for index in range(len(self.processors))]
 
     def cancel(self) -> None:
-        """Finish every choice with what it has; the parts then end. For the event loop only."""
+        """Finish every choice with its text so far. Call this on the event loop only."""
         self.cancelled = True
         if self._mailbox is not None:
             self._mailbox.wake()
 
     async def parts(self, context: Context, admission: Admission) -> AsyncGenerator[Part, None]:
-        """Be admitted and submit, then yield what comes until every choice has finished.
+        """Admit and submit the request, then yield its parts until every choice has finished.
 
         Raises:
-            RequestError: the engine cannot serve it.
-            EngineError: the engine cannot serve it now, or failed meanwhile.
-            ApiError: it is not admitted, or its deadline has come.
+            RequestError: the engine cannot serve the request.
+            EngineError: the engine cannot serve it now, or failed while serving it.
+            ApiError: the request is not admitted, or its deadline has passed.
         """
         plan, trace = self.plan, context.log_entry.trace
         try:
@@ -234,7 +235,7 @@ class Generation:
                     async with aclosing(self._texts(context.deadline, work.meter())) as texts:
                         async for text in texts:
                             if not started:
-                                # Only now: what fails before this has a status of its own.
+                                # Only now, so that an earlier failure has its own HTTP status.
                                 started = True
                                 yield Start(len(self.processors), self.usage)
                             yield text
@@ -246,7 +247,7 @@ class Generation:
         yield End(self.usage, self.cancelled)
 
     async def _texts(self, deadline: Deadline, meter: Meter) -> AsyncGenerator[Text | None, None]:
-        """Submit, then what comes; None after a long silence."""
+        """Submit the request and yield its texts, and None after a long silence."""
         self._mailbox = mailbox = _Mailbox(self._engine)
         running: dict[int, str] = {}
         clock = self._expire_in_time(mailbox, deadline, running)
@@ -259,7 +260,7 @@ class Generation:
                     continue
                 for i, portion in enumerate(portions(outputs)):
                     if i:
-                        await asyncio.sleep(0)  # others are served between two portions
+                        await asyncio.sleep(0)  # other requests are served between two portions
                     for part in self._commit(portion, running, meter):
                         yield Text(part, self.usage)
                     if self._failure is not None:
@@ -278,7 +279,7 @@ class Generation:
             try:
                 self._engine.submit(request, mailbox.sink(index, request.id))
             except InferneoError:
-                self._submitted = False  # what it has of the others is given up at once
+                self._submitted = False  # the engine drops the remaining requests at once
                 raise
             self._submitted = True
             running[index] = request.id
@@ -287,7 +288,7 @@ class Generation:
     def _expire_in_time(
         self, mailbox: _Mailbox, deadline: Deadline, running: dict[int, str]
     ) -> asyncio.TimerHandle:
-        """Fail when the deadline has come, even while the reader is stuck and takes nothing."""
+        """Fail at the deadline, even while the reader is stuck and takes nothing."""
 
         def expire() -> None:
             self._failure = deadline.missed()
@@ -295,17 +296,17 @@ class Generation:
                 self._engine.abort(request_id)
             mailbox.wake()
 
-        # Of an empty context: a timer that is cancelled keeps it until it would have been due.
+        # With an empty context, which a cancelled timer keeps alive until it would have fired.
         return asyncio.get_running_loop().call_at(deadline.at, expire, context=ContextVars())
 
     def _commit(
         self, outputs: list[Arrived], running: dict[int, str], meter: Meter
     ) -> list[TextPart]:
-        """Feed the choices; those that finish leave ``running``. A failure comes last."""
+        """Feed the choices; finished ones leave ``running``. A failure comes last."""
         touched: dict[int, bool] = {}  # index: the engine is done with it
         for index, output, when in outputs:
             if index not in running:
-                continue  # what the engine had under way when its choice was finished here
+                continue  # an output that was in flight when its choice was finished here
             if output.finish_reason in ("error", "abort"):  # not by us: that left ``running``
                 stopped = EngineStoppedError("the engine was stopped")
                 self._failure = self._failure or output.error or stopped
@@ -340,7 +341,7 @@ class Generation:
 
 
 class _Collected:
-    """What a choice of a whole answer holds so far."""
+    """What has been collected for a choice of a whole answer."""
 
     def __init__(self, dialect: Dialect) -> None:
         self.text = StringIO()
@@ -355,15 +356,15 @@ class _Collected:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a request will be answered with, and how.
+    """A prepared answer: the generation, and how it is written.
 
     Attributes:
-        generation: makes the text.
-        dialect: writes it.
-        model: the name that was asked for.
-        stream: whether the client wants events.
-        num_returned: choices of each prompt in a whole answer: the best of those sampled.
-        user: whom the client serves, by its own name for them; for the log.
+        generation: generates the text.
+        dialect: writes the text in a wire format.
+        model: the model name as given in the request.
+        stream: whether the client wants a stream of events.
+        num_returned: number of choices returned for each prompt: the best of those sampled.
+        user: the client's identifier for its end user, for the log.
     """
 
     generation: Generation
@@ -374,7 +375,7 @@ class Answer:
     user: str | None
 
     def events(self, context: Context, admission: Admission) -> AsyncGenerator[Event | None, None]:
-        """The events of a stream, in order; None after a long silence.
+        """Yield the events of a stream in order, and None after a long silence.
 
         Raises:
             InferneoError, ApiError: as :meth:`Generation.parts` does.
@@ -382,7 +383,7 @@ class Answer:
         return self.dialect.events(self._parts(context, admission))
 
     async def whole(self, context: Context, admission: Admission) -> Mapping[str, Any]:
-        """The whole answer, to be written by :class:`~server.http.pieces.Json`.
+        """Return the whole answer, to be serialized by :class:`~server.http.pieces.Json`.
 
         Raises:
             InferneoError, ApiError: as :meth:`Generation.parts` does.
@@ -405,7 +406,7 @@ class Answer:
         return self.generation.parts(context, admission)
 
     def _best(self) -> list[int]:
-        """The sequences to return: all, or of each prompt the likeliest, best first."""
+        """Return the sequences to return: all, or the likeliest of each prompt, best first."""
         plan, processors = self.generation.plan, self.generation.processors
         if plan.num_choices == self.num_returned:
             return list(range(len(processors)))
@@ -418,11 +419,11 @@ class Answer:
 
 
 Prepare = Callable[["Registry", Context, dict[str, Any]], Answer]
-"""Reads a request's body, and says with what it will be answered. It may run in a thread."""
+"""Prepares the answer to a request from its body. It may run in a thread."""
 
 
 def portions(arrived: list[Arrived]) -> Iterator[list[Arrived]]:
-    """The same outputs in lists of about :data:`PORTION` records each, one at least.
+    """Yield the same outputs in lists of about :data:`PORTION` records each, at least one output.
 
     The event loop handles each list without a pause.
     """
@@ -446,7 +447,7 @@ def _weight(output: GenerationOutput) -> int:
 
 
 def _parts(output: GenerationOutput) -> Iterator[GenerationOutput]:
-    """An output with a long prompt's log probabilities as several; its tokens are in the last."""
+    """Split an output with a long prompt's log probabilities; the last part holds its tokens."""
     scores = output.prompt_logprobs
     if scores is None or (weight := _weight(output)) <= PORTION:
         yield output

@@ -1,4 +1,4 @@
-"""One sequence's tokens as text: decoding, stop strings, echo, log probabilities. No I/O."""
+"""Output of one sequence as text: decoding, stop strings, echo, log probabilities. No I/O."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 FinishReason = Literal["stop", "length", "abort"]
-"""Why a choice ended: a stop or the end token, its maximal length, or its client."""
+"""Why a choice ended: a stop or end token, its maximum length, or a cancellation by the client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class TokenInfo(NamedToken):
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """What is new in a choice. The texts of its events, joined, are its text."""
+    """The new part of a choice; the texts of all parts, joined, are its text."""
 
     index: int
     text: str
@@ -46,7 +46,7 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextOptions:
-    """How a request wants its text."""
+    """Options of a request for its text."""
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
@@ -61,14 +61,14 @@ class TextOptions:
 class OutputProcessor:
     """Turns the engine's outputs for one sequence into events.
 
-    Every token goes through decoder and stop matcher by itself, whatever came with it, so text,
-    offsets and what a stop string cuts off do not depend on how outputs were batched.
+    Each token passes through the decoder and the stop matcher separately, so the text, the offsets
+    and the cut at a stop string do not depend on how outputs were batched.
 
     Attributes:
-        finish_reason: None while it runs.
-        num_tokens: tokens sampled so far; what came after a stop string is not counted.
-        logprob_sum: their log probabilities, summed, if the request has them.
-        cached_tokens: of the prompt's tokens, those found in the prefix cache.
+        finish_reason: None while the sequence runs.
+        num_tokens: number of tokens sampled so far, not counting those after a stop string.
+        logprob_sum: the sum of their log probabilities, if the request computes them.
+        cached_tokens: number of prompt tokens found in the prefix cache.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ class OutputProcessor:
             tokenizer, skip_special_tokens=options.skip_special_tokens
         )
         self._matcher = StopMatcher(options.stops, include=options.include_stop)
-        self._echoes = options.echo  # the prompt is yet to be shown, or the rest of it
+        self._echoes = options.echo  # whether the prompt, or the rest of it, is still to be shown
         self._echo_decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False)
-        self._echoed = 0  # tokens of the prompt whose log probabilities have come
-        self._decoded = 0  # characters so far, those held back included
+        self._echoed = 0  # prompt tokens whose log probabilities have arrived
+        self._decoded = 0  # characters so far, including those held back
         self._shown = 0  # characters so far that are certain
         self._text: list[str] = []
         self._tokens: list[TokenInfo] = []
         self._held: deque[TokenInfo] = deque()  # tokens of characters not shown yet
 
     def feed(self, output: GenerationOutput) -> None:
-        """Take what a step brought; once the choice has finished, nothing more counts."""
+        """Process the output of a step; outputs after the choice has finished are ignored."""
         if self.finish_reason is not None:
             return
         if self._echoes:
@@ -113,12 +113,12 @@ class OutputProcessor:
             self._flush(reason)
 
     def cancel(self) -> None:
-        """Finish with what there is."""
+        """Finish with the text so far."""
         if self.finish_reason is None:
             self._flush("abort")
 
     def take(self) -> TextPart | None:
-        """What is new since the last call; None when nothing is."""
+        """Return the new part since the last call; None if nothing is new."""
         if not (self._text or self._tokens or self.finish_reason):
             return None
         event = TextPart(self.index, "".join(self._text), self._tokens, self.finish_reason)
@@ -127,7 +127,7 @@ class OutputProcessor:
 
     @property
     def mean_logprob(self) -> float:
-        """How likely the sampled tokens were, on average, in nats."""
+        """The mean log probability of the sampled tokens, in nats."""
         return self.logprob_sum / max(1, self.num_tokens)
 
     def _push(self, token: int, logprob: TokenLogprob | None) -> None:
@@ -141,11 +141,11 @@ class OutputProcessor:
         if options.logprobs and logprob is not None:
             self._held.append(self._info(token, logprob, len(text) or self._opens(token)))
         self._decoded += len(text)
-        # Before min_tokens a stop string is text like any other.
+        # Before min_tokens, a stop string is ordinary text.
         self._show(self._matcher.push(text) if self.num_tokens > options.min_tokens else text)
 
     def _opens(self, token: int) -> bool:
-        """Whether a token that completed no character began one, which then is its own too."""
+        """Return whether a token that completed no character began one, and so owns it."""
         tokenizer = self._tokenizer
         skipped = self._options.skip_special_tokens and token in tokenizer.special_ids
         return not skipped and bool(tokenizer.token_bytes(token))
@@ -158,7 +158,7 @@ class OutputProcessor:
             self._tokens.append(self._held.popleft())
 
     def _flush(self, reason: FinishReason) -> None:
-        """Show what was held back: nothing can complete it any more."""
+        """Show the text that was held back; nothing can complete it any more."""
         rest = self._decoder.flush()
         self._decoded += len(rest)
         self._show(self._matcher.push(rest))
@@ -167,7 +167,7 @@ class OutputProcessor:
         self._finish("stop" if matched else reason)
 
     def _finish(self, reason: FinishReason) -> None:
-        # A token that a stop string cut in two keeps its place; the ones beyond it go.
+        # A token that a stop string cuts in two is kept; those after it are dropped.
         cut = self._matcher.matched is not None
         self._tokens.extend(t for t in self._held if not cut or t.offset < self._shown)
         self._held.clear()
@@ -176,7 +176,7 @@ class OutputProcessor:
         self.finish_reason = reason
 
     def _echo(self, logprobs: Sequence[TokenLogprob | None] | None) -> None:
-        """Show the prompt, as far as these log probabilities go: they may come in parts."""
+        """Show the prompt as far as these log probabilities reach; they may arrive in parts."""
         prompt, end = self._prompt, len(self._prompt.text)
         if self._options.logprobs and logprobs is not None:
             ids = prompt.ids[self._echoed : self._echoed + len(logprobs)]

@@ -1,4 +1,4 @@
-"""The permits of a server: how many requests are served at once, shared fairly between keys."""
+"""The permits of a server, which bound the requests served at once and share them between keys."""
 
 import asyncio
 import math
@@ -10,17 +10,17 @@ from server.http.errors import ApiError, shutting_down, unavailable
 from server.keys.fair_share import FairShare
 
 LONGEST_RETRY = 30
-"""The most seconds after which a client is told to try again."""
+"""Maximum value of ``Retry-After``, in seconds."""
 _PACE_OF = 64
-"""Served requests that tell how fast permits are released."""
+"""Number of recent requests from which the rate of released permits is estimated."""
 
 
 class Permit:
-    """Leave to be served, for one request; a context manager that releases it.
+    """The permit of one request; a context manager that releases it.
 
     Attributes:
-        served: whether work for the request has begun; what was refused before does not count when
-            it is estimated how fast permits are released.
+        served: whether work for the request has begun. Requests that were rejected before do not
+            count in the estimate of how fast permits are released.
     """
 
     def __init__(self, permits: "Permits", owner: str | None) -> None:
@@ -39,7 +39,7 @@ class Permit:
         """Acquire as many permits as the request will generate sequences.
 
         Raises:
-            ApiError: there are too few.
+            ApiError: too few permits are free.
         """
         if sequences > self._held:
             self._permits._acquire(self._owner, sequences - self._held, held=self._held)
@@ -47,12 +47,12 @@ class Permit:
 
 
 class Permits:
-    """The permits of a server, one for each sequence that is generated or waits to be.
+    """The permits of a server: one for each sequence that is running or waiting.
 
-    Keys share them as :class:`~server.keys.fair_share.FairShare` says.
+    Keys share them according to :class:`~server.keys.fair_share.FairShare`.
 
     Attributes:
-        closed: set once nobody gets a permit any more.
+        closed: set once no more permits are given.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -66,22 +66,22 @@ class Permits:
 
     @property
     def capacity(self) -> int:
-        """How many permits there are."""
+        """The total number of permits."""
         return self._share.capacity
 
     @property
     def in_use(self) -> int:
-        """Permits that are held now."""
+        """The number of permits in use."""
         return self._share.in_use
 
     def acquire(self, owner: str | None) -> Permit:
         """Acquire a permit for a request.
 
         Args:
-            owner: the id of the caller's key; None: it needed none.
+            owner: the id of the caller's key; None if the server needs no key.
 
         Raises:
-            ApiError: there is none, or the server shuts down.
+            ApiError: no permit is free, or the server is shutting down.
         """
         if self.closed.is_set():
             raise shutting_down()
@@ -89,11 +89,11 @@ class Permits:
         return Permit(self, owner)
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Stop giving permits."""
         self.closed.set()
 
     async def emptied(self, seconds: float) -> bool:
-        """Wait until no permit is held, for at most ``seconds``; whether that came."""
+        """Wait at most ``seconds`` until no permit is held, and return whether that happened."""
         try:
             async with asyncio.timeout(seconds):
                 await self._empty.wait()
@@ -119,7 +119,7 @@ class Permits:
             self._empty.set()
 
     def _busy_seconds(self) -> float:
-        """Seconds in which some permit was held; a time without requests says nothing of pace."""
+        """Return the seconds in which a permit was held; idle time would distort the rate."""
         now = time.monotonic() - self._busy_since if self.in_use else 0.0
         return self._busy + now
 
@@ -131,7 +131,7 @@ class Permits:
         )
 
     def _retry_seconds(self) -> int:
-        """When a quarter of those here will have left, at the pace of late."""
+        """Estimate the seconds until a quarter of the permits in use are released."""
         if len(self._left) < 2:
             return 1
         each = (self._busy_seconds() - self._left[0]) / len(self._left)

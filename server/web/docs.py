@@ -1,7 +1,7 @@
-"""Swagger UI, with which ``GET /docs`` shows the API's description.
+"""``GET /docs``: the OpenAPI description, shown by Swagger UI.
 
-Its files are served as the package ``flask_swagger_ui`` ships them; nothing else of that package is
-used.
+Its files are served unchanged from the package ``flask_swagger_ui``; nothing else of that package
+is used.
 """
 
 import functools
@@ -21,7 +21,7 @@ _ASSETS = {
     "swagger-ui-bundle.js": _JAVASCRIPT,
     "swagger-ui.css": "text/css",
 }
-"""The files, and their types."""
+"""The files of Swagger UI, and their media types."""
 
 _A_DAY = "public, max-age=86400"
 

@@ -1,8 +1,8 @@
-"""The web pages: ``GET /``, ``GET /dashboard``, and the files that they load.
+"""The web pages ``GET /`` and ``GET /dashboard``, and the files that they load.
 
-Pages are the same for everybody and hold no data, so they need no key: a browser asks the API for
-what they show, with the key that its user entered. There is no build step: the files in
-``server/web/static`` are served as they are, and nothing is loaded from elsewhere.
+Pages are the same for every user and hold no data, so they need no key: the browser gets the data
+from the API, with the key that its user entered. There is no build step: the files in
+``server/web/static`` are served unchanged, and nothing is loaded from other hosts.
 """
 
 import functools
@@ -41,7 +41,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""Of every page and file: all that a browser loads comes from this server."""
+"""The headers of every page and file; they allow a browser to load from this server only."""
 
 
 class _File(NamedTuple):
@@ -69,23 +69,23 @@ PAGE = {
         headers=("Content-Security-Policy",),
     )
 }
-"""How the response of a page is described."""
+"""The description of a page's response."""
 
 
 def file_parameter(names: Iterable[str]) -> dict[str, Parameter]:
-    """The parameter ``file`` of a path, which takes these names."""
+    """Return the path parameter ``file``, whose value is one of ``names``."""
     schema = {"type": "string", "enum": sorted(names)}
     return {"file": Parameter(schema=schema, description="The file's name.")}
 
 
 def file_response(*types: str) -> dict[int, ResponseSpec]:
-    """How the response of a path is described that serves files of these media types."""
+    """Describe the response of a path that serves files of these media types."""
     content: dict[str, Any] = {each: {} for each in sorted(set(types))}
     return {200: ResponseSpec(description="The file.", content=content)}
 
 
 def _page_files() -> dict[str, str]:
-    """The files that the pages load, and their media types."""
+    """Return the files that the pages load, with their media types."""
     return {
         name: file.kind.partition(";")[0]
         for name, file in _files().items()
@@ -137,7 +137,7 @@ async def page_file(services: Services, context: Context, file: str) -> Response
 
 
 async def serve_file(name: str) -> Response:
-    """A file, or 304 for a browser that has it: one asks each time, so an upgrade shows at once."""
+    """Return a file, or 304 if the browser has it; it asks each time, so upgrades show at once."""
     content, kind, etag = _files()[name]
     headers = HEADERS | {"Cache-Control": "no-cache"}
     response = Response(content, headers=headers, content_type=kind)

@@ -1,4 +1,4 @@
-"""Requests to both generating endpoints, over HTTP, events and WebSocket, and their answers."""
+"""Requests to both generating endpoints over HTTP, SSE and WebSocket, and their answers."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""Deterministic stand-ins for engine and embedder: same calls, same threads, no model.
+"""Deterministic fakes of the engine and the embedder: the same calls and threads, but no model.
 
-The engine writes a script, one token a step, on a thread of its own, and says what was submitted
-and aborted, so that tests wait for events and not for time.
+The engine generates a script, one token per step, on its own thread, and records what was submitted
+and aborted, so that tests wait for events instead of sleeping.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""A whole server on a real socket, over fake engines: what the tests of this folder share."""
+"""A whole server on a real socket, with fake engines."""
 
 import asyncio
 import contextlib

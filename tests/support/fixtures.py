@@ -1,4 +1,4 @@
-"""Fixtures over the harness, for every folder whose tests talk to the fake engine's server."""
+"""Fixtures for all tests that talk to a server with a fake engine."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Stores to test: SQLite in a file, and a Redis server of our own if the machine has one."""
+"""Key stores to test: SQLite in a file, and a private Redis server if Redis is installed."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A server that knows keys, over the fake engine."""
+"""A server with API keys and a fake engine."""
 
 import time
 from collections.abc import Iterator

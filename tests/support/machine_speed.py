@@ -1,4 +1,4 @@
-"""How slow the machine is while a test runs, so that bounds on time follow it."""
+"""Measures how slow the machine is while a test runs, so that time limits can follow it."""
 
 import hashlib
 import threading

@@ -1,4 +1,4 @@
-"""Tiny models in other people's formats, made on the spot."""
+"""Tiny models in other projects' file formats, generated on demand."""
 
 import json
 from collections.abc import Callable, Mapping

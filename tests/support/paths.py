@@ -1,4 +1,4 @@
-"""Where the files are that tests read and keep."""
+"""The paths of the files that tests read and keep."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""Programs that client tests need, and what happens where they are missing."""
+"""The programs that client tests need; tests are skipped or fail if they are missing."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Clients of every kind, which note how what they asked for ended."""
+"""Clients of every kind, which record how their requests ended."""
 
 import json
 import socket

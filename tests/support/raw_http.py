@@ -1,4 +1,4 @@
-"""HTTP/1.1 as bytes, for tests that hold a connection themselves, and server-sent events."""
+"""Raw HTTP/1.1, for tests that manage a connection themselves, and server-sent events."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Replicas behind Ray Serve on this machine, with a Redis of their own, as processes of a test."""
+"""Replicas behind Ray Serve on this machine, with their own Redis, as child processes of a test."""
 
 import contextlib
 import json

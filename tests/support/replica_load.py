@@ -1,4 +1,4 @@
-"""Clients of two replicas, and how what they asked for ended."""
+"""Clients of two replicas, and how their requests ended."""
 
 import asyncio
 import json

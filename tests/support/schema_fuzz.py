@@ -1,6 +1,6 @@
-"""schemathesis against the server: requests made from the API's own description, good and bad.
+"""schemathesis against the server: valid and invalid requests from its OpenAPI description.
 
-Run as a program it prints how many requests of which operation got which status:
+Run as a program, it prints the number of responses by operation and status:
 ``python -m tests.support.schema_fuzz 60``.
 """
 

@@ -1,4 +1,4 @@
-"""`inferneo serve` on fake models, as a program of its own; a model named ``broken`` fails."""
+"""A program that runs `inferneo serve` with fake models; a model named ``broken`` fails."""
 
 import os
 

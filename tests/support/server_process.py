@@ -1,4 +1,4 @@
-"""The server on the real models, in a process of its own."""
+"""A server with real models, in a child process."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Conversations rendered by transformers' own function, for ours to be compared with."""
+"""Conversations rendered by transformers, as a reference for our own rendering."""
 
 from collections.abc import Iterator
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Tiny random models as checkpoints: a whole real server on them starts and runs quickly."""
+"""Checkpoints of tiny random models, on which a whole real server starts and runs quickly."""
 
 import json
 import shutil

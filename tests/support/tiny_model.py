@@ -1,4 +1,4 @@
-"""A tiny random model, and a way to gather what an engine sends."""
+"""A tiny random model, and a collector of an engine's outputs."""
 
 import dataclasses
 import itertools

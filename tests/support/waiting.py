@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process brings about."""
+"""Waiting for a condition that another thread or process brings about."""
 
 import asyncio
 import time

@@ -1,1 +1,1 @@
-"""``inferneo bench``: load on a server, on the engine alone, and on two servers in turn."""
+"""``inferneo bench``: benchmarks of a server, of the engine alone, and of two servers in turn."""

@@ -1,4 +1,4 @@
-"""What is asked of an OpenAI-compatible server, and what its answers say."""
+"""Requests to an OpenAI-compatible server, and the reading of its answers."""
 
 import random
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ _MOST_BYTES = 64 * 1024 * 1024
 
 
 class Answer:
-    """The sink of one answer: notes arrivals, and reads what is needed of the rest.
+    """The sink of one answer, which records arrivals and reads only what is needed.
 
     Args:
-        sample: what is filled in.
-        keep_text: gather the text that was generated.
+        sample: the sample to fill in.
+        keep_text: whether to collect the generated text.
     """
 
     def __init__(self, sample: Sample, *, keep_text: bool = False) -> None:
@@ -40,7 +40,7 @@ class Answer:
         self._done = self._is_stream = False
 
     def stream(self, piece: bytes, now: float) -> None:
-        """A piece of an answer that should be a stream."""
+        """Receive a piece of an answer that should be a stream."""
         if not self._is_stream and not self._raw:
             self._is_stream = not piece.lstrip().startswith(b"{")
         if not self._is_stream:  # an error, or a server that does not stream
@@ -53,7 +53,7 @@ class Answer:
                 self._event(data, now)
 
     def whole(self, piece: bytes, _: float) -> None:
-        """A piece of an answer that is one JSON object."""
+        """Receive a piece of an answer that is one JSON object."""
         self._size += len(piece)
         if self._size > _MOST_BYTES:
             raise RequestFailedError("malformed answer", f"it has over {_MOST_BYTES} bytes")
@@ -78,10 +78,10 @@ class Answer:
             raise RequestFailedError("error in the stream", _message(error))
 
     def finish(self, status: int) -> None:
-        """The answer is complete: fill in what it says of tokens.
+        """Fill in the numbers of tokens once the answer is complete.
 
         Raises:
-            RequestFailedError: it is an error, or not all of an answer.
+            RequestFailedError: the answer is an error, or incomplete.
         """
         raw = b"".join(self._raw)
         if status != 200:
@@ -126,10 +126,10 @@ class Api:
     """One model of one server.
 
     Attributes:
-        model: by the name under which the server knows it.
-        ignore_eos: whether the server goes on to the wanted length; found by ``probe``.
-        batch: texts of one embeddings request.
-        api_key: only for what errors advise.
+        model: the server's name for the model.
+        ignore_eos: whether the server can generate the full length; found by ``probe``.
+        batch: number of texts in one embeddings request.
+        api_key: used only for the advice in errors.
     """
 
     client: Client
@@ -143,10 +143,10 @@ class Api:
     async def generate(
         self, sample: Sample, prompt: str | list[dict[str, str]], max_tokens: int, **how: bool
     ) -> str:
-        """Generate from a text, or from messages; the text if ``keep_text`` is given.
+        """Generate from a text or messages, and return the generated text if ``keep_text`` is set.
 
         Raises:
-            RequestFailedError: for whatever reason.
+            RequestFailedError: the request failed.
         """
         body: dict[str, Any] = {
             "model": self.model,
@@ -167,7 +167,7 @@ class Api:
         """Embed some texts.
 
         Raises:
-            RequestFailedError: for whatever reason.
+            RequestFailedError: the request failed.
         """
         body = {"model": self.model, "input": texts, "encoding_format": "base64"}
         answer = Answer(sample)
@@ -176,14 +176,14 @@ class Api:
         sample.texts = len(texts)
 
     def as_prompt(self, text: str) -> str | list[dict[str, str]]:
-        """A text as this endpoint takes it."""
+        """Return a text in the form that this endpoint takes."""
         return text if self.endpoint == "completions" else [{"role": "user", "content": text}]
 
     async def probe(self, seed: int) -> None:
-        """Find out how long prompts are here, and that the server answers at all.
+        """Check that the server answers, and measure how it counts the tokens of prompts.
 
         Raises:
-            BenchError: it does not; the text says what to do.
+            BenchError: the server does not answer; the message says what to do.
         """
         rng = random.Random(f"probe {seed}")
         try:
@@ -192,7 +192,7 @@ class Api:
             except RequestFailedError as error:
                 if error.status not in (400, 422) or not self.ignore_eos:
                     raise
-                self.ignore_eos = False  # OpenAI's own servers refuse what they do not know
+                self.ignore_eos = False  # OpenAI's own servers reject unknown parameters
                 sizes = [await self._ask_size(words(count, rng)) for count in PROBES]
         except RequestFailedError as error:
             raise await self._explained(error) from None
@@ -207,7 +207,7 @@ class Api:
         return sample.prompt_tokens
 
     async def _explained(self, error: RequestFailedError) -> BenchError:
-        """What to do about a server that answers nothing."""
+        """Return an error that says what to do about a server that does not answer."""
         if error.status == 404:
             try:
                 known = ", ".join(await list_models(self.client)) or "none"
@@ -218,7 +218,7 @@ class Api:
 
 
 def explained(error: RequestFailedError, url: str, api_key: str | None) -> BenchError:
-    """What to do about a request that no server answered as it should."""
+    """Return an error that says what to do about a failed request."""
     if error.status in (401, 403):
         what = "another --api-key" if api_key else "--api-key"
         return BenchError(f"{error}\nThe server at {url} wants {what}")
@@ -247,10 +247,10 @@ async def connect(
     api_key: str | None = None,
     seed: int = 0,
 ) -> Api:
-    """A model that was found to answer, by default the server's first.
+    """Connect to a model and check that it answers; the default is the server's first model.
 
     Raises:
-        BenchError: it does not; the text says what to do.
+        BenchError: the model does not answer; the message says what to do.
     """
     if model is None:
         try:
@@ -266,10 +266,10 @@ async def connect(
 
 
 async def list_models(client: Client) -> list[str]:
-    """Ids of the models of a server; none if it does not say.
+    """Return the ids of a server's models; empty if it does not list them.
 
     Raises:
-        RequestFailedError: no answer came, or one that is not a list of models.
+        RequestFailedError: there was no answer, or it is not a list of models.
     """
     pieces: list[bytes] = []
     status = await client.request("/v1/models", None, lambda piece, _: pieces.append(piece))

@@ -1,4 +1,4 @@
-"""``inferneo bench compare``: this server and another in turn."""
+"""``inferneo bench compare``: benchmarks this server and another in turn."""
 
 import asyncio
 from enum import StrEnum
@@ -14,7 +14,7 @@ from server.cli.bench.errors import BenchError
 
 
 class PeerName(StrEnum):
-    """Servers whose command lines are known."""
+    """Servers whose command lines are built in."""
 
     LLAMA_CPP = "llama.cpp"
     VLLM = "vllm"
@@ -24,7 +24,7 @@ _RATE = ("output_tokens_per_second",)
 _LATENCIES = (("ttft", "p50"), ("ttft", "p99"), ("itl", "p50"), ("itl", "p99"))
 
 Round = dict[str, list[dict[str, Any]]]
-"""The levels of both sides, by their labels."""
+"""The levels of both sides, by label."""
 
 
 def compare(
@@ -74,9 +74,9 @@ def compare(
 ) -> None:
     """Measure this server and another in turn, on this machine, and show the ratios.
 
-    Each round starts one, loads it, ends it, and does the same with the other; who is first
-    alternates. They never run at the same time, and end with this command, however it ends.
-    The prompts of a round are the same for both.
+    Each round starts one, puts load on it, stops it, and does the same with the other; the order
+    alternates. They never run at the same time, and always end with this command. Both get the
+    same prompts in a round.
 
       inferneo bench compare --peer llama.cpp --peer-model model.gguf
       inferneo bench compare --peer vllm --peer-model folder --rounds 5 --plot vllm.png
@@ -157,9 +157,9 @@ async def _measure(
 
 
 def pair_up(rounds: list[Round], ours: str, theirs: str) -> list[dict[str, Any]]:
-    """For each level the medians of both sides, and the median, least and most of their ratios.
+    """Return each level's medians of both sides, and the median, least and greatest ratio.
 
-    A ratio is ours over theirs within one round.
+    A ratio is ours divided by theirs within one round.
     """
     rows = []
     for i, level in enumerate(rounds[0][ours]):
@@ -188,7 +188,7 @@ def _at(figures: dict[str, Any], path: tuple[str, ...]) -> float | None:
 
 
 def _medians(rounds: list[Round], label: str) -> list[dict[str, Any]]:
-    """The levels of one side, with the medians of what is drawn."""
+    """Return the levels of one side, with the medians of the figures to plot."""
     rows = []
     for i, level in enumerate(rounds[0][label]):
         row = dict(level)
@@ -226,7 +226,7 @@ def _table(rows: list[dict[str, Any]], ours: str, theirs: str, rounds: int) -> T
 
 
 def _where_gguf_lies(model: str | None) -> str:
-    """A sentence that says where the file of a model of the catalog can be had."""
+    """Return a sentence that says where to get the GGUF file of a catalog model."""
     from inferneo_jax import load_catalog
 
     catalog = load_catalog()

@@ -1,4 +1,4 @@
-"""``inferneo bench engine``: what the engine gives, without HTTP."""
+"""``inferneo bench engine``: benchmarks the engine, without HTTP."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,9 +34,9 @@ def engine(
 ) -> None:
     """Measure the engine alone: prefill, decode, and the load of `bench serve` without HTTP.
 
-    Loads the model in this process, with the settings a server would have (INFERNEO_DTYPE,
-    INFERNEO_SLOTS and so on), and submits token ids. What `bench serve` shows less than this is
-    what HTTP, JSON and text cost.
+    Loads the model in this process with a server's settings (INFERNEO_DTYPE, INFERNEO_SLOTS and so
+    on), and submits token ids. The difference to the figures of `bench serve` is the cost of HTTP,
+    JSON and text.
 
       inferneo bench engine smollm2-135m-instruct --concurrency 1,4,16,32
       INFERNEO_DTYPE=float32 inferneo bench engine my-model --prefill 4096
@@ -90,11 +90,11 @@ def engine(
 
 
 def load(name: str | None) -> "LanguageModel":
-    """The model of a name or folder, as a server of these settings would load it.
+    """Load a model by name or folder, as a server with these settings would.
 
     Raises:
-        BenchError: it makes embeddings.
-        InferneoError: it cannot be loaded.
+        BenchError: the model computes embeddings.
+        InferneoError: the model cannot be loaded.
     """
     from inferneo_jax import LanguageModel
     from server.config.settings import Settings

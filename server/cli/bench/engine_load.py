@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from inferneo_jax import GenerationOutput, LanguageModel
 
 WAIT_SECONDS = 120.0
-"""An engine that says nothing for so long while it has requests does not answer."""
+"""An engine that has requests but is silent for this long is considered stuck."""
 _PREFILL_ROUNDS = 5
 _DECODE_PROMPT, _DECODE_TOKENS = 16, 64
 
 Wanted = tuple[int, int]
-"""Tokens of a request's prompt, and tokens to generate."""
+"""The number of prompt tokens of a request, and of tokens to generate."""
 
 
 class EngineLoad:
-    """Clients of one engine, which ask again as soon as they have their answer."""
+    """Clients of one engine that send the next request as soon as they have an answer."""
 
     def __init__(self, model: "LanguageModel", seed: int = 0) -> None:
         self._engine, self._vocab_size = model.engine, model.tokenizer.vocab_size
@@ -34,7 +34,7 @@ class EngineLoad:
         self._ids = itertools.count()
 
     def run(self, wanted: Iterable[Wanted], clients: int) -> list[Sample]:
-        """Have so many clients do all this; a sample of each request.
+        """Run all requests with this many clients, and return a sample of each request.
 
         Raises:
             BenchError: a request failed, or the engine does not answer.
@@ -88,7 +88,7 @@ class EngineLoad:
         self._engine.submit(request, sink)
 
     def prefill(self, tokens: int) -> dict[str, Any]:
-        """One prompt at a time: the median time to its first token, and tokens a second."""
+        """Measure single prompts: the median time to first token, and tokens per second."""
         tokens = min(tokens, self._max_len - 1)
         samples = self.run([(tokens, 1)] * (_PREFILL_ROUNDS + 1), clients=1)[1:]
         seconds = median(sample.e2e for sample in samples)
@@ -99,8 +99,8 @@ class EngineLoad:
         }
 
     def decode(self, rows: int) -> dict[str, Any]:
-        """So many requests at once, while all of them decode: tokens a second, time of a step."""
-        # The first one must still be there when the last one's prompt has been read.
+        """Measure ``rows`` requests that all decode: tokens per second, and the time of a step."""
+        # The first request must still run when the last one's prompt has been computed.
         output = min(_DECODE_TOKENS + 2 * rows, self._max_len - _DECODE_PROMPT)
         samples = self.run([(_DECODE_PROMPT, output)] * rows, clients=rows)
         figures = steady_decode(samples)
@@ -118,7 +118,7 @@ class EngineLoad:
         requests: Callable[[int], int],
         limits: dict[str, float] | None = None,
     ) -> list[dict[str, Any]]:
-        """The load that ``inferneo bench serve`` puts on a server; the same figures."""
+        """Run the same load as ``inferneo bench serve`` and return the same figures."""
         rows = []
         for number in clients:
             spent = time.process_time()

@@ -1,18 +1,18 @@
-"""What goes wrong in a benchmark: all of it, or one request."""
+"""The errors of a benchmark: of the whole, or of one request."""
 
 from inferneo_jax import InferneoError
 
 
 class BenchError(InferneoError):
-    """The benchmark cannot be made; the text says what to do."""
+    """The benchmark cannot run; the message says what to do."""
 
 
 class RequestFailedError(Exception):
     """One request failed, which the benchmark counts.
 
     Attributes:
-        reason: a few words; failures are counted by it.
-        status: of the answer, if one came.
+        reason: the reason in a few words, by which failures are counted.
+        status: the status of the answer, if there was one.
     """
 
     def __init__(self, reason: str, detail: str = "", status: int | None = None) -> None:

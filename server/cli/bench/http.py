@@ -1,7 +1,7 @@
-"""An HTTP/1.1 client that costs little: the load must not take the processor from the server.
+"""A lightweight HTTP/1.1 client, so that the load takes little processor time from the server.
 
-It knows what a benchmark needs: requests with a JSON body, answers of any framing, connections
-that are kept. Bytes are handed on as they arrive, with the time, and no task wakes for them.
+It supports what a benchmark needs: requests with a JSON body, answers of any framing, and
+persistent connections. Bytes are passed on with their time of arrival, without waking a task.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ _HEX = re.compile(rb"[0-9A-Fa-f]{1,15}")
 _PORTS = {"http": 80, "https": 443}
 
 Sink = Callable[[bytes, float], None]
-"""Takes a piece of an answer's body and when it arrived."""
+"""Receives a piece of an answer's body and its time of arrival."""
 
 
 class ResponseReader:
-    """One answer out of bytes, however these were cut (RFC 9112).
+    """Parses one answer from bytes that arrive in pieces of any size (RFC 9112).
 
     Attributes:
-        status: of the answer, 0 before its head is complete.
-        begun: whether any byte came.
-        done: whether it is complete.
-        keeps: whether the connection can be used again.
+        status: the status of the answer; 0 before its head is complete.
+        begun: whether any byte has arrived.
+        done: whether the answer is complete.
+        keeps: whether the connection can be reused.
     """
 
     def __init__(self) -> None:
@@ -38,14 +38,16 @@ class ResponseReader:
         self.begun = self.done = False
         self.keeps = True
         self._buffer = b""
-        self._left: int | None = None  # bytes of the body or chunk; None: until the end
+        self._left: int | None = (
+            None  # remaining bytes of the body or chunk; None: until the connection ends
+        )
         self._step: Callable[[list[bytes]], bool] = self._head
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Pieces of the body that these bytes held.
+        """Return the pieces of the body in these bytes.
 
         Raises:
-            RequestFailedError: they are no answer.
+            RequestFailedError: the bytes are not an HTTP answer.
         """
         self.begun = True
         self._buffer = self._buffer + data if self._buffer else data
@@ -55,10 +57,10 @@ class ResponseReader:
         return pieces
 
     def feed_end(self) -> None:
-        """The connection has ended.
+        """Handle the end of the connection.
 
         Raises:
-            RequestFailedError: too early.
+            RequestFailedError: the answer is incomplete.
         """
         if self._step == self._body and self._left is None:
             self.done = True
@@ -77,7 +79,7 @@ class ResponseReader:
         if not version.startswith(b"HTTP/1.") or not status[:3].isdigit():
             raise RequestFailedError("malformed answer", repr(first[:80]))
         if status.startswith(b"1"):
-            return True  # an interim answer: the real one follows
+            return True  # an interim answer: the final one follows
         headers = {}
         for line in fields:
             name, _, value = line.partition(b":")
@@ -122,7 +124,7 @@ class ResponseReader:
         assert self._left is not None
         size = self._left
         if len(self._buffer) < size + 2:
-            # A part of a chunk is handed on at once: its arrival is what is measured.
+            # A part of a chunk is passed on at once, because its arrival is measured.
             if part := self._buffer[:size]:
                 pieces.append(part)
                 self._left -= len(part)
@@ -152,7 +154,7 @@ class ResponseReader:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection; one request at a time."""
+    """A connection, which handles one request at a time."""
 
     def __init__(self) -> None:
         self.usable = True
@@ -166,7 +168,7 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
 
     async def exchange(self, request: bytes, reader: ResponseReader, sink: Sink) -> None:
-        """Send a request; return when its answer is complete."""
+        """Send a request, and return when its answer is complete."""
         self._reader, self._sink = reader, sink
         self._waiter = asyncio.get_running_loop().create_future()
         self._transport.write(request)
@@ -180,7 +182,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
         if self._waiter is None or self._waiter.done():
-            self.close()  # nothing was asked
+            self.close()  # no request was sent
             return
         try:
             for piece in self._reader.feed(data):
@@ -208,14 +210,14 @@ class _Connection(asyncio.Protocol):
 
 
 class Client:
-    """Requests to one server, over connections that it keeps.
+    """Sends requests to one server over persistent connections.
 
     Args:
-        url: of the server, with or without ``/v1``.
-        api_key: sent as a bearer token.
+        url: the URL of the server, with or without ``/v1``.
+        api_key: an API key, sent as a bearer token.
 
     Raises:
-        BenchError: it is no such URL.
+        BenchError: the URL is invalid.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -240,10 +242,10 @@ class Client:
         self._idle: list[_Connection] = []
 
     async def request(self, path: str, body: bytes | None, sink: Sink) -> int:
-        """POST a JSON body, or GET; the status of the answer, whose body went to the sink.
+        """POST a JSON body, or GET; pass the answer's body to the sink and return its status.
 
         Raises:
-            RequestFailedError: no whole answer came.
+            RequestFailedError: there was no complete answer.
         """
         method = "GET" if body is None else "POST"
         head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._headers}"
@@ -257,7 +259,7 @@ class Client:
                 await connection.exchange(message, reader, sink)
             except RequestFailedError:
                 if kept and not reader.begun:
-                    continue  # the server had closed what we had kept
+                    continue  # the server had closed the connection that we kept
                 raise
             if connection.usable:
                 self._idle.append(connection)
@@ -284,4 +286,4 @@ class Client:
             connection.close()
         self._idle.clear()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(0)  # transports close in the loop's next round
+            await asyncio.sleep(0)  # transports close in the next iteration of the loop

@@ -1,4 +1,4 @@
-"""Load on a server: so many clients, or so many arrivals a second; bounded in count and time."""
+"""Load on a server: a number of clients, or a rate of arrivals; bounded in count and time."""
 
 import asyncio
 import os
@@ -14,20 +14,20 @@ from server.cli.bench.prompts import words
 from server.cli.bench.stats import Sample, summarize
 
 MOST_AT_ONCE = 512
-"""Requests under way, below what a process may have open; arrivals beyond it wait, which counts."""
+"""Maximum concurrent requests, below the limit of open files; waiting counts as latency."""
 _AFTER_FAILURE_SECONDS = 0.1
 
 Job = Callable[[int, float | None], Awaitable[list[Sample]]]
-"""Does the request, or conversation, of a number, that was due at a time (None: now)."""
+"""Runs the request or conversation with a number, which was due at a time (None: now)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What each client asks for.
+    """The requests of each client.
 
     Attributes:
-        turns: of a conversation; from the second on, the user says ``turn_tokens`` more.
-        timeout: seconds that one request may take.
+        turns: number of turns in a conversation; each but the first adds ``turn_tokens`` tokens.
+        timeout: time limit of one request, in seconds.
     """
 
     prompt_tokens: int = 105
@@ -40,11 +40,11 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One level of load: ``clients`` that each ask again at once, or ``rate`` arrivals a second.
+    """One level of load: ``clients`` that send without pause, or ``rate`` arrivals per second.
 
     Attributes:
-        requests: how many at most.
-        seconds: after so long none is begun any more.
+        requests: maximum number of requests.
+        seconds: time after which no further request starts.
     """
 
     clients: int | None = None
@@ -54,7 +54,7 @@ class Level:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The name of the level in tables."""
         return str(self.clients) if self.rate is None else f"{self.rate:g}/s"
 
 
@@ -70,7 +70,7 @@ class Requests:
         self.details: dict[str, str] = {}
 
     async def job(self, number: int, due: float | None) -> list[Sample]:
-        """The request, or all turns of the conversation, of this number."""
+        """Run the request, or all turns of the conversation, with this number."""
         rng = random.Random(f"{self._work.seed} {number}")
         if self._api.endpoint == "embeddings":
             texts = [words(self._count, rng) for _ in range(self._api.batch)]
@@ -112,7 +112,7 @@ class Requests:
 
 
 async def run_level(job: Job, level: Level, first: int, seed: int) -> list[Sample]:
-    """Put one level of load on; ``first`` is the number of its first job."""
+    """Run one level of load; ``first`` is the number of its first job."""
     if level.rate is None:
         return await _clients(job, level, first)
     return await _arrivals(job, level, first, random.Random(f"arrivals {seed}"))
@@ -129,7 +129,9 @@ async def _clients(job: Job, level: Level, first: int) -> list[Sample]:
                 return
             done = await job(number, None)
             samples.extend(done)
-            if done[-1].error:  # or a server that refuses at once would be all that is measured
+            if done[
+                -1
+            ].error:  # otherwise a server that rejects at once would dominate the measurement
                 await asyncio.sleep(_AFTER_FAILURE_SECONDS)
 
     async with asyncio.TaskGroup() as group:
@@ -147,7 +149,7 @@ async def _arrivals(job: Job, level: Level, first: int, rng: random.Random) -> l
 
     async def arrive(number: int, due: float) -> None:
         async with places:
-            # Latency counts from when it was due, so that neither the server nor this client
+            # Latency counts from the due time, so that neither the server nor this client
             # looks better for making requests wait before they are sent.
             samples.extend(await job(number, due))
 
@@ -169,7 +171,7 @@ async def measure(
     warmup: int = 2,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """The figures of each level (``stats.summarize``), and what this client itself took.
+    """Return the figures of each level (``stats.summarize``), and this client's own load.
 
     Raises:
         BenchError: every request of a level failed.

@@ -1,4 +1,4 @@
-"""Options that the benchmarks share, and how their lists are read."""
+"""Options that the benchmarks share, and the parsing of their lists."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,10 +69,10 @@ PlotFile = Annotated[
 
 
 def numbers(text: str, option: str, most: float) -> list[float]:
-    """``1,4,16`` as numbers.
+    """Parse ``1,4,16`` as numbers.
 
     Raises:
-        BenchError: it is not written like that.
+        BenchError: the text is not a list of numbers.
     """
     try:
         found = [float(part) for part in text.split(",") if part.strip()]
@@ -86,10 +86,10 @@ def numbers(text: str, option: str, most: float) -> list[float]:
 
 
 def integers(text: str, option: str, most: int) -> list[int]:
-    """``1,4,16`` as whole numbers.
+    """Parse ``1,4,16`` as integers.
 
     Raises:
-        BenchError: it is not written like that.
+        BenchError: the text is not a list of integers.
     """
     found = numbers(text, option, most)
     if any(number != int(number) for number in found):
@@ -98,17 +98,17 @@ def integers(text: str, option: str, most: int) -> list[int]:
 
 
 def default_requests(clients: int) -> int:
-    """How many requests so many clients make; with few, the first and last weigh too much."""
+    """Return the number of requests for ``clients``: enough for the ends to weigh little."""
     return max(_LEAST, _PER_CLIENT * clients)
 
 
 def levels_of(
     concurrency: str, rate: str | None, requests: int | None, seconds: float
 ) -> list[Level]:
-    """The levels of load that options ask for.
+    """Return the levels of load that the options ask for.
 
     Raises:
-        BenchError: they are not lists of numbers.
+        BenchError: an option is not a list of numbers.
     """
     if rate is not None:
         return [
@@ -126,11 +126,11 @@ def levels_of(
 
 
 def as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for, without keys and files, for a JSON file."""
+    """Return the options for a JSON file, without keys and files."""
     left_out = ("api_key", "json_file", "plot")
     return {name: value for name, value in values.items() if name not in left_out}
 
 
 def tell(text: str) -> None:
-    """What is being done, on stderr. No bar that moves: its thread would take what is measured."""
+    """Print progress on stderr. A live bar's thread would disturb the measurement."""
     typer.echo(text, err=True)

@@ -1,4 +1,4 @@
-"""Servers that a comparison starts: this one, and others that are found on the machine."""
+"""The servers that a comparison starts: this one, and others installed on the machine."""
 
 import contextlib
 import shlex
@@ -19,13 +19,13 @@ _SLACK_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two that are compared.
+    """One of the two servers to compare.
 
     Attributes:
-        command: starts it; None: it runs already.
-        url: of one that runs already.
-        model: by its name there; None: the server's first.
-        ready: path that answers below 500 once it can serve.
+        command: the command that starts it; None if it is already running.
+        url: the URL of a server that is already running.
+        model: the server's name for the model; None for its first model.
+        ready: a path with a status below 500 once the server can serve.
     """
 
     label: str
@@ -36,15 +36,15 @@ class Side:
 
 
 def ours(model: str | None) -> Side:
-    """This project's server, with the settings of the environment and all its defaults."""
+    """Return this project's server, with the settings of the environment and the defaults."""
     return Side(label="inferneo", command=OURS, model=model, ready="/ready")
 
 
 def custom(command: str, model: str | None) -> Side:
-    """A server by its command line.
+    """Return a server by its command line.
 
     Raises:
-        BenchError: it says nothing of the port, or is not there.
+        BenchError: the command has no ``{port}``, or does not exist.
     """
     words = tuple(shlex.split(command))
     if PORT not in command or not words:
@@ -58,10 +58,10 @@ def custom(command: str, model: str | None) -> Side:
 
 
 def llama_cpp(file: str | None, clients: int, tokens: int, package: str) -> Side:
-    """llama.cpp's server, with a place for each client.
+    """Return llama.cpp's server, with a slot for each client.
 
     Raises:
-        BenchError: it, or the model's file, is not there.
+        BenchError: the program or the model's file does not exist.
     """
     program = shutil.which("llama-server") or shutil.which("llama-cpp-server")
     if program is None:
@@ -80,10 +80,10 @@ def llama_cpp(file: str | None, clients: int, tokens: int, package: str) -> Side
 
 
 def vllm(model: str | None) -> Side:
-    """The server of vLLM with its own defaults.
+    """Return vLLM's server with its own defaults.
 
     Raises:
-        BenchError: it is not there, or no model is named.
+        BenchError: vLLM is not installed, or no model is named.
     """
     program = shutil.which("vllm")
     if program is None:
@@ -100,12 +100,12 @@ def vllm(model: str | None) -> Side:
 
 @contextlib.contextmanager
 def running(side: Side, start_seconds: float) -> Iterator[tuple[str, float | None]]:
-    """The URL of a side that can serve, and how many seconds its start took.
+    """Start a side; yield its URL once it can serve, and how many seconds its start took.
 
-    At the end, or whatever happens, what was started has ended, its children too.
+    At the end, the server and its children are always stopped.
 
     Raises:
-        BenchError: it ended by itself, or is not ready in time; with the end of its log.
+        BenchError: the server ended, or was not ready in time; with the end of its log.
     """
     if side.command is None:
         assert side.url is not None
@@ -126,7 +126,7 @@ def running(side: Side, start_seconds: float) -> Iterator[tuple[str, float | Non
 
 @contextlib.contextmanager
 def signals_end_it() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that servers are ended."""
+    """Make SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that servers are stopped."""
 
     def unwind(number: int, _: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)

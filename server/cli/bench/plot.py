@@ -1,4 +1,4 @@
-"""Throughput and latency against load, as a picture."""
+"""A plot of throughput and latency against load."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ _COLOURS = ("#1f5fa8", "#d1662b", "#2f8f4e", "#8a4fa3")
 
 
 def require() -> None:
-    """Raise BenchError if pictures cannot be made: before a long run, not after it."""
+    """Raise BenchError if plots cannot be drawn, before a long run instead of after it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -21,7 +21,7 @@ def require() -> None:
 
 
 def draw(file: Path, series: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
-    """Write a PNG (or SVG, PDF: by the file's name) of the levels of each series.
+    """Plot the levels of each series as PNG, SVG or PDF, by the suffix of the file.
 
     Raises:
         BenchError: matplotlib is not installed, or the file cannot be written.

@@ -1,7 +1,7 @@
-"""Prompts of a wanted length in tokens, without the model's tokenizer.
+"""Prompts of a given length in tokens, made without the model's tokenizer.
 
-They are made of words that every common vocabulary knows as one token each; what a prompt takes
-beyond its words is found by asking the server twice (``server.cli.bench.api``).
+They consist of words that are one token each in every common vocabulary. The tokens of a prompt
+beyond its words are found by asking the server twice (``server.cli.bench.api``).
 """
 
 import random
@@ -20,24 +20,24 @@ come since against go came right used take three
 """
 WORDS = _WORDS.split()
 PROBES = (32, 96)
-"""Words of the two prompts whose sizes are asked for."""
+"""The number of words in the two prompts whose sizes are measured."""
 
 
 def words(count: int, rng: random.Random) -> str:
-    """A text of so many random words."""
+    """Return a text of ``count`` random words."""
     return " ".join(rng.choices(WORDS, k=count))
 
 
 @dataclass(frozen=True)
 class PromptSize:
-    """How many tokens the server sees in a text of so many words."""
+    """The number of tokens that the server counts in a text, by its number of words."""
 
     overhead: float
     tokens_per_word: float
 
     @classmethod
     def fit(cls, tokens: tuple[int, int]) -> "PromptSize":
-        """From the sizes, in tokens, of texts of ``PROBES`` words."""
+        """Fit the size from those of texts of ``PROBES`` words, in tokens."""
         slope = (tokens[1] - tokens[0]) / (PROBES[1] - PROBES[0])
         if slope <= 0:
             raise BenchError(
@@ -47,10 +47,10 @@ class PromptSize:
         return cls(tokens[0] - slope * PROBES[0], slope)
 
     def words_for(self, tokens: int, what: str = "--prompt-tokens") -> int:
-        """Words of a prompt of so many tokens.
+        """Return the number of words for a prompt of ``tokens`` tokens.
 
         Raises:
-            BenchError: what is around them takes that many already.
+            BenchError: the tokens around the words already take that many.
         """
         count = round((tokens - self.overhead) / self.tokens_per_word)
         if count < 1:

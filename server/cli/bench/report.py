@@ -1,4 +1,4 @@
-"""Figures as tables for people and as JSON for programs."""
+"""Reports of the figures, as tables and as JSON."""
 
 import datetime
 import os
@@ -17,14 +17,14 @@ from server.cli.bench.errors import BenchError
 from server.observe.terminal import clean
 
 BUSY_SHARE = 0.1
-"""A client that takes so much of the machine is told of: the server lacks it."""
+"""The share of the machine above which a note tells of the client's own load."""
 CACHED_SHARE = 0.1
 
 Figures = dict[str, Any]
 
 
 def document(command: str, settings: Figures, **parts: Any) -> Figures:
-    """What a JSON file holds: how the figures came about, and the figures."""
+    """Return the content of a JSON file: how the figures were measured, and the figures."""
     now = datetime.datetime.now(datetime.UTC)
     return {
         "command": f"inferneo bench {command}",
@@ -51,10 +51,10 @@ def _processor() -> str:
 
 
 def write_json(file: Path, content: Figures) -> None:
-    """Write it.
+    """Write a JSON file.
 
     Raises:
-        BenchError: that is not possible.
+        BenchError: the file cannot be written.
     """
     try:
         file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
@@ -63,7 +63,7 @@ def write_json(file: Path, content: Figures) -> None:
 
 
 def level_table(rows: Sequence[Figures], title: str) -> Table:
-    """The levels of a load on a generating model. Latencies are p50/p90/p99 in ms."""
+    """Return a table of the levels of load on a language model. Latencies are p50/p90/p99 in ms."""
     table = _titled(title)
     columns: list[tuple[str, Callable[[Figures], str]]] = [
         ("load", lambda row: row["level"]),
@@ -86,7 +86,7 @@ def level_table(rows: Sequence[Figures], title: str) -> Table:
 
 
 def embedding_table(rows: Sequence[Figures], title: str) -> Table:
-    """The levels of a load on an embedding model."""
+    """Return a table of the levels of load on an embedding model."""
     table = _titled(title)
     columns: list[tuple[str, Callable[[Figures], str]]] = [
         ("load", lambda row: row["level"]),
@@ -102,7 +102,7 @@ def embedding_table(rows: Sequence[Figures], title: str) -> Table:
 
 
 def _titled(title: str) -> Table:
-    """An empty table; its title may name a model as another server does."""
+    """Return an empty table; its title is literal, since servers choose the names of models."""
     shown = Text(clean(title), style="table.title")
     return Table(title=shown, title_justify="left", box=None, pad_edge=False)
 
@@ -122,7 +122,7 @@ def _turn(row: Figures, index: int) -> str:
 
 
 def milliseconds(figures: Figures | None) -> str:
-    """The percentiles of a latency, in a cell."""
+    """Return the percentiles of a latency, in milliseconds, for a cell."""
     if figures is None:
         return "-"
     return "/".join(_short(1000 * figures[name]) for name in ("p50", "p90", "p99"))
@@ -133,7 +133,7 @@ def _short(value: float) -> str:
 
 
 def print_notes(console: Console, rows: Sequence[Figures], wanted: int) -> None:
-    """What a reader of the figures must know."""
+    """Print notes that a reader of the figures must know."""
     prompts = [row["prompt_tokens"] / (row["completed"] or 1) for row in rows]
     outputs = [row["output_tokens"] / (row["completed"] or 1) for row in rows]
     shares = [row["client_cpu_share"] for row in rows]

@@ -1,4 +1,4 @@
-"""``inferneo bench serve``: load on a server that runs."""
+"""``inferneo bench serve``: benchmarks a running server."""
 
 import asyncio
 from enum import StrEnum
@@ -12,7 +12,7 @@ from server.cli.bench.errors import BenchError
 
 
 class EndpointName(StrEnum):
-    """Which requests are sent."""
+    """The endpoint that requests are sent to."""
 
     COMPLETIONS = "completions"
     CHAT = "chat"
@@ -68,10 +68,10 @@ def serve(
     json_file: options.JsonFile = None,
     plot: options.PlotFile = None,
 ) -> None:
-    """Put load on a running server, and measure what its clients see.
+    """Put load on a running server, and measure what clients see.
 
     Streams completions (or chats, or embeds) and prints, for each level of load: requests and
-    tokens a second, and the time to the first token (TTFT), between tokens (ITL) and to the end.
+    tokens per second, and the time to the first token (TTFT), between tokens (ITL) and to the end.
 
       inferneo bench serve --concurrency 1,4,16,32
       inferneo bench serve --rate 2,4,8 --goodput ttft=500,itl=50

@@ -1,4 +1,4 @@
-"""Server-sent events out of bytes, however these were cut."""
+"""A parser for server-sent events that arrive in pieces of any size."""
 
 from server.cli.bench.errors import RequestFailedError
 
@@ -6,9 +6,9 @@ _MOST_BYTES = 16 * 1024 * 1024
 
 
 class EventReader:
-    """The data of events, as in the HTML standard's "Server-sent events" section.
+    """Parses the data of events, after the section "Server-sent events" of the HTML standard.
 
-    Lines end with LF or CRLF, as every server writes them; names and ids of events are not read.
+    Lines end with LF or CRLF; names and ids of events are ignored.
     """
 
     def __init__(self) -> None:
@@ -16,10 +16,10 @@ class EventReader:
         self._data: list[bytes] = []
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """The data of those events that this piece completes.
+        """Return the data of the events that this piece completes.
 
         Raises:
-            RequestFailedError: a line is no field of an event, or never ends.
+            RequestFailedError: a line is not a field of an event, or is too long.
         """
         *lines, self._rest = (self._rest + piece).split(b"\n")
         events = []
@@ -39,5 +39,5 @@ class EventReader:
 
     @property
     def empty(self) -> bool:
-        """Whether no event has begun that is not complete."""
+        """Whether there is no incomplete event."""
         return not (self._rest or self._data)

@@ -1,4 +1,4 @@
-"""From the arrivals of tokens to figures: pure functions, times in seconds.
+"""Statistics from the arrivals of tokens: pure functions, with times in seconds.
 
 The definitions are those of docs/performance.md.
 """
@@ -20,13 +20,13 @@ class Sample:
     """One request as its client saw it, on one clock.
 
     Attributes:
-        start: when it was sent, or should have been.
-        turn: of its conversation, from 1.
-        arrivals: when each chunk arrived that held text.
-        chunk_tokens: tokens of these chunks, where they are known one by one.
+        start: when the request was sent, or should have been.
+        turn: its turn in the conversation, from 1.
+        arrivals: the times of arrival of the chunks that held text.
+        chunk_tokens: the numbers of tokens in these chunks, where known.
         end: when the answer was complete, or had failed.
-        texts: that were embedded.
-        error: why it failed; None: it did not.
+        texts: number of texts embedded.
+        error: why the request failed; None if it succeeded.
     """
 
     start: float
@@ -42,7 +42,7 @@ class Sample:
 
     @property
     def ttft(self) -> float | None:
-        """Time to the first token: until the first chunk that held text."""
+        """Time to first token: until the first chunk that held text."""
         return self.arrivals[0] - self.start if self.arrivals else None
 
     @property
@@ -58,10 +58,10 @@ class Sample:
         return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else None
 
     def gaps(self) -> tuple[list[float], list[float]]:
-        """Inter-token latencies, and how many tokens each stands for.
+        """Return inter-token latencies, and the number of tokens that each one stands for.
 
-        A gap that brought k tokens is k latencies of a k-th of it. Where the tokens of chunks are
-        not known one by one, each has the mean of its request.
+        A gap before k tokens counts as k latencies of a k-th of it. Where the tokens of chunks are
+        not known, each chunk has the request's mean number.
         """
         count = len(self.arrivals)
         if count < 2:
@@ -70,7 +70,7 @@ class Sample:
         if self.chunk_tokens is not None:
             tokens = self.chunk_tokens[1:]
         else:
-            # A server may send one token in two chunks, but never fewer than one a chunk.
+            # A server may send one token in two chunks, but every chunk has at least one.
             tokens = [max(1.0, self.output_tokens / count)] * (count - 1)
         pairs = zip(self.arrivals, self.arrivals[1:], strict=False)
         spans = [after - before for before, after in pairs]
@@ -81,14 +81,14 @@ class Sample:
 def percentiles(
     values: Sequence[float], weights: Sequence[float] | None = None
 ) -> dict[str, float] | None:
-    """The p50, p90, p99 and mean of measured values; None if there are none.
+    """Return the p50, p90, p99 and mean of measured values; None if there are none.
 
-    A percentile is the smallest value that at least so many percent of the weight do not exceed:
-    always one that was measured.
+    A percentile is the smallest measured value that at least this percentage of the weight does
+    not exceed.
     """
     if not values:
         return None
-    import numpy as np  # here, so that the command's other parts start without it
+    import numpy as np  # imported here, so that the other commands start without it
 
     array = np.asarray(values, np.float64)
     found = np.percentile(array, QUANTILES, weights=weights, method="inverted_cdf")
@@ -97,10 +97,10 @@ def percentiles(
 
 
 def parse_goodput(text: str) -> dict[str, float]:
-    """``ttft=500,itl=50``, in milliseconds, as limits in seconds.
+    """Parse ``ttft=500,itl=50``, in milliseconds, into limits in seconds.
 
     Raises:
-        BenchError: it is not written like that.
+        BenchError: the text is not written like this.
     """
     limits: dict[str, float] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
@@ -119,21 +119,21 @@ def parse_goodput(text: str) -> dict[str, float]:
 
 
 def meets(sample: Sample, limits: Mapping[str, float]) -> bool:
-    """Whether a request ended well and kept each limit; its ITL is its mean."""
+    """Return whether a request succeeded within every limit; its mean ITL counts."""
     if sample.error is not None:
         return False
     measured = {"ttft": sample.ttft, "itl": sample.itl, "e2e": sample.e2e}
-    # What a request cannot have, such as an ITL of one token, it cannot exceed.
+    # A figure that a request does not have, such as the ITL of one token, exceeds no limit.
     return all((measured[name] or 0.0) <= limit for name, limit in limits.items())
 
 
 def summarize(
     samples: Sequence[Sample], limits: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """The figures of one level of load. Times are in seconds, rates per second.
+    """Return the figures of one level of load. Times are in seconds, rates per second.
 
-    The time is that from the first request's start to the last one's end; tokens are those of
-    requests that ended well.
+    The duration is from the first request's start to the last one's end; only the tokens of
+    successful requests count.
     """
     good = [sample for sample in samples if sample.error is None]
     seconds = max((s.end for s in samples), default=0.0) - min(
@@ -173,7 +173,7 @@ def summarize(
 
 
 def ttfts(samples: Iterable[Sample], turn: int | None = None) -> list[float]:
-    """Times to the first token, of one turn or of all."""
+    """Return the times to first token, of one turn or of all."""
     found = (s.ttft for s in samples if turn in (None, s.turn))
     return [ttft for ttft in found if ttft is not None]
 
@@ -189,11 +189,11 @@ def _gaps(samples: Iterable[Sample]) -> tuple[list[float], list[float]]:
 
 
 def steady_decode(samples: Sequence[Sample]) -> dict[str, float] | None:
-    """Decode alone: what happened while every one of these requests was generating.
+    """Measure decode alone, while all of these requests were generating.
 
-    From the last first token to the first last token: tokens per second of all together, and the
-    median time between the chunks of one request, which is a step's; None if they never
-    overlapped.
+    Between the last first token and the first last token: tokens per second of all requests, and
+    the median time between the chunks of one request, which is the time of a step. None if the
+    requests never overlapped.
     """
     begin = max(sample.arrivals[0] for sample in samples)
     end = min(sample.arrivals[-1] for sample in samples)

@@ -1,4 +1,4 @@
 """``inferneo chat``: talk to a server in the terminal."""
 
 BEGINNING = {"temperature": 0.7}
-"""The parameters that a conversation begins with: at the API's own, 1.0, small models ramble."""
+"""The initial parameters of a conversation: at the API's default of 1.0, small models ramble."""

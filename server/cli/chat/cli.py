@@ -1,4 +1,4 @@
-"""``inferneo chat``: its options."""
+"""``inferneo chat``: the command and its options."""
 
 from typing import Annotated
 
@@ -45,9 +45,9 @@ def chat(
 ) -> None:
     """Talk to a model, in the terminal or in a script.
 
-    Where no server answers on this machine, one is started for the chat.
+    If no server runs on this machine, one is started for the chat.
     An API key is read from INFERNEO_API_KEY, or asked for.
-    With --message, or text on standard input, the answer alone is printed.
+    With --message, or text on standard input, only the answer is printed.
 
       inferneo chat
       inferneo chat my-model --url http://gpu-host:8000

@@ -1,4 +1,4 @@
-"""A server, as a chat needs it: its models, and answers that come piece by piece."""
+"""The chat's client of a server: it lists models and streams answers."""
 
 import contextlib
 import time
@@ -15,31 +15,31 @@ from server.cli.bench.sse import EventReader
 from server.process.listening import is_local
 
 _CONNECT_SECONDS, _SILENT_SECONDS = 5.0, 120.0
-"""This server sends something every 15 s; another one may compute a long prompt in silence."""
+"""This server sends something every 15 s; others may compute a long prompt in silence."""
 
 
 class ChatError(Exception):
-    """A sentence for whoever chats."""
+    """An error with a message for the user of the chat."""
 
 
 class NoServerError(ChatError):
-    """Nobody answers at the address."""
+    """No server answers at the address."""
 
 
 class KeyNeededError(ChatError):
-    """The server wants an API key, or another one."""
+    """The server needs an API key, or a different one."""
 
 
 @dataclass
 class Answer:
-    """What came of a request.
+    """The answer to a request, so far.
 
     Attributes:
-        text: that was generated so far.
-        reason: why it ended, as ``finish_reason`` has it; None: it did not.
-        tokens: that were generated; None: the server did not say.
-        warnings: what of the request had no effect.
-        first, last: when the first and the last piece came, in seconds after the request.
+        text: the text generated so far.
+        reason: the ``finish_reason``; None if the answer has not ended.
+        tokens: number of tokens generated; None if the server did not say.
+        warnings: the parts of the request that had no effect.
+        first, last: when the first and the last piece arrived, in seconds after the request.
     """
 
     text: str = ""
@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second after the first; None: there are too few to say."""
+        """Tokens per second after the first one; None if there are too few to tell."""
         if self.first is None or not self.tokens or self.tokens < 2 or self.last <= self.first:
             return None
         return (self.tokens - 1) / (self.last - self.first)
@@ -61,13 +61,13 @@ class Server:
     """A server that speaks OpenAI's API.
 
     Args:
-        url: its address, with or without ``/v1``.
-        key: an API key; empty: none is sent.
+        url: the address, with or without ``/v1``.
+        key: an API key; if empty, none is sent.
 
     Attributes:
-        url: without ``/v1``.
-        key: as above; may be changed.
-        started_here: it was started for the chat.
+        url: the address, without ``/v1``.
+        key: the API key, which may be changed.
+        started_here: whether the server was started for the chat.
     """
 
     started_here = False
@@ -79,38 +79,38 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ChatError(f"{url!r} is no address of a server; write http://host:port")
         self.key = key
-        # A proxy of the environment is not for what runs on this machine.
+        # A proxy set in the environment does not apply to servers on this machine.
         self._proxied = not is_local(parts.hostname)
 
     def models(self) -> list[str]:
-        """Ids of the models that can chat, as far as the server tells them apart.
+        """Return the ids of the models that can chat, as far as the server tells them apart.
 
         Raises:
-            ChatError: it does not answer, or refuses.
+            ChatError: the server does not answer, or rejects the request.
         """
         names = [str(model["id"]) for model in self._json("/v1/models")["data"]]
         kinds = {state.get("id"): state.get("kind") for state in self.states()}
         return [name for name in names if kinds.get(name) != "encoder"]
 
     def check(self, model: str) -> None:
-        """Make sure that there is a model of this id or alias.
+        """Check that there is a model with this id or alias.
 
         Raises:
-            ChatError: there is none; the text says which there are.
+            ChatError: there is none; the message lists the models.
         """
         self._json(f"/v1/models/{model}")
 
     def greet(self) -> None:
-        """Make sure that somebody answers.
+        """Check that the server answers.
 
         Raises:
-            ChatError: nobody does.
+            ChatError: it does not answer.
         """
         with self._talking(), self._client() as client:
             client.get("/health")
 
     def states(self) -> list[dict[str, Any]]:
-        """What ``/ready`` says of each model; nothing where there is no such path."""
+        """Return the state of each model from ``/ready``; empty if the server has no such path."""
         unusable = contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError)
         with unusable, self._client() as client:
             models = orjson.loads(client.get("/ready").content)["models"]
@@ -118,10 +118,10 @@ class Server:
         return []
 
     def stream(self, body: Mapping[str, Any], answer: Answer) -> Iterator[str]:
-        """Ask for a chat completion; the pieces of its text, which ``answer`` collects, too.
+        """Request a chat completion and yield the pieces of its text; ``answer`` collects them.
 
         Raises:
-            ChatError: it fails; what came before is in ``answer``.
+            ChatError: the request fails; ``answer`` holds what arrived before.
         """
         sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
         begin = time.perf_counter()
@@ -163,7 +163,7 @@ class Server:
 
     @contextlib.contextmanager
     def _talking(self) -> Iterator[None]:
-        """Failures of the network, in words."""
+        """Turn failures of the network into :class:`ChatError`."""
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -181,7 +181,7 @@ class Server:
 
 
 def _is_state(state: Any) -> bool:
-    """Whether this is what ``/ready`` says of a model, with or without how far its loading is."""
+    """Return whether this is a model's state from ``/ready``, loaded or still loading."""
     if not isinstance(state, dict) or not isinstance(state.get("id"), str):
         return False
     counts = [state.get(name) for name in ("done", "total")]
@@ -190,7 +190,7 @@ def _is_state(state: Any) -> bool:
 
 
 def _read(event: bytes, answer: Answer) -> str:
-    """The text that an event adds; all else that it says goes into ``answer``."""
+    """Return the text that an event adds; put everything else in it into ``answer``."""
     chunk = orjson.loads(event)
     if error := chunk.get("error"):
         raise ChatError(str(error["message"]))
@@ -205,7 +205,7 @@ def _read(event: bytes, answer: Answer) -> str:
 
 
 def _refusal(response: httpx.Response, server: Server) -> ChatError:
-    """An answer that is an error, in words."""
+    """Turn an error response into :class:`ChatError`."""
     try:
         error = orjson.loads(response.content)["error"]
         message, code = str(error["message"]), error.get("code")

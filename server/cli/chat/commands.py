@@ -1,4 +1,4 @@
-"""What a line that begins with ``/`` does."""
+"""The commands of a chat: lines that begin with ``/``."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from server.cli.chat.dialogue import PARAMETERS
 from server.cli.chat.talk import Talk
 
 
-class Leave(Exception):  # noqa: N818 - it is no error
-    """The conversation is over."""
+class Leave(Exception):  # noqa: N818 - not an error
+    """Raised to end the conversation."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Command:
     """A command.
 
     Attributes:
-        usage: what follows its name.
-        text: what it does.
-        run: does it, with the rest of the line.
+        usage: the arguments after its name.
+        text: a description.
+        run: runs the command with the rest of the line.
     """
 
     usage: str
@@ -32,11 +32,11 @@ class Command:
 
 
 def run(line: str, talk: Talk) -> bool:
-    """Do what a line says, if it is a command; whether it is one. A path such as ``/etc`` is none.
+    """Run a line if it is a command, and return whether it is. A path such as ``/etc`` is not.
 
     Raises:
-        ChatError: it cannot be done.
-        Leave: the conversation is to end.
+        ChatError: the command fails.
+        Leave: the user ends the conversation.
     """
     match = re.fullmatch(r"/([a-z?]+)(?:\s+(.*))?", line.strip(), re.DOTALL)
     if match is None:
@@ -150,4 +150,4 @@ COMMANDS = {
     "forget": Command("", "empty the history of the arrow keys", _forget),
     "exit": Command("", "leave, as Ctrl-D does", _leave),
 }
-"""By their names."""
+"""The commands, by name."""

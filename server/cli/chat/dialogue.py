@@ -1,4 +1,4 @@
-"""What was said, and what goes with it to the server."""
+"""The state of a conversation, and the requests made from it."""
 
 import difflib
 import json
@@ -29,7 +29,7 @@ _FIXED = frozenset(
         "user",
     ]
 )
-"""Parameters that a chat has its own values for, or no use."""
+"""Parameters that the chat sets itself, or does not use."""
 PARAMETERS = tuple(sorted(ChatBody.model_fields.keys() - _FIXED))
 
 
@@ -45,10 +45,10 @@ class Dialogue:
     """A conversation.
 
     Attributes:
-        model: that answers.
-        system: what it is told before all else; empty: nothing.
+        model: the id of the model that answers.
+        system: the system message; empty for none.
         turns: the questions and answers so far.
-        parameters: of sampling, by their names; they begin with a temperature for small models.
+        parameters: sampling parameters by name; at first, a temperature that suits small models.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Dialogue:
     parameters: dict[str, Any] = field(default_factory=lambda: dict(BEGINNING))
 
     def messages(self, question: str | None = None) -> list[dict[str, str]]:
-        """As the API has them, a further question at the end."""
+        """Return the messages in the API's form, with a further question at the end."""
         found = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
             found.append({"role": "user", "content": turn.question})
@@ -65,22 +65,22 @@ class Dialogue:
         return found if question is None else [*found, {"role": "user", "content": question}]
 
     def body(self, question: str | None = None) -> dict[str, Any]:
-        """A request."""
+        """Return the body of a request."""
         return {"model": self.model, "messages": self.messages(question), **self.parameters}
 
     def having(self, question: str, answer: str) -> "Dialogue":
-        """With a further turn."""
+        """Return the dialogue with a further turn."""
         return replace(self, turns=(*self.turns, Turn(question, answer)))
 
     def undone(self) -> "Dialogue":
-        """Without the last turn."""
+        """Return the dialogue without its last turn."""
         return replace(self, turns=self.turns[:-1])
 
     def setting(self, name: str, text: str) -> "Dialogue":
-        """With a parameter; ``text`` is JSON, or a string as it is, or ``default``.
+        """Return the dialogue with a parameter set to ``text``: JSON, plain text, or ``default``.
 
         Raises:
-            ChatError: there is no such parameter, or the API would refuse the value.
+            ChatError: there is no such parameter, or the API would reject the value.
         """
         if name not in PARAMETERS:
             close = difflib.get_close_matches(name, PARAMETERS, n=1)
@@ -98,10 +98,10 @@ class Dialogue:
 
 
 def validated(body: Any) -> ChatBody:
-    """A body as the server would read it.
+    """Validate a body as the server would.
 
     Raises:
-        ChatError: it would refuse it, with these words.
+        ChatError: the server would reject it, with this message.
     """
     try:
         return ChatBody.model_validate(body)

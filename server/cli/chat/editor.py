@@ -1,4 +1,4 @@
-"""The line that is typed: its history, keys and completions."""
+"""The line editor: history, keys and completions."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from server.cli.chat.dialogue import PARAMETERS
 
 
 def history_file() -> Path:
-    """Where questions are kept, in the user's state folder."""
+    """Return the file that keeps the questions, in the user's state folder."""
     folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(folder) / "inferneo" / "chat_history"
 
@@ -26,13 +26,13 @@ def history_file() -> Path:
 class Editor:
     """Reads questions and commands.
 
-    Enter sends; Alt-Enter, or Enter behind a backslash, begins another line. What is pasted may
-    have several.
+    Enter sends; Alt-Enter, or Enter after a backslash, begins another line. Pasted text may have
+    several lines.
 
     Args:
-        file: of the history. Nobody else can read it. Where it cannot be written there is one for
-            this conversation only.
-        source, output: instead of the terminal.
+        file: the file of the history, which only the user can read. If it cannot be written, the
+            history is kept for this conversation only.
+        source, output: used instead of the terminal.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Editor:
         )
 
     def read(self) -> str:
-        """What was typed.
+        """Return what the user typed.
 
         Raises:
             EOFError: Ctrl-D, on an empty line.
@@ -61,7 +61,7 @@ class Editor:
         return self._session.prompt()
 
     def forget(self) -> None:
-        """Empty the history, on disk too."""
+        """Clear the history, in memory and on disk."""
         with contextlib.suppress(OSError):
             self._file.unlink()
         self._session.history = self._session.default_buffer.history = self._history()
@@ -97,10 +97,10 @@ def _keys() -> KeyBindings:
 
 
 class CommandCompleter(Completer):
-    """Names of commands, and of parameters after ``/set``."""
+    """Completes names of commands, and of parameters after ``/set``."""
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
-        """What may follow, at Tab."""
+        """Yield the completions for Tab."""
         text = document.text_before_cursor
         if text.startswith("/set "):
             words, start = PARAMETERS, text.removeprefix("/set ")

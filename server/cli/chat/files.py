@@ -1,4 +1,4 @@
-"""Conversations in files: JSON, which is a request of the API, or Markdown, which is to be read."""
+"""Conversations in files: JSON, which is a request of the API, or Markdown, which is for people."""
 
 import json
 import os
@@ -17,14 +17,14 @@ _ROLES = {title: role for role, title in _TITLES.items()}
 _OURS = "## (?:System|User|Assistant)"
 _HEADING = re.compile(r"^## (System|User|Assistant)\n\n", re.MULTILINE)
 _HIDDEN = re.compile(rf"^\\(\\*{_OURS})$", re.MULTILINE)
-"""Such a line within a message: it is written with a backslash before it."""
+"""Matches such a line within a message, which is written with a backslash before it."""
 
 
 def save(dialogue: Dialogue, path: Path) -> None:
-    """Write a conversation into a new file, which nobody else can read; what it is by its ending.
+    """Write a conversation to a new file that only the user can read; the suffix sets the format.
 
     Raises:
-        ChatError: it is there already or cannot be written, or the ending is neither ``.json`` nor
+        ChatError: the file exists or cannot be written, or its suffix is neither ``.json`` nor
             ``.md``.
     """
     if _is_json(path):
@@ -36,7 +36,7 @@ def save(dialogue: Dialogue, path: Path) -> None:
         ]
         text = f"# Conversation with {clean(dialogue.model)}\n\n" + "".join(parts)
     try:
-        # What is there, be it a link to nothing, is left alone.
+        # An existing file is left unchanged, even a dangling link.
         with open(path, "x", encoding="utf-8", opener=_private) as file:
             file.write(text)
     except FileExistsError:
@@ -46,10 +46,10 @@ def save(dialogue: Dialogue, path: Path) -> None:
 
 
 def load(path: Path, dialogue: Dialogue) -> tuple[Dialogue, str | None]:
-    """Read a conversation, and the question at its end that has no answer; the model stays.
+    """Read a conversation, and the unanswered question at its end; the model stays the same.
 
     Raises:
-        ChatError: it cannot be read, or holds no conversation.
+        ChatError: the file cannot be read, or holds no conversation.
     """
     as_json = _is_json(path)
     try:
@@ -90,7 +90,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _escaped(text: str) -> str:
-    """Lines that would pass for a heading of ours, made none."""
+    """Escape the lines that would be read as one of our headings."""
     return re.sub(rf"^(\\*{_OURS})$", r"\\\1", text, flags=re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""A server for the time of a chat, in a process of its own."""
+"""A server in a child process, for the duration of a chat."""
 
 import contextlib
 import os
@@ -22,15 +22,16 @@ _OF_A_JOB = ("coordinator", "num_processes", "process_id", "job_token")
 
 @contextlib.contextmanager
 def local_server(model: str | None, settings: Settings, err: Console) -> Iterator[Server]:
-    """A server that is ready. At the end, or whatever happens to this process, it ends.
+    """Start a server and yield it once it is ready; it ends with the block, or with this process.
 
     Args:
-        model: that it serves; None: those of the settings, or the catalog's first that chats.
-        settings: which it reads itself, from the environment and the file.
-        err: where to show how far it is.
+        model: the model to serve; None for those of the settings, or the catalog's first chat
+            model.
+        settings: the settings, which the server reads itself from the environment and the file.
+        err: the console to show progress on.
 
     Raises:
-        ChatError: it ends before it is ready; with the end of its log.
+        ChatError: the server ends before it is ready; with the end of its log.
     """
     with tempfile.TemporaryDirectory(prefix="inferneo-") as folder:
         child = Child(OURS, _environment(model, settings, folder))
@@ -46,12 +47,12 @@ def local_server(model: str | None, settings: Settings, err: Console) -> Iterato
 
 
 def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
-    """Show how far a server's models are until they are loaded; yields while they are not.
+    """Show the progress of a server's models until they are loaded; yields while they are not.
 
     Args:
-        server: to wait for.
-        err: where to show it.
-        started: it answers already.
+        server: the server to wait for.
+        err: the console to show progress on.
+        started: whether the server already answers.
     """
     rows: list[dict[str, Any]] = []
     with ModelProgress(err, lambda: rows):
@@ -65,7 +66,7 @@ def waiting(server: Server, err: Console, *, started: bool) -> Iterator[None]:
 
 
 def _why(child: Child) -> str:
-    """The reason of the last error that a log has; else its end."""
+    """Return the reason of the last error in a log, or else the end of the log."""
     for line in reversed(child.log.splitlines()):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             event = orjson.loads(line)
@@ -75,7 +76,7 @@ def _why(child: Child) -> str:
 
 
 def _environment(model: str | None, settings: Settings, folder: str) -> dict[str, str]:
-    """Its variables. It has no keys: only this machine is served; and it joins no job."""
+    """Return its environment: without keys, so it serves only this machine, and without a job."""
     if model is None and not settings.models:
         from inferneo_jax import load_catalog
 

@@ -1,4 +1,4 @@
-"""``inferneo chat``: finds or starts a server, and leads the conversation."""
+"""``inferneo chat``: finds or starts a server, and runs the conversation."""
 
 import contextlib
 import getpass
@@ -22,7 +22,7 @@ _FAILED, _INTERRUPTED = 1, 130
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What the command line asks for; see ``server.cli.chat.cli.chat``."""
+    """The options of the command line; see ``server.cli.chat.cli.chat``."""
 
     model: str | None = None
     url: str | None = None
@@ -35,8 +35,8 @@ def run(wish: Wish) -> None:
     """Chat, or ask one question.
 
     Raises:
-        ConfigError: the settings say where the server is, and cannot be used.
-        SystemExit: it failed, with 1; or Ctrl-C ended it, with 130.
+        ConfigError: the settings, which say where the server is, are invalid.
+        SystemExit: the chat failed, with 1, or Ctrl-C ended it, with 130.
     """
     screen = terminal()
     alone = wish.message is None and sys.stdin.isatty() and sys.stdout.isatty()
@@ -57,7 +57,7 @@ def run(wish: Wish) -> None:
 
 
 def converse(talk: Talk, editor: Editor) -> None:
-    """Read and answer until the user leaves."""
+    """Read questions and answer them until the user leaves."""
     talk.forget = editor.forget
     talk.screen.note(f"{talk.dialogue.model} at {talk.server.url}. /help shows what there is.")
     while True:
@@ -74,7 +74,7 @@ def converse(talk: Talk, editor: Editor) -> None:
 
 
 def _answer(talk: Talk, question: str) -> None:
-    """One question: its answer is all that goes to standard output."""
+    """Ask one question; only its answer goes to standard output."""
     if not question.strip():
         raise ChatError("There is no question: standard input, or --message, is empty.")
     answer = Answer()
@@ -88,10 +88,10 @@ def _answer(talk: Talk, question: str) -> None:
 
 
 def _server(wish: Wish, screen: Screen, stack: contextlib.ExitStack) -> Server:
-    """The server that was named, or this machine's; one that is started if there is none.
+    """Return the named server or the one on this machine, which is started if there is none.
 
     Raises:
-        ChatError: there is none at the address that was named, or it cannot be started.
+        ChatError: no server answers at the named address, or it cannot be started.
     """
     key = os.environ.get(KEY_VARIABLE, "")
     if wish.url is not None:
@@ -106,10 +106,10 @@ def _server(wish: Wish, screen: Screen, stack: contextlib.ExitStack) -> Server:
 
 
 def _ready(server: Server, screen: Screen) -> Server:
-    """The server, once its models are loaded.
+    """Wait until the server's models are loaded, and return it.
 
     Raises:
-        ChatError: it does not answer.
+        ChatError: the server does not answer.
     """
     server.greet()
     for _ in waiting(server, screen.err, started=True):
@@ -118,7 +118,7 @@ def _ready(server: Server, screen: Screen) -> Server:
 
 
 def _dialogue(wish: Wish, talk: Talk) -> Dialogue:
-    """An empty conversation, with what the command line says of it.
+    """Return an empty conversation, with the options of the command line.
 
     Raises:
         ChatError: there is no such model or parameter.

@@ -1,4 +1,4 @@
-"""What a chat shows: answers as they are written, and lines about them."""
+"""The output of a chat: answers as they are generated, and lines about them."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from server.cli.chat.client import Answer
 from server.observe.terminal import clean
 
 _LOCAL_MODES = 3
-"""Where termios(3)'s ``c_lflag`` is in what ``tcgetattr`` gives."""
+"""Index of termios(3)'s ``c_lflag`` in the result of ``tcgetattr``."""
 _REASONS = {
     "stop": "complete",
     "length": "cut: max_tokens, or the model's context, is used up",
@@ -24,15 +24,15 @@ _REASONS = {
 
 _TAB = 8
 _LONGEST = 1000
-"""Characters of a word that is kept whole: marks without width could go on for ever."""
+"""Maximum characters of a word that is kept whole; marks without width could go on without end."""
 
 
 class Screen:
-    """Where to write.
+    """Writes the output of a chat.
 
     Args:
-        out: for answers, and in a conversation for all else.
-        err: for errors and progress.
+        out: the console for answers, and for everything else in a conversation.
+        err: the console for errors and progress.
     """
 
     def __init__(self, out: Console, err: Console) -> None:
@@ -40,7 +40,7 @@ class Screen:
 
     @contextmanager
     def answer(self) -> Iterator["Writer"]:
-        """An answer that is being written; what is typed meanwhile is not shown in it."""
+        """Yield the writer of an answer; keys typed in the meantime are not echoed."""
         writer = Writer(self.out)
         with _without_echo():
             try:
@@ -49,24 +49,24 @@ class Screen:
                 writer.end()
 
     def note(self, text: str) -> None:
-        """Something beside the conversation."""
+        """Write a note beside the conversation."""
         self.out.print(Text(clean(text), style="dim"))
 
     def warn(self, text: str) -> None:
-        """Something that is no part of an answer, where answers may be read by a program."""
+        """Write a warning where it does not mix with answers that a program may read."""
         self.err.print(Text(clean(text), style="dim"))
 
     def show(self, text: str) -> None:
-        """What was asked for, by a command."""
+        """Write the output of a command."""
         self.out.print(Text(clean(text)))
 
     def error(self, text: str) -> None:
-        """What went wrong."""
+        """Write an error."""
         shown = Text.assemble(("error: ", "bold red"), clean(text))
         self.err.print(shown, soft_wrap=not self.err.is_terminal)
 
     def figures(self, answer: Answer) -> None:
-        """How an answer came, in one line."""
+        """Write the speed and the end of an answer, in one line."""
         parts = []
         if answer.tokens is not None:
             parts.append(f"{answer.tokens:,} token{'s' * (answer.tokens != 1)}")
@@ -83,7 +83,7 @@ class Screen:
 
 
 class Writer:
-    """Writes pieces of text; on a terminal lines break between words."""
+    """Writes pieces of text; on a terminal, lines break between words."""
 
     def __init__(self, console: Console) -> None:
         self._file = console.file
@@ -91,7 +91,7 @@ class Writer:
         self._ends_line = True
 
     def write(self, text: str) -> None:
-        """Write a piece, at once."""
+        """Write a piece immediately."""
         text = clean(text)
         if text:
             self._ends_line = text.endswith("\n")
@@ -121,7 +121,7 @@ def _without_echo() -> Iterator[None]:
 
 
 def terminal() -> Screen:
-    """The terminal, or wherever the output goes."""
+    """Return the screen of the terminal, or of wherever the output goes."""
     return Screen(
         Console(highlight=False, markup=False, emoji=False),
         Console(highlight=False, markup=False, emoji=False, stderr=True),
@@ -131,10 +131,10 @@ def terminal() -> Screen:
 class Wrapper:
     """Breaks lines between words, while the words are still being written.
 
-    A word that grows beyond the edge is taken back and begun again on the next line.
+    A word that grows beyond the edge is erased and begun again on the next line.
 
     Args:
-        width: of the terminal, in cells; at least 1.
+        width: width of the terminal in cells; at least 1.
     """
 
     def __init__(self, width: int) -> None:
@@ -143,7 +143,7 @@ class Wrapper:
         self._word, self._taken = "", 0
 
     def feed(self, text: str) -> str:
-        """What to write so that ``text`` follows what was written; it must be clean."""
+        """Return the characters to write so that ``text`` appears next; it must be clean."""
         return "".join(map(self._put, re.findall(r"\s|\S", text)))
 
     def _put(self, character: str) -> str:
@@ -153,7 +153,7 @@ class Wrapper:
         if character.isspace():
             self._word, self._taken = "", 0
             size = _TAB - self._column % _TAB if character == "\t" else get_cwidth(character)
-            if self._column + size > self._width:  # the break stands for it
+            if self._column + size > self._width:  # the line break replaces it
                 self._column = 0
                 return "\n"
             self._column += size
@@ -170,7 +170,7 @@ class Wrapper:
             else:
                 before, self._column, self._word, self._taken = "\n", 0, "", 0
         self._column += size
-        # Scripts that are written without spaces break at each character.
+        # Scripts written without spaces can break at each character.
         if size == 2 or len(self._word) == _LONGEST:
             self._word, self._taken = "", 0
         else:

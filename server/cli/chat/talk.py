@@ -1,4 +1,4 @@
-"""A conversation that goes on: questions, answers, and what is kept of both."""
+"""An ongoing conversation: it asks, shows answers, and keeps both."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,16 @@ from server.cli.chat.screen import Screen
 
 
 class Talk:
-    """Asks a server, and keeps what was said.
+    """Asks a server, and keeps the questions and answers.
 
     Args:
-        server: to ask.
-        dialogue: so far.
-        screen: to write on.
-        ask_key: asks the user for an API key; None: there is nobody to ask.
+        server: the server to ask.
+        dialogue: the conversation so far.
+        screen: the screen to write on.
+        ask_key: asks the user for an API key; None if there is no user to ask.
 
     Attributes:
-        dialogue: as it is now.
+        dialogue: the current conversation.
         pending: a question that got no answer.
         forget: empties the line editor's history.
     """
@@ -35,14 +35,14 @@ class Talk:
         self._ask_key = ask_key
 
     def ask(self, question: str) -> None:
-        """Ask, and write the answer while it comes; what came of one that is cut is kept."""
+        """Ask, and write the answer as it arrives; an interrupted answer is kept, too."""
         self._ask(question, self.dialogue)
 
     def retry(self) -> None:
         """Ask the last question again. The old answer is kept until there is a new one.
 
         Raises:
-            ChatError: there is none.
+            ChatError: there is no question.
         """
         if self.pending is not None:
             self._ask(self.pending, self.dialogue)
@@ -52,10 +52,10 @@ class Talk:
             raise ChatError("Nothing was asked yet.")
 
     def with_key(self, action: Callable[[], None]) -> None:
-        """Do something that may need an API key; if it does, ask for one and do it again.
+        """Run an action; if it needs an API key, ask for one and run it again.
 
         Raises:
-            ChatError: it fails, or no key was given.
+            ChatError: the action fails, or no key was given.
         """
         while True:
             try:

@@ -1,1 +1,1 @@
-"""`inferneo doctor`: what is here, what is wrong with it, and how to fix it."""
+"""`inferneo doctor`: checks the installation and says how to fix what is wrong."""

@@ -1,4 +1,4 @@
-"""`inferneo doctor`: every check, a line each."""
+"""`inferneo doctor`: runs every check and prints a line for each."""
 
 import json
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it for programs.")] = False,
 ) -> None:
-    """Say what is here, what is wrong, and how to fix it; nothing is changed.
+    """Check the installation, and say what is wrong and how to fix it; nothing is changed.
 
-    Exit status 1 if there is a problem. With a warning the server runs, but not as well as it
-    could, or not for everybody.
+    The exit status is 1 if there is a problem. With a warning the server runs, but not as well as
+    it could, or not for every client.
     """
     found = list(examine({"config": config} if config else {}))
     worst = max((each.state for each in found), key=list(_STYLES).index)
@@ -37,12 +37,12 @@ def doctor(
 
 
 def examine(flags: dict[str, Any]) -> Iterator[Finding]:
-    """What all checks find. ``flags``: settings of the command line."""
-    # Here, because they bring in numpy, and every command would wait for it.
+    """Yield the findings of all checks; ``flags`` are the settings of the command line."""
+    # Imported here because they import numpy, which would delay every command.
     from server.cli.doctor import machine, setup
     from server.process.listening import listener_at
 
-    with machine.start_survey() as process:  # slow, so that others run beside it
+    with machine.start_survey() as process:  # slow, so it runs beside the others
         try:
             yield from machine.packages()
             read, found = setup.settings(flags)

@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""The finding of a check."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        check: what was looked at.
-        state: ``warning``: the server runs, but not as well as it could, or not for everybody.
+        check: what was checked.
+        state: with ``warning``, the server runs, but not optimally, or not for every client.
         text: what was found.
-        fix: a command, or what else to do; None: nothing is to be done.
+        fix: a command, or other advice; None if there is nothing to do.
     """
 
     check: str
@@ -25,21 +25,21 @@ class Finding:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or its nearest parent folder that exists."""
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def in_bytes(number: float) -> str:
-    """A size, for people."""
+    """Format a size in bytes for people."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files below a folder, which may be changing."""
+    """Return the size of all files below a folder, which may be changing, in bytes."""
     total = 0
     for file in folder.rglob("*"):
         try:
             total += file.stat().st_size if file.is_file() else 0
-        except OSError:  # it has just been removed, or is not ours to see
+        except OSError:  # it has just been removed, or is not readable
             continue
     return total

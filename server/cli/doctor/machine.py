@@ -16,21 +16,21 @@ from packaging.requirements import Requirement
 from server.cli.doctor.finding import Finding, State, existing, in_bytes
 
 SURVEY_SECONDS = 30.0
-"""How long JAX may take to find its devices; a driver that is broken may never answer."""
+"""Time limit for JAX to find its devices; a broken driver may never answer."""
 _DISTRIBUTION = "inferneo-jax"
 _FREE_BYTES = 1e9
 _UNPACKED = 3
-"""A model takes so many times the size of its download, while it is converted."""
+"""Disk space that the conversion of a model takes, as a multiple of its download."""
 _ACCELERATORS = {"dev/nvidia0": ("an NVIDIA GPU", "cuda12"), "dev/accel0": ("a TPU", "tpu")}
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What ``inferneo_jax.runner.backends`` has printed.
+    """The output of ``inferneo_jax.runner.backends``.
 
     Attributes:
-        facts: by part; those that were printed before it failed.
-        failure: why it ended too early; None: it did not.
+        facts: facts by part, as far as they were printed before a failure.
+        failure: why it ended early; None if it did not.
     """
 
     facts: Mapping[str, Any]
@@ -38,19 +38,19 @@ class Survey:
 
 
 def start_survey() -> subprocess.Popen[str]:
-    """Begin to look at kernels and devices, which takes a second or more."""
+    """Start the survey of kernels and devices, which takes a second or more."""
     return subprocess.Popen(
         [sys.executable, "-m", "inferneo_jax.runner.backends"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Looking must not take the memory from a server that runs.
+        # The survey must not take memory from a running server.
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     )
 
 
 def end_survey(process: subprocess.Popen[str], seconds: float = SURVEY_SECONDS) -> Survey:
-    """What it found, within so many seconds."""
+    """Return the result of the survey, waiting at most ``seconds``."""
     failure = None
     try:
         printed, errors = process.communicate(timeout=seconds)
@@ -69,7 +69,7 @@ def end_survey(process: subprocess.Popen[str], seconds: float = SURVEY_SECONDS) 
 
 
 def packages(distribution: str = _DISTRIBUTION) -> Iterator[Finding]:
-    """Versions, against the bounds that this package was installed with."""
+    """Check the versions of packages against the bounds that this package declares."""
     version = ".".join(map(str, sys.version_info[:3]))
     try:
         requirements = [Requirement(text) for text in metadata.requires(distribution) or ()]
@@ -103,7 +103,7 @@ def _wrong(requirement: Requirement) -> str | None:
 
 
 def devices(survey: Survey, *, served: bool, root: Path = Path("/")) -> Iterator[Finding]:
-    """What JAX computes on. ``served``: a server of ours runs here, which may hold the devices."""
+    """Check JAX's devices; ``served`` says that a server here may be using them."""
     found = survey.facts.get("devices")
     if found is None:
         why = f"JAX finds none ({survey.failure})"
@@ -124,7 +124,7 @@ def devices(survey: Survey, *, served: bool, root: Path = Path("/")) -> Iterator
 
 
 def memory(survey: Survey, weights: int) -> Iterator[Finding]:
-    """Whether so many bytes of weights fit what is free."""
+    """Check whether ``weights`` bytes fit in the free memory."""
     found = survey.facts.get("devices")
     if found is None:
         return
@@ -140,7 +140,7 @@ def memory(survey: Survey, weights: int) -> Iterator[Finding]:
 
 
 def disk(folder: Path, to_fetch: int) -> Iterator[Finding]:
-    """Whether models can be put into a folder; ``to_fetch`` bytes are still to be downloaded."""
+    """Check whether a folder can hold the models; ``to_fetch`` bytes are still to be downloaded."""
     place = existing(folder)
     free, needed = shutil.disk_usage(place).free, _UNPACKED * to_fetch
     text = f"{in_bytes(free)} are free at {folder}"
@@ -158,7 +158,7 @@ def disk(folder: Path, to_fetch: int) -> Iterator[Finding]:
 
 
 def kernels(survey: Survey, wanted: str) -> Iterator[Finding]:
-    """The native kernels of a CPU, if they are to be used; ``wanted``: the setting."""
+    """Check the native kernels of a CPU, if the setting ``wanted`` uses them."""
     found = survey.facts.get("kernels")
     on_cpu = survey.facts.get("devices", {}).get("platform", "cpu") == "cpu"
     if not found or not on_cpu or wanted == "xla":

@@ -1,4 +1,4 @@
-"""Checks of what was set up: settings, models, compiled programs, keys, the port."""
+"""Checks of the setup: settings, models, compiled programs, keys, and the port."""
 
 import os
 import sqlite3
@@ -24,7 +24,7 @@ _OTHERS_READ = 0o077
 
 
 def settings(flags: dict[str, Any]) -> tuple[Settings | None, list[Finding]]:
-    """Read them; None where they cannot be used."""
+    """Read and check the settings; None if they are invalid."""
     found = [
         Finding("Settings", "warning", sentence, f"unset {sentence.split()[0]}")
         for sentence in unknown_variables()
@@ -43,7 +43,7 @@ def settings(flags: dict[str, Any]) -> tuple[Settings | None, list[Finding]]:
 
 
 def models(read: Settings) -> Iterator[tuple[Finding, int, int]]:
-    """Each model to be served; bytes of its weights, and those that are still to be downloaded."""
+    """Check each model to serve; yield its weights' bytes, and the bytes still to be downloaded."""
     for source in sources_of(read):
         yield _model(source, read)
 
@@ -70,7 +70,7 @@ def _model(source: Source, read: Settings) -> tuple[Finding, int, int]:
 
 
 def compiled(read: Settings) -> Iterator[Finding]:
-    """The folder of compiled programs and encoded weights."""
+    """Check the folder of compiled programs and encoded weights."""
     name, folder = "Compiled", Path(read.engine_config().compilation_cache or "")
     place = existing(folder)
     if not os.access(place, os.W_OK):
@@ -92,7 +92,7 @@ def compiled(read: Settings) -> Iterator[Finding]:
 
 
 def keys(read: Settings) -> Iterator[Finding]:
-    """The key store, and whether the keys in it go with the other settings."""
+    """Check the key store, and whether its keys fit the other settings."""
     location = read.keys_location()
     try:
         found = _keys_in(location)
@@ -125,10 +125,10 @@ def keys(read: Settings) -> Iterator[Finding]:
 
 
 def _keys_in(location: str) -> list[Key]:
-    """The keys of a store, of which nothing is changed.
+    """Return the keys of a store without changing it.
 
     Raises:
-        StoreError, sqlite3.Error: it cannot be reached, or is damaged.
+        StoreError, sqlite3.Error: the store cannot be reached, or is damaged.
     """
     if "://" in location:
         store = open_store(location)
@@ -141,7 +141,7 @@ def _keys_in(location: str) -> list[Key]:
         if not os.access(existing(file), os.W_OK):
             raise StoreError(f"{file} is not there and cannot be made")
         return []
-    # Where nobody has it open, SQLite would leave the files of a write-ahead log behind.
+    # If no process has it open, SQLite would leave the files of a write-ahead log behind.
     how = "mode=ro" if file.with_name(f"{file.name}-wal").exists() else "immutable=1"
     try:
         database = sqlite3.connect(f"{file.as_uri()}?{how}", uri=True, timeout=2)
@@ -160,7 +160,7 @@ def _keys_in(location: str) -> list[Key]:
 
 
 def port(read: Settings, there: Listener | None) -> Iterator[Finding]:
-    """Whether the address can be listened on; ``there``: who does."""
+    """Check whether the server can listen on its address; ``there`` is who already does."""
     where = url_of(read.host, read.port)
     if there is None:
         try:

@@ -1,4 +1,4 @@
-"""The pages of ``docs/reference``, made of the schemas that the program itself runs on."""
+"""The pages of ``docs/reference``, generated from the schemas that the program itself uses."""
 
 from server.cli.reference.pages import pages
 

@@ -1,4 +1,4 @@
-"""``python -m server.cli.reference FOLDER``: write the pages; ``make docs`` is this."""
+"""``python -m server.cli.reference FOLDER``: writes the pages, as ``make docs`` does."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``api.md``: every endpoint, of the OpenAPI document that the server gives out."""
+"""``api.md``: every endpoint, generated from the OpenAPI document that the server sends."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ default, the words say what holds when the field is left out."""
 
 
 def api_page() -> str:
-    """The page."""
+    """Return the text of the page."""
     found = document(ENDPOINTS)
     operations = [
         (method.upper(), path, operation)
@@ -49,7 +49,7 @@ def _contents(operations: list[tuple[str, str, Any]]) -> str:
 
 
 def _usual(found: Schema) -> dict[str, Schema]:
-    """The errors that mean the same wherever they occur."""
+    """Return the errors that have the same meaning for every endpoint."""
     meanings: dict[str, list[Schema]] = {}
     for methods in found["paths"].values():
         for operation in methods.values():
@@ -94,7 +94,7 @@ def _operation(
 
 
 def _parameters(schema: Schema) -> str:
-    """The table of a body, what must be there first."""
+    """Return the table of a body's parameters, required ones first."""
     required = schema.get("required", ())
     rows = [
         (
@@ -176,7 +176,7 @@ def _errors(usual: dict[str, Schema]) -> Iterator[str]:
 
 
 def _objects(found: Schema) -> Iterator[str]:
-    """What answers, and bodies within bodies, are made of."""
+    """Yield the sections of the objects within answers and bodies."""
     bodies = {
         schema["$ref"].rsplit("/", 1)[1]
         for methods in found["paths"].values()

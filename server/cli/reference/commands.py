@@ -1,4 +1,4 @@
-"""``cli.md``: every command, of the functions that ``inferneo`` runs."""
+"""``cli.md``: every command, generated from the functions that ``inferneo`` runs."""
 
 import enum
 import inspect
@@ -29,12 +29,12 @@ class Parameter:
     """An argument or option.
 
     Attributes:
-        flags: how it may be written, such as ``--json``; none: an argument.
-        value: what its value is called; empty: it takes none.
+        flags: its names, such as ``--json``; empty for an argument.
+        value: the name of its value; empty if it takes none.
         panel: the group that it is shown in.
-        required: whether it must be there.
-        default: what holds without it, in Markdown.
-        text: its words.
+        required: whether it must be given.
+        default: the default, in Markdown.
+        text: its description.
     """
 
     flags: tuple[str, ...]
@@ -47,7 +47,7 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: ``name`` is all its words, ``text`` its docstring, ``epilog`` what follows."""
+    """A command: ``name`` is its full name, ``text`` its docstring, ``epilog`` its last text."""
 
     name: str
     text: str
@@ -56,14 +56,14 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """Every command, those of groups last."""
+    """Return every command, those of groups last."""
     from server.cli.main import app
 
     return list(_commands(app, "inferneo"))
 
 
 def commands_page() -> str:
-    """The page."""
+    """Return the text of the page."""
     found = commands()
     contents = table(
         ("command", ""),
@@ -117,7 +117,7 @@ def _parameter(parameter: inspect.Parameter) -> Parameter:
 
 
 def _flags(name: str, kind: Any, info: OptionInfo) -> tuple[str, ...]:
-    # Typer keeps the first of the names that it is given as the default.
+    # Typer keeps the first name that it is given as the default.
     names = (info.default, *(info.param_decls or ()))
     given = [name for name in names if isinstance(name, str) and name.startswith("-")]
     long = name.replace("_", "-")
@@ -137,7 +137,7 @@ def _default(value: Any, info: ArgumentInfo | OptionInfo) -> str:
 
 
 def _words(info: ArgumentInfo | OptionInfo) -> str:
-    """Its help, its bounds, and the variable that is read where it is not given."""
+    """Return its help, its bounds, and the environment variable that is used without it."""
     parts = [info.help or ""]
     if bounds := span(info.min, info.max):
         parts.append(f"{bounds[0].upper()}{bounds[1:]}.")
@@ -181,13 +181,13 @@ def _section(command: Command) -> str:
 
 
 def _examples(epilog: str) -> Iterator[str]:
-    """An epilog's paragraphs; commands that follow each other are one block."""
+    """Yield an epilog's paragraphs; consecutive commands are one block."""
     blocks = itertools.groupby(epilog.split("\n\n"), lambda text: text.startswith("inferneo "))
     for are_commands, texts in blocks:
         yield fence("bash", "\n".join(texts)) if are_commands else "\n\n".join(texts)
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """A docstring's; indented lines are commands."""
+    """Yield a docstring's paragraphs; indented lines are commands."""
     for block in text.split("\n\n"):
         yield fence("bash", inspect.cleandoc(block)) if block.startswith("  ") else block

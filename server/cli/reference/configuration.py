@@ -1,4 +1,4 @@
-"""``configuration.md``: every setting, of the schema of settings."""
+"""``configuration.md``: every setting, generated from the schema of settings."""
 
 import itertools
 import re
@@ -24,7 +24,7 @@ and the file."""
 
 
 def configuration_page() -> str:
-    """The page."""
+    """Return the text of the page."""
     groups = itertools.groupby(setting_docs(ReplicaSettings), lambda setting: setting.group)
     return join([_ABOUT, *(part for _, found in groups for part in _group(list(found)))])
 

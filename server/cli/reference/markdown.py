@@ -1,4 +1,4 @@
-"""The little Markdown that the pages are made of."""
+"""Helpers that write the Markdown of the pages."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table without the columns that are empty; nothing where there are no rows."""
+    """Return a table without its empty columns; an empty string if there are no rows."""
     found = list(rows)
     kept = [column for column in range(len(header)) if any(row[column] for row in found)]
     lines = [_row([row[column] for column in kept]) for row in (header, *found)]
@@ -19,21 +19,21 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def code(value: Any) -> str:
-    """A value as JSON has it."""
+    """Return a value as JSON, in code marks."""
     return f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
 def fence(language: str, text: str) -> str:
-    """A block of code."""
+    """Return a block of code."""
     return f"```{language}\n{text}\n```"
 
 
 def anchor(heading: str) -> str:
-    """What a link to a heading ends with, as GitHub makes it."""
+    """Return the anchor of a heading, as GitHub generates it."""
     kept = "".join(c for c in heading.lower() if c.isalnum() or c in " -_")
     return "#" + kept.replace(" ", "-")
 
 
 def join(parts: Iterable[str]) -> str:
-    """Blocks with a blank line between, those that are empty left out."""
+    """Join blocks by blank lines, leaving out empty ones."""
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"

@@ -1,4 +1,4 @@
-"""Which pages there are."""
+"""The list of pages."""
 
 from server.cli.reference.api import api_page
 from server.cli.reference.commands import commands_page
@@ -8,7 +8,7 @@ _NOTE = "<!-- Made by `make docs` of {source}: change that, not this page. -->\n
 
 
 def pages() -> dict[str, str]:
-    """The text of every page, in Markdown, by its file's name."""
+    """Return the Markdown text of every page, by file name."""
     made = {
         "api.md": ("server/protocol and server/openapi", api_page()),
         "cli.md": ("server/cli/main.py", commands_page()),

@@ -1,4 +1,4 @@
-"""JSON schemas in words: what a value may be, and its bounds."""
+"""JSON schemas in words: the type of a value, and its bounds."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ Schema = dict[str, Any]
 
 
 def words(schema: Schema, *, null: bool = True) -> str:
-    """Such as ``integer, 1 to 256`` or ``array (at most 16) of string, not empty``.
+    """Describe a schema, such as ``integer, 1 to 256`` or ``array (at most 16) of string``.
 
     Args:
-        schema: of one value.
-        null: whether to say that it may be null.
+        schema: the schema of one value.
+        null: whether to say that the value may be null.
     """
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[1]
@@ -49,7 +49,7 @@ def _object(schema: Schema) -> str:
 
 
 def _bounds(schema: Schema, *, whole: bool) -> str:
-    """Of a number."""
+    """Describe the bounds of a number."""
     low, high = schema.get("minimum"), schema.get("maximum")
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     if whole and below is not None:
@@ -66,12 +66,12 @@ def _bounds(schema: Schema, *, whole: bool) -> str:
 
 
 def _range(least: int | None, most: int | None) -> str:
-    """Of a length."""
+    """Describe the bounds of a length."""
     return "not empty" if (least, most) == (1, None) else span(least or None, most)
 
 
 def span(low: float | None, high: float | None) -> str:
-    """Bounds that belong to the range; nothing where there are none."""
+    """Describe inclusive bounds; an empty string if there are none."""
     if low is not None and high is not None:
         return f"{_number(low)} to {_number(high)}"
     if low is not None:
@@ -80,7 +80,7 @@ def span(low: float | None, high: float | None) -> str:
 
 
 def _number(value: float) -> str:
-    """As people write it; the ends of a type as powers of two."""
+    """Format a number for people; the limits of integer types as powers of two."""
     for bits in (31, 32, 63, 64):
         if value == 2**bits - 1:
             return f"2^{bits} - 1"

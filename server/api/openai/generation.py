@@ -313,7 +313,7 @@ class Usage(TypedDict):
     completion_tokens: Annotated[Count, Field(description="The number of tokens sampled.")]
     total_tokens: Annotated[Count, Field(description="The sum of prompt and completion tokens.")]
     prompt_tokens_details: Annotated[
-        CachedTokens, Field(description="Details about the prompt tokens.")
+        CachedTokens, Field(description="A breakdown of the prompt tokens.")
     ]
 
 

@@ -44,8 +44,9 @@ class ProcessGroup(Protocol):
             what: a name of the exchange, the same in all processes.
             mine: this process's value, which must be representable as JSON.
             seconds: maximum time to wait for the others; None: the job's ``load_seconds``.
-            dooms: tells whether the values end the job. If so, the others may exit as soon as they
-                have received them, and this does not count as a loss.
+            dooms: tells whether the values end the job. If so, the leader waits for the others to
+                end, for a limited time, and their end does not count as a loss: JAX ends every
+                process whose leader is gone at once, before it could report why it ends.
 
         Raises:
             JobError: a process is lost, is at another exchange, or does not arrive in time.
@@ -56,12 +57,6 @@ class ProcessGroup(Protocol):
 
         Raises:
             JobError: one of them is lost.
-        """
-
-    def dissolve(self) -> None:
-        """End a job that has failed: the leader waits for the others to end, for a limited time.
-
-        JAX ends every process whose leader is gone at once, before it could report why it ends.
         """
 
 
@@ -85,9 +80,6 @@ class SingleProcess:
     def announce(self, kind: Kind, *parts: bytes | memoryview) -> None:
         """Do nothing, as there are no other processes."""
 
-    def dissolve(self) -> None:
-        """Do nothing, as there are no other processes to wait for."""
-
 
 def agree(processes: ProcessGroup, what: str, fields: Mapping[str, Any]) -> None:
     """Check that ``fields`` are equal in all processes.
@@ -107,7 +99,6 @@ def agree(processes: ProcessGroup, what: str, fields: Mapping[str, Any]) -> None
 
     problems = compare(processes.exchange(what, dict(fields), dooms=compare))
     if problems:
-        processes.dissolve()
         raise JobError(
             f"the processes of the job do not agree: {'; '.join(problems)}. Give all of them the "
             "same version, models and settings"
@@ -173,10 +164,16 @@ class TcpProcessGroup:
             for peer in self._channels:
                 found[peer] = self._value(peer, what, seconds)
             values = [found[number] for number in sorted(found)]
-            if dooms(values):
+            doomed = bool(dooms(values))
+            if doomed:
                 with self._changed:
-                    self._ending = True
+                    self._ending = True  # first: the others may be gone once they know
             self.announce(Kind.VALUE, orjson.dumps([what, values]))
+            if doomed:
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: self._gone.keys() >= self._channels.keys(), DISSOLVE_SECONDS
+                    )
             return values
         self.announce(Kind.VALUE, orjson.dumps([what, mine]))
         values = self._value(0, what, seconds)
@@ -192,15 +189,6 @@ class TcpProcessGroup:
                 self._lose(peer, str(error))
         if self._lost:
             raise JobError(self._lost)
-
-    def dissolve(self) -> None:
-        """See :class:`ProcessGroup`."""
-        if self.leads:
-            with self._changed:
-                self._ending = True
-                self._changed.wait_for(
-                    lambda: self._gone.keys() >= self._channels.keys(), DISSOLVE_SECONDS
-                )
 
     def next(self, peer: int = 0, seconds: float | None = None) -> tuple[Kind, bytes]:
         """Wait for the next frame of a process, other than its heartbeats.

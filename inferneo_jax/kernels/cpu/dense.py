@@ -90,7 +90,7 @@ class Packed(QuantizationMethod):
         epilogue: Epilogue = NO_EPILOGUE,
         live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
-        """``after(prologue(x) @ matrix)``, in one call if the kernel has the transform."""
+        """``epilogue(prologue(x) @ matrix)``, in one call if the kernel has the transform."""
         (weights,) = stored
         x = prologue(x) if prologue else x
         norm = epilogue.transform if isinstance(epilogue.transform, LayerNorm) else None

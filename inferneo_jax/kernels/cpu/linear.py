@@ -105,7 +105,7 @@ class BlockQuantized(QuantizationMethod):
         epilogue: Epilogue = NO_EPILOGUE,
         live: Int[Array, ""] | None = None,
     ) -> Float[Array, "rows outputs"]:
-        """``after(prologue(x) @ matrix)``, in one call if the kernel has them."""
+        """``epilogue(prologue(x) @ matrix)``, in one call if the kernel has them."""
         del live  # The kernel detects rows of zeros.
         known = epilogue.bias is None and epilogue.transform is None and epilogue.dtype is None
         residual = epilogue.residual if known else None

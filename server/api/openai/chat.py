@@ -11,6 +11,7 @@ from server.api.body import Body, validate
 from server.api.endpoint import Endpoint
 from server.api.examples import CHAT_MODEL
 from server.api.openai.generation import (
+    LOGPROBS,
     MAX_LOGPROBS,
     SOCKET,
     Finish,
@@ -265,10 +266,7 @@ class ChatChoice(TypedDict):
     message: Annotated[AnswerMessage, Field(description="The generated message.")]
     logprobs: Annotated[
         ChatLogprobs | None,
-        Field(
-            description="The log probabilities of the tokens; null unless the request asks for "
-            "them."
-        ),
+        LOGPROBS,
     ]
     finish_reason: Finish
 
@@ -298,10 +296,7 @@ class ChatDelta(TypedDict):
     ]
     logprobs: Annotated[
         ChatLogprobs | None,
-        Field(
-            description="The log probabilities of the tokens; null unless the request asks for "
-            "them."
-        ),
+        LOGPROBS,
     ]
     finish_reason: Unfinished
 

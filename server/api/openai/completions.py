@@ -11,6 +11,7 @@ from server.api.body import validate
 from server.api.endpoint import Endpoint
 from server.api.examples import CHAT_MODEL
 from server.api.openai.generation import (
+    LOGPROBS,
     MAX_LOGPROBS,
     MAX_SEQUENCES,
     SOCKET,
@@ -196,10 +197,7 @@ class _CompletionText(TypedDict):
     text: Annotated[str, Field(description="The generated text; with echo, it follows the prompt.")]
     logprobs: Annotated[
         CompletionLogprobs | None,
-        Field(
-            description="The log probabilities of the tokens; null unless the request asks for "
-            "them."
-        ),
+        LOGPROBS,
     ]
 
 

@@ -351,6 +351,9 @@ Finish = Annotated[
         "max_tokens, `abort` if it was cancelled over its WebSocket."
     ),
 ]
+LOGPROBS = Field(
+    description="The log probabilities of the tokens; null unless the request asks for them."
+)
 Unfinished = Annotated[
     FinishReason | None, Field(description="Why the choice ended; null until then.")
 ]

@@ -1,14 +1,16 @@
-"""An administrator of a server, over a store of each kind."""
+"""An administrator of a server: over HTTP at a store of each kind, and at the command line."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner, Result
 
 from inferneo_jax import Tokenizer
-from tests.support.fake_server import CHAT
-from tests.support.keyed_server import KeyRig, key_rig
+from server.cli.main import app
+from tests.support.fake_server import CHAT, as_new
+from tests.support.keyed_server import KeyRig
 
 KEYS = "/admin/keys"
 CHATS = "/v1/chat/completions"
@@ -18,18 +20,33 @@ ADMIN = frozenset({"admin"})
 
 
 @pytest.fixture
-def rig(tokenizer: Tokenizer, location: str) -> Iterator[KeyRig]:
-    """A server of its own for each test, over each store."""
-    with key_rig(tokenizer, location) as found:
-        yield found
+def rig(administered: KeyRig, tokenizer: Tokenizer) -> Iterator[KeyRig]:
+    """The module's server over each store, where every key there was is revoked."""
+    for key in administered.store.list_keys():
+        if key.revoked is None:
+            administered.change(key, revoked=1.0)
+    with as_new(administered.engine, tokenizer):
+        yield administered
 
 
 @pytest.fixture
 def ask(rig: KeyRig) -> Ask:
     """Requests of an administrator."""
-    headers = rig.headers(scopes=frozenset({"admin"}))
+    headers = rig.headers(scopes=ADMIN)
 
     def send(method: str, path: str, body: Any = None, base: str = KEYS) -> httpx.Response:
         return rig.client.request(method, base + path, json=body, headers=headers)
 
     return send
+
+
+def keys_command(*arguments: str, db: str) -> Result:
+    """What became of ``inferneo keys``."""
+    return CliRunner().invoke(app, ["keys", *arguments, "--db", db])
+
+
+def printed(*arguments: str, db: str) -> str:
+    """What ``inferneo keys`` printed, which must succeed."""
+    done = keys_command(*arguments, db=db)
+    assert done.exit_code == 0, done.exception
+    return done.output

@@ -1,13 +1,15 @@
 """A server with keys, over a store of each kind."""
 
+import io
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from inferneo_jax import Tokenizer
-from tests.support.fake_engine import writes
-from tests.support.fake_server import CHAT, EMBED, REPLY
-from tests.support.key_stores import location, redis_url, store
+from server.observe import log
+from tests.support.fake_server import CHAT, EMBED, as_new
+from tests.support.key_stores import KINDS, empty_store, location, redis_url, store
 from tests.support.keyed_server import KeyRig, key_rig
 
 __all__ = ["location", "redis_url", "store"]
@@ -24,10 +26,27 @@ def served(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture
 def rig(served: KeyRig, tokenizer: Tokenizer) -> Iterator[KeyRig]:
     """The module's server, requiring keys, with its engine as new."""
-    engine = served.engine
-    engine.script, engine.limit, engine.failure = writes(tokenizer, REPLY), None, None
-    engine.refusal = None
-    engine.submitted.clear()
-    yield served
-    engine.release()
-    engine.wait_until(lambda e: e.num_running == 0)
+    with as_new(served.engine, tokenizer):
+        yield served
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def administered(
+    request: pytest.FixtureRequest,
+    tokenizer: Tokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[KeyRig]:
+    """A server that an administrator may be at, over each store."""
+    with key_rig(tokenizer, empty_store(request, tmp_path_factory.mktemp("keys"))) as found:
+        yield found
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What the servers of this process log from now on."""
+    written = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", written)
+        log.configure("json")
+        yield written
+    log.configure("json")

@@ -1,14 +1,15 @@
 """Managing keys over HTTP: by those who may, and never so that nobody may any more."""
 
+import io
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 
 from inferneo_jax import Tokenizer
-from server.observe import log
 from tests.keys.admins import ADMIN, BODY, CHATS, KEYS, Ask, ask, rig
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import KeyRig, bearer, key_rig
@@ -67,37 +68,6 @@ def test_a_key_is_made_used_changed_and_ended(rig: KeyRig, ask: Ask) -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "key_conflict")
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({}, "name"),
-        ({"name": ""}, "name"),
-        ({"name": "   "}, "name"),
-        ({"name": "a\nb"}, "name"),
-        ({"name": "x" * 101}, "name"),
-        ({"name": "x", "scopes": []}, "scopes"),
-        ({"name": "x", "scopes": ["root"]}, "scopes[0]"),
-        ({"name": "x", "limits": {"requests": 0}}, "limits.requests.int"),
-        ({"name": "x", "limits": {"request": 5}}, "limits.request"),
-        ({"name": "x", "expires_in": -5}, "expires_in.int"),
-        ({"name": "x", "models": [""]}, "models"),
-        ({"name": "x", "models": ["\x1b[2J"]}, "models"),
-        ({"name": "x", "models": ["m" * 513]}, "models"),
-        ({"name": "x", "expires_in": 1.5}, "expires_in"),
-        ({"name": "x", "digest": "0"}, "digest"),
-        ({"name": "x", "id": "0"}, "id"),
-    ],
-)
-def test_a_wrong_body_is_refused_whole(
-    rig: KeyRig, ask: Ask, body: dict[str, Any], param: str
-) -> None:
-    before = ask("GET", "").json()
-    refused = ask("POST", "", body)
-    assert refused.status_code == 400, refused.text
-    assert (refused.json()["error"]["param"] or "").startswith(param.split(".int")[0])
-    assert ask("GET", "").json() == before
-
-
 def test_what_does_not_exist_is_not_found(ask: Ask) -> None:
     for method, path, body in (
         ("GET", "", None),
@@ -111,8 +81,6 @@ def test_what_does_not_exist_is_not_found(ask: Ask) -> None:
 
 
 def test_the_last_who_may_manage_keys_cannot_be_ended_here(rig: KeyRig) -> None:
-    for key in rig.store.list_keys():
-        rig.change(key, revoked=1.0)
     first, text = rig.key(scopes=frozenset({"admin", "inference"}))
     rig.key(scopes=frozenset({"admin"}), expires=time.time() - 5)
     path, headers = f"{KEYS}/{first.id}", bearer(text)
@@ -153,18 +121,15 @@ def test_expiries_cannot_leave_nobody_to_manage_keys_later(rig: KeyRig) -> None:
     assert ask("PATCH", last, {"expires_in": 3600}) == 200
 
 
-def test_the_last_key_may_last_longer_but_not_less_long(rig: KeyRig) -> None:
-    key, text = rig.key(scopes=ADMIN, expires=time.time() + 3600)
+def test_a_key_that_expires_may_last_longer_but_the_last_not_less_long(rig: KeyRig) -> None:
+    until = time.time() + 3600
+    (first, _), (key, text) = (rig.key(scopes=ADMIN, expires=until) for _ in range(2))
+    # Among keys that expire any other may take over.
+    assert rig.client.delete(f"{KEYS}/{first.id}", headers=bearer(text)).status_code == 200
     for expires_in, status in ((1800, 409), (7200, 200), ("never", 200), (7200, 409)):
         body = {"expires_in": expires_in}
         answer = rig.client.patch(f"{KEYS}/{key.id}", json=body, headers=bearer(text))
         assert answer.status_code == status, expires_in
-
-
-def test_among_keys_that_expire_any_other_may_take_over(rig: KeyRig) -> None:
-    until = time.time() + 3600
-    (first, _), (_, text) = (rig.key(scopes=ADMIN, expires=until) for _ in range(2))
-    assert rig.client.delete(f"{KEYS}/{first.id}", headers=bearer(text)).status_code == 200
 
 
 @pytest.mark.parametrize("require", ["auto", "false"])
@@ -183,50 +148,42 @@ def test_a_server_without_keys_lets_nobody_manage_them(
             assert rig.client.get(KEYS, headers=rig.headers()).status_code == 403
 
 
-def test_every_change_is_logged_and_no_secret_is(
-    rig: KeyRig, ask: Ask, capsys: pytest.CaptureFixture[str]
+def test_every_change_is_one_line_of_the_log_and_no_secret_is_in_it(
+    rig: KeyRig, logged: io.StringIO
 ) -> None:
-    log.configure("json")
-    made = ask("POST", "", {"name": "seen", "models": [EMBED]}).json()
-    ask("PATCH", f"/{made['id']}", {"name": "seen too"})
-    rotated = ask("POST", f"/{made['id']}/rotate").json()
-    ask("DELETE", f"/{made['id']}")
-    kept = rig.store.find_key(made["id"])
+    acting, own = rig.key(scopes=ADMIN)
+
+    def ask(method: str, path: str = "", body: Any = None) -> httpx.Response:
+        answer = rig.client.request(method, KEYS + path, json=body, headers=bearer(own))
+        assert answer.is_success
+        return answer
+
+    created = ask("POST", "", {"name": "seen", "models": [EMBED]})
+    path = "/" + created.json()["id"]
+    changed = ask("PATCH", path, {"name": "seen too"})
+    for same in ({"name": "seen too"}, {}):
+        ask("PATCH", path, same)
+    rotated = ask("POST", path + "/rotate")
+    revoked, _ = ask("DELETE", path), ask("DELETE", path)
+    text = logged.getvalue()
+    lines = [line for line in map(orjson.loads, text.splitlines()) if "target" in line]
+    assert [(line["event"], line["id"]) for line in lines] == [
+        (event, answer.headers["X-Request-Id"])
+        for event, answer in (
+            ("key_created", created),
+            ("key_changed", changed),
+            ("key_rotated", rotated),
+            ("key_revoked", revoked),
+        )
+    ]
+    assert {(line["key"], line["target"]) for line in lines} == {(acting.id, path[1:])}
+    kept = rig.store.find_key(path[1:])
     assert kept is not None
-    logged = capsys.readouterr().err
-    for event in ("key_created", "key_changed", "key_rotated", "key_revoked"):
-        line = next(line for line in logged.splitlines() if f'"{event}"' in line)
-        assert f'"target": "{made["id"]}"' in line
-    listed = ask("GET", "").text
-    for secret in (made["key"].split("-")[2], rotated["key"].split("-")[2], kept.digest):
-        assert secret not in logged
+    listed = ask("GET").text
+    secrets = [answer.json()["key"].split("-")[2] for answer in (created, rotated)]
+    for secret in (*secrets, kept.digest):
+        assert secret not in text
         assert secret not in listed
-
-
-def test_what_changes_nothing_leaves_no_line_in_the_log(
-    rig: KeyRig, ask: Ask, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log.configure("json")
-    key, _ = rig.key()
-    for _ in range(2):
-        assert ask("PATCH", f"/{key.id}", {"name": "other"}).status_code == 200
-    assert ask("PATCH", f"/{key.id}", {}).status_code == 200
-    for _ in range(2):
-        assert ask("DELETE", f"/{key.id}").status_code == 200
-    logged = capsys.readouterr().err
-    assert [logged.count(f'"{event}"') for event in ("key_changed", "key_revoked")] == [1, 1]
-
-
-def test_every_line_names_who_did_it_and_in_which_request(
-    rig: KeyRig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log.configure("json")
-    acting, text = rig.key(scopes=ADMIN)
-    made = rig.client.post(KEYS, json={"name": "x"}, headers=bearer(text))
-    lines = map(orjson.loads, capsys.readouterr().err.splitlines())
-    (line,) = [line for line in lines if line["event"] == "key_created"]
-    assert (line["key"], line["target"]) == (acting.id, made.json()["id"])
-    assert line["id"] == made.headers["X-Request-Id"]
 
 
 def test_nothing_that_is_kept_of_a_secret_is_ever_answered(rig: KeyRig, ask: Ask) -> None:
@@ -261,11 +218,12 @@ def test_nothing_that_is_kept_of_a_secret_is_ever_answered(rig: KeyRig, ask: Ask
 
 def test_a_key_without_the_scope_is_told_so(rig: KeyRig) -> None:
     headers = rig.headers(scopes=frozenset({"inference", "embeddings", "metrics"}))
+    before = rig.store.list_keys()
     for method, path in (("GET", KEYS), ("POST", KEYS), ("GET", "/admin/usage")):
         refused = rig.client.request(method, path, headers=headers, json={"name": "mine"})
         assert refused.status_code == 403
         assert refused.json()["error"]["code"] == "insufficient_scope"
-    assert len(rig.store.list_keys()) == 1
+    assert rig.store.list_keys() == before
 
 
 def test_another_server_of_the_same_store_notices_within_a_second(

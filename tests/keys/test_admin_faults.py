@@ -1,9 +1,9 @@
 """Changes of keys that overlap, and clients that leave in the middle of one."""
 
+import io
 import itertools
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,21 +11,15 @@ import httpx
 import pytest
 
 from inferneo_jax import Tokenizer
+from server.keys.key import Key
 from server.keys.store.redis import RedisStore
 from server.keys.store.sqlite import SqliteStore
-from server.observe import log
+from tests.keys.admins import ADMIN, KEYS, rig
 from tests.support.keyed_server import KeyRig, bearer, key_rig
+from tests.support.waiting import until
 
-KEYS = "/admin/keys"
-ADMIN = frozenset({"admin"})
+__all__ = ["rig"]
 PATIENCE = 20.0
-
-
-@pytest.fixture
-def either(tokenizer: Tokenizer, location: str) -> Iterator[KeyRig]:
-    """A server over each store."""
-    with key_rig(tokenizer, location) as found:
-        yield found
 
 
 def slow_changes(monkeypatch: pytest.MonkeyPatch, held: Any) -> None:
@@ -40,10 +34,21 @@ def slow_changes(monkeypatch: pytest.MonkeyPatch, held: Any) -> None:
         monkeypatch.setattr(kind, "change_key", held_up)
 
 
+def ending(admins: list[tuple[Key, str]], *servers: KeyRig) -> Callable[[int], int]:
+    """Has one of two administrators end the other, each at a server; the status."""
+
+    def end(which: int) -> int:
+        url = servers[which % len(servers)].url
+        path, headers = f"{KEYS}/{admins[1 - which][0].id}", bearer(admins[which][1])
+        return httpx.delete(url + path, headers=headers, timeout=PATIENCE).status_code
+
+    return end
+
+
 def test_two_administrators_cannot_end_each_other_at_once(
-    either: KeyRig, monkeypatch: pytest.MonkeyPatch
+    rig: KeyRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    admins = [either.key(scopes=ADMIN) for _ in range(2)]
+    admins = [rig.key(scopes=ADMIN) for _ in range(2)]
     both = threading.Barrier(2)
 
     def meet() -> None:
@@ -55,20 +60,15 @@ def test_two_administrators_cannot_end_each_other_at_once(
 
     slow_changes(monkeypatch, meet)
 
-    def end(which: int) -> int:
-        path = f"{KEYS}/{admins[1 - which][0].id}"
-        headers = bearer(admins[which][1])
-        return httpx.delete(either.url + path, headers=headers, timeout=PATIENCE).status_code
-
     with ThreadPoolExecutor(2) as pool:
-        assert sorted(pool.map(end, range(2))) in ([200, 409], [200, 401])
-    assert sum(key.revoked is None for key in either.store.list_keys()) == 1
+        assert sorted(pool.map(ending(admins, rig), range(2))) in ([200, 409], [200, 401])
+    assert sum(key.revoked is None for key in rig.store.list_keys()) == 1
 
 
 def test_two_administrators_cannot_end_each_other_by_two_servers(
-    either: KeyRig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    rig: KeyRig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    admins = [either.key(scopes=ADMIN) for _ in range(2)]
+    admins = [rig.key(scopes=ADMIN) for _ in range(2)]
     both, calls = threading.Barrier(2), itertools.count()
 
     def meet() -> None:
@@ -77,28 +77,18 @@ def test_two_administrators_cannot_end_each_other_by_two_servers(
             both.wait(PATIENCE)
 
     slow_changes(monkeypatch, meet)
-    with key_rig(tokenizer, either.location) as other, ThreadPoolExecutor(2) as pool:
-
-        def end(which: int) -> int:
-            url = (either, other)[which].url
-            path = f"{KEYS}/{admins[1 - which][0].id}"
-            headers = bearer(admins[which][1])
-            return httpx.delete(url + path, headers=headers, timeout=PATIENCE).status_code
-
-        statuses = list(pool.map(end, range(2)))
+    with key_rig(tokenizer, rig.location) as other, ThreadPoolExecutor(2) as pool:
+        statuses = list(pool.map(ending(admins, rig, other), range(2)))
     assert sorted(statuses) in ([200, 409], [409, 409])
-    assert [key.revoked is None for key in either.store.list_keys()].count(True) == statuses.count(
-        409
-    )
+    assert [key.revoked is None for key in rig.store.list_keys()].count(True) == statuses.count(409)
 
 
 def test_a_client_that_leaves_takes_no_line_of_the_log_with_it(
-    either: KeyRig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rig: KeyRig, monkeypatch: pytest.MonkeyPatch, logged: io.StringIO
 ) -> None:
-    log.configure("json")
-    headers = either.headers(scopes=ADMIN)
-    key, text = either.key()
-    assert either.client.get("/v1/models", headers=bearer(text)).status_code == 200
+    headers = rig.headers(scopes=ADMIN)
+    key, text = rig.key()
+    assert rig.client.get("/v1/models", headers=bearer(text)).status_code == 200
     started, left = threading.Event(), threading.Event()
 
     def wait_for_departure() -> None:
@@ -106,21 +96,18 @@ def test_a_client_that_leaves_takes_no_line_of_the_log_with_it(
         assert left.wait(PATIENCE)
 
     slow_changes(monkeypatch, wait_for_departure)
-    written = ""
 
     def wait_for(event: str, fact: str) -> None:
-        nonlocal written
-        end = time.monotonic() + PATIENCE
-        while not any(event in line and fact in line for line in written.splitlines()):
-            assert time.monotonic() < end, written
-            written += capsys.readouterr().err
-            time.sleep(0.01)
+        def written() -> bool:
+            return any(event in line and fact in line for line in logged.getvalue().splitlines())
 
-    with httpx.Client(base_url=either.url) as client:
+        until(written, PATIENCE, logged.getvalue)
+
+    with httpx.Client(base_url=rig.url) as client:
         with pytest.raises(httpx.ReadTimeout):
             client.delete(f"{KEYS}/{key.id}", headers=headers, timeout=0.2)
         assert started.wait(PATIENCE)
     wait_for('"request"', '"disconnected": true')
     left.set()
     wait_for('"key_revoked"', f'"target": "{key.id}"')
-    assert either.client.get("/v1/models", headers=bearer(text)).status_code == 401
+    assert rig.client.get("/v1/models", headers=bearer(text)).status_code == 401

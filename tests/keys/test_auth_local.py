@@ -11,12 +11,8 @@ from inferneo_jax import Tokenizer
 from server.app import create_app
 from server.config.settings import Settings
 from server.keys.key import new_text
-from tests.support.fake_server import CHAT
+from tests.keys.admins import CHATS
 from tests.support.keyed_server import KeyRig, bearer, key_rig
-
-CHATS = "/v1/chat/completions"
-BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
-COMPLETION = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}
 
 LOCAL_HOSTS = (
     *("localhost", "localhost:1", "LOCALHOST", "localhost.", "a.localhost", "a.b.localhost:80"),

@@ -16,13 +16,10 @@ from websockets.sync.client import connect
 from server.http.frames import FrameMemory, Inbox, take_over
 from server.keys.guard import MAX_TICKETS
 from server.keys.key import TICKET_SECONDS, new_text
+from tests.keys.admins import BODY, CHATS
 from tests.support.fake_server import CHAT, REPLY
 from tests.support.keyed_server import KeyRig, bearer, closing_code
 from tests.support.waiting import until
-
-CHATS = "/v1/chat/completions"
-BODY = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
-COMPLETION = {"model": CHAT, "prompt": "Hi", "max_tokens": 400}
 
 
 def receive(ws: Any) -> list[Any]:

@@ -18,8 +18,7 @@ from inferneo_jax import EngineFailedError, GenerationOutput, Tokenizer
 from server.observe.metrics import Metrics
 from server.observe.tracing import open_tracing
 from tests.observe.collector import Kept, collecting
-from tests.support.fake_engine import writes
-from tests.support.fake_server import CHAT, EMBED, REPLY, Rig, running
+from tests.support.fake_server import CHAT, EMBED, REPLY, Rig, as_new, running
 from tests.support.machine_speed import Machine
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -53,11 +52,8 @@ def traced(_traced: tuple[Rig, Kept], tokenizer: Tokenizer) -> Iterator[Rig]:
     """A server with its engine as new, and none of its spans kept yet."""
     rig, kept = _traced
     kept.clear()
-    engine = rig.engine
-    engine.script, engine.limit, engine.failure = writes(tokenizer, REPLY), None, None
-    yield rig
-    engine.release()
-    engine.wait_until(lambda e: e.num_running == 0)
+    with as_new(rig.engine, tokenizer):
+        yield rig
 
 
 @pytest.fixture

@@ -146,6 +146,18 @@ def models_of(
 
 
 @contextlib.contextmanager
+def as_new(engine: FakeEngine, tokenizer: Tokenizer) -> Iterator[None]:
+    """Begin with the engine as it was made; afterwards nothing may be left running."""
+    engine.script = writes(tokenizer, REPLY)
+    engine.batch, engine.limit, engine.refusal, engine.failure = 1, None, None, None
+    for kept in (engine.submitted, engine.aborted, engine.finished):
+        kept.clear()
+    yield
+    engine.release()
+    engine.wait_until(lambda e: e.num_running == 0)
+
+
+@contextlib.contextmanager
 def running(tokenizer: Tokenizer, context: int = 512, **settings: Any) -> Iterator[Rig]:
     """A server that is ready."""
     engine = FakeEngine(writes(tokenizer, REPLY), max_len=context)

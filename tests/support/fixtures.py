@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from inferneo_jax import Tokenizer
-from tests.support.fake_engine import writes
-from tests.support.fake_server import CHAT, EMBED, REPLY, Rig, make_tokenizer, running
+from tests.support.fake_server import CHAT, EMBED, Rig, as_new, make_tokenizer, running
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +25,6 @@ def shared_rig(tokenizer: Tokenizer) -> Iterator[Rig]:
 
 @pytest.fixture
 def rig(shared_rig: Rig, tokenizer: Tokenizer) -> Iterator[Rig]:
-    """The shared server with its engine as new; afterwards nothing may be left running."""
-    engine = shared_rig.engine
-    engine.script = writes(tokenizer, REPLY)
-    engine.batch, engine.limit, engine.refusal, engine.failure = 1, None, None, None
-    engine.submitted.clear()
-    engine.aborted.clear()
-    engine.finished.clear()
-    yield shared_rig
-    engine.release()
-    engine.wait_until(lambda e: e.num_running == 0)
+    """The shared server with its engine as new."""
+    with as_new(shared_rig.engine, tokenizer):
+        yield shared_rig

@@ -37,11 +37,18 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.terminate()
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+KINDS = ("sqlite", "redis")
+
+
+@pytest.fixture(params=KINDS)
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty store."""
+    return empty_store(request, tmp_path)
+
+
+def empty_store(request: pytest.FixtureRequest, folder: Path) -> str:
+    """The location of an empty store of the kind that is the fixture's parameter."""
     if request.param == "sqlite":
-        return str(tmp_path / "keys.db")
+        return str(folder / "keys.db")
     url: str = request.getfixturevalue("redis_url")
     with redis.Redis.from_url(url) as client:
         client.flushdb()

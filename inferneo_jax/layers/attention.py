@@ -8,7 +8,7 @@ from inferneo_jax.config import DecoderConfig, EncoderConfig
 from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.norm import LayerNorm, RMSNorm
-from inferneo_jax.layers.quantization import QuantizationMethod
+from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 
@@ -20,18 +20,18 @@ class CausalAttention(nnx.Module):
     part holds all that its heads need.
     """
 
-    def __init__(self, config: DecoderConfig, method: QuantizationMethod) -> None:
+    def __init__(self, config: DecoderConfig, quantization: QuantizationConfig) -> None:
         kv_heads, group, head_dim = config.num_kv_heads, config.group_size, config.head_dim
         self.qkv = Linear(
             (config.hidden_size, kv_heads, group + 2, head_dim),
             ("embed", "kv_heads", None, None),
-            method,
+            quantization.of("qkv.kernel"),
             bias=config.qkv_bias,
         )
         self.out = Linear(
             (kv_heads, group, head_dim, config.hidden_size),
             ("kv_heads", None, None, "embed"),
-            method,
+            quantization.of("out.kernel"),
             inputs=3,
         )
         if config.qk_norm:
@@ -59,13 +59,20 @@ class CausalAttention(nnx.Module):
 class BidirectionalAttention(nnx.Module):
     """Every token attends to all tokens of its segment (arXiv:1706.03762)."""
 
-    def __init__(self, config: EncoderConfig, method: QuantizationMethod) -> None:
+    def __init__(self, config: EncoderConfig, quantization: QuantizationConfig) -> None:
         embed, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         self.qkv = Linear(
-            (embed, 3, heads, head_dim), ("embed", None, "heads", None), method, bias=True
+            (embed, 3, heads, head_dim),
+            ("embed", None, "heads", None),
+            quantization.of("qkv.kernel"),
+            bias=True,
         )
         self.out = Linear(
-            (heads, head_dim, embed), ("heads", None, "embed"), method, inputs=2, bias=True
+            (heads, head_dim, embed),
+            ("heads", None, "embed"),
+            quantization.of("out.kernel"),
+            inputs=2,
+            bias=True,
         )
 
     def __call__(

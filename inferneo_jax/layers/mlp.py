@@ -7,16 +7,18 @@ from jaxtyping import Array, Float
 
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.norm import RMSNorm
-from inferneo_jax.layers.quantization import QuantizationMethod
+from inferneo_jax.layers.quantization import QuantizationConfig
 
 
 class SwiGLU(nnx.Module):
     """``down(silu(gate(x)) * up(x))`` (arXiv:2002.05202); gate and up share one kernel."""
 
-    def __init__(self, embed: int, mlp: int, method: QuantizationMethod) -> None:
-        self.method, self.num_gates = method, mlp
-        self.gate_up = Linear((embed, 2, mlp), ("embed", None, "mlp"), method)
-        self.down = Linear((mlp, embed), ("mlp", "embed"), method)
+    def __init__(self, embed: int, mlp: int, quantization: QuantizationConfig) -> None:
+        self.num_gates = mlp
+        self.gate_up = Linear(
+            (embed, 2, mlp), ("embed", None, "mlp"), quantization.of("gate_up.kernel")
+        )
+        self.down = Linear((mlp, embed), ("mlp", "embed"), quantization.of("down.kernel"))
 
     def __call__(
         self, x: Float[Array, "rows tokens embed"], norm: RMSNorm
@@ -24,7 +26,9 @@ class SwiGLU(nnx.Module):
         """``x + mlp(norm(x))``."""
         gate_up, down = self.gate_up.kernel.get_value(), self.down.kernel.get_value()
         rows = x.reshape(-1, x.shape[-1])
-        fused = self.method.feed_forward(rows, norm, gate_up, down, self.num_gates)
+        fused = self.gate_up.method.feed_forward(
+            rows, norm, gate_up, down, self.down.method, self.num_gates
+        )
         if fused is not None:
             return fused.reshape(x.shape)
         both = self.gate_up(x, prologue=norm)

@@ -9,8 +9,8 @@ are the outputs when it serves as an output layer, so it is stored transposed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -167,12 +167,21 @@ class QuantizationMethod(ABC):
         norm: RowFunction,
         gate_up: Stored,
         down: Stored,
+        down_method: "QuantizationMethod",
         num_gates: int,
     ) -> Float[Array, "rows embed"] | None:
         """``x + gate(norm(x) @ gate_up) @ down`` in one call, in float32.
 
+        Args:
+            x: the rows.
+            norm: applied to them first.
+            gate_up: the parameters of a matrix of this method: the gates, then ``up``.
+            down: the parameters of the other matrix.
+            down_method: its method.
+            num_gates: the number of gates.
+
         Returns:
-            None if the method has no such call; the caller then takes two products.
+            None if there is no such call for the two methods; the caller then takes two products.
         """
         return None
 
@@ -264,20 +273,49 @@ class Int8(QuantizationMethod):
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """The quantization methods of one model's matrices.
+    """The quantization methods of the matrices of a model, or of a part of it.
 
     Attributes:
         linear: for the matrices of its layers.
         head: for the matrix that computes logits, including a tied table of embeddings.
+        exceptions: matrices that have a method of their own, by the dotted name of the weight and
+            in the order of these names.
     """
 
     linear: QuantizationMethod
     head: QuantizationMethod
+    exceptions: tuple[tuple[str, QuantizationMethod], ...] = ()
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of tables that are only read by row."""
+        """The dtype of what is not quantized."""
         return self.linear.dtype
+
+    @property
+    def name(self) -> str:
+        """The number formats of the matrices, such as ``q4_k+q6_k``; ``none``: all ``dtype``."""
+        methods = self.linear, self.head, *(method for _, method in self.exceptions)
+        names = {name for method in methods for name in method.name.split("+")} - {"none"}
+        return "+".join(sorted(names)) or "none"
+
+    def excepting(self, methods: Mapping[str, QuantizationMethod]) -> "QuantizationConfig":
+        """The same, but for the weights with these dotted names."""
+        exceptions = dict(self.exceptions) | dict(methods)
+        return replace(
+            self, exceptions=tuple((name, exceptions[name]) for name in sorted(exceptions))
+        )
+
+    def within(self, part: str) -> "QuantizationConfig":
+        """The quantization of a part of the model, such as ``layers.0``, by the names in it."""
+        prefix = f"{part}."
+        own = [each for each in self.exceptions if each[0].startswith(prefix)]
+        return replace(
+            self, exceptions=tuple((name.removeprefix(prefix), method) for name, method in own)
+        )
+
+    def of(self, name: str, default: QuantizationMethod | None = None) -> QuantizationMethod:
+        """The method of the weight ``name``: its own, else ``default``, else that of layers."""
+        return dict(self.exceptions).get(name, default or self.linear)
 
     @classmethod
     def unquantized(cls, dtype: Any) -> "QuantizationConfig":

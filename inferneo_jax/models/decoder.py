@@ -24,9 +24,9 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, quantization: QuantizationConfig) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = CausalAttention(config, quantization.linear)
+        self.attention = CausalAttention(config, quantization.within("attention"))
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, quantization.linear)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, quantization.within("mlp"))
 
     def __call__(
         self,
@@ -61,14 +61,17 @@ class Decoder(nnx.Module):
             rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling).tolist()
         )
         table = quantization.head if config.tie_embeddings else Unquantized(quantization.dtype)
+        table = quantization.of("embed.table", table)
         self.embed = Embedding(config.vocab_size, config.hidden_size, table, axis="vocab")
         self.layers = nnx.List(
-            [DecoderLayer(config, quantization) for _ in range(config.num_layers)]
+            DecoderLayer(config, quantization.within(f"layers.{index}"))
+            for index in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             shape = config.hidden_size, config.vocab_size
-            self.head = Linear(shape, ("embed", "vocab"), quantization.head)
+            head = quantization.of("head.kernel", quantization.head)
+            self.head = Linear(shape, ("embed", "vocab"), head)
 
     def __call__(
         self,
@@ -80,8 +83,8 @@ class Decoder(nnx.Module):
         """Run the layers over new tokens and add their keys and values to the cache.
 
         The layers are unrolled, because a scan over them would copy each layer's cache at every
-        step. They are nevertheless traced and lowered once, as calls of one function that XLA
-        inlines.
+        step. They are nevertheless traced and lowered once for each set of quantization methods,
+        as calls of one function that XLA inlines.
         """
         # Padding is set to zero, so that kernels can detect it cheaply and skip its products.
         x = jnp.where(metadata.live()[..., None], self.embed(tokens), 0.0)

@@ -13,17 +13,18 @@ from inferneo_jax.layers.attention import BidirectionalAttention
 from inferneo_jax.layers.linear import Embedding, Linear
 from inferneo_jax.layers.mlp import gelu
 from inferneo_jax.layers.norm import LayerNorm
-from inferneo_jax.layers.quantization import QuantizationConfig, QuantizationMethod, Unquantized
+from inferneo_jax.layers.quantization import QuantizationConfig, Unquantized
 from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 
 class GeluMLP(nnx.Module):
     """``down(gelu(up(x)))`` with the exact, error-function GELU."""
 
-    def __init__(self, config: EncoderConfig, method: QuantizationMethod) -> None:
+    def __init__(self, config: EncoderConfig, quantization: QuantizationConfig) -> None:
         embed, mlp = config.hidden_size, config.mlp_size
-        self.up = Linear((embed, mlp), ("embed", "mlp"), method, bias=True)
-        self.down = Linear((mlp, embed), ("mlp", "embed"), method, bias=True)
+        up, down = quantization.of("up.kernel"), quantization.of("down.kernel")
+        self.up = Linear((embed, mlp), ("embed", "mlp"), up, bias=True)
+        self.down = Linear((mlp, embed), ("mlp", "embed"), down, bias=True)
 
     def __call__(
         self, x: Float[Array, "tokens embed"], norm: LayerNorm, live: Int[Array, ""]
@@ -37,9 +38,9 @@ class EncoderLayer(nnx.Module):
     """Attention and MLP, each added to the residual stream, which is then normalized."""
 
     def __init__(self, config: EncoderConfig, quantization: QuantizationConfig) -> None:
-        self.attention = BidirectionalAttention(config, quantization.linear)
+        self.attention = BidirectionalAttention(config, quantization.within("attention"))
         self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GeluMLP(config, quantization.linear)
+        self.mlp = GeluMLP(config, quantization.within("mlp"))
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def __call__(
@@ -57,7 +58,7 @@ def _run_layer(
     attention: SegmentAttention,
     segments: Segments,
 ) -> Float[Array, "tokens embed"]:
-    """Run one layer; a separate function, so that it is traced and lowered once for all layers."""
+    """Run one layer; a separate function, so that it is traced and lowered once for all alike."""
     return nnx.merge(graphdef, weights)(x, attention, segments)
 
 
@@ -73,7 +74,8 @@ class Encoder(nnx.Module):
         self.token_type = Embedding(config.num_token_types, embed, table)
         self.embed_norm = LayerNorm(embed, config.norm_eps)
         self.layers = nnx.List(
-            [EncoderLayer(config, quantization) for _ in range(config.num_layers)]
+            EncoderLayer(config, quantization.within(f"layers.{index}"))
+            for index in range(config.num_layers)
         )
 
     def __call__(

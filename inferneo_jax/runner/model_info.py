@@ -15,7 +15,7 @@ class ModelInfo:
 
     Attributes:
         dtype: of products.
-        quantization: of the layers' matrices: none, int8, or ggml's q8_0 or q4_1.
+        quantization: the formats of the matrices: none, int8, or those of ggml, such as q4_k+q6_k.
         kv_dtype: of keys and values; empty if it keeps none.
         kernels: of its layers: xla, the reference, or native, made for the device.
         mesh: axes and their sizes, as ``data=1,model=8``.
@@ -44,7 +44,7 @@ class ModelInfo:
         mesh = backend.mesh
         return cls(
             dtype=str(backend.quantization.dtype),
-            quantization=backend.quantization.linear.name,
+            quantization=backend.quantization.name,
             kv_dtype=backend.kv_dtype,
             kernels="native" if backend.native else "xla",
             mesh=",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),

@@ -153,11 +153,11 @@ def test_a_feed_forward_block_gives_the_bits_of_two_products(
         both = method.multiply(x, gate_up, 384, prologue=norm)
         return method.multiply(both, down, 96, prologue=gate, epilogue=Epilogue(residual=x))
 
-    whole = jax.jit(lambda x: method.feed_forward(x, norm, gate_up, down, 192))
+    whole = jax.jit(lambda x: method.feed_forward(x, norm, gate_up, down, method, 192))
     x = jnp.asarray(_random(300, 96))
     for rows in (1, 2, 3, 4, 7, 70, 300):
         np.testing.assert_array_equal(whole(x[:rows]), apart(x[:rows]))
-    assert method.feed_forward(x, norm, gate_up, down, 190) is None  # not of whole spans
+    assert method.feed_forward(x, norm, gate_up, down, method, 190) is None  # not of whole spans
 
 
 @pytest.mark.parametrize("bits", [8, 4])

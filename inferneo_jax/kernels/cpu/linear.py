@@ -135,10 +135,11 @@ class BlockQuantized(QuantizationMethod):
         norm: RowFunction,
         gate_up: Stored,
         down: Stored,
+        down_method: QuantizationMethod,
         num_gates: int,
     ) -> Float[Array, "rows embed"] | None:
         """One call with the bits of two products, if the gates are whole spans of 64."""
-        if num_gates % _SPAN or not isinstance(norm, RMSNorm):
+        if num_gates % _SPAN or not isinstance(norm, RMSNorm) or down_method != self:
             return None
         return self._call(
             f"feed_forward_{self.bits}",

@@ -29,6 +29,7 @@ from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import oom_as_config_error, require
+from inferneo_jax.platform.progress import Progress
 from inferneo_jax.request import EngineStats
 from inferneo_jax.runner.backends import (
     DecoderBackend,
@@ -43,7 +44,6 @@ from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.cache import WeightCache
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
-from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
 
 log = logging.getLogger(__name__)

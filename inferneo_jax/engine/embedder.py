@@ -25,12 +25,12 @@ from inferneo_jax.errors import (
     OverloadedError,
     RequestError,
 )
+from inferneo_jax.platform.progress import Progress
 from inferneo_jax.platform.watchdog import PATIENCE, Heartbeat
 from inferneo_jax.runner.backends import EncoderBackend
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.scheduler.packing import Packer
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.weights.convert import Progress
 from inferneo_jax.weights.placement import flat, weight_shapes
 
 log = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ from jax.sharding import Mesh
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.atomic import PARTIAL, write_whole
 from inferneo_jax.platform.devices import cpu_description
+from inferneo_jax.platform.progress import Progress
 from inferneo_jax.platform.source import DEVICE_ROOMS, source_hash
 from inferneo_jax.weights.cache import WEIGHTS_SUFFIX
-from inferneo_jax.weights.convert import Progress
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from inferneo_jax.layers.cache import KVCache
 from inferneo_jax.models.steps import Sampled, SlotState
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import free_memory, oom_as_config_error, require, total_memory
+from inferneo_jax.platform.progress import Progress
 from inferneo_jax.platform.watchdog import PATIENCE
 from inferneo_jax.request import RequestLimits
 from inferneo_jax.runner.backends import DecoderBackend
@@ -41,7 +42,6 @@ from inferneo_jax.runner.wire import Wire
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk, SchedulerOutputs
 from inferneo_jax.scheduler.speculation import SpeculativeConfig
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.weights.convert import Progress
 
 _TIMES = 3
 """Number of timed runs of a program when its time is compared with another's."""

@@ -1,7 +1,7 @@
 """Converts a model in another format into a checkpoint of this package."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,9 @@ from inferneo_jax.errors import CheckpointError, TokenizerError
 from inferneo_jax.models.families import Family, find_family
 from inferneo_jax.models.families.family import WeightMapping
 from inferneo_jax.platform.atomic import refuse_existing
+from inferneo_jax.platform.progress import Progress, silent
 from inferneo_jax.weights.checkpoint import compare_shapes, write_checkpoint
 from inferneo_jax.weights.sources.source import Array, SourceModel, naming
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, the amount done and the total, which is 0 if it is unknown."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Ignore progress."""
 
 
 def read_source(path: Path) -> SourceModel:

@@ -11,9 +11,10 @@ from typing import Any
 
 from inferneo_jax.errors import CheckpointError, FetchError
 from inferneo_jax.platform.atomic import scratch_folder, sweep
+from inferneo_jax.platform.progress import Progress, silent
 from inferneo_jax.weights.catalog import CatalogEntry, checkpoint_path, load_catalog, prune_parents
 from inferneo_jax.weights.checkpoint import read_info
-from inferneo_jax.weights.convert import Progress, convert, silent
+from inferneo_jax.weights.convert import convert
 
 _POLL_SECONDS = 0.2
 _CHUNK = 1 << 20

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import orjson
@@ -176,6 +176,10 @@ class StoredWeight:
     shape: tuple[int, ...]
     _folder: Path
     _array: Any
+    parts: ClassVar[None] = None
+
+    def blocks(self) -> None:
+        """None: no weight of an Orbax checkpoint is stored in blocks."""
 
     def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray[Any, np.dtype[Any]]:
         try:

@@ -13,7 +13,9 @@ from inferneo_jax.models.families.family import WeightMapping
 from inferneo_jax.platform.atomic import refuse_existing
 from inferneo_jax.platform.progress import Progress, silent
 from inferneo_jax.weights.checkpoint import compare_shapes, write_checkpoint
-from inferneo_jax.weights.sources.source import Array, SourceModel, naming
+from inferneo_jax.weights.sources.source import SourceModel, naming
+from inferneo_jax.weights.sources.tensor import Array
+from inferneo_jax.weights.sources.weight import SourceWeight
 
 
 def read_source(path: Path) -> SourceModel:
@@ -48,15 +50,7 @@ class ConvertibleModel:
     source: SourceModel
     family: Family
     config: ModelConfig
-    weight_map: Mapping[str, WeightMapping]
-    names: Mapping[str, str]
-
-    def weight(self, name: str) -> Array:
-        """One weight of the model, made from the source's tensors."""
-        mapping = self.weight_map[name]
-        tensors = [self.source.tensors[self.names[tensor.name]] for tensor in mapping.tensors]
-        array: Array = mapping.join(*[tensor.read() for tensor in tensors])
-        return array
+    weights: Mapping[str, SourceWeight]
 
 
 def read_model(path: Path) -> ConvertibleModel:
@@ -69,7 +63,12 @@ def read_model(path: Path) -> ConvertibleModel:
         weight_map = family.weight_map(config)
         names = _resolve(source, family, weight_map)
         _check(source, family.ignored(config), weight_map, names)
-    return ConvertibleModel(source, family, config, weight_map, names)
+    tensors = source.tensors
+    weights = {
+        name: SourceWeight(mapping, tuple(tensors[names[t.name]] for t in mapping.tensors))
+        for name, mapping in weight_map.items()
+    }
+    return ConvertibleModel(source, family, config, weights)
 
 
 def convert(
@@ -104,10 +103,10 @@ def convert(
     refuse_existing(destination)
     model = read_model(path)
     weights: dict[str, Array] = {}
-    progress("converting", 0, len(model.weight_map))
-    for done, name in enumerate(model.weight_map, 1):
-        weights[name] = model.weight(name)
-        progress("converting", done, len(model.weight_map))
+    progress("converting", 0, len(model.weights))
+    for done, (name, weight) in enumerate(model.weights.items(), 1):
+        weights[name] = weight[...]
+        progress("converting", done, len(model.weights))
     source = model.source
     progress("writing", 0, 0)
     write_checkpoint(

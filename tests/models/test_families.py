@@ -7,6 +7,7 @@ from inferneo_jax.errors import ConfigError
 from inferneo_jax.models import weight_specs
 from inferneo_jax.models.families import FAMILIES, find_family, qwen3
 from tests.support.paths import ROOT
+from tests.support.weights import joined
 
 CONFIGS = ["llama", "mistral", "qwen2", "qwen3", "phi3", "bert"]
 
@@ -26,7 +27,7 @@ def made_weights(config):
     for name, mapping in family.weight_map(model).items():
         arrays = [rng.standard_normal(p.shape).astype(np.float32) for p in mapping.tensors]
         sources |= {p.name: a for p, a in zip(mapping.tensors, arrays, strict=True)}
-        weights[name] = mapping.join(*arrays)
+        weights[name] = joined(mapping, *arrays)
     return model, sources, weights
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import gguf
@@ -104,8 +104,12 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    exceptions: Mapping[str, gguf.GGMLQuantizationType] = MappingProxyType({}),
 ) -> Path:
-    """The same model as llama.cpp's converter would write it; matrices are of block type kind."""
+    """The same model as llama.cpp's converter would write it.
+
+    Matrices are of block type ``kind``, unless ``exceptions`` has another for a part of the name.
+    """
     writer = gguf.GGUFWriter(file, "llama")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_block_count(config["num_hidden_layers"])
@@ -130,10 +134,11 @@ def write_gguf(
         if ".q_proj." in name or ".k_proj." in name:
             array = interleaved(array, heads if ".q_proj." in name else kv_heads)
         own = names.get_name(name, (".weight",)) or name
-        if array.ndim == 2 and kind not in (0, 1):
-            writer.add_tensor(own, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        form = next((each for part, each in exceptions.items() if part in name), kind)
+        if array.ndim == 2 and form not in (0, 1):
+            writer.add_tensor(own, gguf.quants.quantize(array, form), raw_dtype=form)
         else:
-            writer.add_tensor(own, array.astype(np.float16 if kind == 1 else np.float32))
+            writer.add_tensor(own, array.astype(np.float16 if form == 1 else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -34,8 +34,8 @@ TEXTS = ["a", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "the 12 é ﬁ\n\n  �
 def use(path: Path) -> None:
     """Everything that a conversion does but writing, and a few texts."""
     model = read_model(path)
-    for name in model.weight_map:
-        model.weight(name)
+    for name in model.weights:
+        model.weights[name][...]
     source = model.source
     config = {**source.tokenizer_config, "chat_template": None}  # tests/text has hostile templates
     tokenizer = Tokenizer.from_text(source.tokenizer_json, config)

@@ -11,6 +11,7 @@ from inferneo_jax.models import weight_specs
 from inferneo_jax.models.families import find_family
 from inferneo_jax.weights.checkpoint import open_weights, read_info
 from inferneo_jax.weights.convert import convert, read_source
+from tests.support.weights import joined
 
 Q = gguf.GGMLQuantizationType
 
@@ -23,7 +24,7 @@ def restored(path, dtype=np.float32):
 def expected(config, tensors):
     family = find_family(config)
     weight_map = family.weight_map(family.read_config(config))
-    return {n: r.join(*[tensors[p.name] for p in r.tensors]) for n, r in weight_map.items()}
+    return {n: joined(r, *[tensors[p.name] for p in r.tensors]) for n, r in weight_map.items()}
 
 
 def assert_equal(found, wanted):

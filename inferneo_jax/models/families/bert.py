@@ -1,11 +1,8 @@
 """BERT encoders for sentence embeddings, such as all-MiniLM."""
 
-import numpy as np
-
 from inferneo_jax.config import EncoderConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.models.families.family import (
-    Array,
     Family,
     HFConfig,
     SourceTensor,
@@ -18,7 +15,6 @@ from inferneo_jax.models.families.family import (
     table,
     transposed,
 )
-from inferneo_jax.models.families.llama import alike
 
 
 def read_config(config: HFConfig) -> EncoderConfig:
@@ -83,18 +79,14 @@ def _layer(config: EncoderConfig, prefix: str) -> dict[str, WeightMapping]:
     width, mlp, heads, dim = config.hidden_size, config.mlp_size, config.num_heads, config.head_dim
     projections = [f"{prefix}.attention.self.{p}" for p in ("query", "key", "value")]
 
-    def fuse_kernels(*arrays: Array) -> Array:
-        return np.stack([a.T.reshape(width, heads, dim) for a in alike(*arrays)], axis=1)
-
-    def fuse_biases(*arrays: Array) -> Array:
-        return np.stack([a.reshape(heads, dim) for a in alike(*arrays)])
-
     return {
         "attention.qkv.kernel": WeightMapping(
-            tuple(SourceTensor(f"{p}.weight", (width, width)) for p in projections), fuse_kernels
+            tuple(SourceTensor(f"{p}.weight", (width, width)) for p in projections),
+            (width, 3, heads, dim),
+            kernel=True,
         ),
         "attention.qkv.bias": WeightMapping(
-            tuple(SourceTensor(f"{p}.bias", (width,)) for p in projections), fuse_biases
+            tuple(SourceTensor(f"{p}.bias", (width,)) for p in projections), (3, heads, dim)
         ),
         "attention.out.kernel": transposed(
             f"{prefix}.attention.output.dense.weight", width, width, heads, dim, width

@@ -23,17 +23,30 @@ class SourceTensor:
     shape: tuple[int, ...]
 
 
+def stacked(*arrays: Array) -> Array:
+    """The rows of several arrays, one after the other."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 @dataclass(frozen=True)
 class WeightMapping:
-    """How one weight of the model is made from a checkpoint.
+    """How one weight of the model is made from a checkpoint: which rows of which tensors it has.
 
     Attributes:
-        tensors: the source tensors.
-        join: makes the weight from their arrays, given in this order.
+        tensors: the source tensors, which have equal rows.
+        shape: of the weight. A kernel is a linear layer's ``[outputs, inputs]``, transposed: its
+            first dimensions are the inputs, the others the outputs. In any other weight the first
+            dimensions are the rows.
+        arrange: takes an array ``[rows, ...]`` for each tensor and returns ``[rows, ...]`` with
+            all their rows, in the order of the weight. It must not look at the numbers, so that
+            applied to row numbers it tells where each row of the weight comes from.
+        kernel: whether it is one.
     """
 
     tensors: tuple[SourceTensor, ...]
-    join: Callable[..., Array]
+    shape: tuple[int, ...]
+    arrange: Callable[..., Array] = stacked
+    kernel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +78,13 @@ class Family:
 
 def copied(name: str, *shape: int) -> WeightMapping:
     """A weight that is one source tensor, unchanged."""
-    return WeightMapping((SourceTensor(name, shape),), lambda array: array)
+    return WeightMapping((SourceTensor(name, shape),), shape)
 
 
 def transposed(name: str, rows: int, columns: int, *into: int) -> WeightMapping:
     """A kernel: a linear layer's ``[out, in]`` tensor, transposed and reshaped to ``into``."""
-    shape = into or (columns, rows)
-    return WeightMapping(
-        (SourceTensor(name, (rows, columns)),), lambda array: array.T.reshape(shape)
-    )
+    tensor = SourceTensor(name, (rows, columns))
+    return WeightMapping((tensor,), into or (columns, rows), kernel=True)
 
 
 def integer(config: HFConfig, key: str, default: int | None = None) -> int:

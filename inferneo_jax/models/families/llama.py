@@ -144,7 +144,9 @@ def _layer(config: DecoderConfig, prefix: str) -> dict[str, WeightMapping]:
         "attention_norm.scale": copied(f"{prefix}.input_layernorm.weight", width),
         "attention.qkv.kernel": WeightMapping(
             tuple(SourceTensor(f"{attention}.{p}.weight", (n, width)) for p, n in rows.items()),
+            (width, kv_heads, group + 2, dim),
             partial(fuse_heads, config),
+            kernel=True,
         ),
         "attention.out.kernel": transposed(
             f"{attention}.o_proj.weight", width, config.num_heads * dim, kv_heads, group, dim, width
@@ -154,13 +156,15 @@ def _layer(config: DecoderConfig, prefix: str) -> dict[str, WeightMapping]:
             tuple(
                 SourceTensor(f"{prefix}.mlp.{p}_proj.weight", (mlp, width)) for p in ("gate", "up")
             ),
-            lambda gate, up: np.stack([a.T for a in alike(gate, up)], axis=1),
+            (width, 2, mlp),
+            kernel=True,
         ),
         "mlp.down.kernel": transposed(f"{prefix}.mlp.down_proj.weight", width, mlp),
     }
     if config.qkv_bias:
         weights["attention.qkv.bias"] = WeightMapping(
             tuple(SourceTensor(f"{attention}.{p}.bias", (n,)) for p, n in rows.items()),
+            (kv_heads, group + 2, dim),
             partial(fuse_heads, config),
         )
     if config.qk_norm:
@@ -170,25 +174,18 @@ def _layer(config: DecoderConfig, prefix: str) -> dict[str, WeightMapping]:
 
 
 def fuse_heads(config: DecoderConfig, *arrays: Array) -> Array:
-    """Join queries, keys and values: for each KV head its queries, then its key, then its value.
+    """Arrange queries, keys and values: for each KV head its queries, its key, and its value.
 
     Args:
         config: of the decoder.
-        arrays: the three kernels, each ``[heads * head_dim, hidden]``, or the three biases, each
-            ``[heads * head_dim]``.
+        arrays: the rows of queries, keys and values, each ``[heads * head_dim, ...]``.
 
     Returns:
-        ``[hidden, kv_heads, group + 2, head_dim]`` for kernels, without ``hidden`` for biases.
+        ``[kv_heads * (group + 2) * head_dim, ...]``.
     """
     split = config.num_kv_heads, -1, config.head_dim
-    heads = np.concatenate([a.reshape(*split, *a.shape[1:]) for a in alike(*arrays)], axis=1)
-    return np.moveaxis(heads, -1, 0) if arrays[0].ndim > 1 else heads
-
-
-def alike(*arrays: Array) -> list[Array]:
-    """The arrays in a common dtype: the one they share, else float32, which represents all."""
-    dtypes = {array.dtype for array in arrays}
-    return list(arrays) if len(dtypes) == 1 else [array.astype(np.float32) for array in arrays]
+    heads = np.concatenate([a.reshape(*split, *a.shape[1:]) for a in arrays], axis=1)
+    return heads.reshape(-1, *arrays[0].shape[1:])
 
 
 def ignored(config: DecoderConfig) -> tuple[str, ...]:

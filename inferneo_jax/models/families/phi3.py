@@ -4,7 +4,13 @@ import numpy as np
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.models.families import llama
-from inferneo_jax.models.families.family import Array, Family, SourceTensor, WeightMapping
+from inferneo_jax.models.families.family import (
+    Array,
+    Family,
+    SourceTensor,
+    WeightMapping,
+    transposed,
+)
 
 
 def weight_map(config: DecoderConfig) -> dict[str, WeightMapping]:
@@ -16,16 +22,17 @@ def weight_map(config: DecoderConfig) -> dict[str, WeightMapping]:
     def qkv(rows: Array) -> Array:
         return llama.fuse_heads(config, *np.split(rows, [queries, queries + keys]))
 
-    def gate_up(rows: Array) -> Array:
-        return np.stack([half.T for half in np.split(rows, 2)], axis=1)
-
+    shape = width, config.num_kv_heads, config.group_size + 2, dim
     for index in range(config.num_layers):
         source, ours = f"model.layers.{index}", f"layers.{index}"
         weights[f"{ours}.attention.qkv.kernel"] = WeightMapping(
-            (SourceTensor(f"{source}.self_attn.qkv_proj.weight", (queries + 2 * keys, width)),), qkv
+            (SourceTensor(f"{source}.self_attn.qkv_proj.weight", (queries + 2 * keys, width)),),
+            shape,
+            qkv,
+            kernel=True,
         )
-        weights[f"{ours}.mlp.gate_up.kernel"] = WeightMapping(
-            (SourceTensor(f"{source}.mlp.gate_up_proj.weight", (2 * mlp, width)),), gate_up
+        weights[f"{ours}.mlp.gate_up.kernel"] = transposed(
+            f"{source}.mlp.gate_up_proj.weight", 2 * mlp, width, width, 2, mlp
         )
     return weights
 

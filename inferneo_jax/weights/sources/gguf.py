@@ -6,26 +6,19 @@ to the tensors, which this reader undoes.
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
-import ml_dtypes
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.files import shown
 from inferneo_jax.weights.sources.gguf_header import TensorInfo, read_header
 from inferneo_jax.weights.sources.gguf_metadata import Metadata
-from inferneo_jax.weights.sources.source import Array, SourceModel, StoredTensor
+from inferneo_jax.weights.sources.source import SourceModel
+from inferneo_jax.weights.sources.tensor import StoredTensor
 
-_PLAIN = {
-    GGMLQuantizationType.F32: np.dtype("<f4"),
-    GGMLQuantizationType.F16: np.dtype("<f2"),
-    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
-}
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -75,9 +68,7 @@ def read_gguf(path: Path) -> SourceModel:
     for name, info in infos.items():
         role = name.split(".")[-2] if name.count(".") > 1 else ""
         interleaved = heads.get(role) if arch in _PERMUTED else None
-        tensors[name] = StoredTensor(
-            shape=info.shape, read=partial(_read, path, name, info, interleaved)
-        )
+        tensors[name] = _stored(path, name, info, interleaved)
     names = gguf.get_tensor_name_map(
         next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), config["num_hidden_layers"]
     )
@@ -156,7 +147,7 @@ def _llama3_scaling(path: Path, info: TensorInfo, config: Mapping[str, Any]) -> 
     """
     low, high, original = 1.0, 4.0, 8192
     whole = info.shape == (config["head_dim"] // 2,)
-    divisors = _read(path, _ROPE_FREQS, info) if whole else np.zeros(1)
+    divisors = _stored(path, _ROPE_FREQS, info).read() if whole else np.zeros(1)
     factor = float(divisors.max())
     inverse = config["rope_theta"] ** (-np.arange(divisors.size) / divisors.size)
     turns = original * inverse / (2 * np.pi)
@@ -184,32 +175,15 @@ def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def _read(path: Path, name: str, info: TensorInfo, interleaved_heads: int | None = None) -> Array:
-    """Read one tensor's values; block-quantized tensors are returned as float32."""
-    try:
-        raw = np.memmap(path, np.uint8, "r", info.offset, (info.size,))
-        if info.type in _PLAIN:
-            values: Array = np.asarray(raw).view(_PLAIN[info.type]).reshape(info.shape)
-        else:
-            rows = raw.reshape(-1, info.size * info.shape[-1] // _elements(info))
-            values = gguf.quants.dequantize(rows, info.type).reshape(info.shape)
-    except NotImplementedError:
-        raise CheckpointError(
-            f"{path}: {name} is of the block type {info.type.name}, which cannot be dequantized; "
-            "take another quantization of the model"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
-    if interleaved_heads is not None:
-        values = _halves_from_interleaved(values, interleaved_heads)
-    return values
-
-
-def _elements(info: TensorInfo) -> int:
-    return int(np.prod(info.shape))
-
-
-def _halves_from_interleaved(rows: Array, heads: int) -> Array:
-    """Undo the converter's reordering: within each head, put the even rows before the odd ones."""
-    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+def _stored(
+    path: Path, name: str, info: TensorInfo, interleaved_heads: int | None = None
+) -> StoredTensor:
+    return StoredTensor(
+        file=path,
+        name=name,
+        shape=info.shape,
+        format=info.type.name.lower(),
+        offset=info.offset,
+        size=info.size,
+        interleaved_heads=interleaved_heads,
+    )

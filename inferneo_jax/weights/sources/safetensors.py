@@ -1,21 +1,20 @@
-"""Reader of the tensors in a folder's safetensors files; values are read on demand.
+"""Finds the tensors in a folder's safetensors files.
 
 The library checks that the tensors fill the file without gaps or overlaps. This module first checks
-that the header is small enough to be given to the library.
+that the header is small enough to be given to the library, and then reads the offsets from it.
 """
 
 import re
 import struct
-from functools import partial
 from pathlib import Path
 
+import orjson
 from safetensors import SafetensorError, safe_open
 
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.files import check_regular, one_line, read_object, shown
-from inferneo_jax.weights.sources.source import Array, StoredTensor
+from inferneo_jax.weights.sources.tensor import StoredTensor
 
-_FLOATS = frozenset({"F32", "F16", "BF16"})
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.+-]{1,200}\.safetensors", re.ASCII)
@@ -67,17 +66,20 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _file_tensors(file: Path) -> dict[str, StoredTensor]:
     try:
-        _check_header(file)
+        header_bytes = _check_header(file)
         with safe_open(file, "numpy") as opened:
             names = list(opened.keys())
             if len(names) > _MAX_TENSORS:
                 raise CheckpointError(
                     f"{file} has {len(names)} tensors; at most {_MAX_TENSORS} are read"
                 )
+            with file.open("rb") as raw:
+                raw.seek(_LENGTH.size)
+                header = orjson.loads(raw.read(header_bytes))
             found = {}
             for name in names:
-                part = opened.get_slice(name)
-                shape = tuple(part.get_shape())
+                shape = tuple(opened.get_slice(name).get_shape())
+                start, end = header[name]["data_offsets"]
                 if len(shape) > _MAX_DIMENSIONS or len(name) > _MAX_NAME:
                     raise CheckpointError(
                         f"{file}: {shown(name)} has {len(shape)} dimensions and a name of "
@@ -85,7 +87,12 @@ def _file_tensors(file: Path) -> dict[str, StoredTensor]:
                         "are read"
                     )
                 found[name] = StoredTensor(
-                    shape=shape, read=partial(_read, file, name, part.get_dtype())
+                    file=file,
+                    name=name,
+                    shape=shape,
+                    format=header[name]["dtype"].lower(),
+                    offset=_LENGTH.size + header_bytes + start,
+                    size=end - start,
                 )
             return found
     except FileNotFoundError:
@@ -96,8 +103,8 @@ def _file_tensors(file: Path) -> dict[str, StoredTensor]:
         ) from error
 
 
-def _check_header(file: Path) -> None:
-    """Raise ValueError unless the header lies within the file and its size within the bounds."""
+def _check_header(file: Path) -> int:
+    """The header's size; raises ValueError if it is out of bounds or exceeds the file."""
     size = check_regular(file)
     with file.open("rb") as opened:
         start = opened.read(_LENGTH.size)
@@ -108,17 +115,4 @@ def _check_header(file: Path) -> None:
         raise ValueError(
             f"its header has {length} bytes, the file {size}; at most {_MAX_HEADER_BYTES} are read"
         )
-
-
-def _read(file: Path, name: str, dtype: str) -> Array:
-    if dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{file}: {shown(name)} is of the type {dtype}; F32, F16 and BF16 are read: "
-            "take an unquantized release of the model"
-        )
-    try:
-        with safe_open(file, "numpy") as opened:
-            array: Array = opened.get_tensor(name)
-            return array
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: {shown(name)} cannot be read: {one_line(error)}") from error
+    return int(length)

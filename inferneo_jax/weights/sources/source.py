@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from inferneo_jax.errors import InferneoError
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from inferneo_jax.weights.sources.tensor import StoredTensor
 
 
 def own_name(name: str) -> str:
@@ -27,18 +24,6 @@ def naming(path: Path) -> Iterator[None]:
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """One tensor of a source: its shape is known, and ``read()`` reads its values.
-
-    ``shape`` is in NumPy order (rows first). ``read`` returns float32, float16 or bfloat16 (from
-    ml_dtypes) and raises CheckpointError if the values cannot be read.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[], Array]
 
 
 @dataclass(frozen=True, kw_only=True)

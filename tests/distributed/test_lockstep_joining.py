@@ -46,6 +46,13 @@ def test_who_does_not_come_is_named() -> None:
         accept(listener, config, 2)
 
 
+@pytest.mark.parametrize(("leads", "number"), [(True, 1), (False, 0)])
+def test_only_process_0_serves(leads: bool, number: int) -> None:
+    address = {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": number}
+    with pytest.raises(JobError, match="process 0 is the one that serves HTTP"):
+        Job(dataclasses.replace(CONFIG, **address), leads=leads).join()
+
+
 def test_a_job_runs_one_language_model() -> None:
     job = Job(CONFIG, leads=True)
     job.take("one")

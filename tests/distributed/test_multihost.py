@@ -1,4 +1,4 @@
-"""Two real processes that run one model: what clients see, and how both end."""
+"""A model on a mesh, of one real process and of two: what clients see, and how both end."""
 
 import asyncio
 import contextlib
@@ -60,6 +60,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "INFERNEO_SLOTS": "4",
         "XLA_FLAGS": QUICK,
     }
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What a server on one device answers."""
+    with process(tmp_path_factory.mktemp("alone") / "log", tiny) as alone:
+        alone.wait_ready(READY)
+        return answers(alone.address)
 
 
 @contextlib.contextmanager
@@ -127,16 +135,30 @@ async def running(server: Process, number: int) -> None:
     await until_async(seen)
 
 
-def test_two_processes_answer_as_one_and_end_in_order(tiny: dict[str, str], tmp_path: Path) -> None:
-    with process(tmp_path / "alone", tiny) as alone:
-        alone.wait_ready(READY)
-        expected = answers(alone.address)
+def check_answers(address: str, expected: list[Any]) -> None:
+    """They are those of one device, and leave nothing behind."""
+    assert answers(address) == expected
+    stats = stats_of(address, CHAT)
+    assert (stats["slots"], stats["slots_used"], stats["pages_used"]) == (4, 0, 0)
+    assert stats["compiles_after_ready"] == 0
+
+
+def test_a_server_on_a_mesh_answers_as_one_on_a_device(
+    tiny: dict[str, str], expected: list[Any], tmp_path: Path
+) -> None:
+    flags = f"{QUICK} --xla_force_host_platform_device_count=4"
+    mesh = {"INFERNEO_MESH": "data=2,model=2", "XLA_FLAGS": flags}
+    with process(tmp_path / "log", tiny | mesh) as server:
+        server.wait_ready(READY)
+        check_answers(server.address, expected)
+
+
+def test_two_processes_answer_as_one_and_end_in_order(
+    tiny: dict[str, str], expected: list[Any], tmp_path: Path
+) -> None:
     with job(tmp_path, tiny) as two:
         two.wait_ready()
-        assert answers(two.leader.address) == expected
-        stats = stats_of(two.leader.address, CHAT)
-        assert (stats["slots"], stats["slots_used"], stats["pages_used"]) == (4, 0, 0)
-        assert stats["compiles_after_ready"] == 0
+        check_answers(two.leader.address, expected)
 
         async def told_to_end() -> list[Ending]:
             tasks = [asyncio.create_task(each) for each in asking(two.leader, LONG)]
@@ -194,32 +216,14 @@ def test_a_killed_leader_ends_the_follower(tiny: dict[str, str], tmp_path: Path)
         assert two.codes()[1] != 0
 
 
-@pytest.mark.parametrize(
-    ("changed", "leader", "follower"),
-    [
-        (
-            {"INFERNEO_JOB_TOKEN": "a token that another job has"},
-            "does not know the job's token",
-            "the leader refused this process",
-        ),
-        (
-            {"INFERNEO_SLOTS": "8", "INFERNEO_MAX_LEN": "256"},
-            "max_len is 256 in process 1 and 512 in process 0; slots is 8 in process 1 and 4",
-            "max_len is 256 in process 1 and 512 in process 0; slots is 8 in process 1 and 4",
-        ),
-    ],
-    ids=["token", "settings"],
-)
-def test_who_does_not_belong_is_refused_and_told(
-    tiny: dict[str, str], tmp_path: Path, changed: dict[str, str], leader: str, follower: str
-) -> None:
+def test_other_settings_are_refused_on_both_sides(tiny: dict[str, str], tmp_path: Path) -> None:
     language_model = tiny["INFERNEO_MODELS"].split(",")[0]
+    changed = {"INFERNEO_SLOTS": "8", "INFERNEO_MAX_LEN": "256"}
     with job(tmp_path, tiny | {"INFERNEO_MODELS": language_model}, **changed) as two:
         assert two.follower.popen.wait(60) == 1
-        wait_for(follower, two.follower)
-        wait_for(leader, two.leader)
-        if "INFERNEO_SLOTS" in changed:
-            assert two.leader.popen.wait(AT_MOST) != 0
+        for each in (two.follower, two.leader):
+            wait_for("max_len is 256 in process 1 and 512 in process 0; slots is 8", each)
+        assert two.leader.popen.wait(AT_MOST) != 0
 
 
 def test_another_source_of_the_same_version_is_refused(
@@ -236,11 +240,3 @@ def test_another_source_of_the_same_version_is_refused(
         for process in (two.follower, two.leader):
             wait_for("source of inferneo_jax is '", process)
             wait_for("Give all of them the same version", process)
-
-
-def test_only_process_0_serves(tiny: dict[str, str], tmp_path: Path) -> None:
-    settings = tiny | {"INFERNEO_PROCESS_ID": "1", "INFERNEO_NUM_PROCESSES": "2"}
-    settings |= {"INFERNEO_COORDINATOR": free_address(), "INFERNEO_JOB_TOKEN": TOKEN}
-    with process(tmp_path / "log", settings) as wrong:
-        assert wrong.popen.wait(60) != 0
-        assert "process 0 is the one that serves HTTP" in wrong.log.read_text()

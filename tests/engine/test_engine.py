@@ -1,5 +1,6 @@
 """The laws of the engine, on a tiny random model."""
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,16 +9,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferneo_jax.errors import (
-    ContextLengthError,
-    EngineStoppedError,
-    RequestError,
-)
+from inferneo_jax.errors import ContextLengthError, EngineStoppedError, RequestError
+from inferneo_jax.kernels.cpu.build import library
+from inferneo_jax.kernels.cpu.linear import BlockQuantized
+from inferneo_jax.layers.quantization import Int8
 from inferneo_jax.request import SamplingParams
+from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.runner import PendingStep, Runner
 from inferneo_jax.scheduler.scheduler import DataParallelScheduler, Scheduler, SchedulerOutputs
-from tests.support.tiny_model import MIXED, Collected, MakeEngine, close, prompt, submit
+from inferneo_jax.sharding.mesh import make_mesh
+from tests.support.tiny_model import (
+    EIGHT_SLOTS,
+    MIXED,
+    ONE_DEVICE,
+    TINY,
+    Collected,
+    MakeEngine,
+    close,
+    close_all,
+    mixed,
+    prompt,
+    running_engine,
+    submit,
+)
 
+needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 with_kernels = pytest.mark.parametrize("kernels", ["xla", "native"])
 
 
@@ -40,6 +56,22 @@ def test_alone_equals_in_any_batch(
     crowd += [submit(engine, prompt(30, seed=9), **MIXED[1])]
     close(alone, among)
     assert all(len(other.tokens) == 12 for other in crowd)
+
+
+@pytest.mark.parametrize(
+    ("numerics", "method"),
+    [
+        pytest.param({"quantization": "int8", "kv_dtype": "float32"}, Int8, id="int8 weights"),
+        pytest.param({"quantization": "int8", "kv_dtype": "int8"}, Int8, id="int8 cache too"),
+        pytest.param({"dtype": "auto"}, BlockQuantized, id="blocks", marks=needs_compiler),
+    ],
+)
+def test_alone_equals_together_in_quantized_numbers(numerics: dict[str, Any], method: type) -> None:
+    config = dataclasses.replace(EIGHT_SLOTS, **({"dtype": "float32"} | numerics))
+    quantization = resolve_decoder(TINY, config, make_mesh(ONE_DEVICE)).quantization
+    assert type(quantization.linear) is method
+    with running_engine(config, quantization=quantization) as engine:
+        close_all(mixed(engine), mixed(engine, together=False))
 
 
 @with_kernels

@@ -12,7 +12,6 @@ import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.cache import PagedAttention
@@ -22,14 +21,11 @@ from inferneo_jax.sharding.mesh import make_mesh, parts
 from inferneo_jax.sharding.padding import pad_for_mesh
 from inferneo_jax.weights.placement import weight_shapes
 from tests.support.tiny_model import (
-    MIXED,
+    EIGHT_SLOTS,
     ONE_DEVICE,
     TINY,
-    TINY_ENGINE,
-    Collected,
-    close,
-    make_runner,
     prompt,
+    running_engine,
     submit,
     tiny_backend,
     tiny_weights,
@@ -105,63 +101,21 @@ def test_each_device_has_the_scales_of_its_own_part(shape: MeshShape) -> None:
             assert (error <= scale * 0.501).all()
 
 
-def _engine(shape: MeshShape = ONE_DEVICE, **changes: Any) -> Engine:
-    config = dataclasses.replace(
-        TINY_ENGINE,
-        slots=8,
-        kv_tokens=640,
-        prefill_chunks=(8,),
-        row_buckets=(8,),
-        dtype="float32",
-        mesh=shape,
-        **changes,
-    )
-    quantization = resolve_decoder(TINY, config, make_mesh(shape)).quantization
-    runner = make_runner(config, quantization=quantization)
-    runner.compile()
-    return Engine(runner)
-
-
-def _outputs(engine: Engine, *, together: bool = True) -> list[Collected]:
-    found: list[Collected] = []
-    for i, fields in enumerate(MIXED):
-        found.append(submit(engine, prompt(9 + i, seed=i), **fields))
-        if not together:
-            found[-1].wait()
-    return [each.wait() for each in found]
-
-
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_alone_is_batched_in_int8(kv_dtype: str) -> None:
-    engine = _engine(quantization="int8", kv_dtype=kv_dtype)
-    try:
-        alone = _outputs(engine, together=False)
-        for got, wanted in zip(_outputs(engine), alone, strict=True):
-            close(got, wanted)
-        stats = engine.stats()
-        assert (stats.slots_used, stats.pages_used, stats.compiles_after_ready) == (0, 0, 0)
-    finally:
-        engine.stop()
-
-
 @pytest.mark.parametrize("shape", [ONE_DEVICE, MeshShape(2, 4)], ids=str)
 def test_int8_scores_a_prompt_nearly_as_float32_does(shape: MeshShape) -> None:
     scores = {}
-    for name, changes in {
-        "float": {},
-        "int8": {"quantization": "int8", "kv_dtype": "int8"},
-    }.items():
-        engine = _engine(shape, **changes)
-        try:
+    for name in ("none", "int8"):
+        changes = {"quantization": name, "kv_dtype": "int8" if name == "int8" else "auto"}
+        config = dataclasses.replace(EIGHT_SLOTS, dtype="float32", mesh=shape, **changes)
+        quantization = resolve_decoder(TINY, config, make_mesh(shape)).quantization
+        with running_engine(config, quantization=quantization) as engine:
             sent = [submit(engine, prompt(40, seed=i), 1, prompt_logprobs=0) for i in range(4)]
             outputs = [each.wait().outputs[0].prompt_logprobs for each in sent]
-        finally:
-            engine.stop()
         scores[name] = np.array([[p.logprob for p in each[1:]] for each in outputs])
-    change = scores["int8"] - scores["float"]
+    change = scores["int8"] - scores["none"]
     assert change.any()
     assert abs(change.mean()) < 0.05
-    assert np.corrcoef(scores["int8"].ravel(), scores["float"].ravel())[0, 1] > 0.99
+    assert np.corrcoef(scores["int8"].ravel(), scores["none"].ravel())[0, 1] > 0.99
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,10 @@ import jax.numpy as jnp
 import pytest
 
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.engine.engine import Engine
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding.mesh import make_mesh
-from tests.support.tiny_model import (
-    MIXED,
-    ONE_DEVICE,
-    TINY_ENGINE,
-    Collected,
-    make_runner,
-    prompt,
-    submit,
-)
+from tests.support.tiny_model import EIGHT_SLOTS, ONE_DEVICE, mixed, running_engine
 
 
 def _lower() -> jax.stages.Lowered:
@@ -57,29 +48,13 @@ def _made_again(store: ExecutableStore, key: str = "double") -> bool:
 def test_the_next_start_lowers_nothing_and_computes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: MeshShape
 ) -> None:
-    config = dataclasses.replace(
-        TINY_ENGINE,
-        slots=8,
-        prefill_chunks=(8,),
-        kv_tokens=640,
-        row_buckets=(8,),
-        mesh=shape,
-        compilation_cache=str(tmp_path),
-    )
-
-    def outputs() -> list[Collected]:
-        runner = make_runner(config)
-        runner.compile()
-        engine = Engine(runner)
-        try:
-            sent = [submit(engine, prompt(5 + i, i), **fields) for i, fields in enumerate(MIXED)]
-            return [each.wait() for each in sent]
-        finally:
-            engine.stop()
-
-    first = outputs()
+    config = dataclasses.replace(EIGHT_SLOTS, mesh=shape, compilation_cache=str(tmp_path))
+    with running_engine(config) as engine:
+        first = mixed(engine)
     monkeypatch.setattr(Programs, "lower", lambda *_: _never())
-    for old, new in zip(first, outputs(), strict=True):
+    with running_engine(config) as engine:
+        second = mixed(engine)
+    for old, new in zip(first, second, strict=True):
         assert (old.tokens, old.logprobs) == (new.tokens, new.logprobs)
 
 

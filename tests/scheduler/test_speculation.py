@@ -18,7 +18,7 @@ from inferneo_jax.scheduler.speculation import (
     Speculator,
     accepted_tokens,
 )
-from tests.support.tiny_model import MIXED, Collected, close, prompt, submit
+from tests.support.tiny_model import MIXED, Collected, close, close_all, prompt, submit
 
 Make = Callable[..., Engine]
 SIZES: dict[str, Any] = {"slots": 4, "prefill_chunks": (8,), "row_buckets": (4,)}
@@ -38,8 +38,7 @@ def _outputs(engine: Engine, together: bool) -> list[Collected]:
 def test_speculative_equals_plain(tiny_engine: Make, together: bool) -> None:
     plain = tiny_engine(**SIZES, speculation="off")
     drafted = tiny_engine(**SIZES, speculation="ngram")
-    for got, wanted in zip(_outputs(drafted, together), _outputs(plain, together), strict=True):
-        close(got, wanted)
+    close_all(_outputs(drafted, together), _outputs(plain, together))
     stats, without = drafted.stats(), plain.stats()
     assert stats.output_tokens == without.output_tokens
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
@@ -68,9 +67,7 @@ def test_no_more_tokens_come_than_were_asked_for(tiny_engine: Make, most: int) -
 def test_drafts_give_way_where_blocks_are_short(tiny_engine: Make) -> None:
     few = tiny_engine(**SIZES, speculation="ngram", kv_tokens=64)
     plain = tiny_engine(**SIZES, speculation="off")
-    sent = [[submit(e, REPEATS[i:], 30) for i in range(4)] for e in (few, plain)]
-    for got, wanted in zip(*sent, strict=True):
-        close(got.wait(), wanted.wait())
+    close_all(*([submit(e, REPEATS[i:], 30) for i in range(4)] for e in (few, plain)))
     assert few.stats().preemptions > 0
 
 

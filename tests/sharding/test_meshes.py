@@ -1,40 +1,40 @@
 """One law: whatever the mesh, outputs are those of one device.
 
-The real model is compiled for two meshes, each time for a minute; ``ALL_MESHES=1`` takes all.
+``ALL_MESHES=1`` tries every model on every mesh, and compiles for minutes.
 """
 
 import dataclasses
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
-from inferneo_jax.engine.engine import Engine
+from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
 from inferneo_jax.sharding.padding import pad_for_mesh
 from tests.support.paths import COMPILED
-from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, process, stats_of
+from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL
 from tests.support.tiny_model import (
+    EIGHT_SLOTS,
     MIXED,
     NATIVE,
-    NATIVE_ENGINE,
     ONE_DEVICE,
     TINY,
     TINY_ENGINE,
     Collected,
-    close,
+    close_all,
     make_runner,
     prompt,
+    running_engine,
     submit,
     tiny_weights,
 )
 
+ALL_MESHES = bool(os.environ.get("ALL_MESHES"))
 MESHES = [MeshShape(1, 2), MeshShape(1, 8), MeshShape(2, 4), MeshShape(8, 1)]
 DIVIDING = DecoderConfig.from_dict(
     TINY.to_dict()
@@ -46,58 +46,43 @@ BIASED = DecoderConfig.from_dict(
 """Two KV heads, each with a group of four that several devices share."""
 
 
-def _engine(config: DecoderConfig, shape: MeshShape, engine: EngineConfig = TINY_ENGINE) -> Engine:
-    sizes = dataclasses.replace(
-        engine, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,), mesh=shape
-    )
-    runner = make_runner(sizes, config)
-    runner.compile()
-    return Engine(runner)
+MODELS = {"dividing": DIVIDING, "ragged": TINY, "biased": BIASED}
+SPLIT = [MeshShape(1, 8), MeshShape(2, 4)]
+"""Where heads and tables do not divide as they do on one device."""
+CASES = [
+    pytest.param(name, shape, id=f"{name}-{shape}")
+    for name in MODELS
+    for shape in (MESHES if name == "dividing" or ALL_MESHES else SPLIT)
+]
 
 
-def _outputs(engine: Engine) -> list[Collected]:
-    """Requests of every kind, more than a rank has slots, some sharing a prefix."""
-    first = [submit(engine, prompt(9 + i, seed=i // 2), **MIXED[i]) for i in range(len(MIXED))]
-    again = [submit(engine, prompt(9, seed=i % 3), 20) for i in range(6)]
-    return [collected.wait() for collected in first + again]
+def _outputs(
+    config: DecoderConfig, shape: MeshShape, engine: EngineConfig = EIGHT_SLOTS
+) -> list[Collected]:
+    """Of requests of every kind, more than a rank has slots, some sharing a prefix."""
+    with running_engine(dataclasses.replace(engine, mesh=shape), config) as made:
+        sent = [submit(made, prompt(9 + i, seed=i // 2), **MIXED[i]) for i in range(len(MIXED))]
+        sent += [submit(made, prompt(9, seed=i % 3), 20) for i in range(6)]
+        return [collected.wait() for collected in sent]
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[Collected]]:
-    found = {}
-    for name, config in {"dividing": DIVIDING, "ragged": TINY, "biased": BIASED}.items():
-        engine = _engine(config, ONE_DEVICE)
-        found[name] = _outputs(engine)
-        engine.stop()
-    return found
+    return {name: _outputs(config, ONE_DEVICE) for name, config in MODELS.items()}
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name", ["dividing", "ragged", "biased"])
+@pytest.mark.parametrize(("name", "shape"), CASES)
 def test_every_mesh_gives_what_one_device_gives(
     expected: dict[str, list[Collected]], name: str, shape: MeshShape
 ) -> None:
-    engine = _engine({"dividing": DIVIDING, "ragged": TINY, "biased": BIASED}[name], shape)
-    try:
-        for got, wanted in zip(_outputs(engine), expected[name], strict=True):
-            close(got, wanted)
-        stats = engine.stats()
-        assert (stats.slots, stats.slots_used, stats.pages_used) == (8, 0, 0)
-        assert stats.compiles_after_ready == 0
-    finally:
-        engine.stop()
+    close_all(_outputs(MODELS[name], shape), expected[name])
 
 
 def test_native_kernels_run_on_each_devices_part() -> None:
-    outputs = []
-    for shape in (ONE_DEVICE, MeshShape(2, 4)):
-        engine = _engine(dataclasses.replace(NATIVE, num_layers=1), shape, NATIVE_ENGINE)
-        try:
-            outputs.append(_outputs(engine))
-        finally:
-            engine.stop()
-    for got, wanted in zip(*outputs, strict=True):
-        close(got, wanted)
+    model = dataclasses.replace(NATIVE, num_layers=1)
+    engine = dataclasses.replace(EIGHT_SLOTS, page_len=16, kernels="native", dtype="float32")
+    one, split = (_outputs(model, shape, engine) for shape in (ONE_DEVICE, MeshShape(2, 4)))
+    close_all(split, one)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 5, 8, 16])
@@ -152,7 +137,7 @@ def test_groups_must_divide_the_slots() -> None:
         make_runner(dataclasses.replace(TINY_ENGINE, mesh=MeshShape(8, 1)))
 
 
-def _real(folder: Path, shape: MeshShape) -> LanguageModel:
+def _stories(folder: Path, shape: MeshShape) -> list[Collected]:
     config = EngineConfig(
         slots=8,
         max_len=128,
@@ -167,82 +152,38 @@ def _real(folder: Path, shape: MeshShape) -> LanguageModel:
     )
     model = load_model(folder, config, name=CHAT_MODEL)
     assert isinstance(model, LanguageModel)
-    return model
-
-
-def _stories(model: LanguageModel) -> list[Collected]:
     texts = ["The capital of France is", "def fibonacci(n):", "Once upon a time", "2 + 2 ="]
-    sent = [
-        submit(model.engine, tuple(model.tokenizer.encode(text)), 8, logprobs=2, prompt_logprobs=0)
-        for text in texts
-    ]
-    return [collected.wait() for collected in sent]
+    fields = {"logprobs": 2, "prompt_logprobs": 0}
+    try:
+        ids = [tuple(model.tokenizer.encode(text)) for text in texts]
+        return [each.wait() for each in [submit(model.engine, i, 8, **fields) for i in ids]]
+    finally:
+        model.stop()
 
 
 def test_a_real_model_is_the_same_on_every_mesh(real_checkpoints: Path) -> None:
-    found = {}
-    meshes = MESHES if os.environ.get("ALL_MESHES") else [MeshShape(1, 8), MeshShape(2, 4)]
-    for shape in (ONE_DEVICE, *meshes):
-        model = _real(real_checkpoints / CHAT_MODEL, shape)
+    wanted = _stories(real_checkpoints / CHAT_MODEL, ONE_DEVICE)
+    for shape in MESHES if ALL_MESHES else [MeshShape(2, 4)]:
+        close_all(_stories(real_checkpoints / CHAT_MODEL, shape), wanted)
+
+
+def test_embeddings_are_the_same_on_every_mesh(
+    real_checkpoints: Path, real_embedder: Embedder
+) -> None:
+    texts = [[101, 2054, 102], [101, 2003, 2023, 1029, 102]] * 20
+    wanted = real_embedder.embed(texts).result(timeout=120)
+    for shape in SPLIT if ALL_MESHES else [MeshShape(2, 4)]:
+        config = EngineConfig(
+            dtype="float32",
+            quantization="none",
+            mesh=shape,
+            max_len=32,
+            compilation_cache=str(COMPILED),
+        )
+        model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
+        assert isinstance(model, EmbeddingModel)
         try:
-            found[shape] = _stories(model)
+            got = model.embedder.embed(texts).result(timeout=120)
         finally:
             model.stop()
-    for shape in meshes:
-        for got, wanted in zip(found[shape], found[ONE_DEVICE], strict=True):
-            close(got, wanted)
-
-
-@pytest.mark.parametrize("shape", [MeshShape(1, 8), MeshShape(2, 4)], ids=str)
-def test_embeddings_are_the_same_on_every_mesh(
-    real_checkpoints: Path, real_embedder: object, shape: MeshShape
-) -> None:
-    config = EngineConfig(
-        dtype="float32",
-        quantization="none",
-        mesh=shape,
-        max_len=32,
-        compilation_cache=str(COMPILED),
-    )
-    model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
-    assert isinstance(model, EmbeddingModel)
-    texts = [[101, 2054, 102], [101, 2003, 2023, 1029, 102]] * 20
-    try:
-        got = model.embedder.embed(texts).result(timeout=120)
-    finally:
-        model.stop()
-    wanted = real_embedder.embed(texts).result(timeout=120)  # type: ignore[attr-defined]
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-
-
-def test_a_server_on_a_mesh_answers_as_one_on_a_device(
-    real_checkpoints: Path, address: str, tmp_path: Path
-) -> None:
-    settings = {
-        "INFERNEO_CHECKPOINTS": str(real_checkpoints),
-        "INFERNEO_MODELS": CHAT_MODEL,
-        "INFERNEO_DTYPE": "float32",
-        "INFERNEO_SLOTS": "4",
-        "INFERNEO_MAX_LEN": "256",
-        "INFERNEO_MESH": "data=2,model=2",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    body = {
-        "model": CHAT_MODEL,
-        "messages": [{"role": "user", "content": "Name three colours."}],
-        "max_tokens": 12,
-        "temperature": 0,
-    }
-
-    def answer(where: str) -> str:
-        got = httpx.post(f"http://{where}/v1/chat/completions", json=body, timeout=120)
-        assert got.status_code == 200, got.text
-        return str(got.json()["choices"][0]["message"]["content"])
-
-    with process(tmp_path / "log", settings) as server:
-        server.wait_ready()
-        with ThreadPoolExecutor(4) as pool:
-            got = list(pool.map(answer, [server.address] * 4))
-        stats = stats_of(server.address)
-    assert got == [answer(address)] * 4
-    assert (stats["slots"], stats["compiles_after_ready"]) == (4, 0)
+        np.testing.assert_allclose(got, wanted, atol=1e-5)

@@ -6,7 +6,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -54,6 +55,10 @@ TINY_ENGINE = EngineConfig(
     mesh=ONE_DEVICE,
     compilation_cache=str(COMPILED),
 )
+EIGHT_SLOTS = dataclasses.replace(
+    TINY_ENGINE, slots=8, kv_tokens=640, prefill_chunks=(8,), row_buckets=(8,)
+)
+"""Room for a request of each kind at once, on any mesh of eight devices."""
 NATIVE = DecoderConfig.from_dict(TINY.to_dict() | {"head_dim": 16})
 NATIVE_ENGINE = dataclasses.replace(TINY_ENGINE, page_len=16, kernels="native", dtype="float32")
 """What the CPU's own kernels can run: heads and pages of 16."""
@@ -115,6 +120,25 @@ def make_runner(
     """A runner of a tiny model, not compiled."""
     backend = tiny_backend(config, model, quantization)
     return Runner(backend, tiny_weights(model, config.mesh, quantization), config, processes)
+
+
+@contextmanager
+def running_engine(
+    config: EngineConfig,
+    model: DecoderConfig = TINY,
+    quantization: QuantizationConfig = models.REFERENCE,
+) -> Iterator[Engine]:
+    """An engine with programs of its own; it must end with every slot and page free."""
+    runner = make_runner(config, model, quantization)
+    runner.compile()
+    engine = Engine(runner)
+    try:
+        yield engine
+        stats = engine.stats()
+        assert (stats.slots, stats.slots_used, stats.pages_used) == (config.slots, 0, 0)
+        assert stats.compiles_after_ready == 0
+    finally:
+        engine.stop()
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -189,6 +213,22 @@ def submit(engine: Engine, ids: tuple[int, ...], max_tokens: int = 12, **fields:
     collected = Collected(GenerationRequest(prompt=ids, max_tokens=max_tokens, **fields))
     engine.submit(collected.request, collected)
     return collected
+
+
+def mixed(engine: Engine, *, together: bool = True) -> list[Collected]:
+    """Outputs of a request of each kind, all at once or one after the other."""
+    found: list[Collected] = []
+    for i, fields in enumerate(MIXED):
+        found.append(submit(engine, prompt(9 + i, seed=i), **fields))
+        if not together:
+            found[-1].wait()
+    return [each.wait() for each in found]
+
+
+def close_all(some: list[Collected], others: list[Collected]) -> None:
+    """Each of them equals its counterpart."""
+    for a, b in zip(some, others, strict=True):
+        close(a, b)
 
 
 def close(a: Collected, b: Collected) -> None:

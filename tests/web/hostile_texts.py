@@ -36,9 +36,12 @@ MARKDOWN = (
     "| <img src=/ran> | [a](javascript:alert(1)) |\n|---|---|\n| <style>*{color:red}</style> | `<b>` |",
     "# <h1 onclick=alert(1)>x</h1>\n> <blockquote cite=/ran>\n1. <li style=color:red>\n- [ ] <input>",
     "{: onclick=alert(1) style=color:red } {#main .notice} :smile: $\\href{javascript:alert(1)}{x}$ [[/ran]]",
+    "[javascript:alert(1)](https://label.example) [h](https://user:pw@host.example) HTTPS://UPPER.example",
 )
 UNICODE = (
     "\u202egnp.exe\u202c \u2066left\u2069 \u2067right\u2069 \u200b\ufeff\u2028\u2029 \x00\x1b[31m \ud7ff\uffff",
     "`\u202e code` \u202a**bold**\u202c [\u202etxt](https://ok.example/\u202ex) https://ok.example/\u202ey",
     "z\u0300\u0301" * 40 + " \U000e0041\U000e0042 \uff1cscript\uff1e\u02c2img\u203a \u17b4",
 )
+TOGETHER = ("".join(MARKUP), "\n".join(MARKDOWN), "".join(UNICODE))
+"""The same as three texts."""

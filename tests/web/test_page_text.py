@@ -125,40 +125,17 @@ def test_markdown_is_drawn_as_models_mean_it(page: Page, render: Callable[..., s
     assert 'class="code-head"><span>js</span>' in html
 
 
-def test_nothing_that_a_model_says_becomes_markup(page: Page) -> None:
-    found = page.evaluate(
-        """async (text) => {
-          const { Markdown } = await import('/pages/markdown.js');
-          const root = document.createElement('div');
-          const markdown = new Markdown(root);
-          markdown.write(text);
-          markdown.end();
-          const elements = [...root.querySelectorAll('*')];
-          return {
-            tags: [...new Set(elements.map((e) => e.localName))].sort(),
-            attributes: [...new Set(elements.flatMap((e) => e.getAttributeNames()))].sort(),
-            links: [...root.querySelectorAll('a')].map((a) => [a.protocol, a.rel, a.target]),
-            hosts: [...root.querySelectorAll('a')].map((a) => a.host),
-            text: root.textContent,
-          };
-        }""",
-        HOSTILE,
-    )
-    known = {
-        *("a", "br", "button", "code", "div", "p", "pre", "span", "strong"),
-        *("table", "td", "th", "tr"),
-    }
-    assert set(found["tags"]) <= known
-    assert set(found["attributes"]) <= {
-        *("aria-label", "class", "href", "rel", "tabindex", "target", "title", "type")
-    }
-    for protocol, rel, target in found["links"]:
-        assert protocol in ("http:", "https:")
-        assert (rel, target) == ("noopener noreferrer", "_blank")
-    assert "evil.example" in found["hosts"]  # an image is a link, and is not loaded
-    assert "label.example" in found["hosts"]
-    for said in ("<script>alert(1)</script>", "<img src=x", "[a](javascript:alert(1))", "<i>t</i>"):
-        assert said in found["text"]
+def test_what_could_be_markup_stays_text(render: Callable[..., str]) -> None:
+    """That nothing of it runs is held by test_page_hostile.py."""
+    html = render(HOSTILE)
+    for part in (
+        "&lt;script&gt;alert(1)&lt;/script&gt;&lt;img src=x",
+        "[a](javascript:alert(1))",
+        "&lt;i&gt;t&lt;/i&gt;",
+        'href="https://evil.example/p.png"',  # an image is a link, and is not loaded
+        'href="https://label.example/"',
+    ):
+        assert part in html, part
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ class Load:
         self.headers = headers
         self.body = {"model": model, "prompt": "Once upon a time", "temperature": 0}
         self.answers: list[Answer] = []
-        self.over = False
 
     async def ask(self, client: httpx.AsyncClient, tokens: int) -> Answer:
         """One request."""
@@ -65,13 +64,6 @@ class Load:
             answer.outcome = f"{begun}: {type(error).__name__}"
         answer.ended = time.monotonic()
         return answer
-
-    async def run(self, client: httpx.AsyncClient, tokens: int) -> None:
-        """One client."""
-        while not self.over:
-            answer = await self.ask(client, tokens)
-            if not answer.good:
-                await asyncio.sleep(0.2)
 
     def by_pid(self, server: Replicas) -> Counter[int]:
         """How many of the answered requests each process answered."""

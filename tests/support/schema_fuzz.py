@@ -1,11 +1,6 @@
-"""schemathesis against the server: valid and invalid requests from its OpenAPI description.
-
-Run as a program, it prints the number of responses by operation and status:
-``python -m tests.support.schema_fuzz 60``.
-"""
+"""schemathesis against the server: valid and invalid requests from its OpenAPI description."""
 
 import copy
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +13,7 @@ from schemathesis.engine import events
 
 from server.api.openapi import document
 from server.endpoints import ENDPOINTS
-from tests.support.fake_server import CHAT, EMBED, Rig, make_tokenizer, running
+from tests.support.fake_server import CHAT, EMBED, Rig
 
 SEED = 20_250_401
 """Makes the requests the same in every run."""
@@ -101,14 +96,3 @@ def _collect(recorder: events.ScenarioRecorder, report: Report) -> None:
             if (found := check.failure_info) is not None:
                 key = (recorder.label, check.name, found.failure.title)
                 report.failures[key] = f"{found.failure.message}\n{found.code_sample}"
-
-
-if __name__ == "__main__":
-    with running(make_tokenizer(), aliases={"gpt-4o": CHAT}, max_body_bytes=256 * 1024) as rig:
-        report = run(rig, int(sys.argv[1]))
-    for (operation, status), count in sorted(report.statuses.items()):
-        print(f"{operation:32} {status} {count:6}")
-    print(f"{report.cases} requests", dict(report.checks))
-    for where, what in report.failures.items():
-        print("FAILED", *where, what, sep="\n  ")
-    sys.exit(bool(report.failures))

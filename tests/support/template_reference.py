@@ -1,8 +1,14 @@
-"""Conversations rendered by transformers, as a reference for our own rendering."""
+"""Conversations rendered by transformers, as a reference for our own rendering.
 
+``python -m tests.support.template_reference FOLDER`` compares the ``*.jinja`` files of a folder.
+Many models' are in llama.cpp (models/templates).
+"""
+
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import chat_template_utils
@@ -135,3 +141,22 @@ def by_us(source: str, messages: list[dict[str, Any]], **options: Any) -> str | 
         return _compiled(source).render(messages, **flags, variables=options)
     except (TemplateError, TokenizerError):
         return None
+
+
+def main() -> None:
+    unequal = False
+    for file in sorted(Path(sys.argv[1]).glob("*.jinja")):
+        source, texts = file.read_text(encoding="utf-8"), 0
+        for name, messages, options in cases():
+            theirs = by_transformers(source, messages, **options)
+            ours = by_us(source, messages, **options)
+            texts += theirs is not None
+            if ours != theirs:
+                unequal = True
+                print(f"{file.name}: {name}\n  theirs: {theirs!r}\n  ours:   {ours!r}")
+        print(f"{file.name}: transformers renders {texts} of the conversations")
+    sys.exit(unequal)
+
+
+if __name__ == "__main__":
+    main()

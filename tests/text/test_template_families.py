@@ -1,6 +1,6 @@
 """Templates in the idioms of the known families give what transformers gives, byte by byte.
 
-The templates are our own; tests/tools/compare_templates.py compares those of real models.
+The templates are our own; tests/support/template_reference.py compares those of real models.
 """
 
 # ruff: noqa: E501  (a template's lines are part of what it writes)

@@ -11,7 +11,8 @@ serving and testing do not:
     ref/bin/python tests/tools/make_families.py
 
 SMOLLM2.gguf is the file of the catalog's chat model, MINILM_FOLDER the folder of its embedding
-model. Each script writes to tests/golden and says in its output which versions it ran with.
+model. Each script writes to tests/golden and says in its output which versions it ran with. What
+the models are asked is read from the file that is written; add a case there.
 """
 
 import hashlib
@@ -76,6 +77,12 @@ def rounded(values: Any, digits: int) -> Any:
     if isinstance(values, list):
         return [rounded(value, digits) for value in values]
     return round(values, digits)
+
+
+def asked(name: str) -> dict[str, Any]:
+    """The file as it is now, for the inputs of its cases."""
+    found: dict[str, Any] = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    return found
 
 
 def write(name: str, head: dict[str, Any], cases: list[dict[str, Any]]) -> None:

@@ -20,66 +20,11 @@ import torch
 OUTPUT_TOKENS = 48
 TOP = 5
 
-CHATS: dict[str, list[dict[str, str]]] = {
-    "chat-capital": [{"role": "user", "content": "What is the capital of France?"}],
-    "chat-system-pirate": [
-        {"role": "system", "content": "You are a pirate. Answer in one short sentence."},
-        {"role": "user", "content": "How is the weather today?"},
-    ],
-    "chat-turns": [
-        {"role": "user", "content": "My name is Ada. What is 2 + 3?"},
-        {"role": "assistant", "content": "Hello Ada! 2 + 3 is 5."},
-        {"role": "user", "content": "And what is my name?"},
-    ],
-    "chat-code": [
-        {"role": "system", "content": "You write Python."},
-        {"role": "user", "content": "Write a function that reverses a string."},
-    ],
-    "chat-emoji": [{"role": "user", "content": "Explain 👩‍🚀 and 🇪🇺 in one line, s'il te plaît."}],
-    "chat-list": [{"role": "user", "content": "List five fruits, one per line."}],
-}
-
-TEXTS = {
-    "one-token": "The",
-    "story": "Once upon a time, in a small village by the sea, there lived an old fisherman who",
-    "code": "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "digits": "1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377,",
-    "json": '{"users": [{"id": 1, "name": "Alice"}, {"id": 2, "name": "Bob"}, {"id": 3,',
-    "cjk": "日本の首都は東京です。中国的首都是北京。대한민국의 수도는",
-    "whitespace": "a\n\n\n\tb    c\r\n  12  345\n\n",
-    "repeat": "na na na na na na na na na na na na na na na na",
-}
-
-
-def long_text(lines: int) -> str:
-    """A list of ``lines`` different plain sentences, about 22 tokens each."""
-    who = ["The baker", "A pilot", "My neighbour", "The old doctor", "Her sister", "One student"]
-    what = ["sold", "found", "painted", "repaired", "counted", "carried", "lost"]
-    things = ["apples", "clocks", "letters", "bicycles", "lamps"]
-    where = ["in Lisbon", "near the river", "on Monday", "behind the station"]
-    return "\n".join(
-        f"{n}. {who[n % 6]} {what[n % 7]} {n * 7 % 90 + 2} {things[n % 5]} {where[n % 4]}."
-        for n in range(1, lines + 1)
-    )
-
-
-def prompts(tokenizer: Any) -> dict[str, str]:
-    """The prompt text of every case."""
-    chats = {
-        name: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for name, messages in CHATS.items()
-    }
-    long = {"long-350": long_text(25), "long-750": long_text(52)}
-    question = long_text(24) + "\n\nHow many lines does this list have?"
-    long["chat-long"] = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
-    return chats | TEXTS | long
-
 
 @torch.inference_mode()
-def run(model: Any, tokenizer: Any, name: str, prompt: str) -> dict[str, Any]:
-    """One case."""
+def run(model: Any, tokenizer: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """A case anew."""
+    name, prompt = asked["name"], asked["prompt"]
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     output, cache, step = [], None, torch.tensor([prompt_ids])
     for _ in range(OUTPUT_TOKENS):
@@ -104,7 +49,7 @@ def run(model: Any, tokenizer: Any, name: str, prompt: str) -> dict[str, Any]:
         "top_logprobs": golden.rounded(top.values, 4),
         "margins": golden.rounded(best[:, 0] - best[:, 1], 4),
     }
-    if name in {"chat-capital", "story", "digits", "cjk", "long-350"}:
+    if "prompt_logprobs" in asked:
         scored = whole[: len(prompt_ids) - 1].log_softmax(-1)
         own = scored.gather(-1, torch.tensor(prompt_ids[1:])[:, None])[:, 0]
         case["prompt_logprobs"] = [None, *golden.rounded(own, 5)]
@@ -117,7 +62,7 @@ def main() -> None:
     gguf = Path(sys.argv[1])
     golden.pin()
     tokenizer, model = golden.chat_tokenizer(gguf), golden.chat_model(gguf)
-    cases = [run(model, tokenizer, *item) for item in prompts(tokenizer).items()]
+    cases = [run(model, tokenizer, case) for case in golden.asked("chat.json")["cases"]]
     golden.write("chat.json", {"about": golden.about(gguf)}, cases)
 
 

@@ -13,23 +13,6 @@ import golden
 import torch
 from transformers import AutoTokenizer, BertModel
 
-TEXTS = {
-    "word": "hello",
-    "sentence": "The cat sits on the mat.",
-    "paraphrase": "A cat is sitting on a rug.",
-    "unrelated": "Quarterly revenue rose by 12.5 percent.",
-    "question": "How do I reset my password?",
-    "accents": "Café, naïve, Zürich: señor Ångström",
-    "cjk-emoji": "東京 and 北京 🎉👩‍🚀",
-    "code": "for (int i = 0; i < n; ++i) { sum += a[i]; }",
-    "unknown": "\u1f71\u2fa1 \U0001f9ff zzzxqjv",
-    "empty": "",
-    "paragraph": "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. " * 5,
-    "long": " ".join(
-        f"Line {n}: the train to platform {n * 3 % 17} is late." for n in range(1, 21)
-    ),
-}
-
 
 @torch.inference_mode()
 def main() -> None:
@@ -40,7 +23,8 @@ def main() -> None:
         folder, dtype=torch.float32, attn_implementation="eager", add_pooling_layer=False
     ).eval()
     cases = []
-    for name, text in TEXTS.items():
+    for case in golden.asked("embeddings.json")["cases"]:
+        name, text = case["name"], case["text"]
         ids = tokenizer(text, truncation=False)["input_ids"]
         hidden = model(torch.tensor([ids])).last_hidden_state[0]
         embedding = torch.nn.functional.normalize(hidden.mean(0), dim=0)

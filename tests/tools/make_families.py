@@ -150,24 +150,9 @@ def decoder_tokenizer() -> Tokenizer:
 
 def encoder_tokenizer() -> Tokenizer:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = [
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "sat",
-        "on",
-        "mat",
-        "##s",
-        "##ly",
-        "big",
-        "red",
-        ".",
-        ",",
-        "!",
-    ]
+    words = "the a cat dog sat on mat ##s ##ly big red . , !"
     letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*special, *words, *(f"##{letter}" for letter in letters), *letters]
+    tokens = [*special, *words.split(), *(f"##{letter}" for letter in letters), *letters]
     vocab = {token: n for n, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

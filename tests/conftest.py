@@ -11,11 +11,13 @@ os.environ["XDG_DATA_HOME"] = _DATA.name
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadFileScheduling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -32,7 +34,7 @@ from inferneo_jax.weights.fetch import pull
 from tests.support.fixtures import rig, shared_rig, tokenizer
 from tests.support.machine_speed import Machine
 from tests.support.model_files import made
-from tests.support.paths import COMPILED
+from tests.support.paths import COMPILED, ROOT
 from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL, real_server
 from tests.support.tiny_model import (
     NATIVE,
@@ -48,6 +50,42 @@ __all__ = ["made", "rig", "shared_rig", "tokenizer"]
 # A machine that does other things too is no fault of the code.
 hypothesis.settings.register_profile("any time", deadline=None)
 hypothesis.settings.load_profile("any time")
+
+
+REAL_SERVER = (
+    "tests/api/test_api_real.py",
+    "tests/docs/test_docs_examples.py",
+    "tests/web/test_chat_real.py",
+)
+"""Files whose tests share a server of the real models: one worker takes them all and starts it."""
+LONG = (
+    *REAL_SERVER,
+    "tests/kernels/test_kernels_tpu.py",
+    "tests/sharding/test_meshes.py",
+    "tests/docs/test_notebooks.py",
+    "tests/distributed/test_multihost.py",
+    "tests/web/test_page_hostile.py",
+    "tests/planner/test_plan.py",
+    "tests/text/test_template_fuzz.py",
+    "tests/weights/test_hostile_fuzz.py",
+)
+"""Files that take longest; workers get them first, so that none is left alone with one."""
+assert all((ROOT / file).exists() for file in LONG)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {file: number for number, file in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(LONG)))
+
+
+class Scheduling(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "the real server" if file in REAL_SERVER else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling | None:
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture

@@ -67,10 +67,14 @@ def test_every_public_name_exists() -> None:
         _ = inferneo_jax.nothing
 
 
-def test_importing_the_app_loads_no_jax() -> None:
-    code = (
-        "import sys, server.app; "
-        "heavy = {'jax', 'transformers', 'torch', 'orbax'} & set(sys.modules); "
-        "assert not heavy, heavy"
-    )
+def test_importing_the_command_line_loads_no_server_and_the_app_no_jax() -> None:
+    code = """if True:
+        import sys
+        heavy = {"jax", "jaxlib", "transformers", "torch", "orbax"}
+        import server.cli.main
+        found = (heavy | {"numpy", "tokenizers", "quart", "hypercorn"}) & set(sys.modules)
+        assert not found, found
+        import server.app
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+    """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

@@ -1,17 +1,12 @@
 """`inferneo serve`: its flags, what it shows, and how it ends."""
 
 import io
-import os
-import pty
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -25,6 +20,7 @@ from server.config.schema import setting_docs
 from tests.support.machine_speed import Machine
 from tests.support.paths import ROOT
 from tests.support.server_process import environment
+from tests.support.terminal import Terminal
 
 FAKES = [sys.executable, "-m", "tests.support.serve_fakes"]
 INFERNEO = [sys.executable, "-m", "server.cli", "serve"]
@@ -36,63 +32,8 @@ def settings(tmp_path: Path, **changes: str) -> dict[str, str]:
         "INFERNEO_KEYS_DB": str(tmp_path / "keys.db"),
         "INFERNEO_CHECKPOINTS": str(tmp_path),
         "INFERNEO_PORT": "0",
-        "TERM": "xterm",
     }
     return environment(own | changes)
-
-
-class Terminal:
-    """A program on a pseudo-terminal of 80 columns."""
-
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self._ours, theirs = pty.openpty()
-        self.popen = subprocess.Popen(
-            command,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env=env | {"COLUMNS": "80"},
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self.text = ""
-
-    def until(self, words: str) -> str:
-        """All that it has written, once that holds ``words``."""
-        deadline = time.monotonic() + SECONDS
-        while not re.search(words, self.text):
-            assert time.monotonic() < deadline, self.text
-            if select.select([self._ours], [], [], 0.1)[0]:
-                try:
-                    data = os.read(self._ours, 65_536)
-                except OSError:  # it has ended (Linux)
-                    data = b""
-                assert data, f"it ended:\n{self.text}"
-                # Without what moves the cursor, colours and erases.
-                self.text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode())
-        return self.text
-
-    def ended(self) -> int:
-        """Its exit code."""
-        while True:  # or it would wait for somebody to read
-            try:
-                self.text += os.read(self._ours, 65_536).decode()
-            except OSError:
-                return self.popen.wait(SECONDS)
-
-    def close(self) -> None:
-        self.popen.kill()
-        self.popen.wait()
-        os.close(self._ours)
-
-
-@contextmanager
-def terminal(command: list[str], env: dict[str, str]) -> Iterator[Terminal]:
-    opened = Terminal(command, env)
-    try:
-        yield opened
-    finally:
-        opened.close()
 
 
 def outcome(arguments: list[str], env: dict[str, str]) -> tuple[int, str]:
@@ -117,9 +58,10 @@ def test_help_shows_every_flag_and_default() -> None:
 
 
 def test_a_terminal_sees_how_it_loads_and_where_it_is(tmp_path: Path) -> None:
-    with terminal(FAKES, settings(tmp_path)) as shown:
-        text = shown.until("Ctrl-C ends it")
-        url = re.search(r"at (http://127\.0\.0\.1:\d+)", text)[1]
+    with Terminal(FAKES, settings(tmp_path)) as shown:
+        url = shown.wait_for(r"at (http://127\.0\.0\.1:\d+)")[1]
+        shown.wait_for("Ctrl-C ends it")
+        text = shown.text
         assert "org/tiny-chat" in text
         for words in (
             "ready after",
@@ -134,9 +76,9 @@ def test_a_terminal_sees_how_it_loads_and_where_it_is(tmp_path: Path) -> None:
         assert "loading" not in text  # the log's words for it
         assert max(map(len, re.split("[\r\n]+", text))) <= 80
         assert httpx.get(f"{url}/v1/models").status_code == 200
-        assert "route=/v1/models" in shown.until("route=/v1/models")
+        shown.wait_for("route=/v1/models")
         shown.popen.send_signal(signal.SIGINT)
-        shown.until("Ending: requests that run have 25 s")
+        shown.wait_for("Ending: requests that run have 25 s")
         assert shown.ended() == 0
         assert "Traceback" not in shown.text
 
@@ -164,14 +106,14 @@ def test_progress_says_what_is_done_and_how_far() -> None:
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path, machine: Machine) -> None:
-    with terminal(FAKES, settings(tmp_path)) as shown:
-        url = re.search(r"at (http\S+)", shown.until("Ctrl-C ends it"))[1]
+    with Terminal(FAKES, settings(tmp_path)) as shown:
+        url = shown.wait_for(r"at (http\S+)")[1]
         body = {"model": "org/tiny-chat", "prompt": "x", "max_tokens": 9, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
             parts = response.iter_bytes()
             next(parts)  # the fake says no more, and whoever lets go of them has gone
             shown.popen.send_signal(signal.SIGINT)
-            shown.until("Ctrl-C again ends at once")
+            shown.wait_for("Ctrl-C again ends at once")
             told = time.monotonic()
             while shown.popen.poll() is None:
                 shown.popen.send_signal(signal.SIGINT)
@@ -180,11 +122,30 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, machine: Machine) -> None:
         assert shown.ended() == -signal.SIGINT, shown.text
 
 
-def test_a_terminal_is_told_what_failed(tmp_path: Path) -> None:
-    with terminal(FAKES, settings(tmp_path, FAKES="broken")) as shown:
-        shown.until("error: broken: its weights cannot be read; pull it again")
+def test_what_failed_is_told_on_a_terminal_and_elsewhere(tmp_path: Path) -> None:
+    env = settings(tmp_path, FAKES="broken")
+    with Terminal(FAKES, env) as shown:
+        shown.wait_for("error: broken: its weights cannot be read; pull it again")
         assert shown.ended() == 1
-        assert "Traceback" not in shown.text
+    done = subprocess.run(FAKES, env=env, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 1
+    assert "loading_failed" in done.stderr
+    assert "broken: its weights cannot be read" in done.stderr
+    assert "Traceback" not in shown.text + done.stderr
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_wrong_settings_end_the_server_with_a_sentence_under_hypercorn_too(workers: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "hypercorn", "-w", workers, "-b", "127.0.0.1:0", "server.app:app"],
+        cwd=ROOT,
+        env=environment({"INFERNEO_SLOTS": "many"}),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "INFERNEO_SLOTS is 'many'; it must be an integer." in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_elsewhere_it_logs_and_drains(tmp_path: Path) -> None:
@@ -211,12 +172,10 @@ def test_elsewhere_it_logs_and_drains(tmp_path: Path) -> None:
     assert '"event": "draining"' in rest
 
 
-def test_a_failure_is_an_exit_code_elsewhere_too(tmp_path: Path) -> None:
-    env = settings(tmp_path, FAKES="broken")
-    done = subprocess.run(FAKES, env=env, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 1
-    assert "broken: its weights cannot be read" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_model_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    code, said = outcome(["nosuch"], settings(tmp_path))
+    assert code == 1
+    assert "no model 'nosuch' in the catalog; there are smollm2-135m-instruct" in said
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
@@ -232,41 +191,9 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 
 
 def test_a_server_of_ours_at_the_port_is_recognized(tmp_path: Path) -> None:
-    with terminal(FAKES, settings(tmp_path)) as first:
-        port = re.search(r"at http\S+:(\d+)", first.until("Ctrl-C ends it"))[1]
+    with Terminal(FAKES, settings(tmp_path)) as first:
+        port = first.wait_for(r"at http\S+:(\d+)")[1]
+        first.wait_for("Ctrl-C ends it")
         code, said = outcome(["--port", port], settings(tmp_path))
     assert code == 1
     assert f"port {port} of 127.0.0.1 is taken by an Inferneo server, which is ready" in said
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--host", "192.0.2.1"], "--host is '192.0.2.1', no address of this machine"),
-        (["--host", "no.such.invalid"], "--host is 'no.such.invalid', no address of this machine"),
-        (["--slots", "0"], "--slots is '0'; it must be at least 1."),
-        (["--config", "/nowhere"], "--config names /nowhere, which cannot be read"),
-        (["a", "a"], "MODEL names two models that would be called 'a'"),
-        (["./nowhere"], "MODEL names ./nowhere, where there is no folder"),
-        (["--keys-db", "mysql://x"], "--keys-db begins with mysql://"),
-        (["nosuch"], "no model 'nosuch' in the catalog; there are smollm2-135m-instruct"),
-    ],
-)
-def test_what_cannot_be_served_is_a_sentence(
-    tmp_path: Path, arguments: list[str], words: str
-) -> None:
-    env = settings(tmp_path)
-    if "--keys-db" in arguments:
-        del env["INFERNEO_KEYS_DB"]
-    code, said = outcome(arguments, env)
-    assert code == 1
-    assert words in said
-
-
-def test_the_command_line_brings_in_no_server_before_it_serves() -> None:
-    code = (
-        "import sys, server.cli.main; "
-        "print([m for m in ('jax', 'quart', 'hypercorn', 'numpy') if m in sys.modules])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert found.stdout == "[]\n", found.stderr

@@ -1,6 +1,5 @@
 """Whatever a body holds, it is answered."""
 
-import socket
 from typing import Any
 
 import httpx
@@ -86,9 +85,3 @@ def test_a_large_body_does_not_hide_other_errors(rig: Rig) -> None:
         response = rig.client.post(path, content=b"x" * 3_000_000)
         assert response.status_code == status
         error_of(response)
-
-
-def test_a_request_that_is_no_http_is_refused(rig: Rig) -> None:
-    with socket.create_connection(("127.0.0.1", rig.server.port)) as raw:
-        raw.sendall(b"nonsense\r\n\r\n")
-        assert raw.recv(100).startswith(b"HTTP/1.1 400")

@@ -6,13 +6,9 @@ from typing import Any
 import pytest
 
 from inferneo_jax import Tokenizer
-from tests.support.asking import CHATS, ask, stream
+from tests.support.asking import CHATS, ask, prompt_text, stream
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, REPLY, Rig
-
-
-def prompt_text(rig: Rig, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(rig.engine.submitted[-1].prompt, skip_special_tokens=False)
 
 
 def test_answer_has_the_shape_of_the_page(rig: Rig) -> None:
@@ -55,15 +51,6 @@ def test_a_conversation_is_always_read_on_a_thread(
     rig.post("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]})
     (rendering,) = {name.partition("_")[0] for name in threads}
     assert (rendering, len(threads)) == ("text", 2)
-
-
-def test_without_max_tokens_the_rest_of_the_context_is_free(rig: Rig) -> None:
-    ask(rig, CHATS, max_tokens=None)
-    request = rig.engine.submitted[0]
-    assert len(request.prompt) + request.max_tokens == rig.engine.max_len
-    ask(rig, CHATS, max_tokens=9)
-    ask(rig, CHATS, max_tokens=None, max_completion_tokens=8)
-    assert [request.max_tokens for request in rig.engine.submitted[1:]] == [9, 8]
 
 
 def test_logprobs_are_openais_and_the_same_streamed(rig: Rig) -> None:

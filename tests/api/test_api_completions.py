@@ -66,17 +66,6 @@ def test_every_sampling_parameter_reaches_the_engine(rig: Rig, tokenizer: Tokeni
     assert (request.min_tokens, request.priority, request.cache_salt) == (3, -2, b":tenant")
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_a_stop_string_cuts_at_every_offset(rig: Rig, batch: int) -> None:
-    rig.engine.batch = batch
-    for start in range(len(REPLY)):
-        stop = REPLY[start : start + 3]
-        expected = REPLY[: REPLY.index(stop)]
-        got = ask(rig, COMPLETIONS, stop=stop)["choices"][0]
-        assert (got["text"], got["finish_reason"]) == (expected, "stop")
-        assert joined(stream(rig, COMPLETIONS, stop=[stop]))[0] == expected
-
-
 def test_a_stop_string_ends_the_request_in_the_engine(rig: Rig, tokenizer: Tokenizer) -> None:
     rig.engine.script = writes(tokenizer, "one END two ", end=False)
     rig.engine.limit = 20  # beyond the stop, and short of max_tokens

@@ -10,6 +10,8 @@ from server.prompt.prompts import MAX_SCORES
 from tests.support.asking import CHATS, COMPLETIONS, HI, error_of
 from tests.support.fake_server import CHAT, Rig
 
+PART = {"type": "text", "text": "a"}
+
 
 @pytest.mark.parametrize(
     ("changes", "param", "words"),
@@ -98,10 +100,13 @@ def test_a_wrong_parameter_is_named_with_its_bound(
             "messages[0].tool_calls",
             ["a string", "a list of objects"],
         ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content[0]",
-            ["'image_url'", "text only"],
+        *(
+            (
+                {"messages": [{"role": "user", "content": [PART, {"type": kind, kind: {}}]}]},
+                "messages[0].content[1]",
+                [f"'{kind}'", "text only"],
+            )
+            for kind in ("image_url", "input_audio", "file")
         ),
         ({"logprobs": 3}, "logprobs", ["true or false"]),
         ({"top_logprobs": 3}, "top_logprobs", ["logprobs"]),

@@ -3,7 +3,6 @@
 from typing import Any
 
 import httpx
-import orjson
 import pytest
 from websockets.sync.client import connect
 
@@ -15,8 +14,11 @@ from tests.support.asking import (
     ask,
     frames,
     joined,
+    receive,
+    send,
     stream,
     text_of,
+    until_done,
     whole_texts,
 )
 from tests.support.fake_engine import writes
@@ -163,20 +165,23 @@ def test_events_frames_and_whole_answers_agree(rig: Rig, path: str, batch: int) 
         assert joined(chunks) == wanted
         if "max_tokens" not in changes:  # else it may end within a character
             assert not any("\ufffd" in text_of(c) for chunk in chunks for c in chunk["choices"])
-        assert joined(frames(rig, path, **changes)) == wanted
+        framed = frames(rig, path, **changes)
+        assert joined(framed) == wanted
+        if "n" not in changes:
+            for frame, event in ((framed[0], chunks[0]), (framed[-1], chunks[-1])):
+                assert frame.keys() == event.keys()
+                assert frame["choices"] == event["choices"]
 
 
 @BOTH
 def test_an_envelope_marks_every_frame_of_its_answer(rig: Rig, path: str) -> None:
     body = BODIES[path] | {"stream": True, "stream_options": {"include_usage": True}}
     with connect(rig.ws + path) as ws:
-        ws.send(orjson.dumps({"type": "request", "id": "a", "body": body}).decode())
-        got: list[Any] = [orjson.loads(ws.recv(timeout=10))]
-        while got[-1]["object"] != "done":
-            got.append(orjson.loads(ws.recv(timeout=10)))
+        send(ws, {"type": "request", "id": "a", "body": body})
+        got = until_done(ws)
         # Frames of a bare body that follows carry none.
-        ws.send(orjson.dumps(BODIES[path]).decode())
-        whole = orjson.loads(ws.recv(timeout=10))
+        send(ws, BODIES[path])
+        whole = receive(ws)
     assert {frame["request_id"] for frame in got} == {"a"}
     assert got[-1] == {"object": "done", "id": got[0]["id"], "request_id": "a"}
     assert "request_id" not in whole
@@ -188,12 +193,12 @@ def test_a_cancelled_answer_ends_in_order(rig: Rig, path: str) -> None:
     rig.engine.limit = 2
     envelope = {"type": "request", "id": "a", "body": BODIES[path] | {"stream": True, "n": 2}}
     with connect(rig.ws + path) as ws:
-        ws.send(orjson.dumps(envelope).decode())
+        send(ws, envelope)
         got: list[Any] = []
         while joined(got) != dict.fromkeys((0, 1), REPLY[:2]):
-            got.append(orjson.loads(ws.recv(timeout=10)))
-        ws.send(orjson.dumps({"type": "cancel", "id": "a"}).decode())
-        first, second, usage, done = (orjson.loads(ws.recv(timeout=10)) for _ in range(4))
+            got.append(receive(ws))
+        send(ws, {"type": "cancel", "id": "a"})
+        first, second, usage, done = (receive(ws) for _ in range(4))
         for frame in (first, second):
             assert frame["choices"][0]["finish_reason"] == "abort"
             assert text_of(frame["choices"][0]) == ""

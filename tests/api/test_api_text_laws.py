@@ -75,23 +75,6 @@ def test_a_hundred_texts_streamed_are_the_plain_ones(
         assert joined(stream(real_rig, path, seed=start, n=20)) == wanted
 
 
-def test_stop_strings_at_every_offset_cut_the_same_streamed_or_not(
-    real_rig: Rig, real_tokenizer: Tokenizer, spelled: list[list[int]]
-) -> None:
-    writes_number(real_rig, real_tokenizer, spelled)
-    real_rig.engine.batch = 1
-    for number in range(0, len(TEXTS), 11):  # each piece with itself
-        text = TEXTS[number]
-        for start in range(len(text)):
-            stop = text[start : start + 2]
-            asked: dict[str, Any] = {"seed": number, "stop": [stop, "never there"]}
-            wanted = {0: text[: text.index(stop)]}
-            assert whole_texts(ask(real_rig, COMPLETIONS, **asked)) == wanted
-            chunks = stream(real_rig, COMPLETIONS, **asked)
-            assert joined(chunks) == wanted
-            assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-
-
 def events_of(
     tokenizer: Tokenizer, ids: list[int], size: int, options: TextOptions
 ) -> list[TextPart]:

@@ -16,6 +16,7 @@ from server.app import create_app
 from server.config.settings import Settings
 from server.endpoints import ENDPOINTS
 from server.models.sources import Loader
+from tests.support.asking import error_of
 from tests.support.fake_server import Rig
 
 DOCUMENT = document(ENDPOINTS)
@@ -103,6 +104,9 @@ def test_every_operation_has_an_envelope_for_its_errors() -> None:
     operations = [each for path in DOCUMENT["paths"].values() for each in path.values()]
     assert len(operations) == len(ENDPOINTS)
     for operation in operations:
+        assert len(operation["summary"]) > 10
+        for parameter in operation["parameters"]:
+            assert "$ref" in parameter or len(parameter["description"]) > 5
         responses = operation["responses"]
         assert "500" in responses
         for status, response in responses.items():
@@ -122,11 +126,16 @@ def test_the_examples_are_valid_requests() -> None:
         assert body.unknown() == []  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/docs"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/embeddings", "/v1/models", "/health", "/docs"]
+)
 def test_options_names_the_methods_that_are_described(rig: Rig, path: str) -> None:
     responses = [rig.client.options(path), rig.client.patch(path)]
     assert [response.status_code for response in responses] == [200, 405]
     for response in responses:
+        assert response.request.method == "OPTIONS" or (
+            error_of(response)["code"] == "method_not_allowed"
+        )
         allowed = set(response.headers["Allow"].lower().split(", "))
         assert allowed - {"head", "options"} == DOCUMENT["paths"][path].keys()
 

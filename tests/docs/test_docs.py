@@ -13,9 +13,8 @@ from server.cli.reference import pages
 from server.cli.reference.commands import Command, commands
 from server.cli.reference.markdown import anchor
 from server.config.replica_settings import ReplicaSettings
-from server.config.schema import KEY_VARIABLE, SettingDoc, setting_docs
+from server.config.schema import KEY_VARIABLE, setting_docs
 from server.endpoints import ENDPOINTS
-from server.observe.metrics import Metrics
 from tests.support.paths import ROOT
 
 _NOT_OURS = {"node_modules", "checkpoints", "build", "dist"}
@@ -86,30 +85,6 @@ def test_every_command_and_flag_is_described(command: Command) -> None:
     assert len(command.text) > 10
     for parameter in command.parameters:
         assert len(parameter.text) > 5, parameter.flags or parameter.value
-
-
-@pytest.mark.parametrize(
-    "setting", [*setting_docs(ReplicaSettings)], ids=lambda setting: setting.name
-)
-def test_every_setting_is_described(setting: SettingDoc) -> None:
-    assert f"`{setting.variable}`" in pages()["configuration.md"]
-    assert len(setting.description) > 10
-    assert setting.about
-    assert setting.default
-
-
-def test_every_endpoint_is_described() -> None:
-    for path, methods in document(ENDPOINTS)["paths"].items():
-        for method, operation in methods.items():
-            assert f"### `{method.upper()} {path}`" in pages()["api.md"]
-            assert len(operation["summary"]) > 10, path
-            for parameter in operation["parameters"]:
-                assert "$ref" in parameter or len(parameter["description"]) > 5, path
-
-
-def test_every_metric_is_described() -> None:
-    for metric in Metrics().registry.collect():
-        assert len(metric.documentation) > 8, metric.name
 
 
 # What pages name exists.

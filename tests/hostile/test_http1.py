@@ -73,6 +73,7 @@ MALFORMED = {
     "a host with a space": HIDDEN.replace(b"localhost", b"local host"),
     "a list of hosts": HIDDEN.replace(b"localhost", b"localhost localhost"),
     "a host in brackets that is none": HIDDEN.replace(b"localhost", b"[evil.example]"),
+    "no request": b"nonsense\r\n\r\n",
     "another version": HIDDEN.replace(b"1.1", b"2.0"),
     "an old version": HIDDEN.replace(b"1.1", b"0.9"),
 }

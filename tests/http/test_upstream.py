@@ -126,13 +126,13 @@ async def test_h11_takes_what_others_may_understand_differently(head: bytes) -> 
 async def test_a_connection_that_sends_http2s_preface_alone_is_held() -> None:
     """Or ``_initiate_idle`` in http2.py can go."""
     async with (
-        running(short, keep_alive_timeout=0.2) as port,
+        running(short, keep_alive_timeout=0.1) as port,
         connected(port) as (reader, writer),
     ):
         writer.write(PREFACE)
         assert await reader.readexactly(9)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reader.read(), 1.0)
+            await asyncio.wait_for(reader.read(), 0.4)
 
 
 async def test_bytes_beyond_ascii_in_a_path_of_http2_end_the_connection() -> None:
@@ -151,7 +151,7 @@ async def test_bytes_beyond_ascii_in_a_path_of_http2_end_the_connection() -> Non
 async def test_a_connection_that_its_client_has_closed_is_held() -> None:
     """Or ``_read_until_closed`` in transport.py can go."""
     async with (
-        running(short, keep_alive_timeout=1.0) as port,
+        running(short, keep_alive_timeout=0.4) as port,
         connected(port) as (reader, writer),
     ):
         writer.write(GET)
@@ -159,7 +159,7 @@ async def test_a_connection_that_its_client_has_closed_is_held() -> None:
         writer.write_eof()
         started = time.monotonic()
         await reader.read()
-        assert time.monotonic() - started > 0.5
+        assert time.monotonic() - started > 0.2
 
 
 async def test_pipelined_bytes_hide_that_a_client_has_gone() -> None:
@@ -178,7 +178,7 @@ async def test_pipelined_bytes_hide_that_a_client_has_gone() -> None:
             writer.write(GET + b"GET /")
             await asked.wait()
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(0.2):
                 await told.wait()
 
 
@@ -206,13 +206,13 @@ async def test_pings_keep_a_closed_connection() -> None:
             while (await receive())["type"] != "websocket.disconnect":
                 pass
 
-    async with running(app, websocket_ping_interval=1.0) as port:
+    async with running(app, websocket_ping_interval=0.4) as port:
         before = asyncio.all_tasks()
         async with connect(f"ws://127.0.0.1:{port}"):
             pass
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.1)
         assert [task for task in asyncio.all_tasks() - before if "_send_pings" in str(task)]
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.4)
 
 
 def in_a_process(source: str, folder: Path, *options: str) -> tuple[Any, int]:

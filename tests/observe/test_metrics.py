@@ -167,7 +167,9 @@ def test_names_are_the_same_for_every_prometheus(rig: Rig, version: str) -> None
 def test_the_manual_names_every_figure_and_no_other(rig: Rig) -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `([a-z_:0-9]+)`", page, re.MULTILINE))
-    families = text_string_to_metric_families(rig.client.get("/metrics").text)
+    families = [*text_string_to_metric_families(rig.client.get("/metrics").text)]
+    for family in families:
+        assert len(family.documentation) > 8, family.name
     served = {
         f"{family.name}_total" if family.type == "counter" else family.name for family in families
     }

@@ -4,8 +4,9 @@ from typing import Any
 
 import httpx
 import orjson
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
+from inferneo_jax import Tokenizer
 from tests.support.fake_server import CHAT, Rig
 from tests.support.paths import ROOT
 
@@ -39,11 +40,35 @@ def stream(rig: Rig, path: str, **changes: Any) -> list[Any]:
 def frames(rig: Rig, path: str, **changes: Any) -> list[Any]:
     """The frames of a streamed answer over a WebSocket, without the done frame."""
     with connect(rig.ws + path) as ws:
-        ws.send(orjson.dumps(BODIES[path] | changes | {"stream": True}).decode())
-        got = [orjson.loads(ws.recv(timeout=10))]
-        while got[-1].get("object") != "done":
-            got.append(orjson.loads(ws.recv(timeout=10)))
-    return got[:-1]
+        send(ws, BODIES[path] | changes | {"stream": True})
+        *got, done = until_done(ws)
+    assert done == {"object": "done", "id": got[0]["id"]}
+    return got
+
+
+def send(ws: ClientConnection, frame: Any) -> None:
+    """Send a frame of JSON."""
+    ws.send(orjson.dumps(frame).decode())
+
+
+def receive(ws: ClientConnection) -> Any:
+    """The next frame."""
+    frame = ws.recv(timeout=10)
+    assert isinstance(frame, str)
+    return orjson.loads(frame)
+
+
+def until_done(ws: ClientConnection, names: int = 1) -> list[Any]:
+    """The frames up to the last of ``names`` done frames, that one included."""
+    got = [receive(ws)]
+    while sum(frame.get("object") == "done" for frame in got) < names:
+        got.append(receive(ws))
+    return got
+
+
+def prompt_text(rig: Rig, tokenizer: Tokenizer) -> str:
+    """The last prompt that the engine got."""
+    return tokenizer.decode(rig.engine.submitted[-1].prompt, skip_special_tokens=False)
 
 
 def text_of(choice: dict[str, Any]) -> str:
@@ -57,7 +82,7 @@ def joined(chunks: list[Any]) -> dict[int, str]:
     """The texts of a stream by their choice's index."""
     texts: dict[int, str] = {}
     for chunk in chunks:
-        for choice in chunk["choices"]:
+        for choice in chunk.get("choices", ()):
             texts[choice["index"]] = texts.get(choice["index"], "") + text_of(choice)
     return texts
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         default_checkpoints_dir,
         load_catalog,
     )
+    from inferneo_jax.weights.convert import describe
     from inferneo_jax.weights.fetch import pull
 
 _HOMES = {
@@ -102,6 +103,7 @@ _HOMES = {
     "text.stops": ("StopMatcher",),
     "text.tokenizer": ("Tokenizer",),
     "weights.catalog": ("checkpoint_path", "default_checkpoints_dir", "load_catalog"),
+    "weights.convert": ("describe",),
     "weights.fetch": ("pull",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -145,6 +147,7 @@ __all__ = [
     "__version__",
     "checkpoint_path",
     "default_checkpoints_dir",
+    "describe",
     "device_memory",
     "follow_model",
     "load_catalog",

@@ -160,7 +160,7 @@ def show(name: Name, checkpoints: Checkpoints = None) -> None:
     from inferneo_jax.weights.checkpoint import read_info, stored_shapes
 
     info = read_info(find_checkpoint(_folder(checkpoints), name))
-    shapes = stored_shapes(info.path)
+    shapes = stored_shapes(info)
     created = datetime.datetime.fromtimestamp(info.created, datetime.UTC)
     rows = {
         "name": name,

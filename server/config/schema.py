@@ -72,7 +72,7 @@ class ModelSettings(BaseModel):
     models: Names = Field(
         default=(),
         description="Models to serve: names from the catalog, org/name on the Hugging Face Hub, "
-        "or folders of converted models. Missing ones are pulled.",
+        "GGUF files, or folders of models. Missing ones are pulled.",
         json_schema_extra=_shown("MODEL,...", "the catalog's first chat and embedding model"),
     )
     aliases: Aliases = Field(

@@ -17,7 +17,7 @@ Loader = Callable[["Source", Settings, Progress], "Model"]
 
 @dataclass(frozen=True)
 class Source:
-    """A model's source: the folder ``path``, or a name that is converted already or is pulled."""
+    """A model's source: the file or folder ``path``, or a name that is here or is pulled."""
 
     id: str
     path: Path | None = None
@@ -41,15 +41,17 @@ def load_from_disk(
 
 
 def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
-    """The model's folder; the model is pulled if it is missing.
+    """The model's folder; the model is pulled if it is missing, or described if it is a file.
 
     Raises:
         InferneoError: it cannot be had.
     """
-    from inferneo_jax import checkpoint_path, pull
+    from inferneo_jax import checkpoint_path, describe, pull
 
     checkpoints = settings.checkpoints_dir()
-    path = source.path or checkpoint_path(checkpoints, source.id)
+    if source.path:
+        return describe(source.path, checkpoints, progress)
+    path = checkpoint_path(checkpoints, source.id)
     return path if path.exists() else pull(source.id, checkpoints, progress)
 
 
@@ -84,10 +86,15 @@ def _source(name: str, setting: str) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         return Source(path.resolve().name, path.resolve())
-    if name.startswith(("/", "./", "../", "~")):
+    if path.is_file():
+        # Not resolved: the Hub's cache links a file of this name to one that is named by its hash.
+        return Source(path.stem, path.absolute())
+    if name.startswith(("/", "./", "../", "~")) or (
+        path.suffix.lower() == ".gguf" and ":" not in name
+    ):
         raise ConfigError(
-            f"{setting} names {name}, where there is no folder; give the folder of a "
-            "converted checkpoint, or a name that can be pulled"
+            f"{setting} names {name}, where there is no file or folder; give a GGUF file, the "
+            "folder of a model, or a name that can be pulled"
         )
     return Source(name)
 

@@ -100,7 +100,7 @@ def test_a_folder_of_the_settings_file_counts_here_too(inferneo, made, tmp_path,
         (("serve", "--slots", "0"), r"--slots is '0'; it must be at least 1\."),
         (("serve", "--config", "/nowhere"), "--config names /nowhere, which cannot be read"),
         (("serve", "a", "a"), "MODEL names two models that would be called 'a'"),
-        (("serve", "./nowhere"), r"MODEL names \./nowhere, where there is no folder"),
+        (("serve", "./nowhere"), r"MODEL names \./nowhere, where there is no file or folder"),
         (("serve", "--keys-db", "mysql://x"), "--keys-db begins with mysql://"),
     ],
 )

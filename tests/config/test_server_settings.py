@@ -188,7 +188,7 @@ def test_a_folder_is_a_model_of_its_name(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"models": ("a", "a")}, "two models"),
-        ({"models": ("/nowhere/at/all",)}, "no folder"),
+        ({"models": ("/nowhere/at/all",)}, "no file or folder"),
         ({"models": ("a",), "aliases": {"x": "b"}}, "not among the models"),
         ({"models": ("a", "b"), "aliases": {"a": "b"}}, "the id of a model already"),
     ],

@@ -1,6 +1,11 @@
-"""Makes weights from the arrays of a checkpoint, as their mapping defines it."""
+"""Makes weights of arrays, and checkpoints of weights."""
+
+from pathlib import Path
 
 import numpy as np
+
+from inferneo_jax.weights.checkpoint import WEIGHTS_FOLDER, new_checkpoint
+from inferneo_jax.weights.orbax import write_arrays
 
 
 def joined(mapping, *arrays):
@@ -9,3 +14,19 @@ def joined(mapping, *arrays):
     dtype = common.pop() if len(common) == 1 else np.float32
     rows = mapping.arrange(*(array.astype(dtype) for array in arrays))
     return (rows.T if mapping.kernel else rows).reshape(mapping.shape)
+
+
+def write_arrays_checkpoint(path, config, weights, **entries):
+    """A checkpoint of a Llama whose weights are these arrays, by name."""
+    needed = {"eos_token_ids": (), "bos_token_id": None, "tokenizer_json": "{}"}
+    with new_checkpoint(
+        Path(path),
+        kind="decoder",
+        family="llama",
+        config=config,
+        format="orbax",
+        tokenizer_config={"chat_template": None},
+        **(needed | entries),
+    ) as folder:
+        write_arrays(folder / WEIGHTS_FOLDER, weights.items())
+    return path

@@ -6,13 +6,16 @@ import sys
 import threading
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.errors import CheckpointError, WeightsError
 from inferneo_jax.platform.atomic import new_folder, remove_folder, scratch_folder
-from inferneo_jax.weights.checkpoint import open_weights, read_info, write_checkpoint
+from inferneo_jax.weights.checkpoint import read_info
+from inferneo_jax.weights.orbax import open_arrays
+from tests.support.weights import write_arrays_checkpoint
 
 CONFIG = DecoderConfig(
     vocab_size=8,
@@ -31,20 +34,15 @@ WEIGHTS = {
 
 
 def write(path, weights=WEIGHTS):
-    write_checkpoint(
+    return write_arrays_checkpoint(
         path,
-        kind="decoder",
-        family="llama",
-        config=CONFIG,
-        weights=weights,
-        tokenizer_json="{}",
-        tokenizer_config={"chat_template": None},
+        CONFIG,
+        weights,
         eos_token_ids=(7, 2),
         bos_token_id=1,
         licence="mit",
         source={"from": "here"},
     )
-    return path
 
 
 SHAPES = {name: array.shape for name, array in WEIGHTS.items()}
@@ -60,7 +58,7 @@ def test_what_is_written_is_read_back(tmp_path):
         "mit",
     )
     assert (info.eos_token_ids, info.bos_token_id, info.source) == ((2, 7), 1, {"from": "here"})
-    for name, weight in open_weights(path, SHAPES).items():
+    for name, weight in open_arrays(path / "weights", SHAPES).items():
         np.testing.assert_array_equal(weight[...], WEIGHTS[name])
         np.testing.assert_array_equal(weight[1:3], WEIGHTS[name][1:3])
     assert [p.name for p in path.parent.iterdir()] == ["model"]
@@ -71,8 +69,39 @@ def test_large_weights_are_stored_in_pieces(tmp_path):
     path = write(tmp_path / "m", large)
     description = next((path / "weights").rglob("manifest.ocdbt"))
     assert description.exists()
-    layout = open_weights(path, {"embed.table": (4096, 2048)})["embed.table"]._array.chunk_layout
-    assert np.prod(layout.read_chunk.shape) * 4 <= 2**24
+    weight = open_arrays(path / "weights", {"embed.table": (4096, 2048)})["embed.table"]
+    assert np.prod(weight._array.chunk_layout.read_chunk.shape) * 4 <= 2**24
+
+
+def test_orbax_reads_what_is_written(tmp_path):
+    import orbax.checkpoint
+
+    rng = np.random.default_rng(0)
+    weights = {
+        "layers.0.kernel": rng.normal(size=(3, 2, 4)).astype(ml_dtypes.bfloat16),
+        "table": rng.normal(size=(5, 4)).astype(np.float16),
+        "blocks": rng.integers(0, 256, (7, 18), np.uint8),
+        **WEIGHTS,
+    }
+    path = write(tmp_path / "m", weights)
+    found = orbax.checkpoint.PyTreeCheckpointer().restore(path / "weights")
+    assert found.keys() == weights.keys()
+    for name, array in weights.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_flipped_byte_is_noticed_when_it_is_read(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = {"embed.table": rng.normal(size=(512, 64)).astype(np.float32)}
+    path = write(tmp_path / "m", weights)
+    files = [f for f in (path / "weights").rglob("*") if f.is_file() and f.parent.name == "d"]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = largest.read_bytes()
+    place = content.index(weights["embed.table"][100].tobytes())
+    largest.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+    with pytest.raises(CheckpointError, match=r"cannot be read.*inferneo rm"):
+        open_arrays(path / "weights", {"embed.table": (512, 64)})["embed.table"][:]
 
 
 def test_names_and_shapes_are_compared_before_anything_is_read(tmp_path):
@@ -80,7 +109,7 @@ def test_names_and_shapes_are_compared_before_anything_is_read(tmp_path):
     many = {f"gone.{i:02}": (1,) for i in range(12)}
     wanted = {"embed.table": (8, 5)} | many
     with pytest.raises(WeightsError) as raised:
-        open_weights(path, wanted)
+        open_arrays(path / "weights", wanted)
     text = str(raised.value)
     assert "12 missing (gone.00, " in text
     assert "gone.09, ...)" in text
@@ -100,16 +129,16 @@ def test_damaged_weights_are_a_checkpoint_error(tmp_path):
     assert largest.stat().st_size >= 2**20
     os.truncate(largest, 2**19)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        open_weights(path, wanted)["embed.table"][:]
+        open_arrays(path / "weights", wanted)["embed.table"][:]
     for file in data:
         os.truncate(file, 0)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        open_weights(path, wanted)["embed.table"][:]
+        open_arrays(path / "weights", wanted)["embed.table"][:]
     for file in (path / "weights").iterdir():
         if file.is_file():
             file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        open_weights(path, wanted)["embed.table"][:]
+        open_arrays(path / "weights", wanted)["embed.table"][:]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from inferneo_jax.model import load_weights
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights import cache
-from inferneo_jax.weights.checkpoint import read_info, write_checkpoint
+from inferneo_jax.weights.checkpoint import read_info
 from tests.support.tiny_model import ONE_DEVICE, TINY
+from tests.support.weights import write_arrays_checkpoint
 
 F32 = np.dtype("float32")
 INT8 = QuantizationConfig.int8(F32, 1, "int8")
@@ -30,18 +31,8 @@ INT8 = QuantizationConfig.int8(F32, 1, "int8")
 def write(path: Path, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     declared = models.weight_specs(TINY)
-    write_checkpoint(
-        path,
-        kind="decoder",
-        family="llama",
-        config=TINY,
-        weights={n: rng.normal(size=s.shape).astype(np.float32) for n, s in declared.items()},
-        tokenizer_json="{}",
-        tokenizer_config={},
-        eos_token_ids=(2,),
-        bos_token_id=1,
-    )
-    return path
+    weights = {n: rng.normal(size=s.shape).astype(np.float32) for n, s in declared.items()}
+    return write_arrays_checkpoint(path, TINY, weights)
 
 
 @pytest.fixture(scope="module")

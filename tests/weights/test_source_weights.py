@@ -1,6 +1,7 @@
 """Slices and blocks of weights that are read from the files of other formats."""
 
 import os
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -10,7 +11,7 @@ from inferneo_jax.errors import CheckpointError
 from inferneo_jax.layers.blocks import BlockPart
 from inferneo_jax.models.families import find_family
 from inferneo_jax.weights.convert import read_model
-from inferneo_jax.weights.sources import tensor as tensors_module
+from inferneo_jax.weights.sources.tensor import BLOCKS
 from inferneo_jax.weights.sources.weight import block_formats
 from tests.support.weights import joined
 
@@ -27,6 +28,16 @@ def expected(config, tensors):
     family = find_family(config)
     mappings = family.weight_map(family.read_config(config))
     return {n: joined(m, *[tensors[t.name] for t in m.tensors]) for n, m in mappings.items()}
+
+
+def in_spans(model, span_bytes):
+    """The weights of a model, read in spans of other sizes."""
+    return {
+        name: replace(
+            weight, tensors=tuple(replace(each, span_bytes=span_bytes) for each in weight.tensors)
+        )
+        for name, weight in model.weights.items()
+    }
 
 
 def slices(shape):
@@ -49,12 +60,11 @@ def assert_all_slices_equal(weights, wanted):
 
 @pytest.mark.parametrize("span", [64, 2**22])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3", "bert"])
-def test_slices_equal_those_of_the_whole_weight(made, tmp_path, monkeypatch, model_type, span):
-    monkeypatch.setattr(tensors_module, "SPAN_BYTES", span)
+def test_slices_equal_those_of_the_whole_weight(made, tmp_path, model_type, span):
     config = family_config(made, model_type)
     tensors = made.tensors(config)
     model = read_model(made.folder(tmp_path / "hf", config, tensors))
-    assert_all_slices_equal(model.weights, expected(config, tensors))
+    assert_all_slices_equal(in_spans(model, span), expected(config, tensors))
     assert not block_formats(model.weights)
 
 
@@ -75,10 +85,9 @@ def mixed(made, tmp_path):
 
 
 @pytest.mark.parametrize("span", [64, 2**22])
-def test_slices_of_blocks_equal_the_reference_dequantization(made, tmp_path, monkeypatch, span):
-    monkeypatch.setattr(tensors_module, "SPAN_BYTES", span)
+def test_slices_of_blocks_equal_the_reference_dequantization(made, tmp_path, span):
     model, wanted = mixed(made, tmp_path)
-    assert_all_slices_equal(model.weights, wanted)
+    assert_all_slices_equal(in_spans(model, span), wanted)
 
 
 def test_parts_say_which_outputs_are_of_which_format(made, tmp_path):
@@ -107,11 +116,11 @@ def test_parts_say_which_outputs_are_of_which_format(made, tmp_path):
 
 
 @pytest.mark.parametrize("span", [64, 2**22])
-def test_blocks_are_the_outputs_of_their_runs(made, tmp_path, monkeypatch, span):
-    monkeypatch.setattr(tensors_module, "SPAN_BYTES", span)
+def test_blocks_are_the_outputs_of_their_runs(made, tmp_path, span):
     model, wanted = mixed(made, tmp_path)
-    for name in block_formats(model.weights):
-        weight, whole = model.weights[name], wanted[name]
+    weights = in_spans(model, span)
+    for name in block_formats(weights):
+        weight, whole = weights[name], wanted[name]
         outputs = whole if name.endswith("table") else whole.reshape(64, -1).T
         found = np.full(outputs.shape, np.nan, np.float32)
         for part, stored in weight.blocks():
@@ -123,7 +132,6 @@ def test_blocks_are_the_outputs_of_their_runs(made, tmp_path, monkeypatch, span)
 
 
 def test_a_slice_of_rows_reads_little_more_than_these_rows(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors_module, "SPAN_BYTES", 1024)
     model = read_model(made.folder(tmp_path / "hf", made.LLAMA))
     read = []
     preadv = os.preadv
@@ -133,7 +141,7 @@ def test_a_slice_of_rows_reads_little_more_than_these_rows(made, tmp_path, monke
         return preadv(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", counting)
-    weight = model.weights["layers.0.mlp.gate_up.kernel"]
+    weight = in_spans(model, 1024)["layers.0.mlp.gate_up.kernel"]
     weight[:, :, 8:16]  # of 96 rows of 256 bytes each, in two tensors
     assert sum(read) <= 2 * (8 * 256 + 2 * 1024)
 
@@ -145,3 +153,8 @@ def test_a_file_that_has_become_shorter_is_an_error(made, tmp_path):
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte \d+, within"):
         [weight[...] for weight in model.weights.values()]
+
+
+def test_sizes_of_blocks_are_those_of_ggml():
+    sizes = {Q[name.upper()]: each for name, each in BLOCKS.items()}
+    assert sizes == {kind: gguf.GGML_QUANT_SIZES[kind] for kind in sizes}

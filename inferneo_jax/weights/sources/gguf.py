@@ -17,7 +17,7 @@ from inferneo_jax.files import shown
 from inferneo_jax.weights.sources.gguf_header import TensorInfo, read_header
 from inferneo_jax.weights.sources.gguf_metadata import Metadata
 from inferneo_jax.weights.sources.source import SourceModel
-from inferneo_jax.weights.sources.tensor import StoredTensor
+from inferneo_jax.weights.sources.tensor import FileTensor
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -75,6 +75,7 @@ def read_gguf(path: Path) -> SourceModel:
     tokenizer, tokenizer_config = gguf_tokenizer(header.metadata)
     return SourceModel(
         path=path,
+        format="gguf",
         config=config,
         tensors=tensors,
         tensor_name=lambda name: names.get_name(name, (".weight", ".bias")) or name,
@@ -83,7 +84,7 @@ def read_gguf(path: Path) -> SourceModel:
         eos_token_ids=_eos_ids(metadata),
         bos_token_id=metadata.integer("tokenizer.ggml.bos_token_id"),
         licence=metadata.text("general.license"),
-        origin={"format": "gguf", "file": path.name, "name": metadata.text("general.name")},
+        origin={"file": path.name, "name": metadata.text("general.name")},
     )
 
 
@@ -177,8 +178,8 @@ def _eos_ids(metadata: Metadata) -> tuple[int, ...]:
 
 def _stored(
     path: Path, name: str, info: TensorInfo, interleaved_heads: int | None = None
-) -> StoredTensor:
-    return StoredTensor(
+) -> FileTensor:
+    return FileTensor(
         file=path,
         name=name,
         shape=info.shape,

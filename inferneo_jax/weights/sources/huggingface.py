@@ -40,6 +40,7 @@ def read_huggingface(folder: Path) -> SourceModel:
     bos_ids = token_ids(config.get("bos_token_id"), f"{folder}: bos_token_id")
     return SourceModel(
         path=folder,
+        format="safetensors",
         config=config,
         tensors=read_tensors(folder),
         tokenizer_json=tokenizer.to_str(),
@@ -47,7 +48,7 @@ def read_huggingface(folder: Path) -> SourceModel:
         eos_token_ids=tuple(sorted(eos_ids | ({eos} if eos is not None else set()))),
         bos_token_id=min(bos_ids, default=None),
         licence=_licence(folder),
-        origin={"format": "safetensors", "folder": folder.absolute().name},
+        origin={"folder": folder.absolute().name},
     )
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.files import check_regular, one_line, read_object, shown
-from inferneo_jax.weights.sources.tensor import StoredTensor
+from inferneo_jax.weights.sources.tensor import FileTensor
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -26,7 +26,7 @@ _MAX_DIMENSIONS = 8
 _MAX_NAME = 512
 
 
-def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+def read_tensors(folder: Path) -> dict[str, FileTensor]:
     """The tensors of all weight files of a folder, which may be one file or several shards.
 
     Raises:
@@ -45,7 +45,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     if not isinstance(places, dict):
         raise CheckpointError(f"{folder / _INDEX} has no weight_map; download it again")
     shards = {shard if isinstance(shard, str) else shown(shard) for shard in places.values()}
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, FileTensor] = {}
     for shard in sorted(shards):
         if not _SHARD.fullmatch(shard):
             raise CheckpointError(
@@ -64,7 +64,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _file_tensors(file: Path) -> dict[str, StoredTensor]:
+def _file_tensors(file: Path) -> dict[str, FileTensor]:
     try:
         header_bytes = _check_header(file)
         with safe_open(file, "numpy") as opened:
@@ -86,7 +86,7 @@ def _file_tensors(file: Path) -> dict[str, StoredTensor]:
                         f"{len(name)} characters; at most {_MAX_DIMENSIONS} and {_MAX_NAME} "
                         "are read"
                     )
-                found[name] = StoredTensor(
+                found[name] = FileTensor(
                     file=file,
                     name=name,
                     shape=shape,

@@ -4,10 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from inferneo_jax.errors import InferneoError
-from inferneo_jax.weights.sources.tensor import StoredTensor
+from inferneo_jax.weights.sources.tensor import FileTensor
 
 
 def own_name(name: str) -> str:
@@ -32,6 +32,7 @@ class SourceModel:
 
     Attributes:
         path: the file or folder that was read.
+        format: of the files with its tensors.
         config: the configuration with the keys of a Hugging Face ``config.json``. Settings that
             sentence-transformers keeps elsewhere are under the key ``sentence_transformers``.
         tensors: every tensor by the source's own name, none of them read yet.
@@ -45,8 +46,9 @@ class SourceModel:
     """
 
     path: Path
+    format: Literal["gguf", "safetensors"]
     config: dict[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, FileTensor]
     tensor_name: Callable[[str], str] = own_name
     tokenizer_json: str
     tokenizer_config: dict[str, Any]

@@ -1,9 +1,11 @@
 """A tensor within a file, read by rows: floats, or ggml blocks that are dequantized on demand."""
 
+import math
 import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,41 +21,66 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 SPAN_BYTES = 2**22
-"""Number of bytes that are read at once: small enough to stay in a cache until they are used."""
+"""Number of bytes that are read and checked at once, rounded to whole rows. They are small enough
+to stay in a cache until they are used."""
 
 _FLOATS = {
     "f32": np.dtype("<f4"),
     "f16": np.dtype("<f2"),
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
-_BLOCKS = re.compile(r"(q|iq|tq|mxfp)\d\w*", re.ASCII)
+BLOCKS = {
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+    "iq1_s": (256, 50),
+    "iq1_m": (256, 56),
+    "iq2_xxs": (256, 66),
+    "iq2_xs": (256, 74),
+    "iq2_s": (256, 82),
+    "iq3_xxs": (256, 98),
+    "iq3_s": (256, 110),
+    "iq4_nl": (32, 18),
+    "iq4_xs": (256, 136),
+    "tq1_0": (256, 54),
+    "tq2_0": (256, 66),
+    "mxfp4": (32, 17),
+}
+"""Numbers and bytes of a block of each format; not taken from gguf, which takes 0.3 s to import."""
+
+
+def stored_bytes(format: str, shape: tuple[int, ...]) -> int | None:
+    """Bytes of a tensor; None if the format is unknown or does not divide its rows."""
+    count = math.prod(shape)
+    if format in _FLOATS:
+        return count * _FLOATS[format].itemsize
+    values, size = BLOCKS.get(format, (0, 0))
+    return count // values * size if values and shape[-1] % values == 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """One tensor in a file: everything but its numbers is known.
-
-    Its rows are read with ``pread``, not mapped: a file that shrinks or a disk that fails while it
-    is read is an error then, not the end of the process.
+class StoredTensor(ABC):
+    """One tensor on disk: everything but its numbers is known.
 
     Attributes:
-        file: the file.
-        name: in that file, for errors.
+        name: of it, for errors.
         shape: in NumPy order (rows first).
         format: ``f32``, ``f16``, ``bf16``, or ggml's name of a block format in lower case. Any
             other format is an error when its numbers are read.
-        offset: of its first byte in the file.
-        size: in bytes.
-        interleaved_heads: the number of heads whose rows the file stores in the interleaved form of
+        interleaved_heads: the number of heads whose rows are stored in the interleaved form of
             rotary embeddings; this class has them in the form of two halves, as all other tensors.
     """
 
-    file: Path
     name: str
     shape: tuple[int, ...]
     format: str
-    offset: int
-    size: int
     interleaved_heads: int | None = None
 
     @property
@@ -64,12 +91,21 @@ class StoredTensor:
     @property
     def blocks(self) -> bool:
         """Whether it is a matrix in a block format."""
-        return len(self.shape) == 2 and bool(_BLOCKS.fullmatch(self.format))
+        return len(self.shape) == 2 and self.format in BLOCKS
 
     @property
     def num_rows(self) -> int:
         """Number of rows in the file; a vector of blocks is one row."""
         return 1 if len(self.shape) == 1 and self.format not in _FLOATS else self.shape[0]
+
+    def check_format(self) -> None:
+        """Raise CheckpointError unless numbers of this format can be read."""
+        if self.format not in _FLOATS and self.format not in BLOCKS:
+            raise CheckpointError(
+                f"{self._where}: {shown(self.name)} is of the type {shown(self.format.upper())}, "
+                "which cannot be read; take an unquantized release of the model, or another "
+                "quantization"
+            )
 
     def read(self) -> Array:
         """All numbers, with the shape of the tensor.
@@ -114,24 +150,121 @@ class StoredTensor:
         return found
 
     @cached_property
-    def _row_bytes(self) -> int:
-        return self.size // max(1, self.num_rows)
+    def num_spans(self) -> int:
+        """Number of spans that are read and checked at once."""
+        return -(-self.num_rows // self._rows_per_span)
+
+    @property
+    def _span_bytes(self) -> int:
+        return SPAN_BYTES
+
+    @cached_property
+    def _rows_per_span(self) -> int:
+        return max(1, self._span_bytes // max(1, self._row_bytes))
 
     def _pieces(self, rows: Numbers) -> Iterator[tuple[Numbers, Bytes]]:
         """Read some rows span by span: positions in ``rows``, and the bytes of these rows."""
         stored = rows
         if self.interleaved_heads is not None:
             stored = interleaved(self.num_rows, self.interleaved_heads)[rows]
-        per_span = max(1, SPAN_BYTES // max(1, self._row_bytes))
-        spans = stored // per_span
+        per_span = self._rows_per_span
+        numbers = stored // per_span
+        for span, raw in self._spans(np.unique(numbers).tolist()):
+            positions = np.flatnonzero(numbers == span)
+            yield positions, raw[_indices(stored[positions] - span * per_span)]
+
+    @property
+    @abstractmethod
+    def _row_bytes(self) -> int:
+        """Bytes of a stored row."""
+
+    @abstractmethod
+    def _spans(self, numbers: Iterable[int]) -> Iterator[tuple[int, Bytes]]:
+        """Read and check some spans: their numbers and ``[rows, bytes of a row]``."""
+
+    @property
+    @abstractmethod
+    def _where(self) -> str:
+        """Where it is stored, for errors."""
+
+    def _numbers(self, raw: Bytes) -> Array:
+        """The numbers of rows, ``[rows, columns]``."""
+        if self.format in _FLOATS:
+            return raw.view(self.dtype)
+        self.check_format()
+        import gguf  # takes 0.3 s
+
+        kind = gguf.GGMLQuantizationType[self.format.upper()]
+        numbers: Array = gguf.quants.dequantize(raw, kind)
+        return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTensor(StoredTensor):
+    """A tensor whose bytes follow each other in a file.
+
+    They are read with ``pread``, not mapped: a file that shrinks or a disk that fails while it is
+    read is an error then, not the end of the process.
+
+    Attributes:
+        file: the file.
+        offset: of its first byte in the file.
+        size: in bytes.
+        checksums: CRC-32 of each span of ``span_bytes``, rounded to whole rows; None if nothing is
+            known that what is read could be compared with.
+        span_bytes: of a span.
+    """
+
+    file: Path
+    offset: int
+    size: int
+    checksums: tuple[int, ...] | None = None
+    span_bytes: int = SPAN_BYTES
+
+    def with_checksums(self, each: Callable[[int], None]) -> "FileTensor":
+        """The same tensor, with the checksums of all that is in the file now.
+
+        Args:
+            each: called with the bytes of each span that has been read.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        found = []
+        for _, raw in self._spans(range(self.num_spans)):
+            found.append(zlib.crc32(raw.data))
+            each(raw.size)
+        return replace(self, checksums=tuple(found))
+
+    @property
+    def _where(self) -> str:
+        return str(self.file)
+
+    @property
+    def _span_bytes(self) -> int:
+        return self.span_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.size // max(1, self.num_rows)
+
+    def _spans(self, numbers: Iterable[int]) -> Iterator[tuple[int, Bytes]]:
+        per_span = self._rows_per_span
         try:
             with self.file.open("rb", buffering=0) as opened:
-                for span in np.unique(spans).tolist():
-                    positions = np.flatnonzero(spans == span)
+                for span in numbers:
                     first = span * per_span
                     count = min(per_span, self.num_rows - first)
-                    content = self._read(opened.fileno(), first * self._row_bytes, count)
-                    yield positions, content[_indices(stored[positions] - first)]
+                    raw = self._read(opened.fileno(), first * self._row_bytes, count)
+                    if self.checksums and zlib.crc32(raw.data) != self.checksums[span]:
+                        start = self.offset + first * self._row_bytes
+                        raise CheckpointError(
+                            f"{self.file} is damaged: bytes {start} to {start + raw.size - 1}, of "
+                            f"{shown(self.name)}, are not what they were when the model was made. "
+                            "Restore the file, or remove the model with `inferneo rm` and pull or "
+                            "convert it again"
+                        )
+                    yield span, raw
         except OSError as error:
             raise CheckpointError(
                 f"{self.file}: {shown(self.name)} cannot be read: {error.strerror or error}"
@@ -146,31 +279,10 @@ class StoredTensor:
             if not got:
                 raise CheckpointError(
                     f"{self.file} ends at byte {self.offset + start + done}, within "
-                    f"{shown(self.name)}; download it again"
+                    f"{shown(self.name)}; restore it or download it again"
                 )
             done += got
         return content.reshape(num_rows, self._row_bytes)
-
-    def _numbers(self, raw: Bytes) -> Array:
-        """The numbers of rows, ``[rows, columns]``."""
-        if self.format in _FLOATS:
-            return raw.view(self.dtype)
-        if not _BLOCKS.fullmatch(self.format):
-            raise CheckpointError(
-                f"{self.file}: {shown(self.name)} is of the type {self.format.upper()}; F32, F16, "
-                "BF16 and blocks of ggml are read: take an unquantized release of the model"
-            )
-        import gguf  # takes 0.3 s
-
-        try:
-            kind = gguf.GGMLQuantizationType[self.format.upper()]
-            numbers: Array = gguf.quants.dequantize(raw, kind)
-        except (KeyError, NotImplementedError):
-            raise CheckpointError(
-                f"{self.file}: {shown(self.name)} is of the block type {self.format.upper()}, "
-                "which cannot be dequantized; take another quantization of the model"
-            ) from None
-        return numbers
 
 
 def interleaved(num_rows: int, heads: int) -> Numbers:

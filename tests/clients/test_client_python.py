@@ -9,8 +9,7 @@ import numpy as np
 import openai
 import pytest
 
-from inferneo_jax import EngineFailedError, OverloadedError, Tokenizer
-from tests.support.fake_engine import writes
+from inferneo_jax import OverloadedError, Tokenizer
 from tests.support.fake_server import CHAT, EMBED, REPLY, Rig
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
@@ -27,7 +26,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve(CHAT).owned_by == "inferneo"
 
 
-def test_chat(client: openai.OpenAI) -> None:
+def test_chat_whole_streamed_and_by_the_helper(client: openai.OpenAI) -> None:
     got = client.chat.completions.create(
         model=CHAT, messages=MESSAGES, logprobs=True, top_logprobs=2, seed=1
     )
@@ -38,9 +37,6 @@ def test_chat(client: openai.OpenAI) -> None:
     assert got.usage.prompt_tokens_details.cached_tokens > 0
     assert got.choices[0].logprobs is not None
     assert len(got.choices[0].logprobs.content or ()) > 0
-
-
-def test_chat_streamed(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model=CHAT, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
@@ -50,12 +46,8 @@ def test_chat_streamed(client: openai.OpenAI) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == REPLY
     assert chunks[-1].usage is not None
     assert not chunks[-1].choices
-
-
-def test_the_stream_helper_builds_the_whole_answer(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model=CHAT, messages=MESSAGES) as stream:
-        final = stream.get_final_completion()
-    assert final.choices[0].message.content == REPLY
+        assert stream.get_final_completion().choices[0].message.content == REPLY
 
 
 def test_completions(client: openai.OpenAI) -> None:
@@ -74,15 +66,14 @@ def test_embeddings_come_as_floats_though_sent_as_base64(client: openai.OpenAI) 
     assert raw == pytest.approx(plain.data[0].embedding)
 
 
-async def test_async_client(rig: Rig) -> None:
-    async with openai.AsyncOpenAI(base_url=rig.url + "/v1", api_key="none") as client:
-        got = await client.chat.completions.create(model=CHAT, messages=MESSAGES)
-        assert got.choices[0].message.content == REPLY
-        stream = await client.chat.completions.create(model=CHAT, messages=MESSAGES, stream=True)
-        text = "".join([c.choices[0].delta.content or "" async for c in stream])
-        assert text == REPLY
-        vectors = await client.embeddings.create(model=EMBED, input="a")
-        assert len(vectors.data[0].embedding) == 8
+def test_embeddings_of_ids_are_those_of_their_text(
+    client: openai.OpenAI, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("the END")
+    one, other = (client.embeddings.create(model=EMBED, input=v) for v in ("the END", ids))
+    assert np.array_equal(one.data[0].embedding, other.data[0].embedding)
+    short = client.embeddings.create(model=EMBED, input=[ids, ids], dimensions=2)
+    assert [len(item.embedding) for item in short.data] == [2, 2]
 
 
 def test_an_error_in_a_stream_reaches_the_caller(client: openai.OpenAI, rig: Rig) -> None:
@@ -160,19 +151,6 @@ def test_warnings_reach_who_looks_for_them(client: openai.OpenAI) -> None:
     assert caught.value.param == "beams"
 
 
-def test_a_stream_that_is_closed_early_ends_its_request(
-    client: openai.OpenAI, rig: Rig, tokenizer: Tokenizer
-) -> None:
-    rig.engine.script = writes(tokenizer, "go on ", end=False)
-    rig.engine.limit = 3
-    stream = client.chat.completions.create(
-        model=CHAT, messages=MESSAGES, max_tokens=400, stream=True
-    )
-    next(iter(stream))
-    stream.close()
-    rig.engine.wait_until(lambda e: len(e.aborted) == 1 and e.num_running == 0)
-
-
 async def test_many_async_streams_at_once(rig: Rig) -> None:
     async with openai.AsyncOpenAI(base_url=rig.url + "/v1", api_key="none") as client:
 
@@ -183,26 +161,10 @@ async def test_many_async_streams_at_once(rig: Rig) -> None:
             return "".join([chunk.choices[0].text async for chunk in stream])
 
         assert await asyncio.gather(*map(one, range(8))) == [REPLY] * 8
+        vectors = await client.embeddings.create(model=EMBED, input="a")
+        assert len(vectors.data[0].embedding) == 8
+        stream = await client.chat.completions.create(model=CHAT, messages=MESSAGES, stream=True)
+        assert "".join([c.choices[0].delta.content or "" async for c in stream]) == REPLY
         raw = await client.chat.completions.with_raw_response.create(model=CHAT, messages=MESSAGES)
         assert raw.parse().choices[0].message.content == REPLY
         assert [model.id async for model in client.models.list()] == [CHAT, EMBED]
-
-
-def test_embeddings_of_ids_are_those_of_their_text(
-    client: openai.OpenAI, tokenizer: Tokenizer
-) -> None:
-    ids = tokenizer.encode("the END")
-    one, other = (client.embeddings.create(model=EMBED, input=v) for v in ("the END", ids))
-    assert np.array_equal(one.data[0].embedding, other.data[0].embedding)
-    short = client.embeddings.create(model=EMBED, input=[ids, ids], dimensions=2)
-    assert [len(item.embedding) for item in short.data] == [2, 2]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_failed_engine_is_the_clients_server_error(
-    client: openai.OpenAI, rig: Rig, stream: bool
-) -> None:
-    rig.engine.limit, rig.engine.failure = 0, EngineFailedError("a step failed")
-    with pytest.raises(openai.InternalServerError) as caught:
-        client.chat.completions.create(model=CHAT, messages=MESSAGES, stream=stream)
-    assert (caught.value.status_code, caught.value.type) == (500, "server_error")

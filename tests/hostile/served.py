@@ -12,9 +12,11 @@ from pathlib import Path
 
 import httpx
 
-from server.keys.key import SCOPES, Limits, new_key
+from server.keys.key import SCOPES, new_key
 from server.keys.store.open import open_store
+from tests.support.keyed_server import FREE
 from tests.support.server_process import environment
+from tests.support.waiting import until
 
 PATH = "/v1/chat/completions"
 TEXT, BINARY = 0x81, 0x82
@@ -74,8 +76,7 @@ def serving(folder: Path, **settings: str) -> Iterator[Served]:
     """`inferneo serve` on fake models; it demands keys."""
     location, log = str(folder / "keys.db"), folder / "log"
     store = open_store(location)
-    free = Limits(requests=None, tokens=None, day_requests=None)
-    rights = {"limits": free, "scopes": frozenset(SCOPES)}
+    rights = {"limits": FREE, "scopes": frozenset(SCOPES)}
     key, text = new_key(store.pepper(), name="test", created=time.time(), **rights)
     store.add_key(key)
     store.close()
@@ -91,15 +92,15 @@ def serving(folder: Path, **settings: str) -> Iterator[Served]:
     )
     command = [sys.executable, "-m", "tests.support.serve_fakes"]
     with log.open("wb") as file, subprocess.Popen(command, stderr=file, env=env) as process:
+
+        def port() -> re.Match[str] | None:
+            assert process.poll() is None, log.read_text()
+            written = log.read_text()
+            ready = '"ready"' in written
+            return re.search(r"Running on http://[^:]+:(\d+)", written) if ready else None
+
         try:
-            deadline = time.monotonic() + 60
-            while not (
-                (found := re.search(r"Running on http://[^:]+:(\d+)", log.read_text()))
-                and '"ready"' in log.read_text()
-            ):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
+            found = until(port, 60, log.read_text)
             yield Served(process, int(found[1]), text, log)
         finally:
             process.kill()

@@ -17,6 +17,7 @@ from tests.hostile.loop import LagMeter
 from tests.hostile.resident import resident
 from tests.support.fake_server import CHAT, Rig
 from tests.support.machine_speed import Machine
+from tests.support.raw_http import exchange
 
 pytestmark = pytest.mark.alone
 
@@ -43,11 +44,6 @@ def check_envelope(envelope: Any, name: str) -> None:
 
 def dumped(path: str, changes: dict[str, Any]) -> bytes:
     return json.dumps(GOOD[path] | changes).encode()
-
-
-@pytest.mark.parametrize("path", GOOD)
-def test_a_good_request_is_answered(rig: Rig, path: str) -> None:
-    assert rig.post(path, GOOD[path]).status_code == 200
 
 
 @pytest.mark.parametrize("path", GOOD)
@@ -131,16 +127,10 @@ def test_absurd_heads_are_refused_at_once(
     rig: Rig, head: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.http.body.DRAIN_SECONDS", 0.1)
-    with socket.create_connection(("127.0.0.1", rig.server.port), timeout=5) as raw:
-        start = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-            b"Content-Type: application/json\r\n"
-        )
-        raw.sendall(start + head + b"\r\n\r\n")
-        received = b""
-        while b"\r\n\r\n" not in received:
-            received += (part := raw.recv(65536))
-            assert part, received
+    start = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    )
+    received = exchange(rig.server.port, start + head + b"\r\n\r\n")
     assert received.startswith(b"HTTP/1.1 4"), received
 
 
@@ -175,23 +165,12 @@ def test_a_body_without_an_end_is_answered(rig: Rig, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "given", ["a\tb", "x" * 10_000, "<script>", "%0d%0aSet-Cookie:a=b", "\u00e9", "../../etc"]
-)
-def test_a_request_id_cannot_carry_anything(rig: Rig, given: str) -> None:
-    headers = {"X-Request-Id": given.encode("latin-1")}
-    response = rig.client.get("/v1/models", headers=headers)
-    assert response.headers["X-Request-Id"].startswith("req_")
-    assert "Set-Cookie" not in response.headers
-
-
-@pytest.mark.parametrize(
     "name",
     ["..%2f..%2fetc%2fpasswd", "%00", "%ff%fe", "a%0d%0ab", "%2e%2e/", "x" * 8000, "//", "%25"],
 )
 def test_model_ids_in_paths_are_only_names(rig: Rig, name: str) -> None:
-    with socket.create_connection(("127.0.0.1", rig.server.port), timeout=5) as raw:
-        raw.sendall(f"GET /v1/models/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        received = raw.recv(65536)
+    head = f"GET /v1/models/{name} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    received = exchange(rig.server.port, head.encode())
     assert received.startswith(b"HTTP/1.1 404"), received
     assert len(received) < 2000
 

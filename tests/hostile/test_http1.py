@@ -8,6 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.support.fake_server import CHAT, Rig
+from tests.support.raw_http import exchange
 
 HOST = b"Host: localhost\r\n"
 JSON = b"Content-Type: application/json\r\n"
@@ -86,23 +87,10 @@ HOSTS = (
 MALFORMED |= {f"the host {host}": HIDDEN.replace(b"localhost", host.encode()) for host in HOSTS}
 
 
-def exchange(rig: Rig, sent: bytes) -> bytes:
-    """All that is answered until the server closes the connection."""
-    received = b""
-    with socket.create_connection(("127.0.0.1", rig.server.port), timeout=30) as raw:
-        raw.sendall(sent)
-        try:
-            while part := raw.recv(65536):
-                received += part
-        except ConnectionResetError:  # it did not read what came behind
-            pass
-    return received
-
-
 @pytest.mark.parametrize("name", SOUND)
 def test_sound_requests_are_served(rig: Rig, name: str) -> None:
     last = HIDDEN.replace(HOST, HOST + b"Connection: close\r\n")
-    received = exchange(rig, SOUND[name] + (b"" if b"1.0\r\n" in SOUND[name] else last))
+    received = exchange(rig.server.port, SOUND[name] + (b"" if b"1.0\r\n" in SOUND[name] else last))
     assert received.count(b"HTTP/1.1 200 ") == (1 if name == "HTTP/1.0" else 2), received
 
 
@@ -118,7 +106,7 @@ STATUSES = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_requests_are_refused(rig: Rig, name: str) -> None:
     with capture_logs() as logs:
-        received = exchange(rig, MALFORMED[name] + HIDDEN)
+        received = exchange(rig.server.port, MALFORMED[name] + HIDDEN)
     assert received.count(b"HTTP/1.1 ") == 1, received
     head, _, body = received.partition(b"\r\n\r\n")
     assert head[9:12] == STATUSES.get(name, b"400"), received
@@ -131,7 +119,9 @@ def test_malformed_requests_are_refused(rig: Rig, name: str) -> None:
 
 
 def test_a_refusal_repeats_nothing_of_the_request(rig: Rig) -> None:
-    received = exchange(rig, HIDDEN.replace(HOST, HOST + b"Authorization Bearer secret\r\n"))
+    received = exchange(
+        rig.server.port, HIDDEN.replace(HOST, HOST + b"Authorization Bearer secret\r\n")
+    )
     assert received.startswith(b"HTTP/1.1 400")
     assert b"secret" not in received
 

@@ -15,6 +15,7 @@ from server.config.settings import Settings
 from server.endpoints import ENDPOINTS
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import KeyRig
+from tests.support.raw_http import exchange
 
 ACCESS = access_of(ENDPOINTS)
 PATHS = sorted(
@@ -80,11 +81,7 @@ HEADERS = [
 
 def ask(rig: KeyRig, head: str, *, leave: bool = True) -> bytes:
     """Everything that comes back, until the server has nothing more to say."""
-    with socket.create_connection(("127.0.0.1", rig.rig.server.port), 10) as raw:
-        raw.sendall(head.encode())
-        if leave:
-            raw.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: raw.recv(65536), b""))
+    return exchange(rig.rig.server.port, head.encode(), leave=leave)
 
 
 def statuses(answer: bytes) -> list[int]:

@@ -158,6 +158,26 @@ def as_new(engine: FakeEngine, tokenizer: Tokenizer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def loading(
+    tokenizer: Tokenizer, stage: str, done: int, total: int
+) -> Iterator[tuple[Server, FakeEngine, threading.Event]]:
+    """A server whose models have come so far, and are loaded once the event is set."""
+    engine, go_on = FakeEngine(writes(tokenizer, REPLY)), threading.Event()
+    models = models_of(engine, FakeEmbedder(), tokenizer)
+
+    def load(source: Any, _: Any, progress: Any) -> Any:
+        progress(stage, done, total)
+        assert go_on.wait(TIMEOUT)
+        return models[source.id]()
+
+    with Server(load) as server:
+        try:
+            yield server, engine, go_on
+        finally:
+            go_on.set()
+
+
+@contextlib.contextmanager
 def running(tokenizer: Tokenizer, context: int = 512, **settings: Any) -> Iterator[Rig]:
     """A server that is ready."""
     engine = FakeEngine(writes(tokenizer, REPLY), max_len=context)

@@ -1,5 +1,6 @@
 """Raw HTTP/1.1, for tests that manage a connection themselves, and server-sent events."""
 
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,6 +32,27 @@ def post(
         "",
     ]
     return "\r\n".join(head).encode() + content
+
+
+def exchange(port: int, sent: bytes, *, leave: bool = False) -> bytes:
+    """All that is answered until the server closes the connection.
+
+    Args:
+        port: the server's.
+        sent: one request or several.
+        leave: the client says that it sends no more.
+    """
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
+        raw.sendall(sent)
+        if leave:
+            raw.shutdown(socket.SHUT_WR)
+        try:
+            while part := raw.recv(65536):
+                received += part
+        except ConnectionResetError:  # the server did not read everything
+            pass
+    return received
 
 
 def events(lines: Iterable[str]) -> list[Any]:

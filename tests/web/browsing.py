@@ -82,6 +82,13 @@ class Visit:
         assert found["passes"]
 
 
+def use_key(visited: Visit, text: str) -> None:
+    """Give the key dialog, which is open, a key."""
+    dialog = visited.page.get_by_role("dialog")
+    dialog.get_by_label("Key", exact=True).fill(text)
+    dialog.get_by_role("button", name="Use this key").click()
+
+
 @contextlib.contextmanager
 def visiting(browser: Browser) -> Iterator[Callable[..., Visit]]:
     """Opens an address in a new profile; what the browser complains of is an error at the end."""

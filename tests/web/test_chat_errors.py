@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from playwright.sync_api import expect
 
 from inferneo_jax import EngineFailedError, OverloadedError, Tokenizer
 from server.keys import lookup
-from tests.support.fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
-from tests.support.fake_server import CHAT, EMBED, REPLY, Rig, Server, models_of
+from tests.support.fake_server import CHAT, EMBED, REPLY, Rig, loading
 from tests.support.keyed_server import FREE, KeyRig, key_rig
-from tests.web.browsing import Visit
+from tests.web.browsing import Visit, use_key
 from tests.web.chatting import Cable, Chat, asked
 
 REQUEST = re.compile(r"Request req_\w+")
@@ -28,13 +26,6 @@ def keys(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.setattr(lookup, "FRESH_SECONDS", 0.0)  # what is changed here counts at once
         with key_rig(tokenizer, location, require_key="true") as found:
             yield found
-
-
-def use_key(visited: Visit, text: str) -> None:
-    """Give the key dialog, which is open, a key."""
-    dialog = visited.page.get_by_role("dialog")
-    dialog.get_by_label("Key", exact=True).fill(text)
-    dialog.get_by_role("button", name="Use this key").click()
 
 
 def test_a_key_is_asked_for_explained_and_used(keys: KeyRig, visit: Callable[..., Visit]) -> None:
@@ -108,14 +99,6 @@ def test_a_limit_says_when_to_try_again(keys: KeyRig, visit: Callable[..., Visit
     assert chat.said() == ["One", REPLY, "Two", REPLY]
 
 
-def test_a_key_for_no_chat_model_is_told_so(keys: KeyRig, visit: Callable[..., Visit]) -> None:
-    visited = visit(keys.url)
-    visited.expected = ["401"]
-    use_key(visited, keys.key(models=[EMBED])[1])
-    expect(visited.page.get_by_text("No model here generates text")).to_be_visible()
-    expect(visited.page.get_by_role("button", name="Send")).to_be_disabled()
-
-
 def test_a_model_that_the_key_may_not_use(keys: KeyRig, visit: Callable[..., Visit]) -> None:
     visited = visit(keys.url)
     visited.expected = ["401", "403"]
@@ -127,6 +110,9 @@ def test_a_model_that_the_key_may_not_use(keys: KeyRig, visit: Callable[..., Vis
     alert = chat.answers.get_by_role("alert")
     expect(alert).to_contain_text("Not allowed")
     expect(alert).to_contain_text(f"may not use the model '{CHAT}'")
+    visited.page.reload()
+    expect(visited.page.get_by_text("No model here generates text")).to_be_visible()
+    expect(chat.button("Send")).to_be_disabled()
 
 
 def test_a_server_for_its_own_machine_says_whom_it_serves(
@@ -197,24 +183,13 @@ def test_a_server_that_goes_away_leaves_what_was_said(
 def test_the_page_waits_for_models_and_goes_on_by_itself(
     tokenizer: Tokenizer, visit: Callable[..., Visit]
 ) -> None:
-    engine = FakeEngine(writes(tokenizer, REPLY))
-    models = models_of(engine, FakeEmbedder(), tokenizer)
-    go_on = threading.Event()
-
-    def loader(source: Any, settings: Any, progress: Any) -> Any:
-        progress("compile", 5, 20)
-        assert go_on.wait(TIMEOUT)
-        return models[source.id]()
-
-    with Server(loader) as server:
-        try:
-            visited = visit(server.url)
-            visited.expected = ["503"]
-            notice = visited.page.locator("#notice")
-            expect(notice).to_contain_text(f"The models are being loaded. {CHAT}: compile 25 %")
-            expect(visited.page.get_by_role("button", name="Send")).to_be_disabled()
-        finally:
-            go_on.set()
+    with loading(tokenizer, "compile", 5, 20) as (server, engine, go_on):
+        visited = visit(server.url)
+        visited.expected = ["503"]
+        notice = visited.page.locator("#notice")
+        expect(notice).to_contain_text(f"The models are being loaded. {CHAT}: compile 25 %")
+        expect(visited.page.get_by_role("button", name="Send")).to_be_disabled()
+        go_on.set()
         chat = Chat(visited)
         expect(notice).to_be_hidden()
         chat.ask("Hello")

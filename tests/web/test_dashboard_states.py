@@ -1,21 +1,17 @@
 """The dashboard with keys and without, while models load, and while the server is gone."""
 
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Page, Request, expect
 
 from inferneo_jax import Tokenizer
 from server.keys.key import Limits
-from server.models.sources import Progress
-from tests.support.fake_engine import FakeEmbedder, FakeEngine, writes
-from tests.support.fake_server import CHAT, REPLY, Rig, Server, models_of
+from tests.support.fake_server import CHAT, Rig, loading
 from tests.support.keyed_server import KeyRig, key_rig
-from tests.web.browsing import Visit
+from tests.web.browsing import Visit, use_key
 from tests.web.dashboards import PATH, number, open_dashboard, streams, tile, value, wait_for
 
 REFUSED = ["status of 401", "status of 403", "status of 503"]
@@ -26,11 +22,6 @@ BROKEN = ["ERR_FAILED"]
 def keyed(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[KeyRig]:
     with key_rig(tokenizer, str(tmp_path / "keys.db"), require_key="true") as rig:
         yield rig
-
-
-def enter(page: Page, key: str) -> None:
-    page.get_by_label("Key", exact=True).fill(key)
-    page.get_by_role("button", name="Use this key").click()
 
 
 def count_metrics(page: Page) -> list[Request]:
@@ -56,13 +47,13 @@ def test_a_key_is_asked_for_and_what_it_may_see_is_shown(
 
     _, poor = keyed.key(scopes=frozenset({"inference"}))
     page.get_by_role("button", name="Enter a key").click()
-    enter(page, poor)
+    use_key(visited, poor)
     expect(page.get_by_text("This API key lacks the scope metrics")).to_be_visible()
     expect(page.get_by_text("with the scope admin")).to_be_visible()
 
     _, screen = keyed.key(scopes=frozenset({"metrics"}))
     page.get_by_role("button", name="API key").click()
-    enter(page, screen)
+    use_key(visited, screen)
     expect(tile(page, "Output")).to_be_visible()
     expect(page.get_by_text("Figures need a key")).to_be_hidden()
     expect(page.get_by_role("table")).to_have_count(0)
@@ -77,7 +68,7 @@ def test_an_administrator_sees_what_each_key_uses(
     visited = visit(keyed.url + PATH)
     page, visited.expected = visited.page, REFUSED
     page.get_by_role("button", name="Enter a key").click()
-    enter(page, admin)
+    use_key(visited, admin)
     limits = Limits(requests=8, tokens=None, day_requests=4, concurrent=2)
     key, text = keyed.key(limits)
     keyed.engine.limit = 1
@@ -96,21 +87,11 @@ def test_an_administrator_sees_what_each_key_uses(
 def test_loading_is_shown_with_its_progress(
     tokenizer: Tokenizer, visit: Callable[..., Visit]
 ) -> None:
-    engine = FakeEngine(writes(tokenizer, REPLY))
-    models = models_of(engine, FakeEmbedder(), tokenizer)
-    go_on = threading.Event()
-
-    def load(source: Any, _: Any, progress: Progress) -> Any:
-        if source.id == CHAT:
-            progress("compiling", 3, 12)
-            assert go_on.wait(30)
-        return models[source.id]()
-
-    with Server(load) as server:
+    with loading(tokenizer, "compiling", 3, 12) as (server, _, go_on):
         visited = visit(server.url + PATH)
         page, visited.expected = visited.page, REFUSED
         expect(page.get_by_text("Loading models")).to_be_visible()
-        expect(page.get_by_text("compiling, 3 of 12")).to_be_visible()
+        expect(page.get_by_text("compiling, 3 of 12").first).to_be_visible()
         expect(page.get_by_role("progressbar").first).to_have_attribute("value", "3")
         expect(page.get_by_role("article")).to_have_count(2)
         visited.assert_accessible()

@@ -10,6 +10,8 @@ import yaml
 from tests.support.paths import ROOT
 
 DEPLOY = ROOT / "docs" / "deploy"
+GOODBYE_SECONDS = 2
+"""What the server takes to end after it has drained."""
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 

@@ -13,13 +13,12 @@ import pytest
 from inferneo_jax import __version__
 from server.config.settings import PREFIX, Settings
 from server.keys.store.open import open_store
-from tests.deploy.files import DEPLOY, SCRIPTS, check, read
+from tests.deploy.files import DEPLOY, GOODBYE_SECONDS, SCRIPTS, check, read
 from tests.support.paths import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
 COMPOSE = read(ROOT / "compose.yaml")
 SERVICES = COMPOSE["services"]
-GOODBYE_SECONDS = 2
 
 
 def instruction(name: str) -> str:

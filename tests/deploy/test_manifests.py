@@ -1,4 +1,4 @@
-"""The manifests of docs/deploy: what they say about the server is so."""
+"""The manifests of docs/deploy: Kubernetes knows them, and what they say about the server is so."""
 
 import math
 import re
@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from server.app import app
 from server.config.replica_settings import ReplicaSettings
 from server.config.schema import PREFIX
 from server.config.settings import Settings
 from server.endpoints import ENDPOINTS
+from tests.deploy.files import DEPLOY, GOODBYE_SECONDS, SCRIPTS, check, read_all
 from tests.support.paths import ROOT
 
-FOLDER = ROOT / "docs" / "deploy"
-FILES = sorted(FOLDER.glob("*.yaml"))
+FILES = sorted(DEPLOY.glob("*.yaml"))
 GROUPS = ["gpu-hosts.yaml", "tpu-slice.yaml"]
 SECRETS = {"INFERNEO_KEYS_DB": "redis://host:6379/0", "INFERNEO_JOB_TOKEN": 32 * "x"}
 OF_LEADER_WORKER_SET = {
@@ -25,15 +26,17 @@ OF_LEADER_WORKER_SET = {
     "LWS_WORKER_INDEX": "1",
 }
 CHIPS = ("google.com/tpu", "nvidia.com/gpu")
-GOODBYE_SECONDS = 2
-
-
-def load(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8")))
+# Kinds of operators, whose schemas are their own.
+FOREIGN = {"LeaderWorkerSet", "RayService", "ServiceMonitor"}
+OBJECTS = {each["kind"]: each for each in read_all(DEPLOY / "server.yaml")}
+POD: dict[str, Any] = OBJECTS["Deployment"]["spec"]["template"]
+SPEC: dict[str, Any] = POD["spec"]
+(SERVER,) = SPEC["containers"]
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def of_kind(name: str, kind: str) -> dict[str, Any]:
-    return next(each for each in load(name) if each["kind"] == kind)
+    return next(each for each in read_all(DEPLOY / name) if each["kind"] == kind)
 
 
 def pods(part: Any) -> Iterator[dict[str, Any]]:
@@ -71,10 +74,18 @@ def test_there_are_manifests() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_kubernetes_knows_every_field(file: Path) -> None:
+    told = check(SCRIPTS / "kubernetes-validate", "--strict", file)
+    unknown = set(re.findall(r"schema for kind (\w+)", told))
+    assert unknown <= FOREIGN
+    assert told.count(" passed ") == len(read_all(file)) - len(unknown)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_variable_is_a_setting(file: Path) -> None:
     fields = ReplicaSettings if file.name == "replicas.yaml" else Settings
     known = {PREFIX + field.upper() for field in fields.model_fields}
-    for container in containers(load(file.name)):
+    for container in containers(read_all(file)):
         used = {name for name in variables(container) if name.startswith(PREFIX)}
         assert used <= known
     assert set(re.findall(r"INFERNEO_\w+", file.read_text())) <= known
@@ -82,7 +93,7 @@ def test_every_variable_is_a_setting(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_values_are_good(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for container in containers(load(file.name)):
+    for container in containers(read_all(file)):
         found = variables(container)
         if not any(name.startswith(PREFIX) for name in found):
             continue
@@ -101,7 +112,7 @@ def test_the_values_are_good(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_what_is_mounted_and_referred_to_is_there(file: Path) -> None:
-    for manifest in load(file.name):
+    for manifest in read_all(file):
         claims = manifest["spec"].get("volumeClaimTemplates", ())
         for pod in pods(manifest):
             volumes = {each["name"] for each in pod.get("volumes", ())}
@@ -110,9 +121,9 @@ def test_what_is_mounted_and_referred_to_is_there(file: Path) -> None:
                 assert {each["name"] for each in container["volumeMounts"]} == volumes
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", [*GROUPS, "server.yaml"])
 def test_probes_ask_for_paths_that_need_no_key(name: str) -> None:
-    _, leader, follower = group(name)
+    leader, follower = group(name)[1:] if name in GROUPS else (SERVER, {})
     public = {each.path for each in ENDPOINTS if each.access == "public"}
     paths = {kind: leader[kind]["httpGet"]["path"] for kind in leader if kind.endswith("Probe")}
     assert paths == {
@@ -176,22 +187,91 @@ def test_the_mesh_is_all_chips_of_the_group(name: str) -> None:
     assert referred == (OF_LEADER_WORKER_SET.keys() if name == "gpu-hosts.yaml" else set())
 
 
+def slept_by(container: dict[str, Any]) -> float:
+    command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == "sleep"
+    return float(seconds)
+
+
+def drained_in(container: dict[str, Any]) -> float:
+    drain = float(variables(container)["INFERNEO_DRAIN_SECONDS"])
+    return slept_by(container) + drain + GOODBYE_SECONDS
+
+
+def test_the_pod_has_time_to_drain() -> None:
+    assert drained_in(SERVER) < SPEC["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_the_leader_has_time_to_drain_and_the_others_stay_for_it(name: str) -> None:
     template, leader, follower = group(name)
-
-    def sleep(container: dict[str, Any]) -> int:
-        command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
-        assert command == "sleep"
-        return int(seconds)
 
     grace = {
         part: template[part]["spec"]["terminationGracePeriodSeconds"]
         for part in ("leaderTemplate", "workerTemplate")
     }
-    drain = float(variables(leader)["INFERNEO_DRAIN_SECONDS"])
-    drained = sleep(leader) + drain + GOODBYE_SECONDS
-    assert drained < sleep(follower) < grace["leaderTemplate"] < grace["workerTemplate"]
+    assert (
+        drained_in(leader) < slept_by(follower) < grace["leaderTemplate"] < grace["workerTemplate"]
+    )
+
+
+def test_the_pod_is_held_to_the_restricted_profile() -> None:
+    whole, own = SPEC["securityContext"], SERVER["securityContext"]
+    assert whole["runAsNonRoot"] is True
+    assert whole["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert own["allowPrivilegeEscalation"] is False
+    assert own["capabilities"] == {"drop": ["ALL"]}
+    assert own["readOnlyRootFilesystem"] is True
+    assert SPEC["automountServiceAccountToken"] is False
+
+
+def test_the_pod_is_the_images_user_and_has_its_folders() -> None:
+    (user,) = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)
+    context = SPEC["securityContext"]
+    assert (str(context["runAsUser"]), str(context["runAsGroup"])) == user
+    assert context["fsGroup"] == context["runAsGroup"]
+    (volumes,) = re.findall(r"^VOLUME \[(.*)\]$", DOCKERFILE, re.MULTILINE)
+    mounted = {each["mountPath"] for each in SERVER["volumeMounts"]}
+    assert mounted == {*re.findall(r'"(/\w+)"', volumes), "/tmp"}
+
+
+def test_the_pod_starts_what_the_image_starts() -> None:
+    (words,) = re.findall(r"^CMD \[(.*)\]$", DOCKERFILE, re.MULTILINE)
+    assert SERVER["args"] == re.findall(r'"([^"]+)"', words)
+    (port,) = re.findall(r"^EXPOSE (\d+)$", DOCKERFILE, re.MULTILINE)
+    assert [each["containerPort"] for each in SERVER["ports"]] == [int(port)]
+
+
+def test_all_of_it_is_about_the_same_pod_and_port() -> None:
+    labels = POD["metadata"]["labels"]
+    service = OBJECTS["Service"]
+    selectors = [
+        OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"],
+        service["spec"]["selector"],
+        OBJECTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        OBJECTS["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+    ]
+    assert all(each == labels for each in selectors)
+    monitor = OBJECTS["ServiceMonitor"]["spec"]
+    assert monitor["selector"]["matchLabels"] == service["metadata"]["labels"]
+    assert service["metadata"]["labels"][monitor["jobLabel"]] == "inferneo"
+    assert monitor["endpoints"][0]["path"] in {rule.rule for rule in app.url_map.iter_rules()}
+    (port,) = SERVER["ports"]
+    assert monitor["endpoints"][0]["port"] == port["name"]
+    assert service["spec"]["ports"] == [
+        {"name": port["name"], "port": port["containerPort"], "targetPort": port["name"]}
+    ]
+    assert OBJECTS["NetworkPolicy"]["spec"]["ingress"] == [
+        {"ports": [{"port": port["containerPort"]}]}
+    ]
+    claims = [each["persistentVolumeClaim"] for each in SPEC["volumes"][:1]]
+    assert claims == [{"claimName": OBJECTS["PersistentVolumeClaim"]["metadata"]["name"]}]
+
+
+def test_a_node_can_be_drained() -> None:
+    budget = OBJECTS["PodDisruptionBudget"]["spec"]
+    assert budget["maxUnavailable"] >= OBJECTS["Deployment"]["spec"]["replicas"]
+    assert SPEC["enableServiceLinks"] is False
 
 
 def test_replicas_are_as_many_as_machines_for_them() -> None:

@@ -13,21 +13,21 @@ from typing import Any
 import httpx
 import promql_parser
 import pytest
-import yaml
 
 from inferneo_jax import EngineStats, GenerationOutput
 from server.observe.collector import ServerState
 from server.observe.metrics import Metrics
+from tests.deploy.files import DEPLOY, check, read
 from tests.support.fake_engine import FakeEmbedder, FakeEngine, writes
 from tests.support.fake_server import CHAT, EMBED, Server, make_tokenizer, models_of, wait_ready
 from tests.support.paths import ROOT
 from tests.support.programs import program
 from tests.support.server_process import free_address
+from tests.support.waiting import until
 
-DEPLOY = ROOT / "docs" / "deploy"
 GRAFANA = DEPLOY / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "inferneo.json").read_text(encoding="utf-8"))
-ALERTS = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text(encoding="utf-8"))
+ALERTS = read(DEPLOY / "prometheus" / "alerts.yml")
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 QUESTIONS = [
     (f"{panel['title']}: {target['legendFormat'] or 'it'}", target["expr"])
@@ -103,8 +103,7 @@ def test_every_figure_and_label_is_one_of_the_servers(
 
 def test_the_dashboard_is_what_its_script_makes() -> None:
     script = "import json, make_dashboard as made; print(json.dumps(made.dashboard()))"
-    command = [sys.executable, "-c", script]
-    made = subprocess.run(command, cwd=GRAFANA, capture_output=True, text=True, check=True).stdout
+    made = check(sys.executable, "-c", script, cwd=GRAFANA)
     assert json.loads(made) == DASHBOARD, "run docs/deploy/grafana/make_dashboard.py"
 
 
@@ -130,26 +129,21 @@ def test_alerts_say_how_bad_they_are_and_what_to_do() -> None:
 
 
 def test_grafana_is_told_of_the_prometheus_and_the_dashboard_of_the_compose_file() -> None:
-    compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
-    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
+    compose = read(ROOT / "compose.yaml")
+    config = read(DEPLOY / "prometheus" / "prometheus.yml")
     (job,) = config["scrape_configs"]
     assert job["job_name"] == "inferneo"
     assert job["static_configs"] == [{"targets": ["server:8000"]}]
     assert "server" in compose["services"]
-    source = yaml.safe_load(
-        (GRAFANA / "provisioning" / "datasources" / "prometheus.yaml").read_text(encoding="utf-8")
-    )["datasources"][0]
+    (source,) = read(GRAFANA / "provisioning/datasources/prometheus.yaml")["datasources"]
     assert source["url"] == "http://prometheus:9090"
     assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
 
 
 def test_alerts_come_when_they_should_and_else_not() -> None:
     command = [program("promtool"), "test", "rules", "alerts_test.yml"]
-    tested = subprocess.run(
-        command, cwd=DEPLOY / "prometheus", capture_output=True, text=True, check=False
-    )
-    assert tested.returncode == 0, tested.stdout + tested.stderr
-    cases = yaml.safe_load((DEPLOY / "prometheus" / "alerts_test.yml").read_text(encoding="utf-8"))
+    check(*command, cwd=DEPLOY / "prometheus")
+    cases = read(DEPLOY / "prometheus" / "alerts_test.yml")
     asked = [asked for case in cases["tests"] for asked in case["promql_expr_test"]]
     came = {name for each in asked for name in re.findall(r'"(\w+)"', str(each["exp_samples"]))}
     assert came == {rule["alert"] for rule in RULES}
@@ -205,11 +199,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clien
             process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             with httpx.Client(base_url=f"http://{address}", timeout=TIMEOUT) as client:
-                deadline = time.monotonic() + TIMEOUT
-                while not seen(client):
-                    assert process.poll() is None, (folder / "log").read_text()
-                    assert time.monotonic() < deadline, (folder / "log").read_text()
-                    ask(load)
+                until(lambda: ask(load) or seen(client), TIMEOUT, (folder / "log").read_text)
                 yield client
         finally:
             process.terminate()

@@ -1,7 +1,7 @@
-"""What a key's holder sees of its limits, and what it is charged for."""
+"""What a key's holder sees of its limits, and what counts: all that makes the server work."""
 
+import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,10 +11,11 @@ import pytest
 import websockets
 from websockets.sync.client import connect
 
-from inferneo_jax import EngineFailedError, OverloadedError, Tokenizer
+from inferneo_jax import EngineFailedError, OverloadedError, RequestError, Tokenizer
+from server.http.errors import unavailable
 from server.keys.key import Limits
 from server.keys.limits import duration
-from tests.support.fake_engine import writes
+from tests.support.fake_engine import TIMEOUT, writes
 from tests.support.fake_server import CHAT, EMBED
 from tests.support.keyed_server import KeyRig, bearer, key_rig
 from tests.support.raw_http import parse_stream
@@ -23,6 +24,21 @@ from tests.support.waiting import until
 COMPLETIONS = "/v1/completions"
 BODY = {"model": CHAT, "prompt": "Hi", "max_tokens": 100}
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
+REFUSED: dict[str, tuple[str, Any]] = {
+    "no JSON": (COMPLETIONS, b"{"),
+    "a wrong field": (COMPLETIONS, BODY | {"n": "x"}),
+    "an unknown model": (COMPLETIONS, BODY | {"model": "none"}),
+    "too long a prompt": ("/v1/completions", BODY | {"prompt": "x" * 1000}),
+    "a wrong conversation": ("/v1/chat/completions", {"model": CHAT, "messages": []}),
+    "too long an input": ("/v1/embeddings", {"model": EMBED, "input": "x" * 100}),
+    "no prompt": ("/tokenize", {}),
+    "no tokens": ("/detokenize", {}),
+}
+COUNTED: dict[str, tuple[str, Any]] = {
+    "text": ("/tokenize", {"prompt": "Hi"}),
+    "conversation": ("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]}),
+    "tokens": ("/detokenize", {"tokens": [1]}),
+}
 
 
 def usage(rig: KeyRig, headers: dict[str, str]) -> dict[str, int]:
@@ -31,6 +47,18 @@ def usage(rig: KeyRig, headers: dict[str, str]) -> dict[str, int]:
     assert answer.status_code == 200
     total: dict[str, int] = answer.json()["total"]
     return total
+
+
+def post(rig: KeyRig, headers: dict[str, str], path: str, body: Any) -> httpx.Response:
+    headers = headers | {"Content-Type": "application/json"}
+    content = body if isinstance(body, bytes) else orjson.dumps(body)
+    return rig.client.post(path, headers=headers, content=content)
+
+
+def total(rig: KeyRig, headers: dict[str, str]) -> tuple[int, int]:
+    """Requests and tokens that a key was charged."""
+    spent = usage(rig, headers)
+    return spent["requests"], spent["prompt_tokens"] + spent["completion_tokens"]
 
 
 def settled(rig: KeyRig, key_id: str) -> dict[str, int]:
@@ -170,17 +198,35 @@ def test_a_client_that_leaves_is_charged_what_was_generated(
 
 
 @pytest.mark.parametrize(
-    ("refusal", "status"), [(OverloadedError("full"), 503), (EngineFailedError("dead"), 500)]
+    ("refusal", "status", "requests"),
+    [
+        (RequestError("no", "prompt"), 400, 1),
+        (OverloadedError("full"), 503, 0),
+        (EngineFailedError("dead"), 500, 0),
+        ("the text cannot be read", 503, 0),
+    ],
 )
-def test_what_the_engine_cannot_serve_costs_nothing(
-    rig: KeyRig, refusal: Exception, status: int
+def test_what_cannot_be_served_costs_no_tokens_and_counts_if_it_is_wrong(
+    rig: KeyRig,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: Exception | str,
+    status: int,
+    requests: int,
 ) -> None:
-    rig.engine.refusal = refusal
+    if isinstance(refusal, Exception):
+        rig.engine.refusal = refusal
+    else:
+        monkeypatch.setattr("server.prompt.cpu_pool.CpuPool.run", refuse)
     headers = rig.headers(Limits(requests=1, day_requests=1))
-    for _ in range(2):
-        answer = rig.client.post(COMPLETIONS, headers=headers, json=BODY)
-        assert answer.status_code == status
-    assert usage(rig, headers)["requests"] == 0
+    answers = [post(rig, headers, COMPLETIONS, BODY) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [status] + [
+        429 if requests else status
+    ] * 2
+    assert total(rig, headers) == (requests, 0)
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise unavailable("full", "overloaded", 1)
 
 
 def test_what_fails_on_its_way_is_charged_as_far_as_it_came(
@@ -218,9 +264,9 @@ def test_sockets_count_requests(rig: KeyRig) -> None:
 
 def test_a_cancelled_request_is_charged_what_it_had(rig: KeyRig, tokenizer: Tokenizer) -> None:
     rig.engine.script, rig.engine.limit = writes(tokenizer, "x", end=False), 2
-    key, text = rig.key()
+    key, text = rig.key(Limits(requests=1))
     with connect(rig.ws + COMPLETIONS, additional_headers=bearer(text)) as ws:
-        body = {**BODY, "stream": True}
+        body = {**BODY, "stream": True, "user": "x" * 500}
         ws.send(orjson.dumps({"type": "request", "id": "a", "body": body}).decode())
         ws.recv(timeout=10)
         ws.send(orjson.dumps({"type": "cancel", "id": "a"}).decode())
@@ -273,21 +319,98 @@ def test_durations_are_written_as_openai_writes_them(seconds: int, text: str) ->
     assert duration(seconds) == text
 
 
-def test_servers_share_limits_over_redis(
-    tokenizer: Tokenizer, redis_url: str, tmp_path: Path
+def test_a_ticket_and_its_keys_limits_are_known_to_every_server_of_a_redis(
+    tokenizer: Tokenizer, redis_url: str
 ) -> None:
     with (
         key_rig(tokenizer, redis_url, require_key="true") as one,
         key_rig(tokenizer, redis_url, require_key="true") as two,
     ):
-        headers = one.headers(Limits(requests=3))
-        status = [
-            rig.client.post(COMPLETIONS, headers=headers, json=BODY).status_code
-            for rig in (one, two, one, two)
-        ]
-        assert status == [200, 200, 200, 429]
-        assert usage(two, headers)["requests"] == 3
+        headers = one.headers(Limits(requests=1))
+        assert one.client.post(COMPLETIONS, headers=headers, json=BODY).status_code == 200
         ticket = one.client.post("/v1/ws-tickets", headers=headers).json()["ticket"]
         with pytest.raises(websockets.InvalidStatus) as caught:
             connect(f"{two.ws}{COMPLETIONS}?token={ticket}")
         assert caught.value.response.status_code == 429  # known there, and exhausted
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_request_counts_without_tokens(rig: KeyRig, name: str) -> None:
+    headers = rig.headers(Limits(requests=2, tokens=1000, concurrent=1))
+    answers = [post(rig, headers, *REFUSED[name]) for _ in range(3)]
+    assert [answer.status_code for answer in answers[:2]] == [404 if "unknown" in name else 400] * 2
+    assert answers[1].headers["X-RateLimit-Remaining"] == "0"
+    assert answers[2].json()["error"]["code"] == "rate_limit_exceeded"
+    assert total(rig, headers) == (2, 0)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_tokenizing_counts_without_tokens(rig: KeyRig, name: str) -> None:
+    headers = rig.headers(Limits(requests=2, tokens=1, concurrent=1))
+    answers = [post(rig, headers, *COUNTED[name]) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert total(rig, headers) == (2, 0)
+
+
+def test_no_text_is_read_for_a_key_that_is_over_its_limit(
+    rig: KeyRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = rig.headers(Limits(requests=1))
+    assert post(rig, headers, COMPLETIONS, BODY).status_code == 200
+    monkeypatch.delattr("server.http.codec.parse_object")  # or the answer would be a 500
+    assert post(rig, headers, COMPLETIONS, BODY).status_code == 429
+
+
+def test_a_request_that_a_limit_refuses_does_not_count(rig: KeyRig) -> None:
+    headers = rig.headers(Limits(requests=3, tokens=20))
+    assert post(rig, headers, COMPLETIONS, BODY | {"max_tokens": 18}).status_code == 200
+    for _ in range(5):
+        refused = post(rig, headers, COMPLETIONS, BODY | {"max_tokens": 18})
+        assert "20 tokens a minute" in refused.json()["error"]["message"]
+    assert total(rig, headers) == (1, 20)
+
+
+def test_work_that_outlasts_its_deadline_counts(
+    rig: KeyRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread goes on, so it must not be had for nothing."""
+    never = threading.Event()
+    monkeypatch.setattr(
+        "inferneo_jax.Tokenizer.render_chat", lambda *_, **__: never.wait(TIMEOUT) and "Hi"
+    )
+    headers = rig.headers(Limits(requests=1))
+    body = {"model": CHAT, "messages": [{"role": "user", "content": "Hi"}]}
+    patient = headers | {"X-Request-Timeout": "0.1"}
+    assert post(rig, patient, "/v1/chat/completions", body).status_code == 504
+    assert total(rig, headers) == (1, 0)
+    assert post(rig, headers, "/v1/chat/completions", body).status_code == 429
+    never.set()
+
+
+def test_embeddings_that_cannot_be_written_cost_no_tokens(
+    rig: KeyRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = rig.headers()
+    body = {"model": EMBED, "input": "Hi"}
+    with monkeypatch.context() as patched:
+        patched.setattr("server.api.openai.embeddings.embedding_answer", refuse)
+        assert post(rig, headers, "/v1/embeddings", body).status_code == 503
+    assert total(rig, headers) == (0, 0)
+    assert post(rig, headers, "/v1/embeddings", body).status_code == 200
+    assert total(rig, headers) == (1, 2)
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_a_frame_that_starts_nothing_counts(rig: KeyRig, size: int) -> None:
+    text = rig.key(Limits(requests=3, concurrent=1))[1]
+    frames = ["[" * size + "{", orjson.dumps({"type": "x" * size}).decode()]
+    frames.append(orjson.dumps(BODY | {"n": "x", "user": "x" * size}).decode())
+    with connect(rig.ws + COMPLETIONS, additional_headers=bearer(text)) as ws:
+        for frame in frames:
+            ws.send(frame)
+            error = orjson.loads(ws.recv(timeout=TIMEOUT))["error"]
+            assert error["type"] == "invalid_request_error"
+        ws.send(frames[0])
+        error = orjson.loads(ws.recv(timeout=TIMEOUT))["error"]
+        assert error["code"] == "rate_limit_exceeded"
+    assert total(rig, bearer(text)) == (3, 0)

@@ -14,7 +14,7 @@ import pytest
 from server import notebook
 from server.process.child import LISTENER, PORT, Child
 from tests.support.paths import ROOT
-from tests.support.waiting import until
+from tests.support.waiting import until_gone
 
 SERVER = """
 import http.server, os, signal, socket, sys
@@ -63,13 +63,6 @@ def port_of(child: Child) -> int:
 
 def pid_of(log: str) -> int:
     return int(log.partition("serves with ")[2].split()[0])
-
-
-def wait_gone(pid: int) -> None:
-    def ended() -> bool:
-        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-    until(ended, 20, lambda: "it outlived its parent")
 
 
 def test_the_port_of_a_server_is_taken_before_it_is_started() -> None:
@@ -134,7 +127,7 @@ def test_a_notebooks_server_leaves_no_folder_and_its_log_stays(
         assert "serves with" in said
     assert server.log.startswith(said)
     server.stop()  # once more does no harm
-    wait_gone(pid_of(said))
+    until_gone(pid_of(said))
     assert list(folder.iterdir()) == []
 
 
@@ -162,7 +155,7 @@ def test_a_notebooks_server_that_does_not_end_is_killed(monkeypatch: pytest.Monk
     monkeypatch.setattr(notebook, "_SLACK_SECONDS", 0.1)
     server = notebook.Server(drain_seconds=0.2)
     server.stop()
-    wait_gone(pid_of(server.log))
+    until_gone(pid_of(server.log))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of a killed parent")
@@ -179,4 +172,4 @@ def test_a_notebooks_server_ends_with_a_killed_kernel() -> None:
     kernel.send_signal(signal.SIGKILL)
     kernel.wait(20)
     kernel.stdout.close()
-    wait_gone(pid)
+    until_gone(pid)

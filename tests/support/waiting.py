@@ -5,6 +5,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import psutil
+
 T = TypeVar("T")
 
 
@@ -34,3 +36,15 @@ async def until_async(condition: Callable[[], Awaitable[object]], seconds: float
             if await condition():
                 return
             await asyncio.sleep(0.02)
+
+
+def until_gone(*pids: int, seconds: float = 20.0) -> None:
+    """Wait until none of these processes runs any more."""
+
+    def gone(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    until(lambda: all(map(gone, pids)), seconds, lambda: "it outlived who started it")

@@ -10,17 +10,10 @@ from server.cli.bench.errors import BenchError, RequestFailedError
 from server.cli.bench.http import Client, ResponseReader
 from server.cli.bench.sse import EventReader
 from server.cli.bench.stats import Sample
+from tests.cli.bench.scripted import chunk, event
 
 TEXT = "Caf\u00e9 \U0001f600"
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
-
-
-def event(payload: object) -> bytes:
-    return b"data: " + orjson.dumps(payload) + b"\n\n"
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def chunked(*pieces: bytes, head: bytes = b"") -> bytes:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,7 +28,7 @@ from tests.support.raw_http import post
 pytestmark = pytest.mark.alone
 
 SOURCE = FAMILIES / "llama-tied"
-ROUNDS = 500
+ROUNDS = int(os.environ.get("ABORT_ROUNDS", "300"))
 PATIENCE = 30.0
 PATH = "/v1/completions"
 
@@ -197,7 +198,7 @@ async def freed(target: Target) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_five_hundred_clients_that_leave_leave_nothing_behind(
+def test_hundreds_of_clients_that_leave_leave_nothing_behind(
     target: Target, machine: Machine
 ) -> None:
     rng = random.Random(7)
@@ -220,8 +221,9 @@ def test_five_hundred_clients_that_leave_leave_nothing_behind(
         p50, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
         print(f"{name:18} {len(times):4} p50 {p50 * 1e3:6.1f} p99 {p99 * 1e3:6.1f} ms")
     every = sorted(wait for times in waits.values() for wait in times)
-    print(f"all p50 {every[250] * 1e3:.1f} p99 {every[494] * 1e3:.1f} max {every[-1] * 1e3:.1f} ms")
-    assert every[494] < machine.seconds(1.0)
+    p50, p99 = every[ROUNDS // 2], every[int(ROUNDS * 0.988)]
+    print(f"all p50 {p50 * 1e3:.1f} p99 {p99 * 1e3:.1f} max {every[-1] * 1e3:.1f} ms")
+    assert p99 < machine.seconds(1.0)
     asyncio.run(still_serves(target))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.machine_speed import Machine
 from tests.support.raw_clients import Ending, body, plain, socketed, stream
-from tests.support.server_process import Process, process, stats_of
+from tests.support.server_process import Process, check_empty, process, stats_of
 from tests.support.tiny_checkpoints import CHAT
 from tests.support.waiting import until_async
 
@@ -39,7 +39,7 @@ class Faulty:
 def faulty(tiny: dict[str, str], tmp_path: Path, machine: Machine) -> Iterator[Faulty]:
     orders = tmp_path / "orders"
     settings = tiny | {"TEST_FAULTS": str(orders)}
-    app = "tests.resilience.faulty_app:app"
+    app = "tests.resilience.faults_app:app"
     with process(tmp_path / "log", settings, app, tracebacks=True) as server:
         server.wait_ready()
         yield Faulty(server, orders, machine)
@@ -73,8 +73,7 @@ async def ready(server: Process) -> bool:
 
 async def check_serves(server: Process) -> None:
     assert (await plain(server, body(20))).tokens == 20
-    stats = stats_of(server.address, CHAT)
-    assert (stats["slots_used"], stats["pages_used"], stats["waiting"]) == (0, 0, 0)
+    check_empty(server.address, CHAT)
 
 
 def test_a_step_that_raises_ends_its_requests_and_no_others(faulty: Faulty) -> None:

@@ -27,7 +27,7 @@ from tests.support.server_process import Process, process
 
 pytestmark = pytest.mark.alone
 
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "6"))
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "4"))
 """Of each store; more find what is rarer."""
 AT_MOST = 5.0
 PATH = "/v1/completions"

@@ -1,6 +1,7 @@
-"""The application, with an engine that can be made to fail: the faults come as a file of orders.
+"""The application, with an engine whose steps can be made to fail or to take longer.
 
-A step looks for the file that the environment names. ``raise`` in it makes the step raise, a number
+A step takes ``TEST_STEP_SECONDS`` more, however quick the machine is. Faults come as a file of
+orders, which a step looks for at ``TEST_FAULTS``: ``raise`` in it makes the step raise, a number
 makes it hang for so many seconds. An engine is given up for lost sooner than a user's is, but not
 before the longest hang that it is to survive: 9 seconds, of which 3 are not noticed. Rebuilding the
 engine takes longer than the server's interval between two looks for a lost engine, so that one look
@@ -16,14 +17,16 @@ from inferneo_jax.runner.runner import PendingStep, Runner
 from server.app import create_app
 from server.models import registry
 
-ORDERS = Path(os.environ["TEST_FAULTS"])
+STEP_SECONDS = float(os.environ.get("TEST_STEP_SECONDS", "0"))
+ORDERS = Path(os.environ.get("TEST_FAULTS", "/nowhere"))
 RESET_SECONDS = 1.2
 _wait = PendingStep.wait
 _reset = Runner.reset
 
 
 def wait(step: PendingStep) -> Any:
-    """Read a step's results, unless there are orders."""
+    """Read a step's results, late, unless there are orders."""
+    time.sleep(STEP_SECONDS)
     if ORDERS.exists():
         order = ORDERS.read_text()
         ORDERS.unlink()

@@ -1,5 +1,6 @@
 """Settings: variables, the file, and what is said when they are wrong."""
 
+import os
 import re
 from pathlib import Path
 
@@ -15,8 +16,6 @@ from server.models.sources import sources_of
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import os
-
     for name in os.environ:
         if name.startswith("INFERNEO_"):
             monkeypatch.delenv(name)
@@ -228,3 +227,25 @@ def test_half_a_job_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         Settings(**(JOB | changes)).job_config()
     assert "secret'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("store", [None, "/data/keys.db", "unix:///run/redis.sock"])
+def test_several_replicas_need_a_store_that_all_reach(
+    store: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERNEO_REPLICAS", "2")
+    if store is not None:
+        monkeypatch.setenv("INFERNEO_KEYS_DB", store)
+    with pytest.raises(ConfigError, match="INFERNEO_REPLICAS is 2, and INFERNEO_KEYS_DB is no URL"):
+        ReplicaSettings.load()
+
+
+def test_replicas_get_the_servers_settings_and_ask_for_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("INFERNEO_CHECKPOINTS")
+    given = {"INFERNEO_KEYS_DB": "redis://host/0", "INFERNEO_SLOTS": "4"}
+    for name, value in (given | {"INFERNEO_REPLICAS": "2", "INFERNEO_REPLICA_TPUS": "4"}).items():
+        monkeypatch.setenv(name, value)
+    settings = ReplicaSettings.load()
+    assert settings.environment() == given | {"INFERNEO_REQUIRE_KEY": "true"}

@@ -125,12 +125,17 @@ async def test_a_turn_lasts_as_long_as_its_thread(
     await settled(text)
 
 
-async def test_a_queue_that_is_too_long_is_refused_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("bound", "value", "queued"),
+    [("MAX_QUEUED_BYTES", 3 * LONG, 3), ("WAIT_SECONDS", 0.05, 0)],
+    ids=["too long a queue", "too long a wait"],
+)
+async def test_what_cannot_be_read_soon_is_an_overload_of_its_key(
+    monkeypatch: pytest.MonkeyPatch, bound: str, value: float, queued: int
 ) -> None:
-    monkeypatch.setattr("server.prompt.cpu_pool.MAX_QUEUED_BYTES", 3 * LONG)
+    monkeypatch.setattr(f"server.prompt.cpu_pool.{bound}", value)
     text, never = CpuPool(), threading.Event()
-    flood = [asyncio.create_task(read(text, "flood", blocked(never))) for _ in range(4)]
+    flood = [asyncio.create_task(read(text, "flood", blocked(never))) for _ in range(1 + queued)]
     await asyncio.sleep(0)
     with pytest.raises(ApiError) as caught:
         await read(text, "flood", lambda: "read")
@@ -141,19 +146,6 @@ async def test_a_queue_that_is_too_long_is_refused_at_once(
     never.set()
     async with asyncio.timeout(TIMEOUT):
         await asyncio.gather(*flood)
-    await settled(text)
-
-
-async def test_a_wait_that_is_too_long_is_an_overload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.prompt.cpu_pool.WAIT_SECONDS", 0.05)
-    text, never = CpuPool(), threading.Event()
-    first = asyncio.create_task(read(text, "a", blocked(never)))
-    await asyncio.sleep(0)
-    with pytest.raises(ApiError) as caught:
-        await read(text, "a", lambda: "read")
-    assert (caught.value.status, caught.value.code) == (503, "overloaded")
-    never.set()
-    await first
     await settled(text)
 
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         load_catalog,
     )
     from inferneo_jax.weights.convert import describe
-    from inferneo_jax.weights.fetch import pull
+    from inferneo_jax.weights.fetch import Offer, pull
 
 _HOMES = {
     "config": (
@@ -104,7 +104,7 @@ _HOMES = {
     "text.tokenizer": ("Tokenizer",),
     "weights.catalog": ("checkpoint_path", "default_checkpoints_dir", "load_catalog"),
     "weights.convert": ("describe",),
-    "weights.fetch": ("pull",),
+    "weights.fetch": ("Offer", "pull"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -135,6 +135,7 @@ __all__ = [
     "MeshShape",
     "Model",
     "ModelInfo",
+    "Offer",
     "OverloadedError",
     "RequestError",
     "SamplingParams",

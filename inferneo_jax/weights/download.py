@@ -1,0 +1,192 @@
+"""Downloads a file of known content from the first of several sources that has it.
+
+The bytes that arrived are kept under the name of the content's digest, so that a later attempt, or
+another source, continues where an earlier one was cut off.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from inferneo_jax.errors import FetchError
+from inferneo_jax.platform.atomic import PARTIAL
+from inferneo_jax.platform.progress import Progress
+
+CHUNK = 1 << 20
+"""Bytes that are read, hashed and written at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """A file to download, known by its content.
+
+    Attributes:
+        path: where it belongs, relative to the model's folder.
+        size: in bytes.
+        digest: in hexadecimal digits.
+        algorithm: that of the digest. ``git`` is SHA-1 over git's header and the content, by which
+            the Hub knows small files.
+    """
+
+    path: str
+    size: int
+    digest: str
+    algorithm: Literal["sha256", "git"] = "sha256"
+
+    def hasher(self) -> Any:
+        """A hash object that yields the digest once it has seen all of the content."""
+        if self.algorithm == "sha256":
+            return hashlib.sha256()
+        header = b"blob %d\0" % self.size
+        return hashlib.sha1(header, usedforsecurity=False)
+
+
+class Source(Protocol):
+    """A place that may have a file. Its ``str`` names it in error messages."""
+
+    def read(
+        self, file: RemoteFile, offset: int, scratch: Path, arrived: Callable[[int], None]
+    ) -> Iterator[bytes]:
+        """Yield the content of ``file`` from ``offset`` to its end, in pieces of any size.
+
+        Args:
+            file: the file to read.
+            offset: number of bytes that are not needed.
+            scratch: a folder for what must be stored meanwhile.
+            arrived: called with the total number of bytes that have arrived, where this is ahead
+                of what has been yielded.
+
+        Raises:
+            FetchError: the source does not have the file, or was interrupted.
+        """
+        ...
+
+
+class DigestError(FetchError):
+    """A source has other content than promised."""
+
+
+class Tally:
+    """Reports the progress of a download of one or more files in bytes of the whole."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._before = 0  # bytes of the files that are complete
+        self._most = 0
+
+    def report(self, stage: str, done: int) -> None:
+        """Report that ``done`` bytes of the current file are here; never less than before."""
+        self._most = max(self._most, min(self._before + done, self._total))
+        self._progress(stage, self._most, self._total)
+
+    def complete(self, size: int) -> None:
+        """Count the current file, of ``size`` bytes, as complete."""
+        self._before += size
+        self.report("downloading", 0)
+
+
+def download(file: RemoteFile, sources: Sequence[Source], folder: Path, tally: Tally) -> Path:
+    """Download a file into ``folder``, unless it is there already.
+
+    Returns:
+        The file's path below ``folder``. A file that has its name is complete and verified.
+
+    Raises:
+        FetchError: no source has it; the message gives the reason of each.
+        OSError: it cannot be stored.
+    """
+    target = folder / file.path
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{file.digest}{PARTIAL}"
+        _require_space(file, partial)
+        reasons = []
+        for source in sources:
+            try:
+                _fill(partial, file, source, tally)
+                break
+            except FetchError as error:
+                reasons.append(f"{source}: {error}")
+        else:
+            if len(reasons) == 1:
+                raise FetchError(f"{file.path} could not be downloaded from {reasons[0]}")
+            raise FetchError(
+                "\n  ".join([f"{file.path} could not be downloaded from any source:", *reasons])
+            )
+        partial.rename(target)
+    tally.complete(file.size)
+    return target
+
+
+def folder_bytes(folder: Path) -> int:
+    """The total size of all files below ``folder``, in bytes; files may come and go meanwhile."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size
+    return total
+
+
+def _fill(partial: Path, file: RemoteFile, source: Source, tally: Tally) -> None:
+    """Complete a partial file from one source, and verify it."""
+    kept = _size(partial)
+    try:
+        _receive(partial, file, source, tally)
+    except DigestError:
+        if not kept:
+            raise
+        # The kept bytes may be another source's, or may have been damaged on disk.
+        _receive(partial, file, source, tally)
+
+
+def _receive(partial: Path, file: RemoteFile, source: Source, tally: Tally) -> None:
+    """Append what a partial file lacks; it is removed if its content is not the promised one."""
+    hasher, done = file.hasher(), 0
+    with partial.open("a+b") as out:
+        out.seek(0)
+        while chunk := out.read(CHUNK):
+            hasher.update(chunk)
+            done += len(chunk)
+            tally.report("verifying", done)
+        if done < file.size:
+            scratch = partial.parent
+
+            def arrived(count: int) -> None:
+                tally.report("downloading", count)
+
+            for piece in source.read(file, done, scratch, arrived):
+                out.write(piece)
+                hasher.update(piece)
+                done += len(piece)
+                if done > file.size:
+                    break
+                arrived(done)
+        out.flush()
+        os.fsync(out.fileno())
+    if done < file.size:
+        raise FetchError(f"it ended after {done:,} of {file.size:,} bytes")
+    if done > file.size or hasher.hexdigest() != file.digest:
+        partial.unlink()
+        found = f"more than {file.size:,} bytes" if done > file.size else hasher.hexdigest()
+        raise DigestError(f"its content is not {file.digest} ({file.algorithm}) but {found}")
+
+
+def _require_space(file: RemoteFile, partial: Path) -> None:
+    missing, free = file.size - _size(partial), shutil.disk_usage(partial.parent).free
+    if missing > free:
+        raise FetchError(
+            f"{file.path} needs {missing / 1e6:,.0f} MB more, and {free / 1e6:,.0f} MB are free at "
+            f"{partial.parent}; free some space there, or name another folder with --checkpoints "
+            "or INFERNEO_CHECKPOINTS"
+        )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

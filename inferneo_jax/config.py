@@ -193,8 +193,11 @@ class EngineConfig:
         page_len: number of tokens per KV page; None: 64 on TPUs, which read few large pages faster
             than many small ones, and 16 elsewhere.
         kv_tokens: size of the KV cache in tokens, shared by all requests; None: chosen by memory.
-        prefill_chunks: the sizes of the chunks into which prompts are split. A step prefills one
-            chunk, or as many chunks of a shorter size as fit into the longest chunk's tokens.
+        prefill_chunks: the sizes of the chunks for which prefill is compiled. A step prefills at
+            most one chunk, or as many of a shorter size as fit into the longest chunk's tokens.
+        itl_budget: milliseconds by which prefill may delay the next token of running requests. A
+            step that decodes prefills as many prompt tokens as are expected to fit, by the times
+            that are measured; others prefill as many as the longest chunk has.
         dtype: type of the weights and matrix products; auto: bfloat16 where it is fast.
         kernels: implementation of attention, and on CPUs of matrix products; xla: the reference,
             native: the kernels for the device, auto: native where such kernels exist.
@@ -224,6 +227,8 @@ class EngineConfig:
     page_len: int | None = None
     kv_tokens: int | None = None
     prefill_chunks: tuple[int, ...] = (32, 128, 256)
+    # No program depends on it, and what is compiled is found again by this ``repr``.
+    itl_budget: float = field(default=50.0, repr=False)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Literal["auto", "xla", "native"] = "auto"
     quantization: Literal["auto", "none", "int8"] = "auto"
@@ -242,6 +247,8 @@ class EngineConfig:
         for name in ("slots", "page_len", "max_logit_bias", "draft_tokens"):
             if (getattr(self, name) or 1) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.itl_budget > 0:
+            raise ConfigError(f"itl_budget is {self.itl_budget}; it must be above 0")
         if not self.step_seconds > 0:
             raise ConfigError(f"step_seconds is {self.step_seconds}; it must be above 0")
         if self.slots > (most := max(self.row_buckets) * self.mesh.data):

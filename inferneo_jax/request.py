@@ -213,6 +213,8 @@ class EngineStats:
     """A consistent snapshot of the engine between two steps. Pages hold ``page_len`` tokens.
 
     ``accepted_tokens`` counts those of the ``drafted_tokens`` that were sampled as well.
+    ``itl_budget`` is in seconds; ``prefill_allowance`` is the number of prompt tokens that a step
+    which decodes prefills at most now.
     """
 
     ready: bool
@@ -224,6 +226,8 @@ class EngineStats:
     page_len: int
     running: int
     waiting: int
+    itl_budget: float
+    prefill_allowance: int
     steps: int
     compiles_after_ready: int
     preemptions: int

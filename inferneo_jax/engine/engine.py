@@ -12,7 +12,7 @@ import time
 
 from inferneo_jax.engine.forecast import Forecast
 from inferneo_jax.engine.inbox import Inbox
-from inferneo_jax.engine.outputs import StepResults, read_results
+from inferneo_jax.engine.outputs import read_results
 from inferneo_jax.errors import EngineFailedError, EngineStoppedError
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.watchdog import Heartbeat
@@ -24,7 +24,8 @@ from inferneo_jax.request import (
     OutputSink,
     TokenLogprob,
 )
-from inferneo_jax.runner.runner import PendingStep, Runner
+from inferneo_jax.runner.runner import PendingStep, Runner, StepResults
+from inferneo_jax.scheduler.prefill import PrefillPlanner
 from inferneo_jax.scheduler.scheduler import DataParallelScheduler, SchedulerOutputs
 from inferneo_jax.scheduler.sequence import Sequence
 
@@ -41,17 +42,17 @@ class Engine:
     def __init__(self, runner: Runner) -> None:
         self.max_len, self._limits = runner.max_len, runner.limits
         self._runner = runner
+        self._itl_budget = runner.config.itl_budget / 1000
+        self._planner = PrefillPlanner(runner.shapes, runner.prefill_times, self._itl_budget)
         self._scheduler = DataParallelScheduler(
             runner.dp_size,
             slots=runner.slots,
             num_blocks=runner.num_pages,
             block_len=runner.page_len,
-            shapes=runner.shapes,
+            planner=self._planner,
             speculation=runner.speculation,
         )
-        self._forecast = Forecast(
-            runner.dp_size * runner.slots, runner.dp_size * runner.shapes.budget
-        )
+        self._forecast = Forecast(runner.dp_size * runner.slots)
         self._in_flight: PendingStep | None = None
         self._idle = True  # the latest step found nothing to do
         self._totals = EngineTotals()
@@ -122,6 +123,7 @@ class Engine:
         return EngineStats(
             ready=self._inbox.open,
             compiles_after_ready=compiles.num_unexpected() - self._compiles_before,
+            itl_budget=self._itl_budget,
             **counts | {"waiting": max(0, len(self._inbox) - counts["running"])},
             **dataclasses.asdict(totals),
         )
@@ -132,7 +134,10 @@ class Engine:
         They are of one owner and priority. None: they need not wait for a slot, the engine has
         nothing else to do, or it has measured too little.
         """
-        return self._forecast.seconds(self._inbox.live(), requests, self._figures[1])
+        counts, totals = self._figures
+        return self._forecast.seconds(
+            self._inbox.live(), requests, totals, counts["prefill_allowance"]
+        )
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -194,14 +199,16 @@ class Engine:
         with self._heartbeat:
             # Asked for in here: ``fail`` closes the inbox, then condemns the step in flight.
             if self._inbox.end:
-                return None, (None, None)
+                return None, StepResults()
             step = self._runner.run(scheduled) if scheduled else None
-            return step, previous.wait() if previous else (None, None)
+            return step, previous.wait() if previous else StepResults()
 
     def _commit(self, step: PendingStep, results: StepResults) -> None:
         """Append a step's tokens to its sequences and deliver them to the sinks."""
         self._totals.steps += 1
-        for result in read_results(step.scheduled, *results):
+        if results.prefill_seconds is not None:
+            self._scheduler.measured(step.scheduled, results.prefill_seconds)
+        for result in read_results(step.scheduled, results.decode, results.prefill):
             sequence = result.sequence
             self._totals.prompt_tokens += result.num_prefilled
             self._totals.drafted_tokens += result.num_drafted

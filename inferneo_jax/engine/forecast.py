@@ -32,11 +32,10 @@ class Forecast:
 
     Args:
         slots: maximum number of sequences that decode together.
-        budget: maximum number of prompt tokens of one step.
     """
 
-    def __init__(self, slots: int, budget: int) -> None:
-        self._slots, self._budget = slots, budget
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
         self._busy = self._steps = 0.0
         self._recent: deque[int] = deque(maxlen=_LENGTHS_KEPT)
         # Replaced as a whole, never changed, since other threads read it.
@@ -56,7 +55,11 @@ class Forecast:
         self._known = self._known[0], tuple(self._recent)
 
     def seconds(
-        self, live: list[Sequence], requests: list[GenerationRequest], totals: EngineTotals
+        self,
+        live: list[Sequence],
+        requests: list[GenerationRequest],
+        totals: EngineTotals,
+        allowance: int,
     ) -> float | None:
         """Seconds until all of ``requests``, of one owner and priority, would have finished.
 
@@ -67,6 +70,7 @@ class Forecast:
             live: accepted sequences that have not finished.
             requests: the new requests.
             totals: the engine's totals, which show what the prefix cache and drafts have saved.
+            allowance: prompt tokens that a step prefills at most while it decodes.
         """
         pace, lengths = self._known
         waits = live and len(live) + len(requests) > self._slots
@@ -103,10 +107,11 @@ class Forecast:
         for request in others:
             add(True, len(request.prompt), expected(request.max_tokens))
         # An owner has its share of the engine, however much the others have asked for before.
-        wait = min(self._steps_for(all_work), len(owners) * self._steps_for(own_work))
-        alone = len(last.prompt) * uncached / self._budget + expected(last.max_tokens) / drafted
+        own_steps = len(owners) * self._steps_for(own_work, allowance)
+        wait = min(self._steps_for(all_work, allowance), own_steps)
+        alone = len(last.prompt) * uncached / allowance + expected(last.max_tokens) / drafted
         return pace * (wait + alone)
 
-    def _steps_for(self, work: _Work) -> float:
+    def _steps_for(self, work: _Work, allowance: int) -> float:
         """The minimum number of steps for this work."""
-        return max(work.prompt / self._budget, work.output / self._slots)
+        return max(work.prompt / allowance, work.output / self._slots)

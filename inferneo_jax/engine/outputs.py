@@ -10,9 +10,6 @@ from inferneo_jax.scheduler.scheduler import PrefillChunk, SchedulerOutputs
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import accepted_tokens
 
-StepResults = tuple[Sampled | None, Sampled | None]
-"""What a step's decode and prefill sampled; None for the part that it did not have."""
-
 
 @dataclass(frozen=True, slots=True)
 class SequenceResult:

@@ -23,7 +23,7 @@ from inferneo_jax.layers.sampler import Sampler
 from inferneo_jax.models.steps import SampleInputs, SlotState, Steps, sample_bucket
 from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.inputs import InputBuilder
-from inferneo_jax.scheduler.scheduler import PrefillShapes
+from inferneo_jax.scheduler.prefill import PrefillShapes
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
@@ -240,10 +240,14 @@ class Programs:
             case Admit(rows):
                 return self.inputs.admit(nothing, rows)
 
-    def busy_arguments(self, key: Called) -> tuple[Any, ...]:
-        """As ``host_arguments``, but every row has all its tokens to compute, without pages.
+    def busy_arguments(self, key: Called, tokens: int | None = None) -> tuple[Any, ...]:
+        """As ``host_arguments``, but every row has tokens to compute, without pages.
 
-        They show how long a program takes at most.
+        They show how long a program takes.
+
+        Args:
+            key: the program.
+            tokens: prompt tokens of each row of a prefill; None: as many as it has room for.
         """
         arguments = self.host_arguments(key)
         if isinstance(key, Admit):
@@ -252,10 +256,10 @@ class Programs:
         slots = np.minimum(np.arange(key.rows, dtype=np.int32), self.inputs.slots - 1)
         busy = nothing._replace(slots=np.tile(slots, self.dp_size))
         match key:
-            case Prefill(_, tokens):
-                busy = busy._replace(length=np.full_like(nothing.slots, tokens))
-            case Verify(_, tokens):
-                busy = busy._replace(num_drafted=np.full_like(nothing.slots, tokens - 1))
+            case Prefill(_, chunk):
+                busy = busy._replace(length=np.full_like(nothing.slots, tokens or chunk))
+            case Verify(_, length):
+                busy = busy._replace(num_drafted=np.full_like(nothing.slots, length - 1))
         return (busy,)
 
     def described(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,12 +39,30 @@ from inferneo_jax.runner.programs import (
     num_tokens,
 )
 from inferneo_jax.runner.wire import Wire
+from inferneo_jax.scheduler.prefill import LEAST_TOKENS, PrefillTimes
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk, SchedulerOutputs
 from inferneo_jax.scheduler.speculation import SpeculativeConfig
 from inferneo_jax.sharding import mesh as meshes
 
 _TIMES = 3
 """Number of timed runs of a program when its time is compared with another's."""
+_PREFILL_TIMES = 2
+"""Number of timed runs of prefill, of which the faster counts; the engine goes on measuring."""
+
+
+class StepResults(NamedTuple):
+    """The results of a step on the host.
+
+    Attributes:
+        decode: what the decode rows sampled, as numpy arrays; None without decode rows.
+        prefill: the same of prefill.
+        prefill_seconds: the time that prefill took after decode, which waited for it; None unless
+            the step had both.
+    """
+
+    decode: Sampled | None = None
+    prefill: Sampled | None = None
+    prefill_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +76,14 @@ class PendingStep:
     decode: tuple[Forward, Sampled] | None
     prefill: tuple[Forward, Sampled] | None
 
-    def wait(self) -> tuple[Sampled | None, Sampled | None]:
+    def wait(self) -> StepResults:
         """Wait for the results of decode and prefill, and return them as numpy arrays."""
-        read = [each and _read(*each, len(self.scheduled)) for each in (self.decode, self.prefill)]
-        return read[0], read[1]
+        decode = self.decode and _read(*self.decode, len(self.scheduled))
+        # The device runs one program after the other.
+        decoded = time.perf_counter()
+        prefill = self.prefill and _read(*self.prefill, len(self.scheduled))
+        both = decode is not None and prefill is not None
+        return StepResults(decode, prefill, time.perf_counter() - decoded if both else None)
 
 
 def _fetch(
@@ -113,6 +135,7 @@ class Runner:
     Attributes:
         step_seconds: the time after which a step counts as hanging; known after ``compile``.
         speculation: when to make drafts; None: never. Known after ``compile``.
+        prefill_times: how long prefill takes while nothing else runs. Known after ``compile``.
         wire: encodes steps for the other processes; None: there are none.
 
     Raises:
@@ -144,6 +167,7 @@ class Runner:
         self._compiled: dict[Key, Any] = {}
         self.step_seconds = config.step_seconds
         self.speculation: SpeculativeConfig | None = None
+        self.prefill_times = PrefillTimes()
         self._cache: KVCache
         self._state: SlotState
         self._allocate()
@@ -207,11 +231,12 @@ class Runner:
         if self._mesh.devices.flat[0].platform == "cpu":
             # On CPUs a first run takes no longer than later ones, so only the largest program of
             # each kind is run, to time it.
-            largest: dict[type[Called], int] = {}
+            largest: dict[type[Called], Called] = {}
             for key in keys:
-                largest[type(key)] = max(largest.get(type(key), 0), _size(key))
-            keys = [key for key in keys if _size(key) == largest[type(key)]]
+                largest[type(key)] = max(largest.get(type(key), key), key, key=_size)
+            keys = list(largest.values())
         slowest = max(self._seconds(key) for key in keys)
+        self.prefill_times = self._measure_prefill()
         self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
         if buckets := self._programs.draft_buckets:
             self.speculation = SpeculativeConfig(self.config.draft_tokens, buckets[-1])
@@ -219,9 +244,25 @@ class Runner:
                 cost = max(self._draft_cost(bucket) for bucket in buckets)
                 self.speculation = dataclasses.replace(self.speculation, cost=cost)
 
-    def _seconds(self, key: Called) -> float:
-        """Measure the seconds that a program takes when all its rows are busy."""
-        arguments = self._programs.busy_arguments(key)
+    def _measure_prefill(self) -> PrefillTimes:
+        """Measure how long prefill takes: the least of a chunk, then each whole one, in one row."""
+        shapes = self.shapes
+        chunks = [tokens for rows, tokens in shapes.shapes if rows == 1]
+        sizes = [(chunks[0], min(LEAST_TOKENS, chunks[0])), *((each, each) for each in chunks)]
+        measured = []
+        for chunk, tokens in sizes:
+            seconds = min(self._seconds(Prefill(1, chunk), tokens) for _ in range(_PREFILL_TIMES))
+            measured.append((shapes.cost((1, chunk), tokens), seconds))
+        return PrefillTimes(measured)
+
+    def _seconds(self, key: Called, tokens: int | None = None) -> float:
+        """Measure the seconds that a program takes when all its rows are busy.
+
+        Args:
+            key: the program.
+            tokens: prompt tokens of each row of a prefill; None: as many as it has room for.
+        """
+        arguments = self._programs.busy_arguments(key, tokens)
         started = time.perf_counter()
         self.execute(key, arguments)
         jax.block_until_ready((self._cache, self._state))

@@ -1,8 +1,8 @@
 """Who runs next: each step's decode rows and prefill chunks, and who holds which slot and blocks.
 
 Every step decodes one token for each running request and, beside that, prefills several prompts,
-or chunks of them, up to a token budget. So a running stream never waits longer than for one step
-of that many prompt tokens, however many and however long the prompts that arrive. A prompt that
+or chunks of them, as far as the planner allows (``prefill.py``). So a running stream does not wait
+long for its next token, however many and however long the prompts that arrive. A prompt that
 begins like one that is being computed waits for its blocks instead of computing them again. When
 blocks run out, the least urgent request gives up its own and starts over later.
 
@@ -21,14 +21,12 @@ from dataclasses import dataclass
 
 from inferneo_jax.request import FinishReason
 from inferneo_jax.scheduler.block_pool import BlockPool
+from inferneo_jax.scheduler.prefill import PrefillPlanner, Shape
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import SpeculativeConfig, Speculator
 
 _PROMPT_COST, _OUTPUT_COST = 1, 2
 """What a token is charged to its owner; an output token keeps the device busy for longer."""
-
-Shape = tuple[int, int]
-"""Number of rows of a prefill step, and tokens of each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,75 +78,16 @@ SchedulerOutputs = tuple[SchedulerOutput, ...]
 """What one step runs, by data-parallel rank."""
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillShapes:
-    """The shapes of one rank's prefill steps, each a compiled program, and the choice of one.
-
-    A prefill step computes a rectangle of rows and tokens, a part of which may be padding. None is
-    larger than the longest chunk, which bounds how long running streams wait: the token budget.
-
-    Attributes:
-        shapes: sorted by their number of tokens.
-        overhead: fixed cost of a step, in tokens: the time in which the weights are read, and the
-            time that decode rows wait meanwhile.
-        padding: cost of a token of padding, in tokens of a prompt.
-    """
-
-    shapes: tuple[Shape, ...]
-    overhead: int
-    padding: float = 1.0
-
-    @classmethod
-    def of(
-        cls, chunks: Tokens[int], slots: int, overhead: int, padding: float = 1.0
-    ) -> "PrefillShapes":
-        """Each chunk in one row, and in as many rows as the longest chunk's tokens allow."""
-        rows = {chunk: max(1, min(slots, chunks[-1] // chunk)) for chunk in chunks}
-        shapes = {(each, chunk) for chunk, max_rows in rows.items() for each in (1, max_rows)}
-        rising = tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
-        return cls(rising, overhead, padding)
-
-    @property
-    def budget(self) -> int:
-        """Maximum number of tokens of one step."""
-        rows, chunk = self.shapes[-1]
-        return rows * chunk
-
-    @property
-    def max_rows(self) -> int:
-        """Maximum number of rows of one step."""
-        return max(rows for rows, _ in self.shapes)
-
-    def choose(self, lengths: Tokens[int]) -> Shape:
-        """The shape that computes most prompt tokens for its cost.
-
-        The last chunk of a prompt is partly padding. That cost is spread over all chunks of the
-        prompt, so that a cut is judged by where it leads. Among equals the shape with longer rows
-        wins: it ends some prompts sooner and none later.
-
-        Args:
-            lengths: prompt tokens that each sequence lacks, in order of admission; not empty.
-        """
-
-        def worth(shape: Shape) -> tuple[float, int]:
-            rows, chunk = shape
-            computed = sum(length / -(-length // chunk) for length in lengths[:rows])
-            padded = rows * chunk - computed
-            return computed / (self.overhead + computed + self.padding * padded), chunk
-
-        return max(self.shapes, key=worth)
-
-
 class Scheduler:
     """Slots, blocks and the order of requests on one data-parallel rank."""
 
     def __init__(
-        self, slots: int, pool: BlockPool, shapes: PrefillShapes, speculator: Speculator
+        self, slots: int, pool: BlockPool, planner: PrefillPlanner, speculator: Speculator
     ) -> None:
         self.pool = pool
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._shapes = shapes
+        self._planner = planner
         self._speculator = speculator
         self._free_slots = list(range(slots - 1, -1, -1))
         self._waiting: list[Sequence] = []
@@ -196,11 +135,12 @@ class Scheduler:
         self._share.leave(sequence.request.owner)
         self._speculator.forget(sequence)
 
-    def schedule(self, shape: Shape | None = None, *, draft: bool = False) -> SchedulerOutput:
+    def schedule(self, *, draft: bool = False) -> SchedulerOutput:
         """Schedule the next step, on the assumption that it will be run.
 
+        The planner must know of the step (``PrefillPlanner.begin_step``).
+
         Args:
-            shape: of its prefill, when another rank has chosen one.
             draft: whether to make drafts; every sampled token must have been committed.
         """
         candidate = self._make_room()
@@ -209,7 +149,7 @@ class Scheduler:
         # Blocks that a preemption just freed are for those who lacked them, not for newcomers.
         crowded = self.num_preemptions > preemptions
         admitted = () if crowded else self._admit(candidate)
-        shape, prefill = self._schedule_prefill(shape)
+        shape, prefill = self._schedule_prefill()
         return SchedulerOutput(admitted, prefill, shape, decode)
 
     def commit(
@@ -291,15 +231,19 @@ class Scheduler:
         room = len(sequence.blocks) * self.pool.block_len - sequence.num_computed - 1
         return tuple(draft[:room])
 
-    def _schedule_prefill(
-        self, shape: Shape | None
-    ) -> tuple[Shape | None, tuple[PrefillChunk, ...]]:
-        """The next chunk of each prompt that fits the shape, in order of admission."""
-        if not (sequences := self._prefilling()):
+    def _schedule_prefill(self) -> tuple[Shape | None, tuple[PrefillChunk, ...]]:
+        """The next chunk of each prompt that fits the plan, in order of admission."""
+        sequences = self._prefilling()
+        plan = self._planner.plan([sequence.num_missing for sequence in sequences])
+        if not plan or not sequences:
             return None, ()
-        shape = shape or self._shapes.choose([sequence.num_missing for sequence in sequences])
-        rows, chunk = shape
-        return shape, tuple(self._schedule_chunk(sequence, chunk) for sequence in sequences[:rows])
+        (rows, chunk), left = plan
+        chunks = []
+        for sequence in sequences[:rows]:
+            if left:
+                chunks.append(self._schedule_chunk(sequence, min(chunk, left)))
+                left -= chunks[-1].length
+        return plan.shape, tuple(chunks)
 
     def _schedule_chunk(self, sequence: Sequence, max_tokens: int) -> PrefillChunk:
         start = sequence.num_computed
@@ -317,7 +261,8 @@ class Scheduler:
     def _lacks_prompts(self) -> bool:
         """Whether a step could prefill more than the running sequences need."""
         missing = [sequence.num_missing for sequence in self._prefilling()]
-        return len(missing) < self._shapes.max_rows and sum(missing) < self._shapes.budget
+        shapes = self._planner.shapes
+        return len(missing) < shapes.max_rows and sum(missing) < shapes.max_tokens
 
     def _next_waiting(self, skipped: Collection[Sequence] = ()) -> Sequence | None:
         """Whose turn it is: of the owner served least, the most urgent."""
@@ -355,7 +300,7 @@ class Scheduler:
         while (
             self._free_slots
             and self._lacks_prompts()
-            and len(put_off) < self._shapes.max_rows
+            and len(put_off) < self._planner.shapes.max_rows
             and (sequence := candidate or self._next_waiting(put_off))
         ):
             # The last token is always computed, since its logits are what the prefill is for.
@@ -465,8 +410,8 @@ class DataParallelScheduler:
 
     A rank is one place on the mesh's ``data`` axis. It has its own slots and blocks, and so its own
     scheduler. All ranks run each step together, as one program each for prefill and for decode, so
-    they share the prefill's shape and take turns to choose it. A request stays on the rank it was
-    given to, where its blocks are.
+    they share the plan of the prefill and take turns to be asked first. A request stays on the rank
+    it was given to, where its blocks are.
     """
 
     def __init__(
@@ -476,16 +421,17 @@ class DataParallelScheduler:
         slots: int,
         num_blocks: int,
         block_len: int,
-        shapes: PrefillShapes,
+        planner: PrefillPlanner,
         speculation: SpeculativeConfig | None = None,
     ) -> None:
 
         def make() -> list[Scheduler]:
             self._speculator = Speculator(speculation)
             pools = [BlockPool(num_blocks, block_len) for _ in range(dp_size)]
-            return [Scheduler(slots, pool, shapes, self._speculator) for pool in pools]
+            return [Scheduler(slots, pool, planner, self._speculator) for pool in pools]
 
         self._make = make
+        self._planner = planner
         self._ranks = make()
         self._preemptions_before = 0
         self._first = 0
@@ -525,11 +471,11 @@ class DataParallelScheduler:
             draft: whether to make drafts; every sampled token must have been committed.
         """
         draft = draft and self._allows_drafts()
+        self._planner.begin_step(decoding=any(rank.num_decoding() for rank in self._ranks))
         self._first = (self._first + 1) % len(self._ranks)
-        shape, outputs = None, {}
+        outputs = {}
         for rank in (*range(self._first, len(self._ranks)), *range(self._first)):
-            outputs[rank] = self._ranks[rank].schedule(shape, draft=draft)
-            shape = shape or outputs[rank].shape
+            outputs[rank] = self._ranks[rank].schedule(draft=draft)
         return tuple(outputs[rank] for rank in sorted(outputs)) if any(outputs.values()) else None
 
     def commit(
@@ -538,6 +484,12 @@ class DataParallelScheduler:
         """As ``Scheduler.commit``."""
         return self._ranks[sequence.dp_rank].commit(sequence, tokens, num_drafted)
 
+    def measured(self, scheduled: SchedulerOutputs, prefill_seconds: float) -> None:
+        """Record how long the prefill of a step took, which also decoded."""
+        if shape := next((output.shape for output in scheduled if output.shape), None):
+            tokens = max(sum(chunk.length for chunk in output.prefill) for output in scheduled)
+            self._planner.measured(shape, tokens, prefill_seconds)
+
     def counts(self) -> dict[str, int]:
         """Numbers for ``EngineStats``."""
         each = [rank.counts() for rank in self._ranks]
@@ -545,6 +497,7 @@ class DataParallelScheduler:
         return total | {
             "page_len": each[0]["page_len"],
             "preemptions": total["preemptions"] + self._preemptions_before,
+            "prefill_allowance": len(each) * self._planner.allowance,
         }
 
     def _allows_drafts(self) -> bool:

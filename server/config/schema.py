@@ -142,6 +142,15 @@ class EngineSettings(BaseModel):
         "that serve requests independently.",
         json_schema_extra=_shown("data=N,model=N", "all devices on model"),
     )
+    itl_budget: float = Field(
+        default=EngineConfig().itl_budget,
+        gt=0,
+        le=60_000,
+        description="How long the prefill of prompts may delay the next token of requests that are "
+        "generating, in milliseconds. Less makes streams smoother, more shortens the time to the "
+        "first token while others generate.",
+        json_schema_extra=_shown("MILLISECONDS"),
+    )
     speculation: Literal["auto", "off", "ngram"] = Field(
         default="auto",
         description="Speculative decoding with drafts that are looked up in the preceding tokens "

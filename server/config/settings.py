@@ -115,6 +115,7 @@ class Settings(SettingsSchema, BaseSettings):
             kernels=self.kernels,
             quantization=self.quantization,
             kv_dtype=self.kv_dtype,
+            itl_budget=self.itl_budget,
             speculation=self.speculation,
             max_len=self.max_len,
             mesh=MeshShape.parse(self.mesh),

@@ -29,6 +29,14 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         "Pages that no request holds and that wait for one with the same prefix.",
         lambda s: s.pages_cached,
     ),
+    "inferneo_itl_budget_seconds": (
+        "How long prefill may delay the next token of requests that are generating.",
+        lambda s: s.itl_budget,
+    ),
+    "inferneo_prefill_allowance_tokens": (
+        "Prompt tokens that a step prefills at most now while requests are generating.",
+        lambda s: s.prefill_allowance,
+    ),
     "inferneo_engine_ready": ("1 while the engine takes requests, else 0.", lambda s: s.ready),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {

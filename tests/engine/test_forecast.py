@@ -9,7 +9,7 @@ from inferneo_jax.request import EngineTotals, GenerationRequest
 from inferneo_jax.scheduler.sequence import Sequence
 from tests.support.tiny_model import MakeEngine, prompt, submit
 
-SLOTS, BUDGET = 4, 16
+SLOTS, ALLOWANCE = 4, 16
 STEP = 0.01
 NOTHING_SPARED = EngineTotals(prompt_tokens=100, output_tokens=100)
 
@@ -32,7 +32,7 @@ def live(request: GenerationRequest, written: int = 0) -> Sequence:
 @pytest.fixture
 def forecast() -> Forecast:
     """Of an engine whose steps take 10 ms, and whose requests write 100 tokens if they may."""
-    made = Forecast(SLOTS, BUDGET)
+    made = Forecast(SLOTS)
     for _ in range(100):
         made.stepped(STEP, steps=1)
         made.finished(100)
@@ -45,27 +45,27 @@ def seconds(
     *requests: GenerationRequest,
     totals: EngineTotals = NOTHING_SPARED,
 ) -> float:
-    found = forecast.seconds(running, list(requests), totals)
+    found = forecast.seconds(running, list(requests), totals, ALLOWANCE)
     assert found is not None
     return found
 
 
 def test_nothing_is_said_of_what_need_not_wait(forecast: Forecast) -> None:
     three = [live(asked())] * 3
-    assert forecast.seconds(three, [asked()], NOTHING_SPARED) is None
-    assert forecast.seconds([], [asked(10_000)] * 50, NOTHING_SPARED) is None
-    assert forecast.seconds(three, [asked()] * 2, NOTHING_SPARED) is not None
+    assert forecast.seconds(three, [asked()], NOTHING_SPARED, ALLOWANCE) is None
+    assert forecast.seconds([], [asked(10_000)] * 50, NOTHING_SPARED, ALLOWANCE) is None
+    assert forecast.seconds(three, [asked()] * 2, NOTHING_SPARED, ALLOWANCE) is not None
 
 
 def test_nothing_is_said_before_anything_is_known() -> None:
-    forecast, full = Forecast(SLOTS, BUDGET), [live(asked())] * 9
-    assert forecast.seconds(full, [asked()], EngineTotals()) is None
+    forecast, full = Forecast(SLOTS), [live(asked())] * 9
+    assert forecast.seconds(full, [asked()], EngineTotals(), ALLOWANCE) is None
     forecast.stepped(STEP, steps=1)
     for _ in range(7):
         forecast.finished(100)
-        assert forecast.seconds(full, [asked()], EngineTotals()) is None
+        assert forecast.seconds(full, [asked()], EngineTotals(), ALLOWANCE) is None
     forecast.finished(100)
-    assert forecast.seconds(full, [asked()], EngineTotals()) is not None
+    assert forecast.seconds(full, [asked()], EngineTotals(), ALLOWANCE) is not None
 
 
 def test_what_is_ahead_is_shared_by_the_slots(forecast: Forecast) -> None:
@@ -106,7 +106,7 @@ def test_cached_prefixes_and_drafts_save_steps(forecast: Forecast) -> None:
     )
     full = [live(asked(length=1600))] * 8
     # 200 prompt tokens a step beside 50 * 8 outputs in 4 slots; then its own.
-    expected = STEP * (8 * 400 / BUDGET + 400 / BUDGET + 50)
+    expected = STEP * (8 * 400 / ALLOWANCE + 400 / ALLOWANCE + 50)
     found = seconds(forecast, full, asked(length=1600), totals=totals)
     assert found == pytest.approx(expected, rel=0.01)
 

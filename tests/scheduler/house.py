@@ -4,7 +4,8 @@ from collections import Counter
 
 from inferneo_jax.request import GenerationRequest
 from inferneo_jax.scheduler.block_pool import BlockPool
-from inferneo_jax.scheduler.scheduler import PrefillShapes, Scheduler, SchedulerOutput
+from inferneo_jax.scheduler.prefill import PrefillPlanner, PrefillShapes
+from inferneo_jax.scheduler.scheduler import Scheduler, SchedulerOutput
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import Speculator
 
@@ -16,7 +17,8 @@ class House:
     """A scheduler, and steps that take no time: every token is 1."""
 
     def __init__(self, slots: int = 4, blocks: int = 1000) -> None:
-        self.scheduler = Scheduler(slots, BlockPool(blocks, BLOCK), SHAPES, Speculator(None))
+        self.planner = PrefillPlanner(SHAPES)
+        self.scheduler = Scheduler(slots, BlockPool(blocks, BLOCK), self.planner, Speculator(None))
         self.slots = slots
         self.sequences: list[Sequence] = []
         self.tokens: Counter[str] = Counter()
@@ -49,6 +51,7 @@ class House:
     def step(self, times: int = 1) -> None:
         """As the engine does it: a step is read when the next one is on its way."""
         for _ in range(times):
+            self.planner.begin_step(decoding=self.scheduler.num_decoding() > 0)
             output = self.scheduler.schedule()
             self._check(output)
             if self._in_flight:
@@ -56,10 +59,10 @@ class House:
             self._in_flight = output
 
     def _check(self, output: SchedulerOutput) -> None:
-        """What is prefilled beside decoding rows stays within the budget, and fits its shape."""
+        """What is prefilled fits its shape."""
         self.rows.append(len(output.decode))
         self.chunks.append(len(output.prefill))
-        assert sum(chunk.length for chunk in output.prefill) <= SHAPES.budget
+        assert sum(chunk.length for chunk in output.prefill) <= SHAPES.max_tokens
         if output.prefill:
             assert output.shape in SHAPES.shapes
             rows, tokens = output.shape

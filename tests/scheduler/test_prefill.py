@@ -1,15 +1,13 @@
-"""Prompts are prefilled several at a time, none twice, within a budget."""
+"""Prompts are prefilled several at a time, none twice, in the shape that is worth most."""
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.programs import Admit, Prefill, Verify
-from inferneo_jax.scheduler.scheduler import PrefillShapes
-from tests.scheduler.house import SHAPES, House
+from inferneo_jax.scheduler.prefill import PrefillShapes, Shape
+from tests.scheduler.house import House
 from tests.support.tiny_model import (
     MIXED,
     TINY_ENGINE,
@@ -21,10 +19,15 @@ from tests.support.tiny_model import (
 )
 
 
+def chosen(shapes: PrefillShapes, lengths: list[int]) -> Shape:
+    """The shape for prompts of these lengths while nothing limits it."""
+    return shapes.choose(lengths, {(rows, chunk): rows * chunk for rows, chunk in shapes.shapes})
+
+
 def test_each_chunk_has_one_row_or_as_many_as_the_longest_holds() -> None:
     shapes = PrefillShapes.of((32, 128, 256), slots=32, overhead=32)
     assert shapes.shapes == ((1, 32), (1, 128), (1, 256), (2, 128), (8, 32))
-    assert (shapes.budget, shapes.max_rows) == (256, 8)
+    assert (shapes.max_tokens, shapes.max_rows) == (256, 8)
     assert PrefillShapes.of((32, 256), slots=4, overhead=32).shapes == ((1, 32), (4, 32), (1, 256))
 
 
@@ -44,8 +47,8 @@ def test_each_chunk_has_one_row_or_as_many_as_the_longest_holds() -> None:
         ([20, 3000], (2, 128)),
     ],
 )
-def test_the_shape_computes_most_for_its_cost(lengths: list[int], shape: tuple[int, int]) -> None:
-    assert PrefillShapes.of((32, 128, 256), slots=32, overhead=32).choose(lengths) == shape
+def test_the_shape_computes_most_for_its_cost(lengths: list[int], shape: Shape) -> None:
+    assert chosen(PrefillShapes.of((32, 128, 256), slots=32, overhead=32), lengths) == shape
 
 
 @pytest.mark.parametrize(
@@ -53,16 +56,10 @@ def test_the_shape_computes_most_for_its_cost(lengths: list[int], shape: tuple[i
     [([20], (1, 32)), ([105] * 16, (2, 128)), ([20, 20], (2, 128)), ([300], (1, 256))],
 )
 def test_where_padding_is_cheap_a_shape_may_have_more_of_it(
-    lengths: list[int], shape: tuple[int, int]
+    lengths: list[int], shape: Shape
 ) -> None:
     shapes = PrefillShapes.of((32, 128, 256), slots=32, overhead=32, padding=0.125)
-    assert shapes.choose(lengths) == shape
-
-
-@given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
-def test_the_first_in_line_always_gets_on(lengths: list[int]) -> None:
-    rows, tokens = SHAPES.choose(lengths)
-    assert rows * tokens <= SHAPES.budget
+    assert chosen(shapes, lengths) == shape
 
 
 def test_short_prompts_that_arrive_together_are_prefilled_together() -> None:

@@ -1,0 +1,247 @@
+"""How many prompt tokens a step prefills, and in which shape: a budget of time, kept by measuring.
+
+A step decodes one token for each running request and prefills chunks of prompts beside that, so the
+running requests wait for the prefill. While there are any, a step prefills no more than it is
+expected to do within the budget for inter-token latency. While nobody waits for a next token, it
+prefills as much as the largest compiled shape holds.
+
+What prefill costs is measured for a few numbers of tokens when the engine starts. While it runs,
+every step that both decodes and prefills says how much slower or faster the machine is now, for
+whatever reason: other work, longer contexts, a lower clock.
+"""
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Shape = tuple[int, int]
+"""Number of rows of a prefill step, and tokens of each row."""
+
+LEAST_TOKENS = 8
+"""The smallest part of a prompt that a step computes; larger ones are multiples of it."""
+
+_WINDOW, _SLOWEST = 64, 2
+"""The load is that of the second slowest of the latest 64 steps, their 97th percentile: nearly all
+steps keep the budget, a slower machine is noticed after two, and one hiccup changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillShapes:
+    """The shapes of one rank's prefill steps, each a compiled program, and the choice of one.
+
+    A prefill step computes a rectangle of rows and tokens, a part of which may be padding. None is
+    larger than the longest chunk.
+
+    Attributes:
+        shapes: sorted by their number of tokens.
+        overhead: fixed cost of a step, in tokens: the time in which the weights are read, and the
+            time that decode rows wait meanwhile.
+        padding: cost of a token of padding, in tokens of a prompt, from 0 to 1.
+    """
+
+    shapes: tuple[Shape, ...]
+    overhead: int
+    padding: float = 1.0
+
+    @classmethod
+    def of(
+        cls, chunks: Tokens[int], slots: int, overhead: int, padding: float = 1.0
+    ) -> "PrefillShapes":
+        """Each chunk in one row, and in as many rows as the longest chunk's tokens allow."""
+        rows = {chunk: max(1, min(slots, chunks[-1] // chunk)) for chunk in chunks}
+        shapes = {(each, chunk) for chunk, max_rows in rows.items() for each in (1, max_rows)}
+        rising = tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
+        return cls(rising, overhead, padding)
+
+    @property
+    def max_tokens(self) -> int:
+        """Maximum number of tokens of one step."""
+        rows, chunk = self.shapes[-1]
+        return rows * chunk
+
+    @property
+    def max_rows(self) -> int:
+        """Maximum number of rows of one step."""
+        return max(rows for rows, _ in self.shapes)
+
+    def cost(self, shape: Shape, tokens: int) -> float:
+        """What a step of a shape costs with ``tokens`` prompt tokens in it, in such tokens."""
+        rows, chunk = shape
+        return tokens + self.padding * (rows * chunk - tokens)
+
+    def fitting(self, shape: Shape, cost: float) -> int:
+        """The inverse of ``cost``: the prompt tokens of a shape that cost no more; 0 if none do."""
+        rows, chunk = shape
+        if cost >= rows * chunk:
+            return rows * chunk
+        if self.padding == 1:
+            return 0
+        return max(0, int((cost - self.padding * rows * chunk) / (1 - self.padding)))
+
+    def choose(self, lengths: Tokens[int], limits: dict[Shape, int]) -> Shape:
+        """The shape that computes most prompt tokens for its cost.
+
+        The last chunk of a prompt is partly padding. That cost is spread over all chunks of the
+        prompt, so that a cut is judged by where it leads. Among equals the shape with longer rows
+        wins: it ends some prompts sooner and none later.
+
+        Args:
+            lengths: prompt tokens that each sequence lacks, in order of admission; not empty.
+            limits: the shapes to choose from, and the prompt tokens that each may compute.
+        """
+
+        def worth(shape: Shape) -> tuple[float, int]:
+            rows, chunk = shape
+            wanted = sum(length / -(-length // chunk) for length in lengths[:rows])
+            computed = min(wanted, limits[shape])
+            padded = rows * chunk - computed
+            return computed / (self.overhead + computed + self.padding * padded), chunk
+
+        return max(limits, key=worth)
+
+
+class PrefillTimes:
+    """The time that a step's prefill takes, by its cost in tokens (``PrefillShapes.cost``).
+
+    Between the costs that were measured it is interpolated.
+
+    Args:
+        measured: pairs of a cost in tokens and the seconds that it took; empty: it takes no time.
+    """
+
+    def __init__(self, measured: Tokens[tuple[float, float]] = ()) -> None:
+        tokens, seconds = [0.0], [0.0]
+        for each, took in sorted(measured):
+            # More tokens take no less time, and no more for each of them. So a time that was taken
+            # while something else ran does little harm.
+            if len(tokens) > 1:
+                took = min(max(took, seconds[-1]), seconds[-1] * each / tokens[-1])
+            tokens.append(each)
+            seconds.append(took)
+        self._tokens, self._seconds = tokens, seconds
+
+    def seconds(self, tokens: float) -> float:
+        """The seconds that prefill of this cost takes; the least measured ones, if it is less."""
+        if len(self._tokens) == 1:
+            return 0.0
+        return _interpolate(max(tokens, self._tokens[1]), self._tokens, self._seconds)
+
+    def tokens(self, seconds: float) -> float:
+        """The largest cost that takes at most so many seconds; 0.0 if none does."""
+        if len(self._tokens) == 1 or seconds == math.inf:
+            return math.inf
+        if seconds < self._seconds[1]:
+            return 0.0
+        return _interpolate(seconds, self._seconds, self._tokens)
+
+
+def _interpolate(x: float, xs: list[float], ys: list[float]) -> float:
+    """``y`` at ``x`` on a line through rising points; beyond the last one it is the last one's."""
+    if x >= xs[-1]:
+        return ys[-1]
+    i = bisect_left(xs, x)
+    if xs[i] == x:
+        return ys[i]
+    return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+
+class PrefillPlan(NamedTuple):
+    """The prefill of one step on each rank: a compiled shape, and the tokens to compute in it."""
+
+    shape: Shape
+    max_tokens: int
+
+
+class PrefillPlanner:
+    """Plans the prefill of every step, the same for all data-parallel ranks. Not thread-safe.
+
+    Where even ``LEAST_TOKENS`` take longer than the budget, prefill takes turns with steps that
+    only decode: each step earns the budget, and prefill runs when what was earned pays for it. So
+    the budget holds on average, a step adds at most the budget or the least chunk's time, whichever
+    is longer, and every prompt goes on.
+
+    Args:
+        shapes: the compiled shapes.
+        times: what they take, measured when the engine started.
+        budget: seconds that prefill may add to a step that decodes.
+
+    Attributes:
+        shapes: the compiled shapes.
+        allowance: the prompt tokens that a decoding step prefills at most, on average.
+    """
+
+    def __init__(
+        self, shapes: PrefillShapes, times: PrefillTimes | None = None, budget: float = math.inf
+    ) -> None:
+        self.shapes = shapes
+        self._times, self._budget = times or PrefillTimes(), budget
+        self._load = 1.0
+        self._loads = deque([1.0] * _WINDOW, _WINDOW)
+        self._earned = 0.0
+        self._decoding = False
+        self._plan: PrefillPlan | None = None
+        self.allowance = self._allowance()
+
+    def begin_step(self, *, decoding: bool) -> None:
+        """Start to plan a step; ``decoding``: some running request waits for its next token."""
+        self._decoding, self._plan = decoding, None
+        if decoding:
+            most = max(self._budget, self._least_seconds())
+            self._earned = min(self._earned + self._budget, most)
+
+    def plan(self, lengths: Tokens[int]) -> PrefillPlan | None:
+        """The step's prefill; None if there is none.
+
+        Args:
+            lengths: the prompt tokens that each sequence of a rank lacks, in order of admission.
+                The first rank that has any decides for all.
+        """
+        if self._plan or not lengths:
+            return self._plan
+        limits = self._limits(self._earned if self._decoding else math.inf)
+        if not limits:
+            return None  # its turn comes in a later step
+        shape = rows, chunk = self.shapes.choose(lengths, limits)
+        self._plan = PrefillPlan(shape, limits[shape])
+        if self._decoding:
+            computed = sum(min(length, chunk) for length in lengths[:rows])
+            self._earned -= self._expected(shape, min(computed, limits[shape]))
+        return self._plan
+
+    def measured(self, shape: Shape, tokens: int, seconds: float) -> None:
+        """Record that a step which also decoded took ``seconds`` for its prefill."""
+        if at_start := self._times.seconds(self.shapes.cost(shape, tokens)):
+            self._loads.append(seconds / at_start)
+            self._load = sorted(self._loads)[-_SLOWEST]
+            self.allowance = self._allowance()
+
+    def _expected(self, shape: Shape, tokens: int) -> float:
+        """The seconds that prefill of ``tokens`` prompt tokens in a shape takes now."""
+        return self._load * self._times.seconds(self.shapes.cost(shape, tokens))
+
+    def _least_seconds(self) -> float:
+        """The seconds that the smallest prefill takes now."""
+        smallest = self.shapes.shapes[0]
+        return self._expected(smallest, min(LEAST_TOKENS, smallest[1]))
+
+    def _limits(self, seconds: float) -> dict[Shape, int]:
+        """The shapes that can compute something in so many seconds, and how many prompt tokens."""
+        limits = {}
+        # The time that was earned for a shape pays for it, whatever the last bits say.
+        most = self._times.tokens(seconds / self._load * (1 + 1e-9))
+        for shape in self.shapes.shapes:
+            rows, chunk = shape
+            fitting = self.shapes.fitting(shape, most)
+            if fitting < rows * chunk:
+                fitting -= fitting % min(LEAST_TOKENS, chunk)
+            if fitting:
+                limits[shape] = fitting
+        return limits
+
+    def _allowance(self) -> int:
+        least = self._least_seconds()
+        limit = max(self._limits(max(self._budget, least)).values())
+        return limit if least <= self._budget else max(1, int(limit * self._budget / least))

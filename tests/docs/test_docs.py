@@ -28,6 +28,8 @@ PAGES = [
     )
 ]
 COMMANDS = {command.name: command for command in commands()}
+REFERENCE = pages()
+ENDPOINT_PATHS = [re.sub(r"\{\w+\}", "[^/]+", path) for path in document(ENDPOINTS)["paths"]]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -69,15 +71,15 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
 # What the reference says is what the program does.
 
 
-@pytest.mark.parametrize("name", [*pages()])
+@pytest.mark.parametrize("name", REFERENCE)
 def test_the_reference_is_what_the_schemas_say(name: str) -> None:
     page = ROOT / "docs" / "reference" / name
     found = page.read_text(encoding="utf-8") if page.exists() else ""
-    assert found == pages()[name], f"{page} is not what the schemas say: run `make docs`"
+    assert found == REFERENCE[name], f"{page} is not what the schemas say: run `make docs`"
 
 
 def test_no_other_page_is_in_the_reference() -> None:
-    assert {path.name for path in (ROOT / "docs" / "reference").iterdir()} == pages().keys()
+    assert {path.name for path in (ROOT / "docs" / "reference").iterdir()} == REFERENCE.keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
@@ -116,21 +118,23 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 @each_page
 def test_every_file_named_exists(page: Path) -> None:
-    known = "\n".join(path.relative_to(ROOT).as_posix() for path in sources())
     for text in codes(page):
         for name in re.findall(r"(?<![\w./<*-])[\w./-]+\.(?:py|cc|h|md|ipynb|yaml)\b", text):
             if not name.startswith("/") and name not in _USERS_OWN:
-                assert re.search(rf"(^|/){re.escape(name)}$", known, re.M), f"there is no {name}"
+                assert re.search(rf"(^|/){re.escape(name)}$", sources(), re.M), (
+                    f"there is no {name}"
+                )
         if re.fullmatch(r"(inferneo_jax|server|tests|docs|notebooks)/[\w./-]*", text):
             assert (ROOT / text).exists(), f"there is no {text}"
 
 
 @functools.cache
-def sources() -> list[Path]:
-    """Files that are no build's, and no virtual environment's."""
+def sources() -> str:
+    """The names of files that are no build's, and no virtual environment's, on a line each."""
     folders = [ROOT / name for name in ("inferneo_jax", "server", "tests", "docs", "notebooks")]
     below = [path for folder in folders for path in folder.rglob("*")]
-    return [*ROOT.glob("*.*"), *(path for path in below if "__pycache__" not in path.parts)]
+    found = [*ROOT.glob("*.*"), *(path for path in below if "__pycache__" not in path.parts)]
+    return "\n".join(path.relative_to(ROOT).as_posix() for path in found)
 
 
 @each_page
@@ -166,7 +170,6 @@ def test_every_variable_named_exists(page: Path) -> None:
 
 @each_page
 def test_every_endpoint_named_exists(page: Path) -> None:
-    known = [re.sub(r"\{\w+\}", "[^/]+", path) for path in document(ENDPOINTS)["paths"]]
     for text in codes(page):
         for path in re.findall(r"(?:^|[ 0-9])(/(?:v1|admin)/[\w${}/.-]+)", text):
-            assert any(re.fullmatch(each, path) for each in known), f"there is no {path}"
+            assert any(re.fullmatch(each, path) for each in ENDPOINT_PATHS), path

@@ -6,15 +6,14 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 
-from server.keys.key import SCOPES, new_key
+from server.keys.key import SCOPES
 from server.keys.store.open import open_store
-from tests.support.keyed_server import FREE
+from tests.support.keyed_server import add_key
 from tests.support.server_process import environment
 from tests.support.waiting import until
 
@@ -76,9 +75,7 @@ def serving(folder: Path, **settings: str) -> Iterator[Served]:
     """`inferneo serve` on fake models; it demands keys."""
     location, log = str(folder / "keys.db"), folder / "log"
     store = open_store(location)
-    rights = {"limits": FREE, "scopes": frozenset(SCOPES)}
-    key, text = new_key(store.pepper(), name="test", created=time.time(), **rights)
-    store.add_key(key)
+    _, text = add_key(store, scopes=frozenset(SCOPES))
     store.close()
     env = environment(
         {

@@ -2,16 +2,17 @@
 
 import asyncio
 import threading
-import time
 from collections import Counter
 
 import pytest
 
 from server.http.errors import ApiError
-from server.keys.key import Key, new_key, new_text
+from server.keys.key import Key, new_text
 from server.keys.lookup import MAX_UNPROVEN, KeyLookup
 from server.keys.store.sqlite import SqliteStore
 from server.keys.store.threads import StoreThreads
+from tests.support.keyed_server import add_key
+from tests.support.waiting import until_async
 
 
 class SlowStore(SqliteStore):
@@ -42,18 +43,17 @@ def threads(store):
     made.close()
 
 
-def added(store: SlowStore) -> tuple[Key, str]:
-    key, text = new_key(store.pepper(), name="test", created=time.time())
-    store.add_key(key)
-    return key, text
-
-
 async def test_a_flood_of_unknown_keys_is_refused_beyond_a_bound(store, threads) -> None:
     lookup = KeyLookup(threads)
     store.let.clear()
     texts = [new_text(f"unknown{i:03}") for i in range(1000)]
     tasks = [asyncio.create_task(lookup.matching(text[9:19], text)) for text in texts]
-    done, pending = await asyncio.wait(tasks, timeout=1)
+
+    async def refused() -> bool:
+        return sum(task.done() for task in tasks) >= 1000 - MAX_UNPROVEN
+
+    await until_async(refused)
+    done, pending = await asyncio.wait(tasks, timeout=0.05)
     assert (len(done), len(pending)) == (1000 - MAX_UNPROVEN, MAX_UNPROVEN)
     assert threads._pool._work_queue.qsize() < MAX_UNPROVEN
     for task in done:
@@ -67,7 +67,7 @@ async def test_a_flood_of_unknown_keys_is_refused_beyond_a_bound(store, threads)
 
 async def test_a_key_that_was_found_before_is_not_refused(store, threads, monkeypatch) -> None:
     monkeypatch.setattr("server.keys.lookup.FRESH_SECONDS", 0.0)
-    lookup, (key, text) = KeyLookup(threads), added(store)
+    lookup, (key, text) = KeyLookup(threads), add_key(store)
     assert await lookup.matching(key.id, text) == key
     store.let.clear()
     wrong = new_text(key.id)  # its id is known, too
@@ -84,7 +84,7 @@ async def test_a_key_that_was_found_before_is_not_refused(store, threads, monkey
 
 
 async def test_many_who_bring_a_new_key_at_once_are_all_served(store, threads) -> None:
-    lookup, (key, text) = KeyLookup(threads), added(store)
+    lookup, (key, text) = KeyLookup(threads), add_key(store)
     found = await asyncio.gather(*(lookup.matching(key.id, text) for _ in range(500)))
     assert found == [key] * 500
     assert store.asked[key.id] == 1
@@ -92,7 +92,7 @@ async def test_many_who_bring_a_new_key_at_once_are_all_served(store, threads) -
 
 async def test_clients_that_leave_take_no_lookup_with_them(store, threads, monkeypatch) -> None:
     monkeypatch.setattr("server.keys.lookup.FRESH_SECONDS", 0.0)
-    lookup, (key, text) = KeyLookup(threads), added(store)
+    lookup, (key, text) = KeyLookup(threads), add_key(store)
     assert await lookup.matching(key.id, text) == key
     store.let.clear()
     first, second = (asyncio.create_task(lookup.matching(key.id, text)) for _ in range(2))
@@ -106,7 +106,7 @@ async def test_clients_that_leave_take_no_lookup_with_them(store, threads, monke
 
 
 async def test_a_changed_key_is_looked_up_anew(store, threads) -> None:
-    lookup, (key, text) = KeyLookup(threads), added(store)
+    lookup, (key, text) = KeyLookup(threads), add_key(store)
     assert await lookup.matching(key.id, text) == key
     store.change_key(key.id, {"name": '"another"'})
     found = await lookup.matching(key.id, text)

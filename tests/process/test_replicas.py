@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,7 +15,6 @@ import websockets
 
 from server.app import create_app
 from server.config.settings import Settings
-from server.keys.key import Limits
 from tests.support.ray_cluster import Replicas, replicas
 from tests.support.replica_load import LIMIT, Load, share_limit
 from tests.support.tiny_checkpoints import CHAT, tiny_checkpoints
@@ -25,7 +23,6 @@ pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
 
 from server import replicas as served
 
-FREE = Limits(requests=None, tokens=None, day_requests=None)
 PATH = "/v1/completions"
 READY_SECONDS = 150.0
 SHORT: dict[str, Any] = {"model": CHAT, "prompt": "x", "max_tokens": 4, "ignore_eos": True}
@@ -34,8 +31,6 @@ ENDLESS = SHORT | {"max_tokens": 20_000, "stream": True}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
     folder = tmp_path_factory.mktemp("replicas")
     settings = tiny_checkpoints(folder / "checkpoints")
     del settings["INFERNEO_KEYS_DB"]
@@ -54,7 +49,7 @@ async def test_a_replica_that_is_not_ready_is_not_healthy() -> None:
 def test_streams_come_token_by_token(server: Replicas) -> None:
     body = SHORT | {"max_tokens": 400, "stream": True}
     times, last = [], ""
-    with httpx.stream("POST", server.url + PATH, json=body, headers=server.key(FREE)) as answer:
+    with httpx.stream("POST", server.url + PATH, json=body, headers=server.key()) as answer:
         assert answer.status_code == 200
         for line in filter(None, answer.iter_lines()):
             times.append(time.monotonic())
@@ -65,14 +60,14 @@ def test_streams_come_token_by_token(server: Replicas) -> None:
 
 
 def test_a_client_that_leaves_ends_its_request(server: Replicas) -> None:
-    headers = server.key(FREE) | {"X-Request-Id": "one-that-leaves"}
+    headers = server.key() | {"X-Request-Id": "one-that-leaves"}
     with httpx.stream("POST", server.url + PATH, json=ENDLESS, headers=headers) as answer:
         next(answer.iter_lines())
     assert _said(server, "one-that-leaves")["disconnected"] is True
 
 
 async def test_websockets_work_and_need_a_key(server: Replicas) -> None:
-    headers = server.key(FREE)
+    headers = server.key()
     async with websockets.connect(server.ws + PATH, additional_headers=headers) as ws:
         await ws.send(json.dumps(SHORT))
         answer = json.loads(await ws.recv())
@@ -99,7 +94,7 @@ async def test_a_limit_holds_once_over_both(server: Replicas) -> None:
 async def test_a_replica_that_is_killed_is_replaced(server: Replicas) -> None:
     """What it was doing fails; what is asked later is answered."""
     victim, survivor = server.ready_pids()[-2:]
-    load = Load(server, CHAT, server.key(FREE))
+    load = Load(server, CHAT, server.key())
     async with httpx.AsyncClient(timeout=60) as client:
         under_way = [asyncio.create_task(load.ask(client, 2000)) for _ in range(12)]
         await asyncio.sleep(1)

@@ -16,11 +16,11 @@ import httpx
 import pytest
 import websockets
 
-from server.keys.key import Key, new_key
+from server.keys.key import Key
 from server.keys.store.open import open_store
 from server.keys.store.store import LEASE_SECONDS, Store
 from tests.support.fake_server import CHAT, EMBED
-from tests.support.keyed_server import FREE, bearer
+from tests.support.keyed_server import add_key, bearer
 from tests.support.machine_speed import Machine
 from tests.support.raw_http import event_of
 from tests.support.server_process import Process, process
@@ -133,11 +133,7 @@ def test_kills_leave_nobody_waiting_and_the_ledger_complete(
     location: str, tmp_path: Path, machine: Machine
 ) -> None:
     rng, store = random.Random(location.split(":")[0]), open_store(location)
-    holders = []
-    for name in "abc":
-        key, text = new_key(store.pepper(), name=name, created=time.time(), limits=FREE)
-        store.add_key(key)
-        holders.append(Holder(key, text))
+    holders = [Holder(*add_key(store)) for _ in range(3)]
     before: dict[str, Counter[str]] = {holder.key.id: Counter() for holder in holders}
     settings = {"INFERNEO_KEYS_DB": location, "INFERNEO_MAX_WAITING": "1000"}
     slowest = 0.0

@@ -5,17 +5,16 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from server.keys.key import Limits, new_key
 from server.keys.store.open import open_store
-from server.keys.store.store import Store
 from tests.support.fake_server import CHAT as FAKE_CHAT
-from tests.support.keyed_server import FREE, bearer
+from tests.support.keyed_server import FREE, add_key, bearer
 from tests.support.server_process import Process, process, stats_of
 from tests.support.tiny_checkpoints import CHAT
 
@@ -26,15 +25,9 @@ PATH = "/v1/completions"
 LENGTH, PAIRS, TRIES = 6000, 12, 3
 
 
-def key_of(store: Store, **rights: Any) -> dict[str, str]:
-    key, text = new_key(store.pepper(), name="k", created=time.time(), **rights)
-    store.add_key(key)
-    return bearer(text)
-
-
 def test_two_servers_admit_exactly_the_limit_between_them(location: str, tmp_path: Path) -> None:
     store = open_store(location)
-    headers = key_of(store, limits=Limits(requests=LIMIT, tokens=None, day_requests=None))
+    headers = bearer(add_key(store, replace(FREE, requests=LIMIT))[1])
     settings = {"INFERNEO_KEYS_DB": location, "INFERNEO_MAX_WAITING": "1000"}
     app = "tests.resilience.fake_app:app"
 
@@ -84,7 +77,7 @@ class Asker:
     def __init__(self, server: Process, tiny: dict[str, str]) -> None:
         location = Path(server.log).parent / "keys.db"
         store = open_store(location)
-        self.keys = [key_of(store, limits=FREE) for _ in range(2)]
+        self.keys = [bearer(add_key(store)[1]) for _ in range(2)]
         store.close()
         self.server = server
         self.rng = random.Random(5)

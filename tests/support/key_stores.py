@@ -2,9 +2,9 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,29 +12,31 @@ import redis
 
 from server.keys.store.open import open_store
 from server.keys.store.store import Store
+from tests.support.server_process import free_address
 
 
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """The URL of an empty Redis that keeps nothing."""
     program = shutil.which("redis-server") or shutil.which("valkey-server")
     if program is None:
         assert not os.environ.get("REQUIRE_CLIENTS"), "redis-server is to be installed"
         pytest.skip("neither redis-server nor valkey-server is installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    folder = str(tmp_path_factory.mktemp("redis"))
-    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+    port = free_address().rpartition(":")[2]
+    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
     with subprocess.Popen([program, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                if "eady to accept connections" in line:
-                    break
-            assert process.poll() is None
+            assert any("eady to accept connections" in line for line in process.stdout)
             yield f"redis://127.0.0.1:{port}/0"
         finally:
             process.terminate()
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 KINDS = ("sqlite", "redis")

@@ -17,6 +17,14 @@ from tests.support.fake_server import Rig, running
 FREE = Limits(requests=None, tokens=None, day_requests=None)
 
 
+def add_key(store: Store, limits: Limits = FREE, **rights: Any) -> tuple[Key, str]:
+    """A new key and its text."""
+    named = {"name": "test", "created": time.time()} | rights
+    key, text = new_key(store.pepper(), limits=limits, **named)
+    store.add_key(key)
+    return key, text
+
+
 class KeyRig:
     """A running server and the store that it reads."""
 
@@ -26,11 +34,7 @@ class KeyRig:
 
     def key(self, limits: Limits = FREE, **rights: Any) -> tuple[Key, str]:
         """A new key and its text."""
-        key, text = new_key(
-            self.store.pepper(), name="test", created=time.time(), limits=limits, **rights
-        )
-        self.store.add_key(key)
-        return key, text
+        return add_key(self.store, limits, **rights)
 
     def headers(self, limits: Limits = FREE, **rights: Any) -> dict[str, str]:
         """Those of a new key."""

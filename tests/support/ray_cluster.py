@@ -4,9 +4,7 @@ import contextlib
 import json
 import re
 import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,9 +16,11 @@ from typing import Any
 import httpx
 import psutil
 
-from server.keys.key import Limits, new_key
+from server.keys.key import Limits
 from server.keys.store.open import open_store
-from tests.support.server_process import environment
+from tests.support.key_stores import redis_server
+from tests.support.keyed_server import FREE, add_key, bearer
+from tests.support.server_process import environment, free_address
 
 SERVE = Path(sys.executable).with_name("serve")
 STOP_SECONDS = 45.0
@@ -46,13 +46,12 @@ class Replicas:
                 command, stdout=out, stderr=out, env=environment(settings)
             )
 
-    def key(self, limits: Limits) -> dict[str, str]:
+    def key(self, limits: Limits = FREE) -> dict[str, str]:
         """The headers of a new key."""
         store = open_store(self.redis)
-        key, text = new_key(store.pepper(), name="test", created=time.time(), limits=limits)
-        store.add_key(key)
+        _, text = add_key(store, limits)
         store.close()
-        return {"Authorization": f"Bearer {text}"}
+        return bearer(text)
 
     def tail(self) -> str:
         """The end of what the replicas and Serve wrote."""
@@ -117,33 +116,10 @@ def _living(pid: int) -> list[psutil.Process]:
         return []
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
-    """The URL of an empty Redis that keeps nothing."""
-    program = shutil.which("redis-server")
-    assert program is not None, "redis-server is not installed"
-    port = str(free_port())
-    options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    with subprocess.Popen([program, *options], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert any("eady to accept" in line for line in process.stdout)
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            process.terminate()
-
-
 @contextlib.contextmanager
 def replicas(folder: Path, settings: dict[str, str]) -> Iterator[Replicas]:
     """Two of them on CPU, being started; Serve listens on a loopback address."""
-    port = free_port()
+    port = int(free_address().rpartition(":")[2])
     config = {
         "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [{"name": "inferneo", "import_path": "server.replicas:app"}],

@@ -24,15 +24,14 @@ import orjson
 import psutil
 import websockets
 
-from server.keys.key import Limits, new_key
 from server.keys.store.open import open_store
+from tests.support.keyed_server import add_key
 from tests.support.server_process import Process, process, stats_of
 from tests.support.tiny_checkpoints import CHAT, EMBEDDING, tiny_checkpoints
 
 CLIENTS = 16
 BURST_SECONDS = 20.0
 QUIET_SECONDS = 30.0
-FREE = Limits(requests=None, tokens=None, day_requests=None)
 MOST_GROWTH = 0.03
 """Of memory, from the first half to the second."""
 
@@ -178,8 +177,7 @@ def run(minutes: float, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = tiny_checkpoints(Path(folder))
         store = open_store(settings["INFERNEO_KEYS_DB"])
-        key, text = new_key(store.pepper(), name="soak", created=time.time(), limits=FREE)
-        store.add_key(key)
+        key, text = add_key(store)
         with process(Path(folder) / "log", settings, workers=0) as server:
             server.wait_ready()
             soak = Soak(server, text, seed)

@@ -49,6 +49,10 @@ class RemoteFile:
 class Source(Protocol):
     """A place that may have a file. Its ``str`` names it in error messages."""
 
+    def cached(self, file: RemoteFile) -> Path | None:
+        """A complete copy on this machine, which is verified like what arrives; None without."""
+        ...
+
     def read(
         self, file: RemoteFile, offset: int, scratch: Path, arrived: Callable[[int], None]
     ) -> Iterator[bytes]:
@@ -105,6 +109,8 @@ def download(file: RemoteFile, sources: Sequence[Source], folder: Path, tally: T
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{file.digest}{PARTIAL}"
+        for source in sources:
+            _link(source.cached(file), partial)
         _require_space(file, partial)
         reasons = []
         for source in sources:
@@ -132,6 +138,17 @@ def folder_bytes(folder: Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 total += Path(place, name).stat().st_size
     return total
+
+
+def _link(copy: Path | None, partial: Path) -> None:
+    """Put a copy in the place of a partial file, where the disk is the same: it takes no space."""
+    if copy is None:
+        return
+    link = partial.with_name(f"{partial.name}.link")
+    with contextlib.suppress(OSError):  # another disk, or one without links
+        link.unlink(missing_ok=True)
+        os.link(copy.resolve(), link)
+        link.rename(partial)
 
 
 def _fill(partial: Path, file: RemoteFile, source: Source, tally: Tally) -> None:

@@ -50,6 +50,14 @@ class HubFile:
     def __str__(self) -> str:
         return f"{self.repository} on the Hugging Face Hub"
 
+    def cached(self, file: RemoteFile) -> Path | None:
+        """The file in the cache of the Hub's library, which other programs fill; None without."""
+        from huggingface_hub import constants
+
+        folder = f"models--{self.repository.replace('/', '--')}"
+        blob = Path(constants.HF_HUB_CACHE, folder, "blobs", file.digest)
+        return blob if blob.is_file() and blob.stat().st_size == file.size else None
+
     def read(
         self, file: RemoteFile, offset: int, scratch: Path, arrived: Callable[[int], None]
     ) -> Iterator[bytes]:

@@ -58,6 +58,10 @@ class Packages:
         first, last = self.parts[0].requirement, self.parts[-1].requirement
         return f"the package {first}" if first == last else f"the packages {first} to {last}"
 
+    def cached(self, file: RemoteFile) -> Path | None:
+        """None: pip keeps no copy."""
+        return None
+
     def read(
         self, file: RemoteFile, offset: int, scratch: Path, arrived: Callable[[int], None]
     ) -> Iterator[bytes]:

@@ -24,10 +24,12 @@ from server.observe.terminal import clean
 
 if TYPE_CHECKING:
     from inferneo_jax import Offer
+    from inferneo_jax.weights.checkpoint import CheckpointInfo
 
 MODELS, SERVE, MEASURE = "Models", "Serve", "Plan and measure"
 
 _LINE_SECONDS = 10.0
+_FORMATS = {"orbax": "Orbax", "gguf": "GGUF", "safetensors": "safetensors"}
 
 app = typer.Typer(
     help="Serve language and embedding models over an OpenAI-compatible API.",
@@ -139,7 +141,10 @@ def list_models(checkpoints: Checkpoints = None) -> None:
     from inferneo_jax.weights.checkpoint import read_info
     from server.cli.doctor.finding import in_bytes, size_of
 
-    table = Table("model", "kind", "size", "licence", "state", box=None)
+    columns = ("model", "kind", "format", "parameters", "size", "licence", "state")
+    table = Table(*columns, box=None)
+    for column in table.columns[3:5]:
+        column.justify = "right"
     checkpoints_folder = _folder(checkpoints)
     found, catalog = list_checkpoints(checkpoints_folder), load_catalog()
     begun = list_downloads(checkpoints_folder)
@@ -147,18 +152,19 @@ def list_models(checkpoints: Checkpoints = None) -> None:
         size = in_bytes(size_of(folder))
         try:
             info = read_info(folder)
+            cells = (_format(info), _parameters(info), size, info.licence or "", "ready")
         except InferneoError:
-            table.add_row(name, "", size, "", "damaged: remove it and pull again")
+            table.add_row(name, "", "", "", size, "", "damaged: remove it and pull again")
         else:
-            kind = "chat" if info.kind == "decoder" else "embedding"
-            table.add_row(name, kind, size, info.licence or "", "ready")
+            table.add_row(name, "chat" if info.kind == "decoder" else "embedding", *cells)
     for name, kept in begun.items():
         if name not in found:
-            table.add_row(name, "", "", "", f"{in_bytes(kept)} pulled: pull again to continue")
+            state = f"{in_bytes(kept)} pulled: pull again to continue"
+            table.add_row(name, "", "", "", "", "", state)
     absent = [name for name in catalog if name not in found and name not in begun]
     for name in absent:
         entry = catalog[name]
-        table.add_row(name, entry.kind, in_bytes(entry.size), entry.licence, "not here")
+        table.add_row(name, entry.kind, "", "", in_bytes(entry.size), entry.licence, "not here")
     out.print(table)
     if absent:  # on one line, so that it can be copied
         out.print(f"\nTo have them: inferneo pull {' '.join(absent)}", soft_wrap=True)
@@ -168,21 +174,20 @@ def list_models(checkpoints: Checkpoints = None) -> None:
 def show(name: Name, checkpoints: Checkpoints = None) -> None:
     """Show what a converted model is and where it came from."""
     import datetime
-    import math
 
     from rich.table import Table
 
     from inferneo_jax.weights.catalog import find_checkpoint
-    from inferneo_jax.weights.checkpoint import read_info, stored_shapes
+    from inferneo_jax.weights.checkpoint import read_info
 
     info = read_info(find_checkpoint(_folder(checkpoints), name))
-    shapes = stored_shapes(info)
     created = datetime.datetime.fromtimestamp(info.created, datetime.UTC)
     rows = {
         "name": name,
         "folder": info.path,
         "family": f"{info.family} ({info.kind})",
-        "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
+        "format": _format(info),
+        "parameters": f"{_count(info):,}",
         "licence": info.licence,
         "created": f"{created:%Y-%m-%d %H:%M} UTC",
         "ends at ids": ", ".join(map(str, info.eos_token_ids)) or None,
@@ -214,6 +219,28 @@ def rm(
 # Added here so that help shows them last.
 app.command(rich_help_panel=MEASURE)(plan_cli.plan)
 app.add_typer(bench_cli.app, name="bench", rich_help_panel=MEASURE)
+
+
+def _format(info: "CheckpointInfo") -> str:
+    """Return the format of a model's weights, with the quantization that its file's name states."""
+    from inferneo_jax.weights.choice import label_of
+
+    label = label_of(str(info.source.get("file", "")))
+    return " ".join(filter(None, (_FORMATS[info.format], label)))
+
+
+def _parameters(info: "CheckpointInfo") -> str:
+    """Return a model's number of parameters, rounded as models are named after it."""
+    count = _count(info)
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
+def _count(info: "CheckpointInfo") -> int:
+    import math
+
+    from inferneo_jax.weights.checkpoint import stored_shapes
+
+    return sum(math.prod(shape) for shape in stored_shapes(info).values())
 
 
 def _announce(offer: "Offer") -> None:

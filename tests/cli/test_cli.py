@@ -38,7 +38,7 @@ def test_a_converted_model_is_listed_shown_and_removed(made, inferneo, tmp_path)
     assert done.exit_code == 0, done.output
     assert read_info(inferneo.store / "org/tiny").family == "llama"
     listed = inferneo("list").output
-    assert "org/tiny" in listed
+    assert re.search(r"org/tiny +chat +safetensors +0M +0 MB +ready", listed)
     (command,) = re.findall(r"inferneo pull (.*)", listed)
     assert command.split() == list(load_catalog())
     shown = inferneo("show", "org/tiny").output

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import random
 
@@ -120,6 +121,21 @@ def test_content_that_the_hub_did_not_promise_is_refused(made, hub, tmp_path, pa
         pull("org/name", tmp_path / "store")
     hub.swapped.clear()
     read_info(pull("org/name", tmp_path / "store"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_file_of_the_hubs_own_cache_is_linked_if_it_is_right(hub, gguf, tmp_path, damaged):
+    blobs = tmp_path / "hub" / "models--org--g" / "blobs"
+    blobs.mkdir(parents=True)
+    blob = blobs / hashlib.sha256(gguf).hexdigest()
+    content = bytes(len(gguf)) if damaged else gguf
+    blob.write_bytes(content)
+    hub.add("org/g", {"m.gguf": gguf})
+    path = pull("org/g", tmp_path / "store")
+    assert (path / "model.gguf").read_bytes() == gguf
+    assert blob.samefile(path / "model.gguf") != damaged
+    assert blob.read_bytes() == content
+    assert len(hub.downloads()) == damaged
 
 
 def test_another_revision_starts_anew_and_drops_what_was_kept(hub, gguf, tmp_path):

@@ -231,5 +231,7 @@ def _where_gguf_lies(model: str | None) -> str:
 
     catalog = load_catalog()
     name = model if model in catalog else next(n for n, e in catalog.items() if e.kind == "chat")
-    entry = catalog[name]
-    return f"That of {name} is {entry.file}, from {' or '.join(map(str, entry.sources))}"
+    return (
+        f"After `inferneo pull {name}`, that of {name} is {name}/model.gguf in the folder of "
+        "checkpoints"
+    )

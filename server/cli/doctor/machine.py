@@ -19,8 +19,8 @@ SURVEY_SECONDS = 30.0
 """Time limit for JAX to find its devices; a broken driver may never answer."""
 _DISTRIBUTION = "inferneo-jax"
 _FREE_BYTES = 1e9
-_UNPACKED = 3
-"""Disk space that the conversion of a model takes, as a multiple of its download."""
+_UNPACKED = 2
+"""Disk space that a pull takes at most, as a multiple of the model's size."""
 _ACCELERATORS = {"dev/nvidia0": ("an NVIDIA GPU", "cuda12"), "dev/accel0": ("a TPU", "tpu")}
 
 

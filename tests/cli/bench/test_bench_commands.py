@@ -163,7 +163,7 @@ def test_the_models_of_peers_are_asked_for(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        InferneoError, match=r"--peer-model is not given\. .*\.gguf, from the package"
+        InferneoError, match=r"--peer-model is not given\. .*/model\.gguf in the folder"
     ):
         run("compare", "--peer", "llama.cpp")
     with pytest.raises(InferneoError, match="--peer vllm needs --peer-model"):

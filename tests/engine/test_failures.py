@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from inferneo_jax.config import EngineConfig
-from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.errors import (
     ConfigError,
@@ -242,21 +241,14 @@ def test_only_the_step_that_was_late_is_condemned() -> None:
     assert condemned[:1] == [1]
 
 
-@pytest.fixture
-def embedder(tmp_path: Path) -> Iterator[Embedder]:
-    folder = convert(FAMILIES / "bert", tmp_path / "bert")
-    model = load_model(
-        folder, EngineConfig(dtype="float32", max_len=16, mesh=ONE_DEVICE), name="bert"
-    )
-    assert isinstance(model, EmbeddingModel)
-    model.embedder._heartbeat.limit = SOON
-    yield model.embedder
-    model.stop()
-
-
 def test_a_round_of_embeddings_that_hangs_ends_every_request(
-    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = EngineConfig(dtype="float32", max_len=16, mesh=ONE_DEVICE)
+    model = load_model(convert(FAMILIES / "bert", tmp_path / "bert"), config, name="bert")
+    assert isinstance(model, EmbeddingModel)
+    embedder = model.embedder
+    embedder._heartbeat.limit = SOON
     expected = embedder.embed([[1, 2, 3]]).result(10)
     gate = Gate(embedder._round)
     monkeypatch.setattr(embedder, "_round", gate)
@@ -272,16 +264,12 @@ def test_a_round_of_embeddings_that_hangs_ends_every_request(
     until(lambda: embedder.stuck() == 0 and not embedder._hung)
     assert np.array_equal(embedder.embed([[1, 2, 3]]).result(10), expected)
 
-
-def test_an_embedder_that_hangs_can_be_stopped(
-    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = Gate(embedder._round)
+    gate = Gate(embedder._round)  # one that hangs can be stopped
     monkeypatch.setattr(embedder, "_round", gate)
     gate.shut()
-    futures = [embedder.embed([[1]]) for _ in range(3)]
-    embedder.stop()
-    for future in futures:
+    crowd = [embedder.embed([[1]]) for _ in range(3)]
+    model.stop()
+    for future in crowd:
         with pytest.raises((EngineStoppedError, EngineFailedError)):
             future.result(5)
     gate.open()
@@ -289,16 +277,8 @@ def test_an_embedder_that_hangs_can_be_stopped(
 
 
 def runner(**changes: Any) -> Runner:
-    config = EngineConfig(
-        **{
-            "slots": 2,
-            "page_len": 4,
-            "kv_tokens": 64,
-            "mesh": ONE_DEVICE,
-            **changes,
-        }
-    )
-    return make_runner(config)
+    sizes = {"slots": 2, "page_len": 4, "kv_tokens": 64, "mesh": ONE_DEVICE}
+    return make_runner(EngineConfig(**(sizes | changes)))
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_what_to_lower() -> None:

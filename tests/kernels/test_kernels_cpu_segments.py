@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -63,25 +64,34 @@ def _multiply(
     return np.asarray(product.astype(F32))
 
 
-@needs_kernels
-@DTYPES
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 5), (37, 96), (128, 100)])
-def test_products_equal_the_reference(
-    variant: Variant, dtype: jnp.dtype, inputs: int, outputs: int
-) -> None:
-    matrix, bias = _random(inputs, outputs) / 8, _random(outputs)
+@cache
+def _products(
+    dtype: jnp.dtype, inputs: int, outputs: int
+) -> list[tuple[jax.Array, Epilogue, np.ndarray]]:
+    """Rows, what follows their product with the same matrix, and the reference's answer."""
+    matrix, bias, found = _random(inputs, outputs) / 8, _random(outputs), []
     for rows in (1, 5, 12, 13, 150):
         # What is rounded already is multiplied as it is, where products are of wider numbers too.
         x, residual = _rounded(_random(rows, inputs), dtype), _random(rows, outputs)
-        for epilogue in (
+        epilogues = (
             Epilogue(),
             Epilogue(bias, residual),
             Epilogue(bias, transform=gelu),
             Epilogue(bias, residual, _norm(outputs)),
             Epilogue(bias, transform=jnp.tanh),  # none that the kernel knows
-        ):
+        )
+        found += [(x, each, _multiply(Unquantized(dtype), x, matrix, each)) for each in epilogues]
+    return found
+
+
+@needs_kernels
+@DTYPES
+def test_products_equal_the_reference(variant: Variant, dtype: jnp.dtype) -> None:
+    sizes = [(37, 96)] if variant == "portable" else [(64, 5), (37, 96), (128, 100)]
+    for inputs, outputs in sizes:
+        matrix = _random(inputs, outputs) / 8
+        for x, epilogue, wanted in _products(dtype, inputs, outputs):
             got = _multiply(Packed(dtype, variant), x, matrix, epilogue)
-            wanted = _multiply(Unquantized(dtype), x, matrix, epilogue)
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -159,15 +169,12 @@ def test_the_reference_attends_within_segments(lengths: tuple[int, ...]) -> None
 
 @needs_kernels
 @DTYPES
-@pytest.mark.parametrize("head_dim", [7, 32, 40])
-def test_native_attention_equals_the_reference(
-    variant: Variant, dtype: jnp.dtype, head_dim: int
-) -> None:
-    for lengths in LENGTHS:
+def test_native_attention_equals_the_reference(variant: Variant, dtype: jnp.dtype) -> None:
+    head_dims = [7] if variant == "portable" else [7, 32, 40]
+    for head_dim, lengths in itertools.product(head_dims, LENGTHS):
         size = 16 if sum(lengths) <= 16 else 640
         fused = _random(size, 3, 2, head_dim).astype(dtype)
-        attention = CpuSegmentAttention(variant)
-        got = attention.attend(fused, _segments(lengths, size))
+        got = CpuSegmentAttention(variant).attend(fused, _segments(lengths, size))
         assert got.dtype == dtype
         wanted = _softmax_over_own_text(fused.astype(F32), lengths)
         error = np.abs(np.asarray(got.astype(F32))[: sum(lengths)] - wanted)

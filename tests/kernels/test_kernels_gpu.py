@@ -128,8 +128,11 @@ def test_few_queries_split_long_sequences(rows: int, tokens: int, splits: int) -
     assert blocks.splits == splits
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [F32, BF16, INT8], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, F32), (64, INT8), (64, BF16), (80, BF16), (96, BF16), (128, BF16), (256, BF16)],
+    ids=str,
+)
 def test_lowers_to_triton_without_a_gpu(head_dim: int, dtype: np.dtype) -> None:
     attention = GpuPagedAttention(3, head_dim, 16, dtype)
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731

@@ -98,9 +98,9 @@ def test_frequencies_follow_the_distribution() -> None:
     params = {"temperature": 0.7, "top_p": 0.9, "top_k": 30}
     logits = _logits(1, 5)
     draws = []
-    for seed in range(1500):
-        requests = [_request(seed=4 * seed + i, **params) for i in range(4)]
-        ids, _ = _sample(np.repeat(logits, 4, axis=0), requests, [[1] * (seed % 9 + 1)] * 4)
+    for seed in range(375):
+        requests = [_request(seed=16 * seed + i, **params) for i in range(16)]
+        ids, _ = _sample(np.repeat(logits, 16, axis=0), requests, [[1] * (seed % 9 + 1)] * 16)
         draws += ids.tolist()
     kept = _kept(logits[0].astype(np.float64), SamplingParams(**params))
     p = np.where(kept, np.exp(logits[0].astype(np.float64) / 0.7), 0)

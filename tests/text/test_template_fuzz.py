@@ -20,7 +20,7 @@ from inferneo_jax.text.template_protocol import MAX_CHARACTERS, MAX_ERROR_CHARAC
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other kernels bound time only")
 
-TEMPLATES = int(os.environ.get("FUZZ_TEMPLATES", "600"))
+TEMPLATES = int(os.environ.get("FUZZ_TEMPLATES", "300"))
 """How many are rendered; the same ones each time."""
 BATCH = 10
 SECONDS = 0.05

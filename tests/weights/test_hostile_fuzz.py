@@ -13,7 +13,7 @@ from inferneo_jax.errors import CheckpointError, InferneoError
 from tests.support.paths import ROOT
 from tests.weights.fuzz import BYTES, SECONDS
 
-FILES = int(os.environ.get("FUZZ_FILES", "600"))
+FILES = int(os.environ.get("FUZZ_FILES", "300"))
 """How many broken files are loaded in all; the first so many of an endless, fixed sequence."""
 SHARES = {"gguf": 0.4, "safetensors": 0.2, "tokenizer": 0.2, "config": 0.2}
 

@@ -67,9 +67,7 @@ async def running(app: Application, **changes: Any) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def connected(
-    port: int,
-) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         yield reader, writer
@@ -125,10 +123,7 @@ async def test_h11_takes_what_others_may_understand_differently(head: bytes) -> 
 
 async def test_a_connection_that_sends_http2s_preface_alone_is_held() -> None:
     """Or ``_initiate_idle`` in http2.py can go."""
-    async with (
-        running(short, keep_alive_timeout=0.1) as port,
-        connected(port) as (reader, writer),
-    ):
+    async with running(short, keep_alive_timeout=0.1) as port, connected(port) as (reader, writer):
         writer.write(PREFACE)
         assert await reader.readexactly(9)
         with pytest.raises(TimeoutError):
@@ -150,10 +145,7 @@ async def test_bytes_beyond_ascii_in_a_path_of_http2_end_the_connection() -> Non
 
 async def test_a_connection_that_its_client_has_closed_is_held() -> None:
     """Or ``_read_until_closed`` in transport.py can go."""
-    async with (
-        running(short, keep_alive_timeout=0.4) as port,
-        connected(port) as (reader, writer),
-    ):
+    async with running(short, keep_alive_timeout=0.4) as port, connected(port) as (reader, writer):
         writer.write(GET)
         await reader.readuntil(b"all")
         writer.write_eof()

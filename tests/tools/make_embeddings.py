@@ -30,12 +30,7 @@ def main() -> None:
         embedding = torch.nn.functional.normalize(hidden.mean(0), dim=0)
         print(f"{name}: {len(ids)} tokens")
         cases.append(
-            {
-                "name": name,
-                "text": text,
-                "ids": ids,
-                "embedding": golden.rounded(embedding, 7),
-            }
+            {"name": name, "text": text, "ids": ids, "embedding": golden.rounded(embedding, 7)}
         )
     about = golden.about(folder / "model.safetensors", folder / "tokenizer.json")
     golden.write("embeddings.json", {"about": about}, cases)

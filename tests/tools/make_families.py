@@ -238,11 +238,7 @@ def encoder_case(seed: int) -> dict[str, Any]:
     for one in ids:
         hidden = loaded.eval()(torch.tensor([one])).last_hidden_state[0]
         embeddings.append(torch.nn.functional.normalize(hidden.mean(0), dim=0))
-    return {
-        "name": "bert",
-        "ids": ids,
-        "embeddings": golden.rounded(torch.stack(embeddings), 7),
-    }
+    return {"name": "bert", "ids": ids, "embeddings": golden.rounded(torch.stack(embeddings), 7)}
 
 
 def main() -> None:

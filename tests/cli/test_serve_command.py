@@ -14,16 +14,17 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from inferneo_jax import InferneoError
 from server.cli.main import app
 from server.cli.progress import ModelProgress
 from server.config.schema import setting_docs
+from tests.support.fake_server import Rig
 from tests.support.machine_speed import Machine
 from tests.support.paths import ROOT
 from tests.support.server_process import environment
 from tests.support.terminal import Terminal
 
 FAKES = [sys.executable, "-m", "tests.support.serve_fakes"]
-INFERNEO = [sys.executable, "-m", "server.cli", "serve"]
 SECONDS = 30.0
 
 
@@ -34,14 +35,6 @@ def settings(tmp_path: Path, **changes: str) -> dict[str, str]:
         "INFERNEO_PORT": "0",
     }
     return environment(own | changes)
-
-
-def outcome(arguments: list[str], env: dict[str, str]) -> tuple[int, str]:
-    done = subprocess.run(
-        [*INFERNEO, *arguments], env=env, capture_output=True, text=True, timeout=SECONDS, cwd=ROOT
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stderr
 
 
 def test_help_shows_every_flag_and_default() -> None:
@@ -173,27 +166,31 @@ def test_elsewhere_it_logs_and_drains(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
-    code, said = outcome(["nosuch"], settings(tmp_path))
-    assert code == 1
-    assert "no model 'nosuch' in the catalog; there are smollm2-135m-instruct" in said
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", "serve", "nosuch"],
+        env=settings(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1
+    assert "no model 'nosuch' in the catalog; there are smollm2-135m-instruct" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_named_with_who_has_it(rig: Rig, tmp_path: Path) -> None:
+    def said(port: int) -> str:
+        arguments = ["serve", "--port", str(port)]
+        done = CliRunner().invoke(app, arguments, env={"INFERNEO_CHECKPOINTS": str(tmp_path)})
+        assert isinstance(done.exception, InferneoError)
+        assert f"port {port} of 127.0.0.1 is taken by " in str(done.exception)
+        return str(done.exception)
+
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        port = other.getsockname()[1]
-        other.settimeout(SECONDS)
-        code, said = outcome(["--port", str(port)], settings(tmp_path))
-    assert code == 1
-    assert f"port {port} of 127.0.0.1 is taken by another program" in said
-    assert "--port 0" in said
-
-
-def test_a_server_of_ours_at_the_port_is_recognized(tmp_path: Path) -> None:
-    with Terminal(FAKES, settings(tmp_path)) as first:
-        port = first.wait_for(r"at http\S+:(\d+)")[1]
-        first.wait_for("Ctrl-C ends it")
-        code, said = outcome(["--port", port], settings(tmp_path))
-    assert code == 1
-    assert f"port {port} of 127.0.0.1 is taken by an Inferneo server, which is ready" in said
+        message = said(other.getsockname()[1])
+    assert "taken by another program" in message
+    assert "--port 0" in message
+    assert "taken by an Inferneo server, which is ready" in said(rig.server.port)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MODELS, SERVE, MEASURE = "Models", "Serve", "Plan and measure"
 
 _LINE_SECONDS = 10.0
+_PIPED_WIDTH = 200  # where no terminal says how wide it is
 _FORMATS = {"orbax": "Orbax", "gguf": "GGUF", "safetensors": "safetensors"}
 
 app = typer.Typer(
@@ -93,7 +94,6 @@ def pull(
     """
     from inferneo_jax.weights.fetch import pull as pull_model
 
-    _convert_on_host()
     folder = _folder(checkpoints)
     for name in names:
         with _progress(name) as progress:
@@ -123,7 +123,6 @@ def convert(
     from inferneo_jax.weights.catalog import checkpoint_path
     from inferneo_jax.weights.convert import convert as convert_model
 
-    _convert_on_host()
     source = path.absolute()
     name = name or (source.stem if source.is_file() else source.name)
     destination = checkpoint_path(_folder(checkpoints), name)
@@ -141,10 +140,8 @@ def list_models(checkpoints: Checkpoints = None) -> None:
     from inferneo_jax.weights.checkpoint import read_info
     from server.cli.doctor.finding import in_bytes, size_of
 
-    columns = ("model", "kind", "format", "parameters", "size", "licence", "state")
+    columns = ("model", "kind", "format", "params", "size", "state", "licence")
     table = Table(*columns, box=None)
-    for column in table.columns[3:5]:
-        column.justify = "right"
     checkpoints_folder = _folder(checkpoints)
     found, catalog = list_checkpoints(checkpoints_folder), load_catalog()
     begun = list_downloads(checkpoints_folder)
@@ -152,19 +149,24 @@ def list_models(checkpoints: Checkpoints = None) -> None:
         size = in_bytes(size_of(folder))
         try:
             info = read_info(folder)
-            cells = (_format(info), _parameters(info), size, info.licence or "", "ready")
+            cells = (_format(info), _parameters(info), size, "ready", info.licence)
         except InferneoError:
-            table.add_row(name, "", "", "", size, "", "damaged: remove it and pull again")
+            table.add_row(name, "", "", "", size, "damaged: remove it and pull again")
         else:
             table.add_row(name, "chat" if info.kind == "decoder" else "embedding", *cells)
     for name, kept in begun.items():
         if name not in found:
-            state = f"{in_bytes(kept)} pulled: pull again to continue"
-            table.add_row(name, "", "", "", "", "", state)
+            table.add_row(name, "", "", "", in_bytes(kept), "pull begun")
     absent = [name for name in catalog if name not in found and name not in begun]
     for name in absent:
         entry = catalog[name]
-        table.add_row(name, entry.kind, "", "", in_bytes(entry.size), entry.licence, "not here")
+        size = in_bytes(entry.size)
+        table.add_row(name, entry.kind, "", "", size, "not here", entry.licence)
+    table.columns[0].min_width = max(map(len, (*found, *begun, *absent)), default=0)
+    for column in table.columns[3:5]:
+        column.justify = "right"
+    if not out.is_terminal:
+        out.width = max(out.width, _PIPED_WIDTH)
     out.print(table)
     if absent:  # on one line, so that it can be copied
         out.print(f"\nTo have them: inferneo pull {' '.join(absent)}", soft_wrap=True)
@@ -246,13 +248,6 @@ def _count(info: "CheckpointInfo") -> int:
 def _announce(offer: "Offer") -> None:
     """Show what is about to be downloaded."""
     err.print(clean(f"{offer.name}: {offer}"), markup=False, highlight=False, soft_wrap=True)
-
-
-def _convert_on_host() -> None:
-    """Conversion only moves bytes; it must not take an accelerator from a running server."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
 
 
 def _folder(checkpoints: str | None) -> Path:

@@ -6,12 +6,16 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from inferneo_jax import Tokenizer
 from server.config.settings import Settings
 from server.models.sources import Source, load_from_disk
 from tests.support.fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
+from tests.support.fake_hub import FakeHub, hub
 from tests.support.fake_server import CHAT, EMBED, Rig, Server, models_of, wait_ready
+
+__all__ = ["hub"]
 
 
 def test_the_list_has_every_model(rig: Rig) -> None:
@@ -130,6 +134,21 @@ def test_what_was_converted_is_loaded_and_the_rest_pulled(
     loaded: Any = load_from_disk(Source("mine"), settings, lambda *_: None)
     assert loaded == tmp_path / "mine"
     assert pulled == ([] if converted else ["mine"])
+
+
+def test_a_quantization_of_the_hub_that_is_missing_is_pulled_and_logged(
+    made: Any, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file: Path = made.gguf(tmp_path / "m.gguf", made.LLAMA, made.tensors(made.LLAMA))
+    hub.add("org/g", {"m-Q4_K_M.gguf": file.read_bytes()})
+    monkeypatch.setattr("inferneo_jax.load_model", lambda path, config, **_: path)
+    settings = Settings(checkpoints=tmp_path / "store")
+    with structlog.testing.capture_logs() as logs:
+        loaded: Any = load_from_disk(Source("org/g:Q4_K_M"), settings, lambda *_: None)
+    assert loaded == tmp_path / "store" / "org" / "g:Q4_K_M"
+    (event,) = (each for each in logs if each["event"] == "pulling")
+    assert event["what"].startswith("m-Q4_K_M.gguf, 0 MB, licence: apache-2.0")
+    assert event["bytes"] == file.stat().st_size
 
 
 def test_an_engine_that_failed_is_not_ready(tokenizer: Tokenizer) -> None:

@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -49,12 +52,25 @@ def test_a_converted_model_is_listed_shown_and_removed(made, inferneo, tmp_path)
     assert list(inferneo.store.iterdir()) == []
 
 
+def test_converting_needs_no_device(made, tmp_path):
+    """It must not take an accelerator from a running server."""
+    folder = made.folder(tmp_path / "hf", made.LLAMA)
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", "convert", folder, "--checkpoints", tmp_path / "c"],
+        env={**os.environ, "JAX_PLATFORMS": "none-at-all"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_info(tmp_path / "c" / "hf").family == "llama"
+
+
 def test_an_interrupted_pull_is_listed_and_can_be_removed(inferneo):
     begun = inferneo.store / "org" / ".g:Q4_K_M.download"
     begun.mkdir(parents=True)
     (begun / "0.partial").write_bytes(bytes(12_000_000))
     listed = inferneo("list").output
-    assert re.search("org/g:Q4_K_M .* 12 MB pulled: pull again to continue", listed)
+    assert re.search("org/g:Q4_K_M +12 MB +pull begun", listed)
     assert inferneo("rm", "org/g:Q4_K_M").exit_code == 0
     assert list(inferneo.store.iterdir()) == []
 

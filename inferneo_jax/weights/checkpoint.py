@@ -5,9 +5,10 @@
     inferneo.json           kind, family, configuration, origin, end-of-text ids
     tokenizer.json          in the format of the `tokenizers` library
     tokenizer_config.json   special tokens and chat template
-    weights/                an Orbax checkpoint of {weight name: array}, or
-    weights.json            the table of tensors in a GGUF file or in safetensors files, which lie
-                            in the folder too, or anywhere else
+    weights.json            the table of its tensors: in a GGUF file or in safetensors files, which
+                            lie in the folder too, or anywhere else; or in
+    weights/                an Orbax checkpoint of {tensor name: array}. Those of older versions
+                            have no table and are {weight name: array}
 """
 
 import contextlib
@@ -23,9 +24,10 @@ from inferneo_jax.config import MAX_VOCAB_SIZE, DecoderConfig, EncoderConfig, Mo
 from inferneo_jax.errors import CheckpointError, ConfigError
 from inferneo_jax.files import read_object, shown
 from inferneo_jax.platform.atomic import new_folder
-from inferneo_jax.weights.orbax import array_shapes, open_arrays
+from inferneo_jax.weights.orbax import array_shapes, open_arrays, open_tensors
 from inferneo_jax.weights.shapes import compare_shapes
-from inferneo_jax.weights.table import read_table
+from inferneo_jax.weights.sources.tensor import StoredTensor
+from inferneo_jax.weights.table import TABLE_FILE, read_formats, read_table
 
 if TYPE_CHECKING:
     from inferneo_jax.weights.sources.weight import Weight
@@ -186,13 +188,13 @@ def open_weights(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> "dict[str
         CheckpointError: the files are damaged or missing.
     """
     info = read_info(path)
-    if info.format == "orbax":
-        return {**open_arrays(info.path.absolute() / WEIGHTS_FOLDER, wanted)}
+    tensors = _tensors(info)
+    if tensors is None:
+        return {**open_arrays(_orbax(info), wanted)}
     # Not at the top: it brings in flax, and commands that list models do without.
     from inferneo_jax.models.families import FAMILIES
     from inferneo_jax.weights.sources.weight import SourceWeight
 
-    tensors = read_table(info.path)
     families = [each for each in FAMILIES if each.name == info.family]
     if not families:
         raise CheckpointError(
@@ -216,32 +218,50 @@ def stored_shapes(info: CheckpointInfo) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: the description of the weights is damaged, or a file is missing.
     """
-    if info.format == "orbax":
-        return array_shapes(info.path.absolute() / WEIGHTS_FOLDER)
-    return {name: tensor.shape for name, tensor in read_table(info.path).items()}
+    tensors = _tensors(info)
+    if tensors is None:
+        return array_shapes(_orbax(info))
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _tensors(info: CheckpointInfo) -> Mapping[str, StoredTensor] | None:
+    """The tensors of a checkpoint by name; None if it has weights instead."""
+    if info.format != "orbax":
+        return read_table(info.path)
+    if (info.path / TABLE_FILE).exists():
+        return open_tensors(_orbax(info), read_formats(info.path))
+    return None
+
+
+def _orbax(info: CheckpointInfo) -> Path:
+    return info.path.absolute() / WEIGHTS_FOLDER
 
 
 def fingerprint(info: CheckpointInfo) -> str:
     """A digest that tells whether two machines have the same model.
 
-    It covers the configuration, and the names and shapes of the weights. Of an Orbax checkpoint it
-    covers all numbers of the vectors (normalisations, biases), which differ between any two trained
-    models; reading the matrices would take too long. Of other formats it covers the checksums.
+    It covers the configuration, the names and shapes of the weights, and their checksums; or, where
+    there are none, in an Orbax checkpoint, all numbers of the vectors (normalisations, biases),
+    which differ between any two trained models. Reading the matrices would take too long.
 
     Raises:
         CheckpointError: the files are damaged or missing.
     """
     known: list[Any] = [info.family, info.config.to_dict(), info.eos_token_ids]
-    if info.format != "orbax":
-        table = read_table(info.path)
-        known += [[name, t.format, t.shape, t.checksums] for name, t in sorted(table.items())]
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
-    shapes = dict(sorted(stored_shapes(info).items()))
-    digest = hashlib.sha256(json.dumps([*known, shapes], sort_keys=True).encode())
-    weights = open_arrays(info.path.absolute() / WEIGHTS_FOLDER, shapes)
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            digest.update(weights[name][:,].tobytes())
+    tensors = _tensors(info)
+    if tensors is None:
+        shapes = dict(sorted(stored_shapes(info).items()))
+        weights = open_arrays(_orbax(info), shapes)
+        vectors = [weights[name][:,] for name, shape in shapes.items() if len(shape) == 1]
+        known += [shapes]
+    else:
+        found = [tensor for _, tensor in sorted(tensors.items())]
+        known += [[each.name, each.format, each.shape, each.checksums] for each in found]
+        unknown = [each for each in found if each.checksums is None and len(each.shape) == 1]
+        vectors = [each.read() for each in unknown]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for vector in vectors:
+        digest.update(vector.tobytes())
     return digest.hexdigest()[:16]
 
 

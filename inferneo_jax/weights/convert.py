@@ -2,9 +2,10 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,19 @@ from inferneo_jax.models.families import Family, find_family
 from inferneo_jax.models.families.family import WeightMapping
 from inferneo_jax.platform.atomic import refuse_existing, remove_folder
 from inferneo_jax.platform.progress import Progress, silent
-from inferneo_jax.weights.checkpoint import INFO_FILE, new_checkpoint
+from inferneo_jax.weights.checkpoint import (
+    INFO_FILE,
+    WEIGHTS_FOLDER,
+    WeightsFormat,
+    new_checkpoint,
+)
+from inferneo_jax.weights.orbax import write_arrays
+from inferneo_jax.weights.quantize import quantized, target_formats
 from inferneo_jax.weights.shapes import compare_shapes
 from inferneo_jax.weights.sources.source import SourceModel, naming
-from inferneo_jax.weights.sources.tensor import FileTensor
+from inferneo_jax.weights.sources.tensor import Array, FileTensor
 from inferneo_jax.weights.sources.weight import SourceWeight
-from inferneo_jax.weights.table import checked, is_made_of, relative, write_table
+from inferneo_jax.weights.table import checked, is_made_of, relative, write_formats, write_table
 
 _DESCRIBED = ".inferneo"
 _COPIED_BYTES = 2**24
@@ -103,16 +111,19 @@ def convert(
     *,
     licence: str | None = None,
     origin: Mapping[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> Path:
     """Make a checkpoint of the model at ``path``, with the files of its weights as they are.
 
     The files are linked into the checkpoint, or copied if they are on another disk. So the
-    checkpoint has all that it needs, and takes no more disk than the files.
+    checkpoint has all that it needs, and takes no more disk than the files. With a quantization it
+    is an Orbax checkpoint instead; tensors are quantized one by one.
 
     Args:
         path: a GGUF file, or a folder in Hugging Face's layout.
         destination: the folder to create; it must not exist.
         progress: called as each stage advances.
+        quantization: one of ``QUANTIZATIONS``.
         licence: overrides that of the source.
         origin: further entries of ``source`` in ``inferneo.json``.
 
@@ -121,12 +132,17 @@ def convert(
 
     Raises:
         CheckpointError: the source cannot be read, or ``destination`` exists.
-        ConfigError: the model is not supported.
+        ConfigError: the model is not supported, or cannot be quantized so.
         WeightsError: lists the source tensors that are missing, unused or misshapen.
     """
     path, destination = Path(path), Path(destination)
     refuse_existing(destination)
     model = read_model(path)
+    if quantization:
+        formats = target_formats(model.weights, model.config, quantization)
+        with _new_checkpoint(destination, model, licence, origin, "orbax") as folder:
+            _write_quantized(folder, model, formats, progress)
+        return destination
     with _new_checkpoint(destination, model, licence, origin) as folder:
         names = {file: _own_name(model, file) for file in model.files}
         _bring(folder, names, progress)
@@ -184,6 +200,7 @@ def _new_checkpoint(
     model: ConvertibleModel,
     licence: str | None = None,
     origin: Mapping[str, Any] | None = None,
+    format: WeightsFormat | None = None,
 ) -> AbstractContextManager[Path]:
     source = model.source
     return new_checkpoint(
@@ -191,13 +208,39 @@ def _new_checkpoint(
         kind=model.family.kind,
         family=model.family.name,
         config=model.config,
-        format=source.format,
+        format=format or source.format,
         tokenizer_json=source.tokenizer_json,
         tokenizer_config=source.tokenizer_config,
         eos_token_ids=source.eos_token_ids,
         bos_token_id=source.bos_token_id,
         licence=licence or source.licence,
         source={**source.origin, **(origin or {})},
+    )
+
+
+def _write_quantized(
+    folder: Path, model: ConvertibleModel, formats: Mapping[str, str], progress: Progress
+) -> None:
+    """Write the Orbax checkpoint of a quantized model, tensor by tensor."""
+    total = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
+    done = 0
+
+    def arrays() -> Iterator[tuple[str, Array]]:
+        nonlocal done
+        for name, tensor in model.tensors.items():
+            columns = math.prod(tensor.shape[1:])
+
+            def each(rows: int, columns: int = columns) -> None:
+                nonlocal done
+                done += rows * columns
+                progress("quantizing", done, total)
+
+            yield name, quantized(tensor, formats[name], each)
+
+    progress("quantizing", 0, total)
+    write_arrays(folder / WEIGHTS_FOLDER, arrays())
+    write_formats(
+        folder, {name: (formats[name], tensor.shape) for name, tensor in model.tensors.items()}
     )
 
 

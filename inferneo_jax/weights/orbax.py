@@ -6,7 +6,7 @@ more than one is in memory, each in chunks with a CRC-32C that is compared when 
 
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +15,9 @@ import numpy as np
 import orjson
 
 from inferneo_jax.errors import CheckpointError
+from inferneo_jax.layers.blocks import Bytes
 from inferneo_jax.weights.shapes import compare_shapes
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from inferneo_jax.weights.sources.tensor import Array, StoredTensor, stored_bytes
 
 _DESCRIPTION = b"/zarr.json"
 _METADATA = "_METADATA"
@@ -108,6 +108,72 @@ class OrbaxWeight:
             raise
         except Exception as error:  # damaged files come out of TensorStore as that
             raise _damaged(self._folder, error) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrbaxTensor(StoredTensor):
+    """A tensor in an Orbax checkpoint: an array of floats, or ``[rows, bytes of a row]``.
+
+    Attributes:
+        folder: of the checkpoint, for errors.
+        array: as TensorStore opened it.
+    """
+
+    folder: Path
+    array: Any
+
+    @property
+    def _where(self) -> str:
+        return str(self.folder)
+
+    @property
+    def _span_bytes(self) -> int:
+        return _CHUNK_BYTES
+
+    @property
+    def _row_bytes(self) -> int:
+        return (stored_bytes(self.format, self.shape) or 0) // self.shape[0]
+
+    def _spans(self, numbers: Iterable[int]) -> Iterator[tuple[int, Bytes]]:
+        for span in numbers:
+            first = span * self._rows_per_span
+            end = min(first + self._rows_per_span, self.num_rows)
+            try:
+                found = np.ascontiguousarray(self.array[first:end].read().result())
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise _damaged(self.folder, error) from error
+            yield span, found.reshape(-1).view(np.uint8).reshape(end - first, self._row_bytes)
+
+
+def open_tensors(
+    folder: Path, described: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, OrbaxTensor]:
+    """Open tensors in an Orbax checkpoint, to be read by rows.
+
+    Args:
+        folder: of the checkpoint.
+        described: format and shape of each tensor, by name.
+
+    Raises:
+        WeightsError: names each missing, unused or misshapen array.
+        CheckpointError: the files are damaged or missing.
+    """
+    arrays = {}
+    for name, (format, shape) in described.items():
+        size = stored_bytes(format, shape)
+        if not size:
+            raise _damaged(folder, f"{name} cannot be {format} of the shape {list(shape)}")
+        floats = format in ("f32", "f16", "bf16")
+        arrays[name] = shape if floats else (shape[0], size // shape[0])
+    opened = open_arrays(folder, arrays)
+    return {
+        name: OrbaxTensor(
+            name=name, shape=shape, format=format, folder=folder, array=opened[name]._array
+        )
+        for name, (format, shape) in described.items()
+    }
 
 
 def open_arrays(folder: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, OrbaxWeight]:

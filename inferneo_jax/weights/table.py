@@ -1,14 +1,16 @@
-"""The table of the tensors that a checkpoint has in files of another format.
+"""The table of a checkpoint's tensors.
 
-It says where each tensor is, so that a start reads no header, vocabulary or tokenizer of the
-format, and has a checksum for each span of it, so that damage is noticed while it is read.
+For tensors in files of another format it says where each one is, so that a start reads no header,
+vocabulary or tokenizer of that format, and has a checksum for each span of it, so that damage is
+noticed while it is read. For those in an Orbax checkpoint it has their formats.
 """
 
+import contextlib
 import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -87,17 +89,12 @@ def read_table(folder: Path) -> dict[str, FileTensor]:
     """
     table = folder / TABLE_FILE
     values = _read(table)
-    try:
+    with _explained(table):
         files = [(folder / each["path"], each["size"]) for each in values["files"]]
         tensors = {
             name: _tensor(each, files, values["span_bytes"])
             for name, each in values["tensors"].items()
         }
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{table} is not what this version writes ({type(error).__name__}: {error}); remove "
-            "the model and pull or convert it again"
-        ) from error
     for file, size in files:
         try:
             found = check_regular(file)
@@ -113,6 +110,39 @@ def read_table(folder: Path) -> dict[str, FileTensor]:
                 "restore it, or remove the model with `inferneo rm` and pull or convert it again"
             )
     return tensors
+
+
+def write_formats(folder: Path, formats: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Write the table of the tensors in an Orbax checkpoint: format and shape of each, by name."""
+    tensors = {name: {"format": f, "shape": shape} for name, (f, shape) in formats.items()}
+    text = json.dumps({"tensors": tensors}, ensure_ascii=False)
+    (folder / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_formats(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Format and shape of each tensor in an Orbax checkpoint, by name.
+
+    Raises:
+        CheckpointError: the table is damaged.
+    """
+    table = folder / TABLE_FILE
+    values = _read(table)
+    with _explained(table):
+        return {
+            name: (str(each["format"]), _shape(each["shape"]))
+            for name, each in values["tensors"].items()
+        }
+
+
+@contextlib.contextmanager
+def _explained(table: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{table} is not what this version writes ({type(error).__name__}: {error}); remove "
+            "the model and pull or convert it again"
+        ) from error
 
 
 def is_made_of(folder: Path, made_of: Mapping[str, Any]) -> bool:
@@ -146,9 +176,7 @@ def _read(table: Path) -> dict[str, Any]:
 def _tensor(values: dict[str, Any], files: list[tuple[Path, int]], span_bytes: int) -> FileTensor:
     """One tensor of a table; every number of it is checked, for kernels rely on them."""
     file, size = files[_integer(values["file"], 0)]
-    shape = tuple(_integer(each, 1) for each in values["shape"])
-    if not 1 <= len(shape) <= _MAX_DIMENSIONS or math.prod(shape) > 2**63:
-        raise ValueError(f"{shown(shape)} is not a shape")
+    shape = _shape(values["shape"])
     heads = values["interleaved_heads"]
     if heads is not None and shape[0] % (2 * _integer(heads, 1)):
         raise ValueError(f"{heads} heads do not divide {shape[0]} rows")
@@ -169,6 +197,13 @@ def _tensor(values: dict[str, Any], files: list[tuple[Path, int]], span_bytes: i
     if len(tensor.checksums or ()) != tensor.num_spans:
         raise ValueError(f"{shown(tensor.name)} has not {tensor.num_spans} checksums")
     return tensor
+
+
+def _shape(values: list[object]) -> tuple[int, ...]:
+    shape = tuple(_integer(each, 1) for each in values)
+    if not 1 <= len(shape) <= _MAX_DIMENSIONS or math.prod(shape) > 2**63:
+        raise ValueError(f"{shown(shape)} is not a shape")
+    return shape
 
 
 def _integer(value: object, least: int) -> int:

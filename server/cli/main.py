@@ -118,8 +118,17 @@ def convert(
             show_default="that of the file or folder",
         ),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Quantize the matrices: int8 (for GPUs and TPUs), q8_0, q5_1, q5_0, q4_1, q4_0 "
+            "(for CPUs), or none, for an Orbax checkpoint of their own dtype.",
+            show_default="served as they are in their files",
+        ),
+    ] = None,
 ) -> None:
-    """Convert a model that is on this machine."""
+    """Make a checkpoint of a model that is on this machine; its files are linked, not copied."""
     from inferneo_jax.weights.catalog import checkpoint_path
     from inferneo_jax.weights.convert import convert as convert_model
 
@@ -127,7 +136,7 @@ def convert(
     name = name or (source.stem if source.is_file() else source.name)
     destination = checkpoint_path(_folder(checkpoints), name)
     with _progress(name) as progress:
-        convert_model(source, destination, progress)
+        convert_model(source, destination, progress, quantization=quantization)
     out.print(f"{name}: {destination}", soft_wrap=True)
 
 

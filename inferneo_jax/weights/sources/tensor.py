@@ -56,9 +56,15 @@ BLOCKS = {
 """Numbers and bytes of a block of each format; not taken from gguf, which takes 0.3 s to import."""
 
 
+INT8 = "int8"
+"""This package's own format: a row is its numbers as int8, and then their scale in float32."""
+
+
 def stored_bytes(format: str, shape: tuple[int, ...]) -> int | None:
     """Bytes of a tensor; None if the format is unknown or does not divide its rows."""
     count = math.prod(shape)
+    if format == INT8:
+        return count + 4 * shape[0] if len(shape) == 2 else None
     if format in _FLOATS:
         return count * _FLOATS[format].itemsize
     values, size = BLOCKS.get(format, (0, 0))
@@ -72,16 +78,19 @@ class StoredTensor(ABC):
     Attributes:
         name: of it, for errors.
         shape: in NumPy order (rows first).
-        format: ``f32``, ``f16``, ``bf16``, or ggml's name of a block format in lower case. Any
-            other format is an error when its numbers are read.
+        format: ``f32``, ``f16``, ``bf16``, ``int8``, or ggml's name of a block format in lower
+            case. Any other format is an error when its numbers are read.
         interleaved_heads: the number of heads whose rows are stored in the interleaved form of
             rotary embeddings; this class has them in the form of two halves, as all other tensors.
+        checksums: CRC-32 of each span; None if nothing is known that what is read could be
+            compared with, or if it is compared by others.
     """
 
     name: str
     shape: tuple[int, ...]
     format: str
     interleaved_heads: int | None = None
+    checksums: tuple[int, ...] | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -95,12 +104,12 @@ class StoredTensor(ABC):
 
     @property
     def num_rows(self) -> int:
-        """Number of rows in the file; a vector of blocks is one row."""
+        """Number of rows that are stored; a vector of blocks is one row."""
         return 1 if len(self.shape) == 1 and self.format not in _FLOATS else self.shape[0]
 
     def check_format(self) -> None:
         """Raise CheckpointError unless numbers of this format can be read."""
-        if self.format not in _FLOATS and self.format not in BLOCKS:
+        if self.format not in _FLOATS and self.format not in BLOCKS and self.format != INT8:
             raise CheckpointError(
                 f"{self._where}: {shown(self.name)} is of the type {shown(self.format.upper())}, "
                 "which cannot be read; take an unquantized release of the model, or another "
@@ -137,6 +146,21 @@ class StoredTensor(ABC):
             return
         for positions, raw in self._pieces(rows):
             out[_indices(at[positions])] = self._numbers(raw)[:, columns]
+
+    def pieces(self) -> Iterator[tuple[int, Array]]:
+        """All rows, span by span: the number of the first, and ``[rows, columns]``.
+
+        Where rows are interleaved, all of them are one piece.
+
+        Raises:
+            CheckpointError: they cannot be read, or are of a format that is not supported.
+        """
+        per_piece = self.num_rows if self.interleaved_heads else self._rows_per_span
+        for start in range(0, self.num_rows, per_piece):
+            rows = np.arange(start, min(self.num_rows, start + per_piece))
+            found = np.empty((rows.size, math.prod(self.shape[1:])), self.dtype)
+            self.read_into(found, rows - start, rows, slice(None))
+            yield start, found
 
     def read_blocks(self) -> Bytes:
         """All rows of a matrix as they are stored, ``[rows, bytes of a row]``.
@@ -191,6 +215,9 @@ class StoredTensor(ABC):
         """The numbers of rows, ``[rows, columns]``."""
         if self.format in _FLOATS:
             return raw.view(self.dtype)
+        if self.format == INT8:
+            scales = np.ascontiguousarray(raw[:, -4:]).view(np.float32)
+            return raw[:, :-4].view(np.int8).astype(np.float32) * scales
         self.check_format()
         import gguf  # takes 0.3 s
 
@@ -210,15 +237,12 @@ class FileTensor(StoredTensor):
         file: the file.
         offset: of its first byte in the file.
         size: in bytes.
-        checksums: CRC-32 of each span of ``span_bytes``, rounded to whole rows; None if nothing is
-            known that what is read could be compared with.
         span_bytes: of a span.
     """
 
     file: Path
     offset: int
     size: int
-    checksums: tuple[int, ...] | None = None
     span_bytes: int = SPAN_BYTES
 
     def with_checksums(self, each: Callable[[int], None]) -> "FileTensor":

@@ -67,11 +67,11 @@ def block_quantization(
     mesh: Mesh, kernels: Kernels, dtype: jnp.dtype, bits: Literal[4, 8]
 ) -> QuantizationConfig | None:
     """Matrices in blocks of integers, 8 bits in the head; None if the mesh has no kernels."""
-    if not _cpu_kernels(mesh, kernels):
+    if bits == 4 or not _cpu_kernels(mesh, kernels):
         return None
     from inferneo_jax.kernels.cpu.linear import BlockQuantized
 
-    return QuantizationConfig(BlockQuantized(dtype, bits), BlockQuantized(dtype))
+    return QuantizationConfig(BlockQuantized(dtype), BlockQuantized(dtype))
 
 
 def packed_quantization(

@@ -33,7 +33,6 @@ def test_a_cpu_keeps_matrices_for_its_kernels(changes: dict[str, Any], expected:
     backend = resolve_decoder(NATIVE, config, make_mesh(config.mesh))
     compact, quantization = backend.choices
     assert type(quantization.linear) is type(quantization.head) is expected
-    assert getattr(compact.linear, "bits", None) == (4 if expected is BlockQuantized else None)
     assert compact.head == quantization.head
 
 

@@ -88,6 +88,10 @@ class Library:
         call: Any = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
         return call(*arguments, **attributes)
 
+    def host(self, function: str) -> Any:
+        """A function that the host calls itself, with ctypes, which releases the interpreter."""
+        return getattr(self._handle, function)
+
     def register(self) -> None:
         """Register all kernels: a cached program calls them without having been traced."""
         bindings = "".join(path.read_text(encoding="utf-8") for path in _NATIVE.iterdir())

@@ -1,14 +1,17 @@
-"""Block-quantized matrices in the layouts of ``native/quantized_tiles.h``."""
+"""Block-quantized matrices in the layouts of ``native/block_formats.h``."""
 
+import ctypes
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from inferneo_jax.kernels.cpu.build import Variant, chosen
+from inferneo_jax.layers.blocks import BlockPart, BlockRows
 from inferneo_jax.layers.mlp import gate
 from inferneo_jax.layers.norm import RMSNorm
 from inferneo_jax.layers.quantization import (
@@ -23,77 +26,156 @@ from inferneo_jax.layers.quantization import (
 )
 
 _BLOCK = 32
-"""Outputs that are stored side by side, and inputs that share a scale."""
+"""Outputs that are stored side by side."""
 
 _SPAN = 64
 """Inputs of a row that share a scale."""
 
-_ENCODED_AT_ONCE = 2048
-"""Outputs. Encoding takes several times the memory of their weights in float32."""
+_ALIGNMENT = 64
+"""Bytes. From an address that is a multiple of it, jax takes an array without a copy."""
 
-_GROUP_BYTES = {8: 2 * 32 + 32 * 32, 4: 2 * 32 + 2 * 32 + 32 * 16}
-_NONE, _RMS_NORM, _SWIGLU = range(3)
+
+class Superblock(NamedTuple):
+    """How many bytes a format takes for some inputs.
+
+    Attributes:
+        inputs: of a superblock.
+        file_bytes: in a file, for one output.
+        stored_bytes: of the superblock, for 32 outputs.
+    """
+
+    inputs: int
+    file_bytes: int
+    stored_bytes: int
+
+
+FORMATS = {
+    "q8_0": Superblock(64, 68, 68 * 32),
+    "q4_0": Superblock(64, 36, 36 * 32),
+    "q4_1": Superblock(64, 40, 40 * 32),
+    "q5_0": Superblock(64, 44, 44 * 32),
+    "q5_1": Superblock(64, 48, 48 * 32),
+    "q2_k": Superblock(256, 84, 84 * 32),
+    "q3_k": Superblock(256, 110, 114 * 32),
+    "q4_k": Superblock(256, 144, 148 * 32),
+    "q5_k": Superblock(256, 176, 180 * 32),
+    "q6_k": Superblock(256, 210, 210 * 32),
+    "iq4_nl": Superblock(64, 36, 36 * 32),
+    "iq4_xs": Superblock(256, 136, 138 * 32),
+}
+"""The formats that there are kernels for, in the order of their numbers in ``native``."""
+
+_NUMBERS = {name: number for number, name in enumerate(FORMATS)}
+_ROUNDED = "q8_0"
+_FLOATS = {"float32": 0, "bfloat16": 1, "float16": 2}
+_NO_PROLOGUE, _RMS_NORM, _SWIGLU = range(3)
+_NOTHING: Any = np.zeros(0, np.float32)
+_NO_TABLE: Any = np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
 class BlockQuantized(QuantizationMethod):
-    """Integers in groups of 32 inputs for the native kernels of a CPU, on one device.
+    """Block formats of ggml for the native kernels of a CPU, on one device.
 
-    Each group of an output has a scale, and with 4 bits also a minimum. These are the blocks of
-    ggml's Q8_0 and Q4_1, so weights from files in these formats are not rounded again. Rows of
-    ``x`` are rounded to int8 with a scale for each 64 values, so an outlier affects only these.
+    Matrices that a file has in blocks are multiplied as they are. Floats are rounded to Q8_0, where
+    each 32 inputs of an output share a scale. Rows of ``x`` are rounded to int8 with a scale for
+    each 64 values, so an outlier affects only these.
 
     Attributes:
-        bits: 8; or 4, which represents only matrices with at most 16 evenly spaced values in each
-            group. Tables always have 8.
+        parts: the outputs of the matrix by format, each output in one part. Without any, floats are
+            rounded.
         variant: of the kernels.
     """
 
     padding_cost: ClassVar[float] = 0.125
 
-    bits: Literal[4, 8] = 8
+    parts: tuple[BlockPart, ...] = ()
     variant: Variant = "native"
 
     @property
     def name(self) -> str:
-        """The name of these blocks in ggml."""
-        return {8: "q8_0", 4: "q4_1"}[self.bits]
+        """The names of the formats in ggml, such as ``q4_k+q6_k``."""
+        return "+".join(sorted({part.format for part in self.parts})) or _ROUNDED
 
     def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
     ) -> tuple[ParameterSpec, ...]:
-        """Groups as bytes, ``[blocks of outputs, groups of inputs, bytes]``, with padding."""
+        """Bytes of each part, ``[blocks of outputs, superblocks of inputs, bytes]``, padded."""
         inputs, outputs = reversed(shape) if table else shape
-        groups = -(-inputs // _SPAN) * (_SPAN // _BLOCK)
-        whole = -(-outputs // _BLOCK), groups, _GROUP_BYTES[self.bits]
-        return (ParameterSpec(whole, jnp.dtype("uint8"), (None,) * 3),)
+        return tuple(
+            ParameterSpec(_shape(part, inputs), jnp.dtype("uint8"), (None,) * 3)
+            for part in self._parts(outputs)
+        )
 
     def encode(self, shard: HostArray, *, table: bool) -> tuple[HostArray, ...]:
-        """Round to 8 bits, or convert to 4 bits without any rounding.
+        """Round floats to Q8_0.
 
         Raises:
-            EncodingError: the matrix does not consist of groups of 4 bits.
+            EncodingError: the matrix is to be stored as blocks of a file.
         """
-        # NumPy is fast along the last axis only, so outputs are the last axis here.
-        columns = shard.T if table else shard
-        (parameter,) = self.parameters(shard.shape, (None, None), table=table)
-        blocks, groups, _ = parameter.shape
-        encoded = np.zeros(parameter.shape, np.uint8)
-        for first in range(0, columns.shape[1], _ENCODED_AT_ONCE):
-            some = columns[:, first : first + _ENCODED_AT_ONCE].astype(np.float32)
-            padding = (0, groups * _BLOCK - len(some)), (0, -some.shape[1] % _BLOCK)
-            whole = np.pad(some, padding) if np.any(padding) else some
-            encode = _eight_bits if self.bits == 8 else _four_bits
-            packed = _packed(encode(np.ascontiguousarray(whole).reshape(groups, _BLOCK, -1)))
-            encoded[first // _BLOCK :][: len(packed)] = packed
-        assert len(encoded) == blocks
+        if self.parts:
+            raise EncodingError(f"floats are rounded to {_ROUNDED}, not to {self.name}")
+        matrix = shard.T if table else shard
+        if matrix.dtype.name not in _FLOATS:
+            matrix = matrix.astype(np.float32)
+        inputs, outputs = matrix.shape
+        (part,) = self._parts(outputs)
+        encoded = _aligned(_shape(part, inputs))
+        self._encode(
+            "encode_floats",
+            _FLOATS[matrix.dtype.name],
+            matrix.ctypes.data,
+            *matrix.strides,
+            inputs,
+            outputs,
+            encoded.ctypes.data,
+        )
         return (encoded,)
+
+    def stores(self, parts: tuple[BlockPart, ...] | None) -> bool:
+        """Whether ``encode_blocks`` takes blocks of these parts as they are."""
+        return bool(self.parts) and parts == self.parts
+
+    def encode_blocks(self, blocks: tuple[BlockRows, ...]) -> tuple[HostArray, ...]:
+        """Arrange the blocks of a whole matrix for the kernels; no number changes."""
+        return tuple(map(self._encode_rows, blocks))
+
+    def _encode_rows(self, rows: BlockRows) -> HostArray:
+        contiguous = [np.ascontiguousarray(each) for each in rows.tensors]
+        (row_bytes,) = {each.shape[1] for each in contiguous}
+        addresses = np.concatenate(
+            [each.ctypes.data + np.arange(len(each)) * row_bytes for each in contiguous]
+        )
+        counts = [count for _, count in rows.part.runs]
+        assert sum(counts) == len(addresses), "a part has other outputs than its tensors"
+        # A run is padded to whole blocks: null stands for an output that does not exist.
+        padded = np.concatenate(
+            [
+                np.pad(each, (0, -len(each) % _BLOCK))
+                for each in np.split(addresses, np.cumsum(counts)[:-1])
+            ]
+        )
+        size = FORMATS[rows.part.format]
+        encoded = _aligned(_shape(rows.part, row_bytes * size.inputs // size.file_bytes))
+        self._encode(
+            "encode_rows",
+            _NUMBERS[rows.part.format],
+            padded.ctypes.data,
+            len(encoded),
+            row_bytes,
+            encoded.ctypes.data,
+        )
+        return encoded
+
+    def _encode(self, function: str, *arguments: int) -> None:
+        """Call a function of the library; other threads of the interpreter run meanwhile."""
+        chosen(self.variant).host(function)(*map(ctypes.c_int64, arguments))
 
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
-        """``x @ matrix`` in float32, with padding after the outputs."""
-        return self.multiply(x, stored, stored[0].shape[0] * _BLOCK)
+        """``x @ matrix`` in float32; of rounded floats with padding after the outputs."""
+        return self.multiply(x, stored, self._num_outputs(stored))
 
     def multiply(
         self,
@@ -109,8 +191,7 @@ class BlockQuantized(QuantizationMethod):
         del live  # The kernel detects rows of zeros.
         known = epilogue.bias is None and epilogue.transform is None and epilogue.dtype is None
         residual = epilogue.residual if known else None
-        (weights,) = stored
-        norm, eps, kind = jnp.zeros(0), 0.0, _NONE
+        norm, eps, kind = _NOTHING, 0.0, _NO_PROLOGUE
         if isinstance(prologue, RMSNorm):
             norm, eps, kind = prologue.scale[...], prologue.eps, _RMS_NORM
         elif prologue is gate:
@@ -118,12 +199,13 @@ class BlockQuantized(QuantizationMethod):
         elif prologue:
             x = prologue(x)
         product = self._call(
-            f"linear_{self.bits}",
+            "block_linear",
             (x.shape[0], outputs),
             x.astype(jnp.float32),
-            weights,
             norm,
-            jnp.zeros((0, 0)) if residual is None else residual,
+            _NO_TABLE if residual is None else residual,
+            *stored,
+            **_places(self._parts(outputs)),
             prologue=np.int64(kind),
             eps=np.float32(eps),
         )
@@ -139,23 +221,35 @@ class BlockQuantized(QuantizationMethod):
         num_gates: int,
     ) -> Float[Array, "rows embed"] | None:
         """One call with the bits of two products, if the gates are whole spans of 64."""
-        if num_gates % _SPAN or not isinstance(norm, RMSNorm) or down_method != self:
+        if not isinstance(down_method, BlockQuantized) or down_method.variant != self.variant:
+            return None
+        ups = self._parts(2 * num_gates)
+        apart = any(first % _BLOCK for part in ups for first, _ in part.runs)
+        if num_gates % _SPAN or apart or not isinstance(norm, RMSNorm):
             return None
         return self._call(
-            f"feed_forward_{self.bits}",
+            "block_feed_forward",
             x.shape,
             x.astype(jnp.float32),
+            norm.scale[...],
             *gate_up,
             *down,
-            norm.scale[...],
+            **_places(ups, down_method._parts(x.shape[1])),
+            gate_up_parts=np.int64(len(ups)),
             eps=np.float32(norm.eps),
         )
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
         """Rows of a table in float32, with padding after their inputs."""
-        (weights,) = stored
-        shape = ids.size, weights.shape[1] * _BLOCK
-        rows = self._call("take_8", shape, ids.astype(jnp.int32).reshape(-1), weights)
+        parts = self._parts(self._num_outputs(stored))
+        inputs = stored[0].shape[1] * FORMATS[parts[0].format].inputs
+        rows = self._call(
+            "block_take",
+            (ids.size, inputs),
+            ids.astype(jnp.int32).reshape(-1),
+            *stored,
+            **_places(parts),
+        )
         return rows.reshape(*ids.shape, -1)
 
     def _call(self, kernel: str, shape: tuple[int, ...], *arguments: Array, **more: Any) -> Array:
@@ -164,85 +258,45 @@ class BlockQuantized(QuantizationMethod):
         )
         return result
 
+    def _parts(self, outputs: int) -> tuple[BlockPart, ...]:
+        return self.parts or (BlockPart(_ROUNDED, ((0, outputs),)),)
 
-Groups = Float32[np.ndarray, "groups inputs outputs"]
-
-
-class _Encoded(NamedTuple):
-    """The fields of the groups of a matrix.
-
-    Attributes:
-        numbers: float16 numbers of each output (scales, minima), each ``[groups, outputs]``.
-        values: a byte for each weight, ``[groups, inputs, outputs]``; with 4 bits, a byte has one
-            weight of each half of a block of outputs.
-    """
-
-    numbers: tuple[np.ndarray, ...]
-    values: np.ndarray
+    def _num_outputs(self, stored: Stored) -> int:
+        """The outputs of a matrix, or with their padding if it is not known."""
+        counts = [count for part in self.parts for _, count in part.runs]
+        return sum(counts) or stored[0].shape[0] * _BLOCK
 
 
-def _packed(encoded: _Encoded) -> np.ndarray:
-    """The bytes of each group: its numbers, then its values, with 4 inputs side by side."""
-    groups, inputs, _ = encoded.values.shape
-    shape = groups, inputs // 4, 4, encoded.numbers[0].shape[1] // _BLOCK, -1
-    values = encoded.values.reshape(shape).transpose(3, 0, 1, 4, 2)
-    numbers = (
-        np.ascontiguousarray(each.reshape(groups, -1, _BLOCK).swapaxes(0, 1)).view(np.uint8)
-        for each in encoded.numbers
-    )
-    return np.concatenate([*numbers, values.reshape(len(values), groups, -1)], axis=2)
+def _shape(part: BlockPart, inputs: int) -> tuple[int, int, int]:
+    size = FORMATS[part.format]
+    blocks = sum(-(-count // _BLOCK) for _, count in part.runs)
+    return blocks, -(-inputs // size.inputs), size.stored_bytes
 
 
-def _eight_bits(weights: Groups) -> _Encoded:
-    scales = (np.abs(weights).max(axis=1) / np.float32(127)).astype(np.float16)
-    safe = np.maximum(scales.astype(np.float32), np.float32(1e-30))[:, None]
-    # If the scale was rounded down, the largest value is above 127, by less than a half unless the
-    # scale is too small for float16.
-    values = np.clip(np.rint(weights / safe), -127, 127)
-    return _Encoded((scales,), (values + 128).astype(np.uint8))
-
-
-def _four_bits(weights: Groups) -> _Encoded:
-    low, high = weights.min(axis=1), weights.max(axis=1)
-    minima = low.astype(np.float16)
-    # The smallest value of a group is 0, and the largest is nearly always 15: nearly all groups
-    # of a matrix that was in 4 bits are found at once.
-    scales, values, exact = _in_steps(weights, low, high, 15)
-    if exact.mean() < 0.5:
-        raise EncodingError(f"{1 - exact.mean():.0%} of the matrix is not in groups of 4 bits")
-    for largest in range(14, 0, -1):
-        if exact.all():
-            break
-        places = np.nonzero(~exact)
-        some = weights.swapaxes(1, 2)[places].T[None]
-        found = _in_steps(some, low[places][None], high[places][None], largest)
-        (scales[places],), exact[places] = found[0], found[2][0]
-        values.swapaxes(1, 2)[places] = found[1][0].T
-    if not exact.all():
-        raise EncodingError(f"{1 - exact.mean():.2%} of the matrix is not in groups of 4 bits")
-    halves = values.reshape(*values.shape[:2], -1, 2, _BLOCK // 2)
-    both = halves[..., 0, :] | halves[..., 1, :] << 4
-    return _Encoded((scales, minima), both.reshape(*values.shape[:2], -1))
-
-
-def _in_steps(
-    weights: Groups, low: np.ndarray, high: np.ndarray, largest: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Express groups as multiples of a scale above their minimum; the maximum becomes ``largest``.
+def _places(*matrices: tuple[BlockPart, ...]) -> dict[str, np.ndarray]:
+    """Where a call finds the outputs of its matrices, whose parts it numbers one after the other.
 
     Returns:
-        The scales, the multiples, and which groups they represent up to float32 rounding.
+        ``formats``: the number of each part's format; ``runs``: the part of each run, its first
+        output, number of outputs and first block in the part, by the first output.
     """
-    scale = ((high - low) / np.float32(largest)).astype(np.float16)
-    wide = scale.astype(np.float32)[:, None]
-    start = low.astype(np.float16).astype(np.float32)[:, None]
-    found = weights - start
-    found /= np.maximum(wide, np.float32(1e-30))
-    np.clip(np.rint(found, out=found), 0, 15, out=found)
-    values = found.astype(np.uint8)
-    found *= wide
-    found += start
-    found -= weights
-    error = np.abs(found, out=found).max(axis=1)
-    close = np.maximum(np.abs(low), np.abs(high)) * np.float32(1e-6)
-    return scale, values, error <= close
+    formats: list[int] = []
+    runs: list[tuple[int, ...]] = []
+    for parts in matrices:
+        found = []
+        for part in parts:
+            block = 0
+            for first, count in part.runs:
+                found.append((first, count, len(formats), block))
+                block += -(-count // _BLOCK)
+            formats.append(_NUMBERS[part.format])
+        runs += [(part, first, count, block) for first, count, part, block in sorted(found)]
+    return {"formats": np.array(formats, np.int64), "runs": np.array(runs, np.int64).reshape(-1)}
+
+
+def _aligned(shape: tuple[int, ...]) -> HostArray:
+    """An array of bytes that jax takes as it is."""
+    size = math.prod(shape)
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].reshape(shape)

@@ -1,38 +1,73 @@
-// Products with matrices of 8-bit or 4-bit integers. Rows are quantized on the way, and work is
-// shared out over threads. A feed-forward block is one call: what lies between its products is
-// quantized where it is computed, and never written as floats, which take 8 times as many bytes.
+// Products with matrices in block formats. Rows are quantized on the way, and work is shared out over
+// threads. A feed-forward block is one call: what lies between its products is quantized where it is
+// computed, and never written as floats, which take 8 times as many bytes.
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
+#include <string>
 #include <vector>
 
 #include "binding.h"
+#include "blocks.h"
 #include "pool.h"
 #include "quantized_rows.h"
-#include "quantized_tiles.h"
 
 namespace {
 namespace quantized {
 
+using inferneo::block_format;
+using inferneo::BlockFormat;
+using inferneo::QuantizedRows;
 using inferneo::share;
+using inferneo::Totals;
 
-// Rows of a tile, whose sums are kept in registers: there are 32 with AVX-512, else 16.
-constexpr int64_t kTileRows = kDotLanes == 16 ? 5 : 3;
 // Rows that are multiplied by a block while it is in cache: their values fill half of an L2 cache.
-constexpr int64_t kNearRows = 256;
+constexpr int64_t kNearRows = 128;
 // Quantizing fewer elements than this wakes no other thread.
 constexpr int64_t kSharedQuantization = 8192;
 // Rows that a thread quantizes at a time otherwise.
 constexpr int64_t kQuantizedAtOnce = 4;
 
-template <typename Group>
-struct Matrix {
-  const Group* groups;
-  int64_t inputs, outputs;  // inputs are padded to whole spans, outputs are not padded
+// A block of outputs: those from `column` on, `size` of them without padding.
+struct Block {
+  const BlockFormat* format;
+  const uint8_t* data;
+  int64_t column, size;
+};
 
-  int64_t spans() const { return inputs / kSpan; }
-  int64_t blocks() const { return (outputs + kBlock - 1) / kBlock; }
+// Outputs that lie side by side, in blocks of which the last may be padded.
+struct Run {
+  const BlockFormat* format;
+  const uint8_t* data;
+  int64_t column, count;
+  int64_t block_bytes;
+  int64_t first_block;  // its number in the matrix
+
+  Block block(int64_t index) const {
+    const int64_t at = index * kBlock;
+    return {format, data + index * block_bytes, column + at, std::min(kBlock, count - at)};
+  }
+};
+
+// A matrix whose outputs have one format or several. The runs are in the order of their columns.
+struct Matrix {
+  std::vector<Run> runs;
+  int64_t spans = 0, blocks = 0, outputs = 0;
+
+  int64_t inputs() const { return spans * kSpan; }
+
+  Block block(int64_t number) const {
+    const auto after = std::upper_bound(runs.begin(), runs.end(), number,
+                                        [](int64_t at, const Run& run) { return at < run.first_block; });
+    return (after - 1)->block(number - (after - 1)->first_block);
+  }
+
+  // The block that a column is in.
+  Block block_of(int64_t column) const {
+    const auto after = std::upper_bound(runs.begin(), runs.end(), column,
+                                        [](int64_t at, const Run& run) { return at < run.column; });
+    return (after - 1)->block((column - (after - 1)->column) / kBlock);
+  }
 };
 
 // What happens to rows before and after they are multiplied.
@@ -43,20 +78,17 @@ struct Fusion {
   const float* residual;  // added to the product: [rows, outputs], or null
 };
 
-// Memory that rows are quantized into, and read from as `Rows`.
-struct QuantizedRows {
+// Memory that rows are quantized into.
+struct RowMemory {
   int8_t* values;
   float* scales;
   int32_t* sums;
-  int64_t inputs;
+  int64_t spans;
 
-  Rows from(int64_t row) const {
-    return {values + row * inputs, scales + row * inputs / kSpan, sums + row * inputs / kGroup,
-            inputs};
-  }
+  QuantizedRows from(int64_t row) const { return QuantizedRows{values, scales, sums, spans}.from(row); }
   void put(int64_t row, int64_t span, const Floats16 (&x)[kSpan / 16]) const {
-    const int64_t at = row * inputs / kSpan + span;
-    quantize_span(x, values + at * kSpan, scales + at, sums + at * (kSpan / kGroup));
+    const int64_t at = row * spans + span;
+    quantize_span(x, values + at * kSpan, scales + at, sums + at * (kSpan / 16));
   }
 };
 
@@ -66,18 +98,23 @@ struct LiveRows {
   int64_t count;
 };
 
-// A thread's memory for quantized rows, kept from call to call.
+// A thread's memory, kept from call to call.
 class Scratch {
  public:
   int32_t* live(int64_t rows) {
     grow(live_, rows);
     return live_.data();
   }
-  QuantizedRows reserve(int64_t rows, int64_t inputs) {
-    grow(values_, rows * inputs);
-    grow(scales_, rows * inputs / kSpan);
-    grow(sums_, rows * inputs / kGroup);
-    return {values_.data(), scales_.data(), sums_.data(), inputs};
+  RowMemory reserve(int64_t rows, int64_t spans) {
+    grow(values_, rows * spans * kSpan);
+    grow(scales_, rows * spans);
+    grow(sums_, rows * spans * (kSpan / 16));
+    return {values_.data(), scales_.data(), sums_.data(), spans};
+  }
+  // Totals of rows, for `blocks` blocks one after the other.
+  Totals totals(int64_t rows, int64_t blocks) {
+    grow(totals_, rows * blocks * kBlock);
+    return reinterpret_cast<Totals>(totals_.data());
   }
 
  private:
@@ -87,7 +124,7 @@ class Scratch {
   }
   std::vector<int32_t> live_;
   std::vector<int8_t> values_;
-  std::vector<float> scales_;
+  std::vector<float> scales_, totals_;
   std::vector<int32_t> sums_;
 };
 
@@ -113,11 +150,11 @@ inline LiveRows skip_padding(const float* x, int64_t rows, int64_t columns, cons
 // Applies the prologue to row `row` of `x` and quantizes it as number `index` of `to`. The prologue
 // gives `width` columns, which zeros follow up to the inputs.
 inline void quantize_row(const Fusion& fusion, const float* x, int64_t row, int64_t width,
-                         int64_t index, const QuantizedRows& to) {
+                         int64_t index, const RowMemory& to) {
   const auto prologue = fusion.prologue;
   x += row * width * (prologue == Fusion::kSwiGlu ? 2 : 1);
   const float factor = prologue == Fusion::kRmsNorm ? rms_factor(x, width, fusion.eps) : 1.0f;
-  for (int64_t first = 0; first < to.inputs; first += kSpan) {
+  for (int64_t first = 0; first < to.spans * kSpan; first += kSpan) {
     Floats16 span[kSpan / 16];
     UNROLL for (int64_t i = 0; i < kSpan / 16; ++i) {
       const int64_t at = first + i * 16;
@@ -138,50 +175,9 @@ inline void quantize_row(const Fusion& fusion, const float* x, int64_t row, int6
   }
 }
 
-// Multiplies quantized rows by one block of outputs. `numbers` are their rows of `residual` and `out`.
-template <typename Group, int kCount>
-inline void multiply_rows(const Matrix<Group>& matrix, int64_t block, const Rows& rows,
-                          const int32_t* numbers, const float* residual, float* out) {
-  float totals[kCount][kBlock];
-  const int64_t output = block * kBlock, size = std::min(kBlock, matrix.outputs - output);
-  // The lines that are written below are loaded meanwhile.
-  for (int64_t r = 0; r < kCount; ++r) {
-    float* const to = out + numbers[r] * matrix.outputs + output;
-    __builtin_prefetch(to, 1);
-    __builtin_prefetch(to + size / 2, 1);
-    __builtin_prefetch(to + size - 1, 1);
-  }
-  multiply_tile<Group, kCount>(matrix.groups + block * matrix.spans() * 2, matrix.spans(), rows,
-                               totals);
-  for (int64_t r = 0; r < kCount; ++r) {
-    const int64_t place = numbers[r] * matrix.outputs + output;
-    if (residual) {
-      for (int64_t n = 0; n < size; ++n) totals[r][n] += residual[place + n];
-    }
-    std::copy_n(totals[r], size, out + place);
-  }
-}
-
-// Calls each(first, count) for tiles of nearly equal size, as a tile of few rows costs more for each
-// row. The count is a compile-time constant.
-template <typename Each>
-inline void for_tiles(int64_t begin, int64_t end, const Each& each) {
-  const int64_t count = end - begin, tiles = (count + kTileRows - 1) / kTileRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t first = begin + count * tile / tiles;
-    switch (begin + count * (tile + 1) / tiles - first) {
-      case 1: each(first, std::integral_constant<int, 1>{}); break;
-      case 2: each(first, std::integral_constant<int, 2>{}); break;
-      case 3: each(first, std::integral_constant<int, 3>{}); break;
-      case 4: each(first, std::integral_constant<int, 4>{}); break;
-      default: each(first, std::integral_constant<int, kTileRows>{});
-    }
-  }
-}
-
 // Applies the prologue to the live rows of `x` and quantizes them.
 inline void quantize(xla::ffi::ThreadPool& pool, const Fusion& fusion, const float* x,
-                     const LiveRows& live, int64_t width, const QuantizedRows& to) {
+                     const LiveRows& live, int64_t width, const RowMemory& to) {
   const auto some = [=, &fusion, &to](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) quantize_row(fusion, x, live.rows[i], width, i, to);
   };
@@ -192,23 +188,35 @@ inline void quantize(xla::ffi::ThreadPool& pool, const Fusion& fusion, const flo
   });
 }
 
+// Adds the residual to the products of rows with a block, and writes them. `numbers` are the rows'
+// numbers in `residual` and `out`, which have `outputs` columns.
+inline void write_block(const Block& block, Totals totals, const int32_t* numbers, int64_t count,
+                        int64_t outputs, const float* residual, float* out) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t place = numbers[r] * outputs + block.column;
+    if (residual) {
+      for (int64_t n = 0; n < block.size; ++n) totals[r][n] += residual[place + n];
+    }
+    std::copy_n(totals[r], block.size, out + place);
+  }
+}
+
 // `out = residual + rows * matrix`, for the live rows.
-template <typename Group>
-void multiply(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const QuantizedRows& from,
+void multiply(xla::ffi::ThreadPool& pool, const Matrix& matrix, const RowMemory& from,
               const LiveRows& live, const float* residual, float* out) {
-  const int64_t blocks = matrix.blocks();
   // A thread takes neighbouring blocks, as memory is read ahead, but there are enough chunks that no
   // thread waits long for another.
-  const int64_t chunk = std::clamp<int64_t>(blocks / 16, 1, 16);
-  share(pool, (blocks + chunk - 1) / chunk, [=, &matrix, &from](int64_t i) {
-    const int64_t last = std::min(blocks, (i + 1) * chunk);
+  const int64_t chunk = std::clamp<int64_t>(matrix.blocks / 16, 1, 16);
+  share(pool, (matrix.blocks + chunk - 1) / chunk, [=, &matrix, &from](int64_t i) {
+    thread_local Scratch scratch;
+    const int64_t last = std::min(matrix.blocks, (i + 1) * chunk);
     for (int64_t begin = 0; begin < live.count; begin += kNearRows) {
-      const int64_t end = std::min(live.count, begin + kNearRows);
-      for (int64_t block = i * chunk; block < last; ++block) {
-        for_tiles(begin, end, [&](int64_t first, auto count) {
-          multiply_rows<Group, decltype(count)::value>(matrix, block, from.from(first),
-                                                       live.rows + first, residual, out);
-        });
+      const int64_t count = std::min(live.count - begin, kNearRows);
+      const Totals totals = scratch.totals(count, 1);
+      for (int64_t number = i * chunk; number < last; ++number) {
+        const Block block = matrix.block(number);
+        block.format->multiply(block.data, from.from(begin), count, totals);
+        write_block(block, totals, live.rows + begin, count, matrix.outputs, residual, out);
       }
     }
   });
@@ -218,53 +226,35 @@ void multiply(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const Qua
 //
 // The prologue gives `width` columns, at most the matrix's inputs. `x` has as many, or twice as many
 // for kSwiGlu: the gates, then the values they are multiplied by. `out` is `[rows, outputs]`.
-template <typename Group>
-void linear(xla::ffi::ThreadPool& pool, const Matrix<Group>& matrix, const Fusion& fusion,
-            const float* x, int64_t rows, int64_t width, float* out) {
+void linear(xla::ffi::ThreadPool& pool, const Matrix& matrix, const Fusion& fusion, const float* x,
+            int64_t rows, int64_t width, float* out) {
   thread_local Scratch scratch;
   const int64_t columns = fusion.prologue == Fusion::kSwiGlu ? 2 * width : width;
   const LiveRows live = skip_padding(x, rows, columns, fusion.residual, matrix.outputs, out,
                                      scratch.live(rows));
-  const QuantizedRows quantized = scratch.reserve(live.count, matrix.inputs);
+  const RowMemory quantized = scratch.reserve(live.count, matrix.spans);
   quantize(pool, fusion, x, live, width, quantized);
   multiply(pool, matrix, quantized, live, fusion.residual, out);
 }
 
-// Rows of a table: `out[i]` are the weights of output `ids[i]`; `out` is `[count, inputs]`.
-inline void take(const Matrix<Bits8>& matrix, const int32_t* ids, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t id = std::clamp<int64_t>(ids[i], 0, matrix.outputs - 1);
-    const Bits8* group = matrix.groups + id / kBlock * (matrix.inputs / kGroup);
-    float* to = out + i * matrix.inputs;
-    for (int64_t g = 0; g < matrix.inputs / kGroup; ++g, ++group) {
-      const float scale = from_float16(group->scales[id % kBlock]);
-      for (int64_t k = 0; k < kGroup; ++k, ++to) {
-        *to = scale * static_cast<float>(group->values[k / 4][id % kBlock][k % 4] - 128);
-      }
-    }
-  }
-}
-
-// Computes one span of `silu(gate) * up` for rows from `first` on. The matrix's outputs are all gates,
-// then all ups.
-template <typename Group, int kCount>
-inline void gate_rows(const Matrix<Group>& matrix, int64_t span, const Rows& rows, int64_t first,
-                      const QuantizedRows& gated) {
+// Computes one span of `silu(gate) * up` for `count` rows from `first` on. The matrix's outputs are
+// all gates, then all ups.
+inline void gate_rows(const Matrix& matrix, int64_t span, const QuantizedRows& rows, int64_t first,
+                      int64_t count, const RowMemory& gated) {
   constexpr int64_t kBlocks = kSpan / kBlock, kVectors = kBlock / 16;
-  alignas(64) float totals[2][kBlocks][kCount][kBlock];
-  for (int64_t part = 0; part < 2; ++part) {
-    for (int64_t i = 0; i < kBlocks; ++i) {
-      const int64_t block = part * (gated.inputs / kBlock) + span * kBlocks + i;
-      multiply_tile<Group, kCount>(matrix.groups + block * matrix.spans() * 2, matrix.spans(), rows,
-                                   totals[part][i]);
-    }
+  thread_local Scratch scratch;
+  const Totals totals = scratch.totals(count, 2 * kBlocks);
+  for (int64_t i = 0; i < 2 * kBlocks; ++i) {
+    const int64_t part = i / kBlocks * gated.spans + span;
+    const Block block = matrix.block_of(part * kSpan + i % kBlocks * kBlock);
+    block.format->multiply(block.data, rows, count, totals + i * count);
   }
-  for (int64_t r = 0; r < kCount; ++r) {
+  for (int64_t r = 0; r < count; ++r) {
     Floats16 x[kSpan / 16];
     UNROLL for (int64_t i = 0; i < kSpan / 16; ++i) {
       Floats16 gate, up;
-      load16(totals[0][i / kVectors][r] + i % kVectors * 16, gate);
-      load16(totals[1][i / kVectors][r] + i % kVectors * 16, up);
+      load16(totals[i / kVectors * count + r] + i % kVectors * 16, gate);
+      load16(totals[(kBlocks + i / kVectors) * count + r] + i % kVectors * 16, up);
       swiglu(gate, up, x[i]);
     }
     gated.put(first + r, span, x);
@@ -273,21 +263,18 @@ inline void gate_rows(const Matrix<Group>& matrix, int64_t span, const Rows& row
 
 // `out = x + down(silu(gate(norm(x))) * up(norm(x)))`, with the bits of two calls of linear(). `x` and
 // `out` are `[rows, down.outputs]`; `fusion` has the norm, and `x` as residual.
-template <typename Group>
-void feed_forward(xla::ffi::ThreadPool& pool, const Matrix<Group>& gate_up,
-                  const Matrix<Group>& down, const Fusion& fusion, const float* x, int64_t rows,
-                  float* out) {
+void feed_forward(xla::ffi::ThreadPool& pool, const Matrix& gate_up, const Matrix& down,
+                  const Fusion& fusion, const float* x, int64_t rows, float* out) {
   thread_local Scratch scratch, scratch_between;
   const LiveRows live = skip_padding(x, rows, down.outputs, fusion.residual, down.outputs, out,
                                      scratch.live(rows));
-  const QuantizedRows normal = scratch.reserve(live.count, gate_up.inputs);
-  const QuantizedRows gated = scratch_between.reserve(live.count, down.inputs);
+  const RowMemory normal = scratch.reserve(live.count, gate_up.spans);
+  const RowMemory gated = scratch_between.reserve(live.count, down.spans);
   quantize(pool, fusion, x, live, down.outputs, normal);
-  share(pool, down.spans(), [&](int64_t span) {
+  share(pool, down.spans, [&](int64_t span) {
     for (int64_t begin = 0; begin < live.count; begin += kNearRows) {
-      for_tiles(begin, std::min(live.count, begin + kNearRows), [&](int64_t first, auto count) {
-        gate_rows<Group, decltype(count)::value>(gate_up, span, normal.from(first), first, gated);
-      });
+      const int64_t count = std::min(live.count - begin, kNearRows);
+      gate_rows(gate_up, span, normal.from(begin), begin, count, gated);
     }
   });
   multiply(pool, down, gated, live, fusion.residual, out);
@@ -298,102 +285,133 @@ void feed_forward(xla::ffi::ThreadPool& pool, const Matrix<Group>& gate_up,
 using Vector32 = ffi::BufferR1<ffi::F32>;
 using Table32 = ffi::BufferR2<ffi::F32>;
 using Weights = ffi::BufferR3<ffi::U8>;
+using Numbers = ffi::Span<const int64_t>;
 
-// `weights` is `[blocks, groups, bytes of a Group]`; `norm` and `residual` may be empty.
-template <typename Group>
-ffi::Error linear_call(ffi::ThreadPool pool, Table32 x, Weights weights, Vector32 norm,
-                       Table32 residual, int64_t prologue, float eps,
-                       ffi::Result<Table32> out) {
-  const auto w = weights.dimensions(), o = out->dimensions();
-  const int64_t rows = x.dimensions()[0], inputs = w[1] * kGroup;
+// A matrix of the parts from `begin` to `end`, each `[blocks, superblocks, bytes]`. `formats` has the
+// format of each part, `runs` four numbers for each run: its part, first column, columns, and first
+// block in the part.
+ffi::ErrorOr<Matrix> matrix_of(ffi::RemainingArgs& parts, int64_t begin, int64_t end, Numbers formats,
+                               Numbers runs) {
+  const auto fail = [](const char* why) { return ffi::Unexpected(invalid(why)); };
+  Matrix matrix;
+  for (size_t i = 0; i + 4 <= runs.size(); i += 4) {
+    const int64_t part = runs[i], column = runs[i + 1], count = runs[i + 2], first = runs[i + 3];
+    if (part < begin || part >= end) continue;
+    const auto weights = parts.get<Weights>(part);
+    if (!weights) return fail("a part of the weights is not [blocks, superblocks, bytes]");
+    const auto w = weights->dimensions();
+    const BlockFormat& format = block_format(formats[part]);
+    const int64_t spans = w[1] * (format.inputs / kSpan), blocks = (count + kBlock - 1) / kBlock;
+    if (w[2] != format.bytes) return fail("a part of the weights has another layout");
+    if (matrix.spans && matrix.spans != spans) return fail("parts have different inputs");
+    if (column != matrix.outputs) return fail("runs are not in the order of their columns");
+    if (first + blocks > w[0]) return fail("a part has more runs than blocks");
+    matrix.runs.push_back({&format, weights->typed_data() + first * w[1] * w[2], column, count,
+                           w[1] * w[2], matrix.blocks});
+    matrix.spans = spans;
+    matrix.blocks += blocks;
+    matrix.outputs += count;
+  }
+  return matrix;
+}
+
+// `norm` and `residual` may be empty.
+ffi::Error linear_call(ffi::ThreadPool pool, Table32 x, Vector32 norm, Table32 residual,
+                       ffi::RemainingArgs parts, Numbers formats, Numbers runs, int64_t prologue,
+                       float eps, ffi::Result<Table32> out) {
+  const auto matrix = matrix_of(parts, 0, parts.size(), formats, runs);
+  if (!matrix) return matrix.error();
+  const int64_t rows = x.dimensions()[0];
   const int64_t width = x.dimensions()[1] / (prologue == Fusion::kSwiGlu ? 2 : 1);
-  if (w[2] != sizeof(Group) || inputs % kSpan) return invalid("the weights have another layout");
-  if (width > inputs || o[0] != rows || o[1] > w[0] * kBlock) {
+  if (width > matrix->inputs() || out->dimensions()[0] != rows ||
+      out->dimensions()[1] != matrix->outputs) {
     return invalid("x has more columns than the matrix, or the result another shape");
   }
   if (prologue == Fusion::kRmsNorm && static_cast<int64_t>(norm.element_count()) != width) {
     return invalid("the norm has another width than x");
   }
-  const bool added = residual.element_count() > 0;
-  if (added && residual.element_count() != out->element_count()) {
+  if (residual.element_count() && residual.element_count() != out->element_count()) {
     return invalid("the residual has another shape than the result");
   }
-  const Matrix<Group> matrix{reinterpret_cast<const Group*>(weights.typed_data()), inputs, o[1]};
   const Fusion fusion{static_cast<Fusion::Prologue>(prologue), norm.typed_data(), eps,
-                      added ? residual.typed_data() : nullptr};
-  linear(pool, matrix, fusion, x.typed_data(), rows, width, out->typed_data());
+                      data_or_null(residual)};
+  linear(pool, *matrix, fusion, x.typed_data(), rows, width, out->typed_data());
   return ffi::Error::Success();
 }
 
-template <typename Group>
-ffi::Error feed_forward_call(ffi::ThreadPool pool, Table32 x, Weights gate_up,
-                             Weights down, Vector32 norm, float eps,
+// The first `gate_up_parts` parts are those of the first matrix.
+ffi::Error feed_forward_call(ffi::ThreadPool pool, Table32 x, Vector32 norm, ffi::RemainingArgs parts,
+                             Numbers formats, Numbers runs, int64_t gate_up_parts, float eps,
                              ffi::Result<Table32> out) {
-  const auto first = gate_up.dimensions(), second = down.dimensions(), o = out->dimensions();
-  const int64_t rows = o[0], width = o[1];
-  if (first[2] != sizeof(Group) || second[2] != sizeof(Group)) {
-    return invalid("the weights have another layout");
-  }
-  const Matrix<Group> up{reinterpret_cast<const Group*>(gate_up.typed_data()), first[1] * kGroup,
-                         first[0] * kBlock};
-  const Matrix<Group> back{reinterpret_cast<const Group*>(down.typed_data()), second[1] * kGroup,
-                           width};
-  if (up.inputs % kSpan || back.inputs % kSpan || up.outputs != 2 * back.inputs) {
+  const auto up = matrix_of(parts, 0, gate_up_parts, formats, runs);
+  if (!up) return up.error();
+  const auto back = matrix_of(parts, gate_up_parts, parts.size(), formats, runs);
+  if (!back) return back.error();
+  const int64_t rows = out->dimensions()[0], width = out->dimensions()[1];
+  if (up->outputs != 2 * back->inputs()) {
     return invalid("gates and ups must be of whole spans, and as many as the second matrix takes");
   }
-  if (x.dimensions()[0] != rows || x.dimensions()[1] != width || width > up.inputs ||
-      width > second[0] * kBlock || static_cast<int64_t>(norm.element_count()) != width) {
+  for (const Run& run : up->runs) {
+    if (run.column % kBlock) return invalid("gates and ups must be in whole blocks");
+  }
+  if (x.dimensions()[0] != rows || x.dimensions()[1] != width || width > up->inputs() ||
+      width != back->outputs || static_cast<int64_t>(norm.element_count()) != width) {
     return invalid("x, the norm and the result must be as wide as the matrices");
   }
   const Fusion fusion{Fusion::kRmsNorm, norm.typed_data(), eps, x.typed_data()};
-  feed_forward(pool, up, back, fusion, x.typed_data(), rows, out->typed_data());
+  feed_forward(pool, *up, *back, fusion, x.typed_data(), rows, out->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error take_call(ffi::BufferR1<ffi::S32> ids, Weights weights, ffi::Result<Table32> out) {
-  const auto w = weights.dimensions(), o = out->dimensions();
-  const int64_t count = ids.dimensions()[0], inputs = w[1] * kGroup;
-  if (w[2] != sizeof(Bits8)) return invalid("the table has another layout");
-  if (o[0] != count || o[1] != inputs) return invalid("the result has another shape");
-  const Matrix<Bits8> matrix{reinterpret_cast<const Bits8*>(weights.typed_data()), inputs,
-                             w[0] * kBlock};
-  take(matrix, ids.typed_data(), count, out->typed_data());
+// Rows of a table: `out[i]` are the weights of output `ids[i]`.
+ffi::Error take_call(ffi::BufferR1<ffi::S32> ids, ffi::RemainingArgs parts, Numbers formats,
+                     Numbers runs, ffi::Result<Table32> out) {
+  const auto table = matrix_of(parts, 0, parts.size(), formats, runs);
+  if (!table) return table.error();
+  const int64_t count = ids.dimensions()[0];
+  if (out->dimensions()[0] != count || out->dimensions()[1] != table->inputs() || !table->outputs) {
+    return invalid("the result has another shape");
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t id = std::clamp<int64_t>(ids.typed_data()[i], 0, table->outputs - 1);
+    const Block block = table->block_of(id);
+    block.format->take(block.data, table->spans, id - block.column,
+                       out->typed_data() + i * table->inputs());
+  }
   return ffi::Error::Success();
-}
-
-auto linear_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Table32>()
-      .Arg<Weights>()
-      .Arg<Vector32>()
-      .Arg<Table32>()
-      .Attr<int64_t>("prologue")
-      .Attr<float>("eps")
-      .Ret<Table32>();
-}
-
-auto feed_forward_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Table32>()
-      .Arg<Weights>()
-      .Arg<Weights>()
-      .Arg<Vector32>()
-      .Attr<float>("eps")
-      .Ret<Table32>();
-}
-
-auto take_binding() {
-  return ffi::Ffi::Bind().Arg<ffi::BufferR1<ffi::S32>>().Arg<Weights>().Ret<Table32>();
 }
 
 }  // namespace quantized
 }  // namespace
 
 using namespace quantized;
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_8, linear_call<Bits8>, linear_binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_4, linear_call<Bits4>, linear_binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(feed_forward_8, feed_forward_call<Bits8>, feed_forward_binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(feed_forward_4, feed_forward_call<Bits4>, feed_forward_binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(take_8, take_call, take_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(block_linear, linear_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Table32>()
+                                  .Arg<Vector32>()
+                                  .Arg<Table32>()
+                                  .RemainingArgs()
+                                  .Attr<Numbers>("formats")
+                                  .Attr<Numbers>("runs")
+                                  .Attr<int64_t>("prologue")
+                                  .Attr<float>("eps")
+                                  .Ret<Table32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(block_feed_forward, feed_forward_call,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Table32>()
+                                  .Arg<Vector32>()
+                                  .RemainingArgs()
+                                  .Attr<Numbers>("formats")
+                                  .Attr<Numbers>("runs")
+                                  .Attr<int64_t>("gate_up_parts")
+                                  .Attr<float>("eps")
+                                  .Ret<Table32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(block_take, take_call,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Attr<Numbers>("formats")
+                                  .Attr<Numbers>("runs")
+                                  .Ret<Table32>());

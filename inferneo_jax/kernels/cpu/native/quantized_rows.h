@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "quantized_tiles.h"
+#include "block_formats.h"
 
 namespace {
 namespace quantized {
@@ -60,7 +60,7 @@ inline void swiglu(const Floats16& gate, const Floats16& up, Floats16& to) {
   to = gate / (1.0f + power) * up;
 }
 
-// Rounds a span of values to multiples of its scale, `absmax / 127`; `sums` are those of each group's
+// Rounds a span of values to multiples of its scale, `absmax / 127`; `sums` are those of each 16
 // multiples. The scale of a span with a NaN is NaN.
 inline void quantize_span(const Floats16 (&x)[kSpan / 16], int8_t* values, float* scale,
                           int32_t* sums) {
@@ -75,15 +75,10 @@ inline void quantize_span(const Floats16 (&x)[kSpan / 16], int8_t* values, float
   std::memcpy(&most, &bits, sizeof most);
   *scale = most / 127.0f;
   const float inverse = most > 0 ? 127.0f / most : 0.0f;
-  UNROLL for (int64_t group = 0; group < kSpan / kGroup; ++group) {
-    Bits16 lanes = {};
-    UNROLL for (int64_t i = 0; i < kGroup / 16; ++i) {
-      const int64_t at = group * kGroup / 16 + i;
-      const Bits16 rounded = (Bits16)(x[at] * inverse + kShift) - kShiftBits;
-      store_bytes(rounded, values + at * 16);
-      lanes += rounded;
-    }
-    sums[group] = reduce_add(lanes);
+  UNROLL for (int64_t i = 0; i < kSpan / 16; ++i) {
+    const Bits16 rounded = (Bits16)(x[i] * inverse + kShift) - kShiftBits;
+    store_bytes(rounded, values + i * 16);
+    sums[i] = reduce_add(rounded);
   }
 }
 

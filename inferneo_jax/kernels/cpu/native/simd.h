@@ -11,10 +11,13 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 // The compiler keeps an array of vectors in registers only if loops over it are unrolled early.
 #define UNROLL _Pragma("GCC unroll 8")
+#define ROLLED _Pragma("GCC unroll 1")
 
 namespace {
 namespace simd {
@@ -78,7 +81,32 @@ inline V fma(const V& a, const V& b, const V& c) {
 #if defined(__AVX2__) && defined(__FMA__)
   if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #endif
+#if defined(__ARM_NEON) && defined(__aarch64__)
+  if constexpr (sizeof(V) == 16) return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#endif
   return a * b + c;
+}
+
+// a * b + c, rounded once on every CPU. Where there is no instruction for it, the sum in double
+// precision is rounded to odd, so that rounding it again, to a float, is exact (Boldo, Melquiond:
+// Emulation of FMA and correctly rounded sums, 2008).
+template <class V>
+inline V fused(const V& a, const V& b, const V& c) {
+#if defined(__FMA__) || (defined(__ARM_NEON) && defined(__aarch64__))
+  return fma(a, b, c);
+#else
+  using Doubles = Vector<double, sizeof(V) / sizeof(float)>;
+  using Words = Vector<int64_t, sizeof(V) / sizeof(float)>;
+  const auto product = __builtin_convertvector(a, Doubles) * __builtin_convertvector(b, Doubles);
+  const auto addend = __builtin_convertvector(c, Doubles);
+  Doubles sum = product + addend;
+  const Doubles added = sum - product;
+  const Doubles error = (product - (sum - added)) + (addend - added);
+  const Words inexact = (Words)(error > 0) | (Words)(error < 0), odd = -((Words)sum & 1);
+  const Words same_sign = ~((Words)(error > 0) ^ (Words)(sum > 0));
+  sum = (Doubles)((Words)sum + (inexact & ~odd & (1 - 2 * (1 + same_sign))));
+  return __builtin_convertvector(sum, V);
+#endif
 }
 
 // Requests a line that is read soon. Not into the first level of cache, whose few outstanding
@@ -172,10 +200,30 @@ inline void store_bytes(const Bits16& v, int8_t* to) {
 
 inline float from_float16(uint16_t half) {
   // Its exponent and fraction, read as those of a float, are 2^112 times too small.
-  const uint32_t bits = (half & 0x7fffu) << 13 | (half & 0x8000u) << 16;
+  const bool finite = (half & 0x7c00) != 0x7c00;
+  const uint32_t bits = (half & 0x7fffu) << 13 | (half & 0x8000u) << 16 | (finite ? 0 : 0x7f800000);
   float value;
   std::memcpy(&value, &bits, sizeof value);
-  return value * 5.192296858534828e33f;
+  return finite ? value * 5.192296858534828e33f : value;
+}
+
+// Rounds to nearest, ties to even.
+inline uint16_t to_float16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
+  if (bits < 0x38800000) {
+    // Subnormal: multiples of 2^-24, which the addition rounds to.
+    float size;
+    std::memcpy(&size, &bits, sizeof size);
+    size += 0.5f;
+    std::memcpy(&bits, &size, sizeof bits);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
 }
 
 inline float from_bfloat16(uint16_t x) {
@@ -207,16 +255,30 @@ inline void store_rounded(uint16_t* to, Floats v) {
 //
 // One lane sums the products of 4 unsigned bytes (weights) and 4 signed ones (of a row), exactly.
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define DOT_AVX512
 constexpr int kDotLanes = 16;
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define DOT_AVX2
 constexpr int kDotLanes = 8;
 #else
 constexpr int kDotLanes = 4;
+#if defined(__ARM_NEON) && defined(__aarch64__)
+#define DOT_NEON
+#else
+#define DOT_PORTABLE
+#endif
+#endif
+// Loops of dot products: without instructions for them, unrolling gains nothing.
+#if defined(DOT_PORTABLE)
+#define UNROLL_DOT ROLLED
+#else
+#define UNROLL_DOT UNROLL
 #endif
 using DotFloats = Vector<float, kDotLanes>;
 using DotInts = Vector<int32_t, kDotLanes>;
 using DotBytes = Vector<uint8_t, 4 * kDotLanes>;
+using DotHalves = Vector<uint16_t, 2 * kDotLanes>;
 
 // 4 bytes of a row, in every lane.
 inline DotInts splat_four(const int8_t* x) {
@@ -225,59 +287,143 @@ inline DotInts splat_four(const int8_t* x) {
   return four - DotInts{};
 }
 
-// sums + w * x, for weights up to 15.
-inline DotInts dot(const DotInts& sums, const DotBytes& w, const DotInts& x) {
-#if defined(__AVX512VNNI__)
-  return (DotInts)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__) && defined(__AVXVNNI__)
-  return (DotInts)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-  // Sums of two products are kept in 16 bits, which larger weights would exceed.
-  const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
-  return sums + (DotInts)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+// The bits of each byte, moved to the right, or to the left if `count` is negative. Bits of its
+// neighbour move in.
+inline DotBytes move_right(const DotBytes& bytes, int count) {
+  return (DotBytes)(count < 0 ? (DotHalves)bytes << -count : (DotHalves)bytes >> count);
+}
+
+// The numbers of a table whose indices are `at`.
+inline DotBytes look_up(const uint8_t (&table)[16], const DotBytes& at) {
+#if defined(DOT_AVX512)
+  const __m128i numbers = _mm_loadu_si128((const __m128i*)table);
+  return (DotBytes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), (__m512i)at);
+#elif defined(DOT_AVX2)
+  const __m128i numbers = _mm_loadu_si128((const __m128i*)table);
+  return (DotBytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(numbers), (__m256i)at);
+#elif defined(DOT_NEON)
+  return (DotBytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)at);
 #else
-  // One product of two bytes fits into 16 bits.
-  using Shorts = Vector<int16_t, 2 * kDotLanes>;
-  using Halves = Vector<uint16_t, 2 * kDotLanes>;
-  const Shorts x_even = (Shorts)((Halves)x << 8) >> 8, x_odd = (Shorts)x >> 8;
-  const DotInts even = (DotInts)((Shorts)((Halves)w & 255) * x_even);
-  const DotInts odd = (DotInts)((Shorts)((Halves)w >> 8) * x_odd);
-  using Words = Vector<uint32_t, kDotLanes>;
-  const auto low = [](const DotInts& pairs) { return (DotInts)((Words)pairs << 16) >> 16; };
-  return sums + low(even) + (even >> 16) + low(odd) + (odd >> 16);
+  DotBytes found;
+  for (int i = 0; i < 4 * kDotLanes; ++i) found[i] = table[at[i]];
+  return found;
 #endif
 }
 
-// The same for any weights, of which 128 is subtracted: the sum of (w - 128) * x is
-// centred_start(the sum of x), to which centred_dot adds products.
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && \
-    !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-inline DotInts centred_start(int32_t) { return DotInts{}; }
-inline DotInts centred_dot(const DotInts& sums, const DotBytes& w, const DotInts& x) {
-  // Sums of two products of numbers up to 127 fit into 16 bits: the weights are centred first, and
-  // take the signs of x.
-  const __m256i centred = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8(-128));
-  return dot(sums, (DotBytes)_mm256_abs_epi8((__m256i)x),
-             (DotInts)_mm256_sign_epi8(centred, (__m256i)x));
-}
+// Dot products with weights from 0 to kMost, of which kOffset is subtracted. `correction` is the
+// offset times the sum of the row's bytes.
+//
+// prepare() makes an operand of the weights. Sums begin with start(), take up to kChain operands with
+// add(), and are completed by finish().
+#if defined(DOT_AVX2) && !defined(__AVXVNNI__)
+// Sums of products are kept in 16 bits, as long as they fit.
+template <int kMost, int kOffset>
+struct Dot {
+  using Sums = __m256i;
+  static constexpr int kChain = 32767 / (2 * 127 * kMost);
+  static DotBytes prepare(const DotBytes& w) { return w; }
+  static Sums start(int32_t) { return _mm256_setzero_si256(); }
+  static void add(Sums& sums, const DotBytes& w, const DotInts& x) {
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+  }
+  static DotInts finish(const Sums& sums, int32_t correction) {
+    const auto wide = (DotInts)_mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+    return kOffset ? wide - correction : wide;
+  }
+};
+// Two products of up to 128 and up to 127 fit: the weights are centred, and the row takes their signs.
+template <>
+struct Dot<255, 128> {
+  using Sums = DotInts;
+  static constexpr int kChain = 8;
+  static DotBytes prepare(const DotBytes& w) { return w ^ 128; }
+  static Sums start(int32_t) { return DotInts{}; }
+  static void add(Sums& sums, const DotBytes& w, const DotInts& x) {
+    const __m256i sizes = _mm256_abs_epi8((__m256i)w);
+    const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8((__m256i)x, (__m256i)w));
+    sums += (DotInts)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+  static DotInts finish(const Sums& sums, int32_t) { return sums; }
+};
+#elif defined(DOT_NEON)
+// Both operands are signed here.
+template <int kMost, int kOffset>
+struct Dot {
+  using Sums = DotInts;
+  static constexpr int kChain = 8;
+  static constexpr bool kCentred = kMost > 127;
+  static DotBytes prepare(const DotBytes& w) { return kCentred ? w ^ 128 : w; }
+  static Sums start(int32_t correction) { return (kCentred ? 0 : -correction) - DotInts{}; }
+  static void add(Sums& sums, const DotBytes& w, const DotInts& x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    sums = (DotInts)vdotq_s32((int32x4_t)sums, (int8x16_t)w, (int8x16_t)x);
 #else
-inline DotInts centred_start(int32_t sum) { return -128 * sum - DotInts{}; }
-inline DotInts centred_dot(const DotInts& sums, const DotBytes& w, const DotInts& x) {
-  return dot(sums, w, x);
-}
+    const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)x));
+    const int16x8_t high = vmull_high_s8((int8x16_t)w, (int8x16_t)x);
+    // Two products of numbers up to 127 fit into 16 bits.
+    sums = (DotInts)vpadalq_s16((int32x4_t)sums, vpaddq_s16(low, high));
+#endif
+  }
+  static DotInts finish(const Sums& sums, int32_t) { return sums; }
+};
+#else
+template <int kMost, int kOffset>
+struct Dot {
+  using Sums = DotInts;
+  static constexpr int kChain = 8;
+  static DotBytes prepare(const DotBytes& w) { return w; }
+  static Sums start(int32_t correction) { return -correction - DotInts{}; }
+  static void add(Sums& sums, const DotBytes& w, const DotInts& x) {
+#if defined(DOT_AVX512)
+    sums = (DotInts)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(DOT_AVX2)
+    sums = (DotInts)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
+#else
+    // One product of two bytes fits into 16 bits.
+    using Shorts = Vector<int16_t, 2 * kDotLanes>;
+    const Shorts x_even = (Shorts)((DotHalves)x << 8) >> 8, x_odd = (Shorts)x >> 8;
+    const DotInts even = (DotInts)((Shorts)((DotHalves)w & 255) * x_even);
+    const DotInts odd = (DotInts)((Shorts)((DotHalves)w >> 8) * x_odd);
+    using Words = Vector<uint32_t, kDotLanes>;
+    const auto low = [](const DotInts& pairs) { return (DotInts)((Words)pairs << 16) >> 16; };
+    sums += low(even) + (even >> 16) + low(odd) + (odd >> 16);
+#endif
+  }
+  static DotInts finish(const Sums& sums, int32_t) { return sums; }
+};
 #endif
 
 inline DotFloats to_floats(const DotInts& x) { return __builtin_convertvector(x, DotFloats); }
 
 inline DotFloats load_float16(const uint16_t* from) {
-#if defined(__AVX512VNNI__)
+#if defined(DOT_AVX512)
   return (DotFloats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(DOT_AVX2)
   return (DotFloats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
   DotFloats v;
   for (int i = 0; i < kDotLanes; ++i) v[i] = from_float16(from[i]);
   return v;
+#endif
+}
+
+// kDotLanes bytes, each widened.
+inline DotInts load_bytes(const uint8_t* from) {
+#if defined(DOT_AVX512)
+  return (DotInts)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(DOT_AVX2)
+  return (DotInts)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  return __builtin_convertvector(load<Vector<uint8_t, kDotLanes>>(from), DotInts);
+#endif
+}
+inline DotInts load_bytes(const int8_t* from) {
+#if defined(DOT_AVX512)
+  return (DotInts)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(DOT_AVX2)
+  return (DotInts)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  return __builtin_convertvector(load<Vector<int8_t, kDotLanes>>(from), DotInts);
 #endif
 }
 

@@ -36,32 +36,6 @@ def test_a_template_sees_tokens_variables_and_no_tools():
     assert render(source, mood="calm") == "</s>|calm|True|True"
 
 
-def test_json_is_written_without_escapes_for_html():
-    assert render("{{ {'a': '<é>'} | tojson }}") == '{"a": "<é>"}'
-
-
-def test_loop_controls_and_block_rules_are_those_of_model_authors():
-    source = (
-        "{% for n in range(9) %}\n  {% if n == 3 %}{% break %}{% endif %}\n{{ n }}\n{% endfor %}"
-    )
-    assert render(source) == "0\n1\n2\n"
-
-
-def test_marks_for_training_leave_their_text():
-    assert render("a{% generation %}b{{ 1 }}{% endgeneration %}c") == "ab1c"
-
-
-def test_the_year_can_be_written():
-    assert render("{{ strftime_now('%Y') }}").isdecimal()
-
-
-def test_a_message_is_shown_as_transformers_shows_it():
-    source = "{{ messages | tojson }}"
-    assert json.loads(render(source, [{"role": "a", "content": None, "thinking": "Hm"}])) == [
-        {"role": "a", "thinking": "Hm", "reasoning_content": "Hm"}
-    ]
-
-
 @pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, 1 << 20_000], ids=type)
 def test_what_is_not_json_cannot_be_rendered(value):
     with pytest.raises(TemplateError, match="must be JSON"):
@@ -138,21 +112,6 @@ def test_a_template_reaches_no_internals_and_changes_nothing(source):
     with pytest.raises(TemplateError):
         render(source, messages)
     assert messages == HELLO
-
-
-def test_operators_and_filters_are_jinjas():
-    source = (
-        "{{ 'a' + 'b' ~ 1 ~ none }}|{{ '%03d' % 7 }}|{{ '{:>4}'.format('x') }}|{{ 'x'.center(5) }}|"
-        "{{ ['a', 'b'] | join(', ') }}|{{ messages | map(attribute='role') | join }}|"
-        "{{ messages | join('-', attribute='role') }}|{{ 'aXa' | replace('X', '+') }}|"
-        "{{ 'a\nb' | indent(2) }}|{{ [1] + [2, 3] }}|{{ {'a': 1}.items() | list }}|"
-        "{{ [1, 2, 3] | batch(2) | list }}|{{ '%s!' | format('hi') }}|{{ 2 * 3 }}|"
-        "{{ [1, 2.5] | sum }}"
-    )
-    assert render(source) == (
-        "ab1None|007|   x|  x  |a, b|user|user|a+a|a\n  b|[1, 2, 3]|[('a', 1)]|"
-        "[[1, 2], [3]]|hi!|6|3.5"
-    )
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Co"])))

@@ -334,6 +334,8 @@ OTHERS = [
     "{% set x %}a{{ 1 }}{% endset %}{{ x | length }}{{ self }}{{ messages[0].nothing.more }}",
     "{% macro m(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{{ caller() }}{% endmacro %}"
     "{% call m(1, 3, 4) %}called{% endcall %}",
+    "{{ 'a' + 'b' ~ 1 ~ none }}{{ '%03d' % 7 }}{{ 'x'.center(5) }}{{ messages | join('-', attribute='role') }}",
+    "{% for n in range(9) %}\n  {% if n == 3 %}{% break %}{% endif %}\n{{ n }}\n{% endfor %}",
     "{% include 'x' %}",
     "{% if %}",
 ]

@@ -25,29 +25,24 @@ def test_the_golden_texts_are_all_different():
 
 
 @pytest.mark.real
-def test_chat_ids_equal_the_reference(real_checkpoints):
-    tokenizer = Tokenizer.from_directory(real_checkpoints / "smollm2-135m-instruct")
-    ids = tokenizer.encode_batch([case["text"] for case in CASES])
-    assert ids == [case["chat_ids"] for case in CASES]
-
-
-@pytest.mark.real
-def test_embedding_ids_equal_the_reference(real_checkpoints):
-    tokenizer = Tokenizer.from_directory(real_checkpoints / "all-minilm-l6-v2")
-    ids = tokenizer.encode_batch([case["text"] for case in CASES])
-    assert ids == [case["embedding_ids"] for case in CASES]
-
-
-@pytest.mark.real
 @pytest.mark.parametrize(
-    ("model", "key"), [("smollm2-135m-instruct", "chat"), ("all-minilm-l6-v2", "embedding")]
+    ("model", "key", "golden", "text", "ids"),
+    [
+        ("smollm2-135m-instruct", "chat", "chat.json", "prompt", "prompt_ids"),
+        ("all-minilm-l6-v2", "embedding", "embeddings.json", "text", "ids"),
+    ],
 )
-def test_decoded_text_equals_the_reference(real_checkpoints, model, key):
+def test_a_real_tokenizer_reads_and_writes_as_the_reference(
+    real_checkpoints, model, key, golden, text, ids
+):
     tokenizer = Tokenizer.from_directory(real_checkpoints / model)
-    for case in CASES:
+    encoded = tokenizer.encode_batch([case["text"] for case in CASES])
+    assert encoded == [case[f"{key}_ids"] for case in CASES]
+    for case, found in zip(CASES, encoded, strict=True):
         expected = case[f"{key}_text"]
-        decoded = tokenizer.decode(case[f"{key}_ids"])
-        assert decoded == (case["text"] if expected is None else expected)
+        assert tokenizer.decode(found) == (case["text"] if expected is None else expected)
+    cases = json.loads((GOLDEN / golden).read_text())["cases"]
+    assert [tokenizer.encode(case[text]) for case in cases] == [case[ids] for case in cases]
 
 
 @pytest.mark.real
@@ -174,20 +169,6 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path, file, content, says):
         (folder / file).write_text(content)
     with pytest.raises(TokenizerError, match=re.escape(says)):
         Tokenizer.from_directory(folder)
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(
-    ("model", "file", "text", "ids"),
-    [
-        ("smollm2-135m-instruct", "chat.json", "prompt", "prompt_ids"),
-        ("all-minilm-l6-v2", "embeddings.json", "text", "ids"),
-    ],
-)
-def test_what_the_reference_models_read_is_what_we_encode(real_checkpoints, model, file, text, ids):
-    tokenizer = Tokenizer.from_directory(real_checkpoints / model)
-    cases = json.loads((GOLDEN / file).read_text())["cases"]
-    assert [tokenizer.encode(case[text]) for case in cases] == [case[ids] for case in cases]
 
 
 def test_a_text_is_cut_before_what_is_added_behind_it():

@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +21,7 @@ from inferneo_jax.platform.progress import Progress
 
 CHUNK = 1 << 20
 """Bytes that are read, hashed and written at a time."""
+_AT_ONCE = 4  # one connection seldom fills a fast network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +79,34 @@ class DigestError(FetchError):
 
 
 class Tally:
-    """Reports the progress of a download of one or more files in bytes of the whole."""
+    """Reports the progress of a download of one or more files, by any thread, in bytes of all."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
         self._total = total
-        self._before = 0  # bytes of the files that are complete
-        self._most = 0
+        self._lock = threading.Lock()
+        self._done: dict[str, int] = {}  # by the paths of files
+        self._cancelled = False
 
-    def report(self, stage: str, done: int) -> None:
-        """Report that ``done`` bytes of the current file are here; never less than before."""
-        self._most = max(self._most, min(self._before + done, self._total))
-        self._progress(stage, self._most, self._total)
+    def report(self, stage: str, file: RemoteFile, done: int) -> None:
+        """Report that ``done`` bytes of a file are here; less than before counts as before.
 
-    def complete(self, size: int) -> None:
-        """Count the current file, of ``size`` bytes, as complete."""
-        self._before += size
-        self.report("downloading", 0)
+        Raises:
+            CancelledError: the download has been cancelled.
+        """
+        with self._lock:
+            if self._cancelled:
+                raise CancelledError
+            self._done[file.path] = max(self._done.get(file.path, 0), min(done, file.size))
+            try:
+                self._progress(stage, sum(self._done.values()), self._total)
+            except BaseException:  # it is how whoever watches ends the download
+                self._cancelled = True
+                raise
+
+    def cancel(self) -> None:
+        """End the download in every thread that reports."""
+        self._cancelled = True
 
 
 def download(file: RemoteFile, sources: Sequence[Source], folder: Path, tally: Tally) -> Path:
@@ -126,8 +140,25 @@ def download(file: RemoteFile, sources: Sequence[Source], folder: Path, tally: T
                 "\n  ".join([f"{file.path} could not be downloaded from any source:", *reasons])
             )
         partial.rename(target)
-    tally.complete(file.size)
+    tally.report("downloading", file, file.size)
     return target
+
+
+def download_all(
+    files: Sequence[tuple[RemoteFile, Sequence[Source]]], folder: Path, tally: Tally
+) -> None:
+    """Download files, several at a time; raises as ``download`` does."""
+    # The small ones first: most of what is wrong with a model is known from its configuration.
+    ordered = sorted(files, key=lambda each: each[0].size)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        futures = [pool.submit(download, *each, folder, tally) for each in ordered]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            tally.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def folder_bytes(folder: Path) -> int:
@@ -171,12 +202,12 @@ def _receive(partial: Path, file: RemoteFile, source: Source, tally: Tally) -> N
         while chunk := out.read(CHUNK):
             hasher.update(chunk)
             done += len(chunk)
-            tally.report("verifying", done)
+            tally.report("verifying", file, done)
         if done < file.size:
             scratch = partial.parent
 
             def arrived(count: int) -> None:
-                tally.report("downloading", count)
+                tally.report("downloading", file, count)
 
             for piece in source.read(file, done, scratch, arrived):
                 out.write(piece)

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from inferneo_jax.errors import CheckpointError, FetchError
-from inferneo_jax.platform.atomic import PARTIAL, discard, kept_folder, sweep
+from inferneo_jax.platform.atomic import discard, kept_folder, sweep
 from inferneo_jax.platform.memory import free_host_memory
 from inferneo_jax.platform.progress import Progress, silent
 from inferneo_jax.weights.catalog import (
@@ -29,7 +29,7 @@ from inferneo_jax.weights.download import (
     RemoteFile,
     Source,
     Tally,
-    download,
+    download_all,
     folder_bytes,
 )
 from inferneo_jax.weights.hub import HubFile, Repository, open_repository
@@ -173,10 +173,7 @@ def _pull(
             others=plan.others,
         )
     )
-    tally = Tally(progress, total)
-    # The small ones first: most of what is wrong with a model is known from its configuration.
-    for file, sources in sorted(plan.files, key=lambda each: each[0].size):
-        download(file, sources, folder, tally)
+    download_all(plan.files, folder, Tally(progress, total))
     model = folder / plan.model
     if plan.unpack is not None:
         model = _unpacked(model, plan.unpack, folder / "unpacked")
@@ -261,9 +258,7 @@ def _keep_only(folder: Path, files: list[RemoteFile]) -> None:
 
 def _discard_unless_kept(folder: Path) -> None:
     """Remove a download's folder unless a later attempt can continue with what is in it."""
-    if folder.exists() and not any(
-        path.stat().st_size for path in folder.rglob(f"*{PARTIAL}") if path.is_file()
-    ):
+    if folder.exists() and not folder_bytes(folder):
         discard(folder)
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import random
+import threading
 
 import pytest
 from huggingface_hub import constants
@@ -123,6 +124,19 @@ def test_content_that_the_hub_did_not_promise_is_refused(made, hub, tmp_path, pa
     read_info(pull("org/name", tmp_path / "store"))
 
 
+def test_files_that_are_complete_are_kept_when_another_fails(made, hub, tmp_path):
+    files = folder_files(made, tmp_path / "hf", made.LLAMA)
+    hub.add("org/name", files)
+    hub.swapped["model.safetensors"] = bytes(len(files["model.safetensors"]))
+    hub.seconds_per_piece = 0.02  # the others are small
+    with pytest.raises(FetchError):
+        pull("org/name", tmp_path / "store")
+    hub.swapped.clear()
+    hub.requests.clear()
+    read_info(pull("org/name", tmp_path / "store"))
+    assert [path.rpartition("/")[2] for path, _ in hub.downloads()] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_file_of_the_hubs_own_cache_is_linked_if_it_is_right(hub, gguf, tmp_path, damaged):
     blobs = tmp_path / "hub" / "models--org--g" / "blobs"
@@ -237,3 +251,28 @@ def test_a_pull_killed_at_any_time_is_continued_by_the_next(hub, gguf, tmp_path)
     spans = [span for _, span in hub.downloads()]
     assert spans == ([] if kept == len(content) else [f"bytes={kept}-" if kept else None])
     assert [each.name for each in (store / "org").iterdir()] == ["g:Q4_K_M"]
+
+
+def test_files_are_downloaded_several_at_a_time_and_end_together(made, hub, tmp_path):
+    files = folder_files(made, tmp_path / "hf", made.LLAMA)
+    hub.add("org/name", files | {f"{i}.txt": bytes([i]) * 400_000 for i in range(6)})
+    hub.seconds_per_piece = 0.01  # 0.25 s each
+    total, counts = sum(map(len, hub.repos["org/name"].files.values())), []
+    seen, stopped = set(), []
+
+    def watch(stage, done, total):
+        seen.add(threading.current_thread().name)
+        counts.append(done)
+        if stopped or done > total / 2:
+            stopped.append(stage)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull("org/name", tmp_path / "store", watch)
+    assert len(seen) > 1
+    assert len(stopped) == 1
+    assert total / 2 < counts[-1] < total
+    (kept,) = list_downloads(tmp_path / "store").values()
+    assert kept >= counts[-1]
+    hub.seconds_per_piece = 0.0
+    read_info(pull("org/name", tmp_path / "store"))

@@ -17,6 +17,8 @@ from tests.support.tiny_model import TINY
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "int8": 2e-2}
 MAX_PAGES = 6
+# Interpreted kernels are long programs for small arrays.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _pair(
@@ -68,7 +70,7 @@ def _for_tpu(tpu: TpuPagedAttention, layer: LayerCache) -> LayerCache:
     )
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
 def _step(
     attention: PagedAttention,
     cache: LayerCache,
@@ -134,7 +136,7 @@ def test_only_live_pages_are_read(tokens: int) -> None:
         .at[3]
         .set(0)
     )
-    attend = jax.jit(tpu.attend)
+    attend = jax.jit(tpu.attend, compiler_options=QUICKLY)
     np.testing.assert_array_equal(
         attend(queries, spoiled, longer), attend(queries, layer, metadata)
     )
@@ -148,14 +150,14 @@ def test_a_shard_of_heads_is_attended_to_alone() -> None:
     new = (_draw(rng, 4, 1, 2, 64), _draw(rng, 4, 1, 2, 64), _draw(rng, 4, 1, 2, 3, 64))
     heads, tokens = PartitionSpec(None, "model"), PartitionSpec(None, None, "model")
     sharded = jax.shard_map(
-        partial(_step, shard),
+        partial(_step.__wrapped__, shard),  # options are those of the outermost program
         mesh=jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)),
         in_specs=(heads, tokens, PartitionSpec()),
         out_specs=(heads, tokens),
         check_vma=False,
     )
     for got, wanted in zip(
-        jax.tree.leaves(jax.jit(sharded)(layer, new, metadata)),
+        jax.tree.leaves(jax.jit(sharded, compiler_options=QUICKLY)(layer, new, metadata)),
         jax.tree.leaves(_step(tpu, layer, new, metadata)),
         strict=True,
     ):

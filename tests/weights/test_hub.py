@@ -1,5 +1,4 @@
 import hashlib
-import os
 import random
 import threading
 
@@ -18,11 +17,10 @@ from inferneo_jax.weights.checkpoint import read_info
 from inferneo_jax.weights.fetch import pull
 from inferneo_jax.weights.hub import HubFile
 from tests.support.fake_hub import hub
+from tests.support.killed import KILLS
 from tests.support.puller import killed_pulls
 
 __all__ = ["hub"]
-
-KILLS = int(os.environ.get("INFERNEO_TEST_KILLS", "6"))
 
 
 @pytest.fixture

@@ -195,9 +195,9 @@ class EngineConfig:
         kv_tokens: size of the KV cache in tokens, shared by all requests; None: chosen by memory.
         prefill_chunks: the sizes of the chunks for which prefill is compiled. A step prefills at
             most one chunk, or as many of a shorter size as fit into the longest chunk's tokens.
-        itl_budget: milliseconds by which prefill may delay the next token of running requests. A
-            step that decodes prefills as many prompt tokens as are expected to fit, by the times
-            that are measured; others prefill as many as the longest chunk has.
+        itl_budget: milliseconds by which prefill may delay the next token of running requests; if
+            decoding takes longer, prefill may take as long. A step that decodes prefills as many
+            prompt tokens as fit by the times measured; others as many as the longest chunk has.
         dtype: type of the weights and matrix products; auto: bfloat16 where it is fast.
         kernels: implementation of attention, and on CPUs of matrix products; xla: the reference,
             native: the kernels for the device, auto: native where such kernels exist.

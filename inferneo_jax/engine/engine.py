@@ -206,8 +206,7 @@ class Engine:
     def _commit(self, step: PendingStep, results: StepResults) -> None:
         """Append a step's tokens to its sequences and deliver them to the sinks."""
         self._totals.steps += 1
-        if results.prefill_seconds is not None:
-            self._scheduler.measured(step.scheduled, results.prefill_seconds)
+        self._scheduler.measured(step.scheduled, results.decode_seconds, results.prefill_seconds)
         for result in read_results(step.scheduled, results.decode, results.prefill):
             sequence = result.sequence
             self._totals.prompt_tokens += result.num_prefilled

@@ -56,13 +56,25 @@ class StepResults(NamedTuple):
     Attributes:
         decode: what the decode rows sampled, as numpy arrays; None without decode rows.
         prefill: the same of prefill.
-        prefill_seconds: the time that prefill took after decode, which waited for it; None unless
-            the step had both.
+        decode_seconds: the time that the device took to decode; 0.0 without decode rows.
+        prefill_seconds: the same of prefill.
     """
 
     decode: Sampled | None = None
     prefill: Sampled | None = None
-    prefill_seconds: float | None = None
+    decode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class DeviceClock:
+    """Since when the device has no step left to run, as far as the host knows.
+
+    Attributes:
+        free: a time of ``time.perf_counter``.
+    """
+
+    free: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +82,30 @@ class PendingStep:
     """A dispatched step, whose results are being copied to the host.
 
     The results of decode and of prefill are each paired with the program that computes them.
+
+    Attributes:
+        scheduled: what it runs.
+        decode: the results of its decode rows.
+        prefill: the results of its prefill.
+        dispatched: when its programs were dispatched, in seconds of ``time.perf_counter``.
+        clock: that of the device.
     """
 
     scheduled: SchedulerOutputs
     decode: tuple[Forward, Sampled] | None
     prefill: tuple[Forward, Sampled] | None
+    dispatched: float
+    clock: DeviceClock
 
     def wait(self) -> StepResults:
         """Wait for the results of decode and prefill, and return them as numpy arrays."""
+        # The device runs one program after the other, and one step after the other.
+        started = max(self.dispatched, self.clock.free)
         decode = self.decode and _read(*self.decode, len(self.scheduled))
-        # The device runs one program after the other.
-        decoded = time.perf_counter()
+        decoded = time.perf_counter() if decode else started
         prefill = self.prefill and _read(*self.prefill, len(self.scheduled))
-        both = decode is not None and prefill is not None
-        return StepResults(decode, prefill, time.perf_counter() - decoded if both else None)
+        self.clock.free = time.perf_counter() if prefill else decoded
+        return StepResults(decode, prefill, decoded - started, self.clock.free - decoded)
 
 
 def _fetch(
@@ -168,6 +190,7 @@ class Runner:
         self.step_seconds = config.step_seconds
         self.speculation: SpeculativeConfig | None = None
         self.prefill_times = PrefillTimes()
+        self._clock = DeviceClock()
         self._cache: KVCache
         self._state: SlotState
         self._allocate()
@@ -297,6 +320,8 @@ class Runner:
             scheduled,
             decode and _fetch(*decode, [row for rank in scheduled for row in rank.decode]),
             prefill and _fetch(*prefill, [row for rank in scheduled for row in rank.prefill]),
+            time.perf_counter(),
+            self._clock,
         )
 
     def _decode(self, scheduled: SchedulerOutputs, most: int) -> tuple[Forward, Sampled]:

@@ -2,12 +2,12 @@
 
 A step decodes one token for each running request and prefills chunks of prompts beside that, so the
 running requests wait for the prefill. While there are any, a step prefills no more than it is
-expected to do within the budget for inter-token latency. While nobody waits for a next token, it
-prefills as much as the largest compiled shape holds.
+expected to do within the budget for inter-token latency, or, where that is longer, within the time
+of decoding. While nobody waits for a next token, it prefills as much as the largest shape holds.
 
 What prefill costs is measured for a few numbers of tokens when the engine starts. While it runs,
-every step that both decodes and prefills says how much slower or faster the machine is now, for
-whatever reason: other work, longer contexts, a lower clock.
+every step says how much slower or faster the machine is now, for whatever reason: other work,
+longer contexts, a lower clock.
 """
 
 import math
@@ -15,17 +15,23 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 Shape = tuple[int, int]
 """Number of rows of a prefill step, and tokens of each row."""
 
-LEAST_TOKENS = 8
-"""The smallest part of a prompt that a step computes; larger ones are multiples of it."""
+LEAST_TOKENS = 16
+"""The smallest part of a prompt that a step computes, unless it is the last one. Fewer tokens take
+hardly less time, since every weight is read for them."""
+_MULTIPLE = 8
+"""Larger parts are multiples of this, as are the rows of a kernel's tiles."""
 
 _WINDOW, _SLOWEST = 64, 2
 """The load is that of the second slowest of the latest 64 steps, their 97th percentile: nearly all
 steps keep the budget, a slower machine is noticed after two, and one hiccup changes nothing."""
+_DECODES = 9
+"""The time of decoding is the median of so many steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +164,16 @@ class PrefillPlan(NamedTuple):
 class PrefillPlanner:
     """Plans the prefill of every step, the same for all data-parallel ranks. Not thread-safe.
 
-    Where even ``LEAST_TOKENS`` take longer than the budget, prefill takes turns with steps that
-    only decode: each step earns the budget, and prefill runs when what was earned pays for it. So
-    the budget holds on average, a step adds at most the budget or the least chunk's time, whichever
-    is longer, and every prompt goes on.
+    A step that decodes may prefill for the budget, or for as long as decoding takes, whichever is
+    longer: a prompt that got less than half of the engine would hardly ever be done. Where even
+    ``LEAST_TOKENS`` take longer than that, prefill takes turns with steps that only decode: each
+    step earns that time, and prefill runs when what was earned pays for it. So the bound holds on
+    average, and every prompt goes on.
 
     Args:
         shapes: the compiled shapes.
         times: what they take, measured when the engine started.
-        budget: seconds that prefill may add to a step that decodes.
+        budget: seconds that prefill may add to a step that decodes, if decoding takes no longer.
 
     Attributes:
         shapes: the compiled shapes.
@@ -178,8 +185,10 @@ class PrefillPlanner:
     ) -> None:
         self.shapes = shapes
         self._times, self._budget = times or PrefillTimes(), budget
+        self._bound = budget
         self._load = 1.0
         self._loads = deque([1.0] * _WINDOW, _WINDOW)
+        self._decodes = deque([0.0], _DECODES)
         self._earned = 0.0
         self._decoding = False
         self._plan: PrefillPlan | None = None
@@ -189,8 +198,8 @@ class PrefillPlanner:
         """Start to plan a step; ``decoding``: some running request waits for its next token."""
         self._decoding, self._plan = decoding, None
         if decoding:
-            most = max(self._budget, self._least_seconds())
-            self._earned = min(self._earned + self._budget, most)
+            most = max(self._bound, self._least_seconds())
+            self._earned = min(self._earned + self._bound, most)
 
     def plan(self, lengths: Tokens[int]) -> PrefillPlan | None:
         """The step's prefill; None if there is none.
@@ -211,8 +220,13 @@ class PrefillPlanner:
             self._earned -= self._expected(shape, min(computed, limits[shape]))
         return self._plan
 
-    def measured(self, shape: Shape, tokens: int, seconds: float) -> None:
-        """Record that a step which also decoded took ``seconds`` for its prefill."""
+    def decoded(self, seconds: float) -> None:
+        """Record that a step took so many seconds to decode."""
+        self._decodes.append(seconds)
+        self._bound = max(self._budget, median(self._decodes))
+
+    def prefilled(self, shape: Shape, tokens: int, seconds: float) -> None:
+        """Record that a step took so many seconds to prefill ``tokens`` prompt tokens."""
         if at_start := self._times.seconds(self.shapes.cost(shape, tokens)):
             self._loads.append(seconds / at_start)
             self._load = sorted(self._loads)[-_SLOWEST]
@@ -236,12 +250,12 @@ class PrefillPlanner:
             rows, chunk = shape
             fitting = self.shapes.fitting(shape, most)
             if fitting < rows * chunk:
-                fitting -= fitting % min(LEAST_TOKENS, chunk)
-            if fitting:
+                fitting -= fitting % min(_MULTIPLE, chunk)
+            if fitting >= min(LEAST_TOKENS, chunk):
                 limits[shape] = fitting
         return limits
 
     def _allowance(self) -> int:
         least = self._least_seconds()
-        limit = max(self._limits(max(self._budget, least)).values())
-        return limit if least <= self._budget else max(1, int(limit * self._budget / least))
+        limit = max(self._limits(max(self._bound, least)).values())
+        return limit if least <= self._bound else max(1, int(limit * self._bound / least))

@@ -484,11 +484,15 @@ class DataParallelScheduler:
         """As ``Scheduler.commit``."""
         return self._ranks[sequence.dp_rank].commit(sequence, tokens, num_drafted)
 
-    def measured(self, scheduled: SchedulerOutputs, prefill_seconds: float) -> None:
-        """Record how long the prefill of a step took, which also decoded."""
+    def measured(
+        self, scheduled: SchedulerOutputs, decode_seconds: float, prefill_seconds: float
+    ) -> None:
+        """Record how long a step took to decode and to prefill; 0.0 for what it did not do."""
+        if decode_seconds:
+            self._planner.decoded(decode_seconds)
         if shape := next((output.shape for output in scheduled if output.shape), None):
             tokens = max(sum(chunk.length for chunk in output.prefill) for output in scheduled)
-            self._planner.measured(shape, tokens, prefill_seconds)
+            self._planner.prefilled(shape, tokens, prefill_seconds)
 
     def counts(self) -> dict[str, int]:
         """Numbers for ``EngineStats``."""

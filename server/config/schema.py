@@ -147,8 +147,8 @@ class EngineSettings(BaseModel):
         gt=0,
         le=60_000,
         description="How long the prefill of prompts may delay the next token of requests that are "
-        "generating, in milliseconds. Less makes streams smoother, more shortens the time to the "
-        "first token while others generate.",
+        "generating, in milliseconds; where a decode step takes longer, as long as that. Less "
+        "makes streams smoother, more shortens the time to the first token while others generate.",
         json_schema_extra=_shown("MILLISECONDS"),
     )
     speculation: Literal["auto", "off", "ngram"] = Field(

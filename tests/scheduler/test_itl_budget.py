@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.request import GenerationOutput, GenerationRequest
-from inferneo_jax.scheduler.prefill import PrefillPlanner, PrefillShapes, PrefillTimes
+from inferneo_jax.scheduler.prefill import (
+    LEAST_TOKENS,
+    PrefillPlanner,
+    PrefillShapes,
+    PrefillTimes,
+)
 from tests.support.simulated_runner import SHAPES, Simulation, Speed
 from tests.support.tiny_model import GREEDY, TINY, TINY_ENGINE, Collected, make_runner, submit
 
@@ -66,10 +71,11 @@ def test_it_follows_what_steps_take_now(factor: float) -> None:
     speed = Speed(decode=0.012 * factor, fixed=0.006 * factor, token=0.0005 * factor)
     simulation = Simulation(speed=speed)
     simulation.stream(1500)
-    simulation.prompt(min(20_000, int(6000 / factor)), at=0.1)
+    simulation.prompt(min(20_000, 2000 + int(6000 / factor)), at=0.1)
     simulation.run()
     with_prefill = [gap for gap in simulation.gaps if gap > 1.5 * speed.decode]
-    most = max(BUDGET, speed.prefill(SHAPES.cost((1, 32), 8))) + speed.decode
+    least = speed.prefill(SHAPES.cost((1, 32), LEAST_TOKENS))
+    most = max(BUDGET, speed.decode, least) + speed.decode
     assert max(with_prefill[3:]) <= 1.001 * most
     full = speed.prefill(SHAPES.max_tokens) + speed.decode
     assert max(with_prefill[70:]) >= 0.9 * min(most, full)
@@ -96,19 +102,33 @@ def test_alone_a_prompt_takes_no_longer_than_without_a_budget() -> None:
     assert ttft[0] == ttft[1]
 
 
-def test_prefill_takes_turns_where_the_least_exceeds_the_budget() -> None:
-    slow = Speed(decode=0.4, fixed=0.1, token=0.01)
+def test_prefill_may_take_as_long_as_decoding_does() -> None:
+    slow = Speed(decode=0.4, fixed=0.1, token=0.004)
+    simulation = Simulation(speed=slow, measured=slow)
+    simulation.stream(60)
+    prompt = simulation.prompt(400, at=4.0)
+    simulation.run()
+    assert 1.8 * slow.decode < max(simulation.gaps) <= 2.001 * slow.decode
+    assert prompt.ttft <= (400 / 64 + 2) * 2 * slow.decode
+
+
+def test_prefill_takes_turns_where_the_least_exceeds_the_bound() -> None:
+    slow = Speed(decode=0.02, fixed=0.1, token=0.004)
     simulation = Simulation(speed=slow, measured=slow)
     simulation.stream(300)
-    prompt = simulation.prompt(96, at=1.0)
+    prompt = simulation.prompt(96, at=0.5)
     simulation.run()
-    least = slow.prefill(SHAPES.cost((1, 32), 8))
-    gaps = simulation.streams[0].gaps
-    assert max(gaps) == pytest.approx(slow.decode + least)
-    during = [gap for gap, at in zip(gaps, simulation.streams[0].times, strict=False) if at < 60]
-    turns = math.ceil(least / BUDGET)
+    least = slow.prefill(SHAPES.cost((1, 32), LEAST_TOKENS))
+    assert least > 3 * BUDGET
+    (stream,) = simulation.streams
+    assert max(stream.gaps) == pytest.approx(slow.decode + least)
+    begin, end = (
+        sum(at <= moment for at in stream.times) for moment in (prompt.submitted, prompt.times[0])
+    )
+    during = stream.gaps[begin:end]
     assert sum(gap - slow.decode for gap in during) <= BUDGET * len(during) + least
-    assert prompt.ttft <= (96 / 8) * turns * slow.decode + (96 / 8) * least + 2 * slow.decode
+    chunks, turns = 96 // LEAST_TOKENS, math.ceil(least / BUDGET)
+    assert prompt.ttft <= chunks * (least + turns * slow.decode) + 2 * slow.decode + least
 
 
 @given(
@@ -136,7 +156,7 @@ def test_every_plan_fits_and_prefill_never_waits_longer_than_its_turn(
     planner = PrefillPlanner(shapes, times, budget)
     for factor in load:
         for _ in range(2):
-            planner.measured(shapes.shapes[0], 1, factor * times.seconds(1))
+            planner.prefilled(shapes.shapes[0], 1, factor * times.seconds(1))
     turns = max(1, math.ceil(planner._least_seconds() / budget * (1 + 1e-6)))
     if turns > 1000:
         return

@@ -27,7 +27,7 @@ from inferneo_jax.scheduler.scheduler import SchedulerOutputs
 
 PADDING = 0.125
 SHAPES = PrefillShapes.of((32, 128, 256), slots=16, overhead=32, padding=PADDING)
-START_COSTS = (11.0, 32.0, 128.0, 256.0)
+START_COSTS = (18.0, 32.0, 128.0, 256.0)
 """The costs that a real runner measures at start for these shapes."""
 
 
@@ -58,6 +58,7 @@ class SimulatedStep:
 
     runner: "SimulatedRunner"
     scheduled: SchedulerOutputs
+    started: float
     decoded: float
     ended: float
 
@@ -70,7 +71,8 @@ class SimulatedStep:
         return StepResults(
             Sampled(ids, None, None) if decodes else None,
             Sampled(ids, None, None) if prefills else None,
-            self.ended - self.decoded if decodes and prefills else None,
+            self.decoded - self.started,
+            self.ended - self.decoded,
         )
 
 
@@ -134,7 +136,7 @@ class SimulatedRunner:
     def run(self, scheduled: SchedulerOutputs) -> SimulatedStep:
         """Dispatch a step."""
         self.steps.append(scheduled)
-        decoded = max(self._device_free, self.now)
+        started = decoded = max(self._device_free, self.now)
         if any(rank.decode for rank in scheduled):
             decoded += self.speed.decode * self.speed.noise()
         ended = decoded
@@ -143,7 +145,7 @@ class SimulatedRunner:
             cost = self.shapes.cost(shape, tokens)
             ended += self.speed.prefill(cost) * self.speed.noise()
         self._device_free = ended
-        return SimulatedStep(self, scheduled, decoded, ended)
+        return SimulatedStep(self, scheduled, started, decoded, ended)
 
 
 class Stream:

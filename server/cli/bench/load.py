@@ -1,6 +1,9 @@
 """Load on a server: a number of clients, or a rate of arrivals; bounded in count and time."""
 
 import asyncio
+import contextlib
+import dataclasses
+import itertools
 import os
 import random
 import time
@@ -58,12 +61,46 @@ class Level:
         return str(self.clients) if self.rate is None else f"{self.rate:g}/s"
 
 
-class Requests:
-    """Jobs of one kind of work; no two have the same prompt."""
+@dataclass(frozen=True, kw_only=True)
+class LongPrompts:
+    """Long prompts that arrive beside every level of load, while it lasts.
 
-    def __init__(self, api: Api, work: Work) -> None:
+    Attributes:
+        rate: arrivals per second, at random times after the first, which arrives at once.
+        tokens: prompt tokens of each; hardly anything is generated.
+    """
+
+    rate: float
+    tokens: int = 2000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one level of load.
+
+    Attributes:
+        level: the level.
+        samples: its requests.
+        long: the long prompts that arrived beside them.
+    """
+
+    level: Level
+    samples: list[Sample]
+    long: list[Sample]
+
+
+class Requests:
+    """Jobs of one kind of work; no two have the same prompt.
+
+    Args:
+        api: the server.
+        work: the requests.
+        option: the option that sets the length of prompts, for errors.
+    """
+
+    def __init__(self, api: Api, work: Work, option: str = "--prompt-tokens") -> None:
         self._api, self._work = api, work
-        self._count = api.size.words_for(work.prompt_tokens)
+        self._count = api.size.words_for(work.prompt_tokens, option)
         self._later = 0
         if work.turns > 1:
             self._later = max(1, round(work.turn_tokens / api.size.tokens_per_word))
@@ -163,6 +200,35 @@ async def _arrivals(job: Job, level: Level, first: int, rng: random.Random) -> l
     return samples
 
 
+async def _run_beside(
+    job: Job, level: Level, first: int, work: Work, beside: Job, rate: float
+) -> Measured:
+    """Run a level while other jobs arrive; those that are under way at its end are finished."""
+    over, rng = asyncio.Event(), random.Random(f"long {first} {work.seed}")
+    places = asyncio.Semaphore(MOST_AT_ONCE)
+    long: list[Sample] = []
+
+    async def arrive(number: int, due: float) -> None:
+        async with places:
+            long.extend(await beside(number, due))
+
+    async def arrivals(group: asyncio.TaskGroup) -> None:
+        due = time.perf_counter()
+        for number in itertools.count(first):
+            group.create_task(arrive(number, due))
+            due += rng.expovariate(rate)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), due - time.perf_counter())
+            if over.is_set():
+                return
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(arrivals(group))
+        samples = await run_level(job, level, first, work.seed)
+        over.set()
+    return Measured(level, samples, long)
+
+
 async def measure(
     api: Api,
     work: Work,
@@ -170,13 +236,30 @@ async def measure(
     limits: dict[str, float],
     warmup: int = 2,
     report: Callable[[str], None] = lambda _: None,
+    long_prompts: LongPrompts | None = None,
+    keep: Callable[[Measured], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Return the figures of each level (``stats.summarize``), and this client's own load.
+
+    Args:
+        api: the server.
+        work: the requests of each level.
+        levels: run one after the other.
+        limits: of ``stats.parse_goodput``.
+        warmup: requests before each level that do not count.
+        report: told of progress.
+        long_prompts: what arrives beside each level.
+        keep: given the samples of each level.
 
     Raises:
         BenchError: every request of a level failed.
     """
     requests = Requests(api, work)
+    if long_prompts:
+        sizes = {"prompt_tokens": long_prompts.tokens, "output_tokens": 1, "turns": 1}
+        # Another seed, or the prompts would begin like those of the level.
+        longer = dataclasses.replace(work, seed=~work.seed, **sizes)
+        beside = Requests(api, longer, "--long-tokens")
     rows, number = [], 0
     for level in levels:
         if warmup:
@@ -186,10 +269,18 @@ async def measure(
             number += warmup
         report(f"{level.name}: {level.requests} requests")
         spent = time.process_time()
-        samples = await run_level(requests.job, level, number, work.seed)
+        if long_prompts:
+            done = await _run_beside(
+                requests.job, level, number, work, beside.job, long_prompts.rate
+            )
+        else:
+            done = Measured(level, await run_level(requests.job, level, number, work.seed), [])
         spent = time.process_time() - spent
         number += level.requests
-        figures = summarize(samples, limits)
+        keep(done)
+        figures = summarize(done.samples, limits)
+        if long_prompts:
+            figures["long_prompts"] = summarize(done.long)
         if not figures["completed"]:
             raise _all_failed(figures["errors"], requests.details, api)
         seconds = figures["seconds"]

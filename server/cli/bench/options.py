@@ -127,7 +127,7 @@ def levels_of(
 
 def as_json(values: dict[str, Any]) -> dict[str, Any]:
     """Return the options for a JSON file, without keys and files."""
-    left_out = ("api_key", "json_file", "plot")
+    left_out = ("api_key", "json_file", "plot", "gaps")
     return {name: value for name, value in values.items() if name not in left_out}
 
 

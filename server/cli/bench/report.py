@@ -76,6 +76,12 @@ def level_table(rows: Sequence[Figures], title: str) -> Table:
     ]
     for i, _ in enumerate(rows[0].get("ttft_of_turns", ()) if rows else ()):
         columns.append((f"TTFT ms\nturn {i + 1}", lambda row, i=i: _turn(row, i)))  # type: ignore[misc]
+    if rows and "long_prompts" in rows[0]:
+        columns.append(("ITL ms\nmax", lambda row: _most(row["itl"])))
+        columns.append(("long\nprompts", lambda row: str(row["long_prompts"]["requests"])))
+        columns.append(
+            ("their TTFT ms\np50/p90/p99", lambda row: milliseconds(row["long_prompts"]["ttft"]))
+        )
     if rows and "goodput" in rows[0]:
         columns.append(("good", lambda row: f"{row['goodput']['share']:.0%}"))
         columns.append(("good\nreq/s", lambda row: f"{row['goodput']['requests_per_second']:.2f}"))
@@ -128,6 +134,10 @@ def milliseconds(figures: Figures | None) -> str:
     return "/".join(_short(1000 * figures[name]) for name in ("p50", "p90", "p99"))
 
 
+def _most(figures: Figures | None) -> str:
+    return _short(1000 * figures["max"]) if figures else "-"
+
+
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
@@ -156,6 +166,9 @@ def print_notes(console: Console, rows: Sequence[Figures], wanted: int) -> None:
             "[yellow]The server knew some of these prompts already, from a run before this one: "
             "choose another --seed.[/]"
         )
+    failed = sum(sum(row.get("long_prompts", {}).get("errors", {}).values()) for row in rows)
+    if failed:
+        notes.append(f"[yellow]{failed} long prompts failed.[/]")
     details = {name: text for row in rows for name, text in row["error_details"].items()}
     for note in notes:
         console.print(note, soft_wrap=True, highlight=False)

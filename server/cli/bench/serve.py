@@ -2,6 +2,7 @@
 
 import asyncio
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,10 +64,29 @@ def serve(
         bool,
         typer.Option(help="Have the server go on to --output-tokens, if it knows ignore_eos."),
     ] = True,
+    long_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1000,
+            metavar="R",
+            help="Beside the load: long prompts, so many a second, at random (Poisson) times.",
+            show_default="none",
+        ),
+    ] = None,
+    long_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of each long prompt.")
+    ] = 2000,
     goodput: options.Goodput = "",
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
     plot: options.PlotFile = None,
+    gaps: Annotated[
+        Path | None,
+        typer.Option(
+            "--gaps", metavar="FILE", help="Plot every time between tokens over the run, as SVG."
+        ),
+    ] = None,
 ) -> None:
     """Put load on a running server, and measure what clients see.
 
@@ -75,6 +95,7 @@ def serve(
 
       inferneo bench serve --concurrency 1,4,16,32
       inferneo bench serve --rate 2,4,8 --goodput ttft=500,itl=50
+      inferneo bench serve --concurrency 8 --long-rate 0.5 --gaps gaps.svg
       inferneo bench serve --turns 2 --prompt-tokens 1000 --concurrency 1
       inferneo bench serve --endpoint embeddings --model all-minilm-l6-v2 --batch 32
     """
@@ -82,8 +103,9 @@ def serve(
     from server.cli.bench import plot as plots
     from server.cli.bench import report
     from server.cli.bench.api import connect
+    from server.cli.bench.gaps import Panel, write
     from server.cli.bench.http import Client
-    from server.cli.bench.load import Work, measure
+    from server.cli.bench.load import LongPrompts, Measured, Work, measure
     from server.cli.bench.stats import parse_goodput
 
     levels = options.levels_of(concurrency, rate, requests, seconds)
@@ -92,6 +114,8 @@ def serve(
         if endpoint is EndpointName.EMBEDDINGS:
             raise BenchError("--turns are of chats; embeddings have none")
         endpoint = EndpointName.CHAT
+    if long_rate and endpoint is EndpointName.EMBEDDINGS:
+        raise BenchError("--long-rate is for models that generate; embeddings have no streams")
     if plot:
         plots.require()
     work = Work(
@@ -102,7 +126,9 @@ def serve(
         timeout=timeout,
         seed=seed,
     )
+    long_prompts = LongPrompts(rate=long_rate, tokens=long_tokens) if long_rate else None
     console = Console()
+    kept: list[Measured] = []
 
     async def run() -> tuple[str, list[report.Figures]]:
         async with Client(url, api_key) as client:
@@ -115,7 +141,10 @@ def serve(
                 api_key=api_key,
                 seed=seed,
             )
-            return api.model, await measure(api, work, levels, limits, warmup, options.tell)
+            rows = await measure(
+                api, work, levels, limits, warmup, options.tell, long_prompts, kept.append
+            )
+            return api.model, rows
 
     found, rows = asyncio.run(run())
     title = f"{found} at {url}, {endpoint.value}"
@@ -128,3 +157,6 @@ def serve(
         report.write_json(json_file, report.document("serve", settings, levels=rows))
     if plot:
         plots.draw(plot, {found: rows}, title)
+    if gaps:
+        panels = [Panel(f"load {each.level.name}", each.samples, each.long) for each in kept]
+        write(gaps, panels)

@@ -81,7 +81,7 @@ class Sample:
 def percentiles(
     values: Sequence[float], weights: Sequence[float] | None = None
 ) -> dict[str, float] | None:
-    """Return the p50, p90, p99 and mean of measured values; None if there are none.
+    """Return the p50, p90, p99, maximum and mean of measured values; None if there are none.
 
     A percentile is the smallest measured value that at least this percentage of the weight does
     not exceed.
@@ -93,7 +93,7 @@ def percentiles(
     array = np.asarray(values, np.float64)
     found = np.percentile(array, QUANTILES, weights=weights, method="inverted_cdf")
     named = {f"p{q}": float(value) for q, value in zip(QUANTILES, found, strict=True)}
-    return named | {"mean": float(np.average(array, weights=weights))}
+    return named | {"max": float(array.max()), "mean": float(np.average(array, weights=weights))}
 
 
 def parse_goodput(text: str) -> dict[str, float]:

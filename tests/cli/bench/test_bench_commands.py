@@ -42,6 +42,28 @@ def endless(rig: Rig, tokenizer: Tokenizer) -> Rig:
     return rig
 
 
+def test_serve_measures_streams_while_long_prompts_arrive(endless: Rig, tmp_path: Path) -> None:
+    file, plot = tmp_path / "out.json", tmp_path / "gaps.svg"
+    printed = run(
+        *("serve", "--url", endless.url, "--concurrency", "1,2", "--requests", 8, "--json", file),
+        *("--prompt-tokens", 200, "--output-tokens", 40, "--endpoint", "chat"),
+        *("--long-rate", 0.5, "--long-tokens", 400, "--gaps", plot),
+    )
+    assert "their TTFT ms" in printed
+    for row in figures(file)["levels"]:
+        assert (row["completed"], row["output_tokens"]) == (8, 320)
+        long = row["long_prompts"]
+        assert long["completed"] == long["requests"] == long["output_tokens"] > 0
+        assert long["prompt_tokens"] == pytest.approx(400 * long["requests"], rel=0.1)
+        assert long["ttft"]["p50"] > 0
+    assert plot.read_text().count("load ") == 2
+
+
+def test_long_prompts_are_for_streams(rig: Rig) -> None:
+    with pytest.raises(InferneoError, match="--long-rate is for models that generate"):
+        run("serve", "--url", rig.url, "--endpoint", "embeddings", "--long-rate", 1)
+
+
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_serve_measures_a_server(endless: Rig, tmp_path: Path, endpoint: str) -> None:
     file = tmp_path / "out.json"

@@ -24,8 +24,14 @@ def sample(*arrivals: float, tokens: int | None = None, **fields: object) -> Sam
 
 def test_a_percentile_is_a_measured_value_that_enough_do_not_exceed() -> None:
     values = [float(i) for i in range(1, 101)]
-    assert percentiles(values) == {"p50": 50.0, "p90": 90.0, "p99": 99.0, "mean": 50.5}
-    assert percentiles([7.0]) == {"p50": 7.0, "p90": 7.0, "p99": 7.0, "mean": 7.0}
+    assert percentiles(values) == {
+        "p50": 50.0,
+        "p90": 90.0,
+        "p99": 99.0,
+        "max": 100.0,
+        "mean": 50.5,
+    }
+    assert percentiles([7.0]) == {"p50": 7.0, "p90": 7.0, "p99": 7.0, "max": 7.0, "mean": 7.0}
     assert percentiles([]) is None
     # A value of weight three counts as three.
     assert percentiles([1.0, 5.0], [3.0, 1.0]) == percentiles([1.0, 1.0, 1.0, 5.0])

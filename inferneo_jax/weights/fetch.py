@@ -11,7 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from inferneo_jax.errors import CheckpointError, FetchError
+from inferneo_jax.errors import CheckpointError, FetchError, InferneoError
+from inferneo_jax.models.families import find_family
 from inferneo_jax.platform.atomic import discard, kept_folder, sweep
 from inferneo_jax.platform.memory import free_host_memory
 from inferneo_jax.platform.progress import Progress, silent
@@ -113,6 +114,7 @@ def pull(
     Raises:
         FetchError: the model could not be downloaded, or its content is not the promised one.
         CheckpointError: the model cannot be used, or cannot be stored.
+        ConfigError: the model is not supported.
     """
     entries = load_catalog() if catalog is None else catalog
     if name not in entries and "/" not in name:
@@ -134,12 +136,12 @@ def pull(
             try:
                 plan = _from_catalog(entries[name]) if name in entries else _from_hub(name)
                 path = _pull(name, plan, folder, destination, progress, announce)
-            except CheckpointError:
+            except InferneoError:
                 _discard_unless_kept(folder)
                 raise
             discard(folder)
             return path
-    except CheckpointError:
+    except InferneoError:
         prune_parents(checkpoints, destination)
         raise
     except OSError as error:
@@ -179,7 +181,7 @@ def _pull(
         model = _unpacked(model, plan.unpack, folder / "unpacked")
     try:
         return convert(model, destination, progress, licence=plan.licence, origin=plan.origin)
-    except CheckpointError:
+    except InferneoError:
         discard(folder)  # its files are what they should be: another attempt ends likewise
         raise
 
@@ -204,6 +206,8 @@ def _from_hub(name: str) -> _Plan:
     repository = open_repository(wanted_name)
     origin = {"repository": wanted_name, "revision": repository.revision}
     if not wanted and "config.json" in repository.files and _weights(repository):
+        if repository.config.get("architectures"):
+            find_family(repository.config)
         files = [file for file in repository.files.values() if _is_wanted(file.path)]
         return _Plan(
             files=tuple((file, (_source(repository, file),)) for file in files),
@@ -217,6 +221,10 @@ def _from_hub(name: str) -> _Plan:
             f"{wanted_name} has no GGUF files"
             + ("" if wanted else ", and no config.json with safetensors; there is nothing to serve")
         )
+    if repository.architecture is not None:
+        from inferneo_jax.weights.sources.gguf import known_architecture
+
+        known_architecture(repository.architecture, wanted_name)
     try:
         choice = choose(repository.files.values(), wanted, free_host_memory())
     except FetchError as error:

@@ -31,12 +31,16 @@ class Repository:
         revision: the commit.
         licence: as its model card states it, or None.
         files: all files that can be verified, by path.
+        config: what the Hub has read of ``config.json``.
+        architecture: that of the GGUF files, or None if the Hub does not say.
     """
 
     name: str
     revision: str
     licence: str | None
     files: Mapping[str, RemoteFile]
+    config: Mapping[str, Any]
+    architecture: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,8 @@ def open_repository(name: str) -> Repository:
         revision=str(info.sha),
         licence=_licence(info),
         files={file.path: file for file in files},
+        config=info.config if isinstance(info.config, dict) else {},
+        architecture=info.gguf.get("architecture") if isinstance(info.gguf, dict) else None,
     )
 
 

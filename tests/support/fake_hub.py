@@ -22,13 +22,14 @@ PIECE = 1 << 14
 
 @dataclass
 class Repo:
-    """A repository; files of ``lfs`` suffixes are stored in the large-file storage."""
+    """A repository; files of ``lfs`` suffixes are large ones, and ``more`` is told of all."""
 
     files: dict[str, bytes]
     sha: str = "a" * 40
     card: dict[str, Any] = field(default_factory=lambda: {"license": "apache-2.0"})
     gated: bool = False
     lfs: tuple[str, ...] = (".gguf", ".safetensors")
+    more: dict[str, Any] = field(default_factory=dict)
 
     def is_large(self, path: str) -> bool:
         return path.endswith(self.lfs)
@@ -114,6 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             "tags": tags,
             "cardData": repo.card,
             "siblings": siblings,
+            **repo.more,
         }
         self._reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 

@@ -1,11 +1,12 @@
 import hashlib
+import json
 import random
 import threading
 
 import pytest
 from huggingface_hub import constants
 
-from inferneo_jax.errors import CheckpointError, FetchError
+from inferneo_jax.errors import CheckpointError, FetchError, InferneoError
 from inferneo_jax.weights.catalog import (
     CatalogEntry,
     checkpoint_path,
@@ -196,6 +197,40 @@ def test_what_cannot_be_pulled_says_why(hub, tmp_path, name, files, words):
     with pytest.raises(FetchError, match=words):
         pull(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "more", "words"),
+    [
+        (
+            {"m.gguf": b"GGUF"},
+            {"gguf": {"architecture": "gpt-oss"}},
+            "org/name is a GGUF of the architecture 'gpt-oss'; those read are llama",
+        ),
+        (
+            {"config.json": b"{}", "model.safetensors": b""},
+            {"config": {"architectures": ["MambaForCausalLM"]}},
+            "the architecture 'MambaForCausalLM' is not supported",
+        ),
+    ],
+)
+def test_a_model_that_is_not_supported_is_refused_before_it_is_downloaded(
+    hub, tmp_path, files, more, words
+):
+    hub.add("org/name", files, more=more)
+    with pytest.raises(InferneoError, match=words):
+        pull("org/name", tmp_path)
+    assert hub.downloads() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_that_is_not_supported_leaves_nothing(made, hub, tmp_path):
+    files = folder_files(made, tmp_path / "hf", made.LLAMA)
+    config = json.dumps(made.LLAMA | {"hidden_act": "relu"})
+    hub.add("org/name", files | {"config.json": config.encode()})
+    with pytest.raises(InferneoError, match="hidden_act"):
+        pull("org/name", tmp_path / "store")
+    assert list((tmp_path / "store").iterdir()) == []
 
 
 def test_a_file_that_is_not_a_model_leaves_nothing(hub, tmp_path):

@@ -49,12 +49,7 @@ def read_gguf(path: Path) -> SourceModel:
             f"{path} is one part of a split GGUF; "
             "join the parts with `llama-gguf-split --merge` and give the result"
         )
-    arch = metadata.text("general.architecture")
-    if arch not in _ARCHITECTURES:
-        raise CheckpointError(
-            f"{path} is a GGUF of the architecture {shown(arch)}; "
-            f"those read are {', '.join(_ARCHITECTURES)}"
-        )
+    arch = known_architecture(metadata.text("general.architecture"), path)
     infos = dict(header.tensors)
     rope_freqs = infos.pop(_ROPE_FREQS, None)
     config = _config(path, arch, metadata, infos)
@@ -86,6 +81,20 @@ def read_gguf(path: Path) -> SourceModel:
         licence=metadata.text("general.license"),
         origin={"file": path.name, "name": metadata.text("general.name")},
     )
+
+
+def known_architecture(arch: object, where: object) -> str:
+    """The ``general.architecture`` of a GGUF, if it is supported; ``where`` names the model.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not isinstance(arch, str) or arch not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"{where} is a GGUF of the architecture {shown(arch)}; "
+            f"those read are {', '.join(_ARCHITECTURES)}"
+        )
+    return arch
 
 
 def _config(

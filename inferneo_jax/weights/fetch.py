@@ -34,6 +34,7 @@ from inferneo_jax.weights.download import (
     folder_bytes,
 )
 from inferneo_jax.weights.hub import HubFile, Repository, open_repository
+from inferneo_jax.weights.packages import WHEEL
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 _UNWANTED = ["onnx/*", "openvino/*", "original/*", "consolidated*", "*/checkpoint-*"]
@@ -255,6 +256,7 @@ def _source(repository: Repository, file: RemoteFile) -> HubFile:
 
 def _keep_only(folder: Path, files: list[RemoteFile]) -> None:
     """Remove what an earlier attempt has left of files that are not wanted any more."""
+    discard(folder / WHEEL)  # by a rename: the pip of a killed process may still be writing there
     digests, paths = {file.digest for file in files}, {folder / file.path for file in files}
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():

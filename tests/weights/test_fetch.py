@@ -262,7 +262,9 @@ def test_a_pull_of_parts_killed_at_any_time_is_continued_by_the_next(shop, tmp_p
     """The number of kills is that of the variable INFERNEO_TEST_KILLS."""
     store, catalog, pip = tmp_path / "store", tmp_path / "catalog.toml", Path(sys.executable)
     slow = tmp_path / "slow"
-    slow.write_text(pip.read_text() + "sleep 0.1\n")
+    # It goes on for a while when whoever started it is killed.
+    busy = "for i in 1 2 3 4 5 6 7 8 9; do echo >$TMPDIR/$i && sleep 0.01; done\n"
+    slow.write_text(pip.read_text() + busy)
     slow.chmod(0o755)
     entry = shop.catalog[name]
     catalog.write_text(as_toml(entry))

@@ -202,8 +202,8 @@ class EngineConfig:
         kernels: implementation of attention, and on CPUs of matrix products; xla: the reference,
             native: the kernels for the device, auto: native where such kernels exist.
         quantization: quantization of the weights, int8 or none; auto: none, except that a CPU with
-            native kernels uses blocks of 8 bits if dtype is auto, or of 4 bits if the checkpoint's
-            weights are stored so.
+            native kernels, if dtype is auto, multiplies blocks of ggml's formats as the checkpoint
+            has them, and rounds other matrices to blocks of 8 bits.
         kv_dtype: type of keys and values; int8 has a scale for each token and head; auto: bfloat16,
             except float32 if dtype is float32 and on a CPU without native kernels.
         speculation: drafts of the next tokens, which one step verifies; ngram: the tokens that
@@ -216,8 +216,7 @@ class EngineConfig:
         max_logit_bias: maximum number of biased tokens of a request.
         step_seconds: a step that takes longer counts as hanging; the limit is at least ten times
             the slowest step measured at start.
-        compilation_cache: folder that keeps compiled programs and encoded weights for the next
-            start; None: off.
+        compilation_cache: folder that keeps compiled programs for the next start; None: off.
         mesh: how the devices are divided; by default, all of them along ``model``.
         row_buckets: the numbers of rows for which a decode step is compiled, in ascending order.
     """

@@ -3,8 +3,7 @@
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,10 +25,9 @@ from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.follower import follow
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels.cpu.build import start_building
-from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import oom_as_config_error, require
-from inferneo_jax.platform.progress import Progress
+from inferneo_jax.platform.progress import Progress, silent
 from inferneo_jax.request import EngineStats
 from inferneo_jax.runner.backends import (
     DecoderBackend,
@@ -42,9 +40,9 @@ from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.text.tokenizer import Tokenizer
-from inferneo_jax.weights.cache import WeightCache
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
+from inferneo_jax.weights.sources.weight import Weight, block_formats
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +200,7 @@ def _load_embedder(
     shape = config.mesh if jax.process_count() == 1 else MeshShape()
     mesh = make_mesh(shape, jax.local_devices())
     backend = resolve_encoder(model, config, mesh)
-    weights, _ = load_weights(checkpoint, backend, config.compilation_cache)
+    weights = load_weights(_open(checkpoint), backend, progress or silent)
     embedder = Embedder(backend, weights, config)
     with oom_as_config_error("the batches were compiled and first run"):
         embedder.start(progress)
@@ -241,9 +239,10 @@ def load_runner(
     if job:
         job.take(info.path.name)
         agree(job.processes, "model", _identity(info, config, mesh))
-    backend = resolve_decoder(info.config, config, mesh)
-    weights, quantization = load_weights(info, backend, config.compilation_cache)
-    runner = Runner(backend.loaded(quantization), weights, config, job.processes if job else None)
+    stored = _open(info)
+    backend = resolve_decoder(info.config, config, mesh, block_formats(stored))
+    weights = load_weights(stored, backend, progress or silent)
+    runner = Runner(backend, weights, config, job.processes if job else None)
     with oom_as_config_error("the steps were compiled and first run"):
         runner.compile(progress)
     return runner
@@ -268,42 +267,25 @@ def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[st
     }
 
 
+def _open(info: CheckpointInfo) -> Mapping[str, Weight]:
+    """The weights of a checkpoint, none of them read."""
+    shapes = {name: spec.shape for name, spec in models.weight_specs(info.config).items()}
+    return open_weights(info.path, shapes)
+
+
 def load_weights(
-    info: CheckpointInfo, backend: DecoderBackend | EncoderBackend, cache: str | None
-) -> tuple[list[jax.Array], QuantizationConfig]:
-    """The weights with the first of the backend's choices that can represent them, and that one.
+    weights: Mapping[str, Weight],
+    backend: DecoderBackend | EncoderBackend,
+    progress: Progress = silent,
+) -> list[jax.Array]:
+    """Read, encode and place the weights of a model.
 
-    Those that an earlier start has kept in the folder ``cache`` are taken as they are; else they
-    are read and encoded.
+    Raises:
+        CheckpointError: they cannot be read.
+        ConfigError: there is not enough memory for them.
     """
-    model, padded, mesh = backend.model, backend.padded, backend.mesh
-    stores = {
-        quantization: WeightCache(cache, info.path, mesh, quantization)
-        for quantization in backend.choices
-    }
-
-    @contextmanager
-    def room(quantization: QuantizationConfig) -> Iterator[None]:
-        needed = local_bytes(flat(weight_shapes(padded, mesh, quantization)))
-        require(needed * devices_sharing_memory(mesh), "the weights")
-        with oom_as_config_error("the weights were loaded"):
-            yield
-
-    for quantization, store in stores.items():
-        if store.exists:
-            with room(quantization):
-                if kept := store.read():
-                    placed = place_weights({}, model, padded, mesh, quantization, kept)
-                    return placed, quantization
-    shapes = {name: spec.shape for name, spec in models.weight_specs(model).items()}
-    sources = open_weights(info.path, shapes)
-    refused: EncodingError | None = None
-    for quantization, store in stores.items():
-        try:
-            with room(quantization), store.writing() as keep:
-                placed = place_weights(sources, model, padded, mesh, quantization, keep=keep)
-                return placed, quantization
-        except EncodingError as error:
-            refused = error
-    assert refused, "there is at least one choice"
-    raise refused
+    mesh, quantization = backend.mesh, backend.quantization
+    needed = local_bytes(flat(weight_shapes(backend.padded, mesh, quantization)))
+    require(needed * devices_sharing_memory(mesh), "the weights")
+    with oom_as_config_error("the weights were loaded"):
+        return place_weights(weights, backend.model, backend.padded, mesh, quantization, progress)

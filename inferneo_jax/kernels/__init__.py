@@ -1,11 +1,13 @@
 """A device's own versions of layers, chosen here. The reference runs where a device has none."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.layers.blocks import BlockPart
 from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import QuantizationConfig, Unquantized
 from inferneo_jax.layers.segments import SegmentAttention
@@ -64,14 +66,30 @@ def segment_attention_for(mesh: Mesh, kernels: Kernels) -> SegmentAttention:
 
 
 def block_quantization(
-    mesh: Mesh, kernels: Kernels, dtype: jnp.dtype, bits: Literal[4, 8]
+    mesh: Mesh, kernels: Kernels, dtype: jnp.dtype, formats: Mapping[str, tuple[BlockPart, ...]]
 ) -> QuantizationConfig | None:
-    """Matrices in blocks of integers, 8 bits in the head; None if the mesh has no kernels."""
-    if bits == 4 or not _cpu_kernels(mesh, kernels):
-        return None
-    from inferneo_jax.kernels.cpu.linear import BlockQuantized
+    """Matrices in blocks of integers; None if the mesh has no kernels for them.
 
-    return QuantizationConfig(BlockQuantized(dtype), BlockQuantized(dtype))
+    Args:
+        mesh: of the devices.
+        kernels: as configured.
+        dtype: of what is not quantized.
+        formats: of the matrices that are stored in blocks, by the name of the weight. They are
+            kept as they are if there are kernels for their formats. All others are rounded to
+            blocks of 8 bits.
+    """
+    if not _cpu_kernels(mesh, kernels):
+        return None
+    from inferneo_jax.kernels.cpu.linear import FORMATS, BlockQuantized
+
+    rounded = BlockQuantized(dtype)
+    return QuantizationConfig(rounded, rounded).excepting(
+        {
+            name: BlockQuantized(dtype, parts)
+            for name, parts in formats.items()
+            if all(part.format in FORMATS for part in parts)
+        }
+    )
 
 
 def packed_quantization(

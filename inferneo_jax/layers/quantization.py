@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
+from inferneo_jax.layers.blocks import BlockPart, BlockRows
 from inferneo_jax.sharding import mesh
 
 MIN_ROWS = 2
@@ -125,6 +126,14 @@ class QuantizationMethod(ABC):
         Raises:
             EncodingError: the method cannot represent this matrix.
         """
+
+    def stores(self, parts: tuple[BlockPart, ...] | None) -> bool:
+        """Whether ``encode_blocks`` takes blocks of these parts as they are."""
+        return False
+
+    def encode_blocks(self, blocks: tuple[BlockRows, ...]) -> tuple[HostArray, ...]:
+        """Convert the blocks of a whole matrix into its parameters, without rounding anything."""
+        raise NotImplementedError(f"{type(self).__name__} stores no blocks")
 
     @abstractmethod
     def product(
@@ -290,13 +299,6 @@ class QuantizationConfig:
     def dtype(self) -> jnp.dtype:
         """The dtype of what is not quantized."""
         return self.linear.dtype
-
-    @property
-    def name(self) -> str:
-        """The number formats of the matrices, such as ``q4_k+q6_k``; ``none``: all ``dtype``."""
-        methods = self.linear, self.head, *(method for _, method in self.exceptions)
-        names = {name for method in methods for name in method.name.split("+")} - {"none"}
-        return "+".join(sorted(names)) or "none"
 
     def excepting(self, methods: Mapping[str, QuantizationMethod]) -> "QuantizationConfig":
         """The same, but for the weights with these dotted names."""

@@ -44,7 +44,7 @@ class Budget:
 
     def __init__(self, wish: Wish, mesh: Mesh) -> None:
         self._wish = wish
-        self.backend = resolve_decoder(wish.model, wish.engine, mesh)
+        self.backend = resolve_decoder(wish.model, wish.engine, mesh, {})
         one = self.programs(kv_tokens=wish.engine.slots * 256, max_len=2)
         self.token_bytes = one.cache_bytes // (one.num_pages * one.page_len)
         self.weights = local_bytes(one.weights)

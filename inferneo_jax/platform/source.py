@@ -7,7 +7,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parents[1]
 _SUFFIXES = (".py", ".h", ".cc")
 DEVICE_ROOMS = ("config.py", "sharding", "layers", "kernels", "models", "weights", "runner")
-"""All that compiled programs and encoded weights may be made of."""
+"""All that compiled programs may be made of."""
 
 
 @cache

@@ -8,8 +8,8 @@ It is a program of its own because a broken driver may never return. It prints o
 line, so that what is known by then is known: first the kernels, then the devices.
 """
 
-import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -24,6 +24,7 @@ from inferneo_jax.kernels import (
     segment_attention_for,
 )
 from inferneo_jax.kernels.cpu import build
+from inferneo_jax.layers.blocks import BlockPart
 from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.segments import SegmentAttention
@@ -42,8 +43,6 @@ class DecoderBackend:
         padded: the same model with sizes that divide by the mesh.
         mesh: of the devices it runs on.
         quantization: of the weights.
-        compact_quantization: a smaller one, preferred for checkpoints whose matrices have 4 bits
-            already; it raises EncodingError for others. None: there is none.
         attention: how the KV cache is stored and read.
     """
 
@@ -51,7 +50,6 @@ class DecoderBackend:
     padded: DecoderConfig
     mesh: Mesh
     quantization: QuantizationConfig
-    compact_quantization: QuantizationConfig | None
     attention: PagedAttention
 
     @property
@@ -63,15 +61,6 @@ class DecoderBackend:
     def kv_dtype(self) -> str:
         """Of keys and values."""
         return str(self.attention.dtype)
-
-    @property
-    def choices(self) -> list[QuantizationConfig]:
-        """What to try for the weights of a checkpoint, in this order."""
-        return [self.compact_quantization or self.quantization, self.quantization]
-
-    def loaded(self, quantization: QuantizationConfig) -> "DecoderBackend":
-        """The same backend, of weights that were loaded with ``quantization``."""
-        return dataclasses.replace(self, quantization=quantization, compact_quantization=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +87,24 @@ class EncoderBackend:
         return type(self.attention) is not SegmentAttention
 
     @property
-    def choices(self) -> list[QuantizationConfig]:
-        """What to try for the weights of a checkpoint: one for all."""
-        return [self.quantization]
-
-    @property
     def kv_dtype(self) -> str:
         """Empty: an encoder keeps no keys and values."""
         return ""
 
 
-def resolve_decoder(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> DecoderBackend:
+def resolve_decoder(
+    model: DecoderConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    formats: Mapping[str, tuple[BlockPart, ...]],
+) -> DecoderBackend:
     """The backend of a decoder.
+
+    Args:
+        model: as the checkpoint describes it.
+        config: of the engine.
+        mesh: of the devices it runs on.
+        formats: of the weights that the checkpoint stores in blocks, by name.
 
     Raises:
         ConfigError: native kernels are asked for, and there are none.
@@ -118,14 +113,11 @@ def resolve_decoder(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> D
     padded = pad_for_mesh(model, meshes.parts(mesh, "kv_heads"))
     page_len = config.page_len or (64 if device.platform == "tpu" else 16)
     kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
-    dtype = _dtype(config, mesh)
-    quantization, compact = _decoder_quantization(config, mesh, dtype)
     return DecoderBackend(
         model=model,
         padded=padded,
         mesh=mesh,
-        quantization=quantization,
-        compact_quantization=compact,
+        quantization=_decoder_quantization(config, mesh, _dtype(config, mesh), formats),
         attention=kind(
             kv_heads=padded.num_kv_heads,
             head_dim=model.head_dim,
@@ -173,23 +165,26 @@ def _kv_dtype(config: EngineConfig, mesh: Mesh, *, native: bool) -> jnp.dtype:
 
 
 def _decoder_quantization(
-    config: EngineConfig, mesh: Mesh, dtype: jnp.dtype
-) -> tuple[QuantizationConfig, QuantizationConfig | None]:
-    """The quantization of a decoder's matrices, and the compact one if there is one.
+    config: EngineConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    formats: Mapping[str, tuple[BlockPart, ...]],
+) -> QuantizationConfig:
+    """The quantization of a decoder's matrices.
 
     Auto quantizes only on a CPU with native kernels: blocks of integers are several times faster
     there. If ``dtype`` is set, matrices keep it.
     """
     if config.quantization == "auto" and config.dtype == "auto":
-        blocks = block_quantization(mesh, config.kernels, dtype, 8)
+        blocks = block_quantization(mesh, config.kernels, dtype, formats)
         if blocks:
-            return blocks, block_quantization(mesh, config.kernels, dtype, 4)
+            return blocks
     if config.quantization == "int8":
         int8 = devices.multiplies_int8(mesh.devices.flat[0])
         return QuantizationConfig.int8(
             dtype, meshes.parts(mesh, "mlp"), "int8" if int8 else "float"
-        ), None
-    return QuantizationConfig.unquantized(dtype), None
+        )
+    return QuantizationConfig.unquantized(dtype)
 
 
 def _survey_kernels() -> dict[str, object]:

@@ -31,7 +31,6 @@ from inferneo_jax.platform.atomic import PARTIAL, write_whole
 from inferneo_jax.platform.devices import cpu_description
 from inferneo_jax.platform.progress import Progress
 from inferneo_jax.platform.source import DEVICE_ROOMS, source_hash
-from inferneo_jax.weights.cache import WEIGHTS_SUFFIX
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ _from_jax = threading.local()
 """Whether JAX's own cache, if enabled, contained the latest program of this thread."""
 
 _SUFFIX = ".executable"
-_OURS = (_SUFFIX, WEIGHTS_SUFFIX, PARTIAL)
+_OURS = (_SUFFIX, PARTIAL)
 _UNUSED_SECONDS = 30 * 86_400.0
 """A file that no start has used for this long is removed."""
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")

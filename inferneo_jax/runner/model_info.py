@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from inferneo_jax import models
 from inferneo_jax.runner.backends import DecoderBackend, EncoderBackend
 
 
@@ -44,7 +45,7 @@ class ModelInfo:
         mesh = backend.mesh
         return cls(
             dtype=str(backend.quantization.dtype),
-            quantization=backend.quantization.name,
+            quantization=_formats(backend),
             kv_dtype=backend.kv_dtype,
             kernels="native" if backend.native else "xla",
             mesh=",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
@@ -74,6 +75,13 @@ def device_memory(devices: Sequence[Any] | None = None) -> list[DeviceMemory]:
             used, limit = int(stats["bytes_in_use"]), int(stats["bytes_limit"])
             found.append(DeviceMemory(device=name, used=used, limit=limit))
     return found
+
+
+def _formats(backend: DecoderBackend | EncoderBackend) -> str:
+    """The formats of the matrices, such as ``q4_k+q6_k``; ``none``: they have the dtype."""
+    specs = models.weight_specs(backend.padded, backend.quantization).values()
+    names = {name for spec in specs if spec.inputs for name in spec.method.name.split("+")}
+    return "+".join(sorted(names - {"none"})) or "none"
 
 
 def _held(arrays: Iterable[jax.Array]) -> int:

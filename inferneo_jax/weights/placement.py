@@ -1,8 +1,10 @@
 """Places weights on a mesh shard by shard, so that no device or host holds more than its own."""
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -13,9 +15,10 @@ from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, ModelConfig
 from inferneo_jax.layers.quantization import HostArray, QuantizationConfig
 from inferneo_jax.layers.spec import WeightSpec
+from inferneo_jax.platform.progress import Progress, silent
 from inferneo_jax.sharding import mesh as meshes
-from inferneo_jax.sharding.padding import Index, PaddedWeight, Sliceable
-from inferneo_jax.weights.cache import EncodedShards, Keep
+from inferneo_jax.sharding.padding import Index, PaddedWeight
+from inferneo_jax.weights.sources.weight import Weight
 
 _READERS = 4
 """Number of weights that are read in parallel."""
@@ -54,56 +57,65 @@ def local_bytes(shapes: list[jax.ShapeDtypeStruct]) -> int:
 
 
 def place_weights(
-    sources: Mapping[str, Sliceable],
+    weights: Mapping[str, Weight],
     model: ModelConfig,
     padded: ModelConfig,
     mesh: Mesh,
     quantization: QuantizationConfig,
-    kept: EncodedShards | None = None,
-    keep: Keep | None = None,
+    progress: Progress = silent,
 ) -> list[Array]:
     """Read, encode and place the weights of a model, each device's shard on its own.
 
+    On the host this takes the memory of what is placed there, and that of the largest shard while
+    it is read and encoded.
+
     Args:
-        sources: the weights, with the shapes of ``model``.
+        weights: on disk, with the shapes of ``model``.
         model: as its checkpoint describes it.
         padded: the same model, padded for the mesh.
         mesh: of the devices.
         quantization: of the matrices.
-        kept: all shards that this process needs, if they were encoded before; no source is read.
-        keep: called with each shard that was encoded.
+        progress: called after each weight, with the bytes that are placed and those of all.
 
     Returns:
         The arguments of a step: arrays in the order of the padded module's leaves.
     """
-    declared = {} if kept else models.weight_specs(model)
+    declared = models.weight_specs(model)
     specs = models.weight_specs(padded, quantization)
+    shapes = weight_shapes(padded, mesh, quantization)
+    sizes = {name: local_bytes(list(targets)) for name, targets in shapes.items()}
     group = None
     if isinstance(model, DecoderConfig) and isinstance(padded, DecoderConfig):
         group = model.group_size, padded.group_size
 
-    def place(name: str, targets: Shapes) -> list[Array]:
-        spec = specs[name]
-        num_shards = max(map(_num_shards, targets))
+    def stored(name: str) -> bool:
+        """Whether a weight is taken in the blocks that it is stored in."""
+        return bool(specs[name].inputs) and specs[name].method.stores(weights[name].parts)
 
+    def read_bytes(name: str) -> int:
+        """Bytes of a shard before it is encoded: in its blocks, or in float32."""
+        if stored(name):
+            return sizes[name]
+        return 4 * math.prod(specs[name].shape) // max(map(_num_shards, shapes[name]))
+
+    room = _Room(max(map(read_bytes, shapes)))
+
+    def encode(name: str, number: int, num_shards: int) -> tuple[HostArray, ...]:
+        spec, weight = specs[name], weights[name]
+        if stored(name):
+            return spec.method.encode_blocks(weight.blocks() or ())
+        whole = PaddedWeight(weight, declared[name].shape, spec.shape, spec.axes, group)
+        shard = whole[_shard(spec, number, num_shards)]
+        shape = [
+            size // (num_shards if axis else 1)
+            for size, axis in zip(spec.flat_shape, spec.flat_axes, strict=True)
+        ]
+        return spec.encode(shard.reshape(shape))
+
+    def place(name: str, targets: Shapes) -> list[Array]:
+        num_shards = max(map(_num_shards, targets))
         # Devices along an axis that does not split the weight share one encoded shard.
         encoded: dict[int, tuple[HostArray, ...]] = {}
-
-        def encode(number: int) -> tuple[HostArray, ...]:
-            if kept:
-                return kept[name, number]
-            if number not in encoded:
-                stored = declared[name].shape
-                weight = PaddedWeight(sources[name], stored, spec.shape, spec.axes, group)
-                shard = weight[_shard(spec, number, num_shards)]
-                shape = [
-                    size // (num_shards if axis else 1)
-                    for size, axis in zip(spec.flat_shape, spec.flat_axes, strict=True)
-                ]
-                encoded[number] = spec.encode(shard.reshape(shape))
-                if keep:
-                    keep(name, number, encoded[number])
-            return encoded[number]
 
         def array(i: int, target: jax.ShapeDtypeStruct) -> Array:
             local = target.sharding.shard_shape(target.shape)
@@ -111,15 +123,47 @@ def place_weights(
             def shard(index: Index | None) -> HostArray:
                 starts = [each.start or 0 for each in index or ()]
                 places = (start // size for start, size in zip(starts, local, strict=True) if size)
-                return encode(max(places, default=0))[i]
+                number = max(places, default=0)
+                if number not in encoded:
+                    with room.taken(read_bytes(name)):
+                        encoded[number] = encode(name, number, num_shards)
+                return encoded[number][i]
 
             return jax.make_array_from_callback(target.shape, target.sharding, shard)
 
         return [array(i, target) for i, target in enumerate(targets)]
 
-    shapes = weight_shapes(padded, mesh, quantization)
+    arrays: list[Array] = []
+    placed = 0
+    progress("loading", 0, sum(sizes.values()))
     with ThreadPoolExecutor(_READERS) as pool:
-        return [a for arrays in pool.map(place, shapes, shapes.values()) for a in arrays]
+        for name, found in zip(shapes, pool.map(place, shapes, shapes.values()), strict=True):
+            arrays += found
+            placed += sizes[name]
+            progress("loading", placed, sum(sizes.values()))
+    return arrays
+
+
+class _Room:
+    """Memory that several threads share, in bytes. Who takes more than all of it has it alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Wait for ``size`` bytes and have them while the block runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size <= self._size)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
 
 
 def _num_shards(target: jax.ShapeDtypeStruct) -> int:

@@ -87,7 +87,7 @@ class ModelSettings(BaseModel):
     )
     compilation_cache: Path | None = Field(
         default=None,
-        description="Folder that keeps compiled programs and encoded weights for the next start. "
+        description="Folder that keeps compiled programs for the next start. "
         "Anyone who can write to it can run code in the server.",
         json_schema_extra=_shown("FOLDER", ".compiled among the checkpoints"),
     )
@@ -103,9 +103,10 @@ class NumericSettings(BaseModel):
     )
     quantization: Literal["auto", "none", "int8"] = Field(
         default="auto",
-        description="Quantization of the weights. auto is none, except on a CPU with native "
-        "kernels and no explicit dtype: there it is 8-bit blocks, or 4-bit blocks "
-        "where the file has them.",
+        description="Quantization of the weights. none: matrices of the type dtype; int8: "
+        "8 bits with a scale for each output. auto is none, except on a CPU with native "
+        "kernels and no explicit dtype: there the blocks of a GGUF are multiplied as the file "
+        "has them, and all other matrices are rounded to blocks of 8 bits.",
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",

@@ -2,6 +2,7 @@
 
     python -m tests.accelerators.bench_cpu_steps
     python -m tests.accelerators.bench_cpu_steps --rows 1,32 --live 500
+    INFERNEO_CHECKPOINTS=folder MODEL=name python -m tests.accelerators.bench_cpu_steps
 
 Prints the median milliseconds of one decode step for each number of rows, of prefilling 512 tokens
 in chunks of 256, and of the products of one layer and the vocabulary, all in this process. Leave
@@ -23,7 +24,7 @@ import numpy as np
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
-from inferneo_jax.layers.quantization import EncodingError, QuantizationConfig
+from inferneo_jax.model import load_weights
 from inferneo_jax.models.steps import SlotState
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
@@ -31,7 +32,7 @@ from inferneo_jax.runner.programs import Decode, Forward, Prefill, Programs
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
 from inferneo_jax.weights.checkpoint import open_weights, read_info
-from inferneo_jax.weights.placement import place_weights
+from inferneo_jax.weights.sources.weight import block_formats
 
 MODEL = "smollm2-135m-instruct"
 WAYS: dict[str, dict[str, Any]] = {"xla": {"kernels": "xla"}, "native": {}}
@@ -61,24 +62,13 @@ def load(way: dict[str, Any], rows: tuple[int, ...]) -> tuple[Programs, list[jax
         **way,
     )
     folder = Path(os.environ.get("INFERNEO_CHECKPOINTS") or default_checkpoints_dir())
-    info = read_info(checkpoint_path(folder, MODEL))
+    info = read_info(checkpoint_path(folder, os.environ.get("MODEL", MODEL)))
     mesh = make_mesh(config.mesh)
     shapes = {name: spec.shape for name, spec in models.weight_specs(info.config).items()}
-
+    stored = open_weights(info.path, shapes)
     assert isinstance(info.config, DecoderConfig)
-    backend = resolve_decoder(info.config, config, mesh)
-
-    def place(quantization: QuantizationConfig) -> list[jax.Array]:
-        sources = open_weights(info.path, shapes)
-        return place_weights(sources, backend.model, backend.padded, mesh, quantization)
-
-    try:
-        quantization = backend.choices[0]
-        weights = place(quantization)
-    except EncodingError:
-        quantization = backend.quantization
-        weights = place(quantization)
-    return make_programs(backend.loaded(quantization), config, lambda: 0), weights
+    backend = resolve_decoder(info.config, config, mesh, block_formats(stored))
+    return make_programs(backend, config, lambda: 0), load_weights(stored, backend)
 
 
 class Steps:
@@ -138,33 +128,27 @@ class Steps:
 
 def products(programs: Programs, rows: int, seconds: float) -> list[float]:
     """Milliseconds of the products of one layer (qkv, out, gate and up, down) and of the head."""
-    model, quantization = programs.backend.model, programs.backend.quantization
-    hidden, mlp = model.hidden_size, model.mlp_size
-    heads = model.num_heads * model.head_dim
-    qkv = heads + 2 * model.num_kv_heads * model.head_dim
+    specs = models.weight_specs(programs.backend.padded, programs.backend.quantization)
+    matrices = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
     found = []
-    for form, inputs, outputs in (
-        (quantization.linear, hidden, qkv),
-        (quantization.linear, heads, hidden),
-        (quantization.linear, hidden, 2 * mlp),
-        (quantization.linear, mlp, hidden),
-        (quantization.head, hidden, model.vocab_size),
+    for name in (
+        *(f"layers.0.{matrix}.kernel" for matrix in matrices),
+        "head.kernel" if "head.kernel" in specs else "embed.table",
     ):
-        (piece, *_) = form.pieces((inputs, outputs), (None, None), table=False)
+        spec = specs[name]
         # As many copies as no cache holds, as a step finds them.
-        copies = max(1, 64_000_000 // int(np.prod(piece.shape) * piece.dtype.itemsize))
+        size = sum(int(np.prod(p.shape)) * p.dtype.itemsize for p in spec.parameters)
         stored = [
-            tuple(
-                jnp.zeros(p.shape, p.dtype)
-                for p in form.pieces((inputs, outputs), (None, None), table=False)
-            )
-            for _ in range(copies)
+            tuple(jnp.zeros(p.shape, p.dtype) for p in spec.parameters)
+            for _ in range(max(1, 64_000_000 // size))
         ]
-        x = jnp.ones((rows, inputs))
+        x = jnp.ones((rows, spec.flat_shape[int(spec.table)]))
         multiply = jax.jit(
-            lambda x, all_stored, form=form, n=outputs: [form.multiply(x, s, n) for s in all_stored]
+            lambda x, all_stored, spec=spec: [
+                spec.method.product(x, s, table=spec.table) for s in all_stored
+            ]
         )
-        found.append(median(partial(multiply, x, stored), seconds) / copies)
+        found.append(median(partial(multiply, x, stored), seconds) / len(stored))
     return found
 
 

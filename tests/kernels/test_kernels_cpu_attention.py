@@ -238,7 +238,7 @@ def test_auto_is_native_where_it_fits_and_keeps_bfloat16() -> None:
     dtypes = {"auto": "bfloat16", "float32": "float32"}
     for dtype, kept in dtypes.items():
         config: Any = EngineConfig(dtype=dtype)
-        backend = resolve_decoder(NATIVE, config, make_mesh(ONE_DEVICE))
+        backend = resolve_decoder(NATIVE, config, make_mesh(ONE_DEVICE), {})
         assert (backend.native, backend.kv_dtype) == (True, kept)
 
 

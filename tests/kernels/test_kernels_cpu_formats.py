@@ -30,13 +30,11 @@ pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler"
 )
 def test_a_cpu_keeps_matrices_for_its_kernels(changes: dict[str, Any], expected: type) -> None:
     config = EngineConfig(**({"mesh": ONE_DEVICE} | changes))
-    backend = resolve_decoder(NATIVE, config, make_mesh(config.mesh))
-    compact, quantization = backend.choices
-    assert type(quantization.linear) is type(quantization.head) is expected
-    assert compact.head == quantization.head
+    backend = resolve_decoder(NATIVE, config, make_mesh(config.mesh), {})
+    assert type(backend.quantization.linear) is type(backend.quantization.head) is expected
 
 
 def test_without_a_library_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_MADE", {"native": None})
-    backend = resolve_decoder(TINY, EngineConfig(), make_mesh(ONE_DEVICE))
+    backend = resolve_decoder(TINY, EngineConfig(), make_mesh(ONE_DEVICE), {})
     assert type(backend.quantization.linear) is Unquantized

@@ -107,7 +107,7 @@ def test_int8_scores_a_prompt_nearly_as_float32_does(shape: MeshShape) -> None:
     for name in ("none", "int8"):
         changes = {"quantization": name, "kv_dtype": "int8" if name == "int8" else "auto"}
         config = dataclasses.replace(EIGHT_SLOTS, dtype="float32", mesh=shape, **changes)
-        quantization = resolve_decoder(TINY, config, make_mesh(shape)).quantization
+        quantization = resolve_decoder(TINY, config, make_mesh(shape), {}).quantization
         with running_engine(config, quantization=quantization) as engine:
             sent = [submit(engine, prompt(40, seed=i), 1, prompt_logprobs=0) for i in range(4)]
             outputs = [each.wait().outputs[0].prompt_logprobs for each in sent]
@@ -141,7 +141,9 @@ def test_products_are_of_int8_where_the_chip_has_them() -> None:
         mesh: Any = SimpleNamespace(
             devices=np.array([[device]], dtype=object), shape={"data": 1, "model": 1}
         )
-        method = resolve_decoder(TINY, EngineConfig(quantization="int8"), mesh).quantization.linear
+        method = resolve_decoder(
+            TINY, EngineConfig(quantization="int8"), mesh, {}
+        ).quantization.linear
         assert isinstance(method, Int8)
         return method.products
 

@@ -32,6 +32,7 @@ from inferneo_jax.sharding.mesh import make_mesh, parts
 from inferneo_jax.sharding.padding import pad_for_mesh
 from inferneo_jax.weights.placement import place_weights
 from tests.support.paths import COMPILED, GOLDEN
+from tests.support.weights import ArrayWeight
 
 TINY = DecoderConfig(
     vocab_size=97,
@@ -94,7 +95,7 @@ def tiny_weights(
     """Random weights, large enough that the next token depends on all before it."""
     rng = np.random.default_rng(0)
     weights = {
-        name: _random(rng, spec.shape).astype(np.float32)
+        name: ArrayWeight(_random(rng, spec.shape).astype(np.float32))
         for name, spec in models.weight_specs(config).items()
     }
     mesh = make_mesh(shape)
@@ -108,7 +109,8 @@ def tiny_backend(
     quantization: QuantizationConfig = models.REFERENCE,
 ) -> DecoderBackend:
     """How a tiny model runs, on as many devices as its configuration's mesh has."""
-    return resolve_decoder(model, config, make_mesh(config.mesh)).loaded(quantization)
+    backend = resolve_decoder(model, config, make_mesh(config.mesh), {})
+    return dataclasses.replace(backend, quantization=quantization)
 
 
 def make_runner(

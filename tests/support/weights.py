@@ -1,11 +1,33 @@
-"""Makes weights of arrays, and checkpoints of weights."""
+"""Weights that are arrays, as the loader takes them, and checkpoints of weights."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from inferneo_jax.weights.checkpoint import WEIGHTS_FOLDER, new_checkpoint
 from inferneo_jax.weights.orbax import write_arrays
+
+
+@dataclass(frozen=True)
+class ArrayWeight:
+    """A weight in memory, for what reads those on disk."""
+
+    array: np.ndarray
+    parts: ClassVar[None] = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight."""
+        return self.array.shape
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        """A slice."""
+        return self.array[index]
+
+    def blocks(self) -> None:
+        """None: it is not stored in blocks."""
 
 
 def joined(mapping, *arrays):

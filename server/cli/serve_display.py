@@ -75,6 +75,9 @@ class Display:
         match event["event"]:
             case "loading" | "loaded" | "connections_cut":
                 pass
+            case "pulling":
+                text = f"{event['model']}: {event['what']}"
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             case "no_keys":
                 self._keys = f"none yet, so only this machine is served; {_MAKE} makes one"
                 self._others = "are refused until there is a key"

@@ -62,7 +62,8 @@ def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
 
 
 def _log_offer(offer: "Offer") -> None:
-    log.info("pulling", model=offer.name, what=str(offer), bytes=offer.size - offer.kept)
+    what = "; ".join(line.strip() for line in str(offer).splitlines())
+    log.info("pulling", model=offer.name, what=what, bytes=offer.size - offer.kept)
 
 
 def sources_of(settings: Settings) -> list[Source]:

@@ -118,11 +118,13 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, machine: Machine) -> None:
 def test_what_failed_is_told_on_a_terminal_and_elsewhere(tmp_path: Path) -> None:
     env = settings(tmp_path, FAKES="broken")
     with Terminal(FAKES, env) as shown:
+        shown.wait_for("broken: 9 MB; from a hub")
         shown.wait_for("error: broken: its weights cannot be read; pull it again")
         assert shown.ended() == 1
     done = subprocess.run(FAKES, env=env, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 1
     assert "loading_failed" in done.stderr
+    assert '"what": "9 MB; from a hub"' in done.stderr
     assert "broken: its weights cannot be read" in done.stderr
     assert "Traceback" not in shown.text + done.stderr
 

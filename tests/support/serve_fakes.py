@@ -2,6 +2,8 @@
 
 import os
 
+import structlog
+
 from inferneo_jax import CheckpointError
 from server.cli.main import main
 from server.cli.serve import run
@@ -16,6 +18,7 @@ models = models_of(engine, FakeEmbedder(), tokenizer)
 
 def load(source, settings, progress):
     if source.id == "broken":
+        structlog.get_logger().info("pulling", model="broken", what="9 MB; from a hub", bytes=9)
         raise CheckpointError("its weights cannot be read; pull it again")
     progress("compile", 1, 2)
     return models[source.id]()

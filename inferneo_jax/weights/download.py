@@ -1,6 +1,6 @@
 """Downloads a file of known content from the first of several sources that has it.
 
-The bytes that arrived are kept under the name of the content's digest, so that a later attempt, or
+The bytes that arrived are kept under a name with the content's digest, so that a later attempt, or
 another source, continues where an earlier one was cut off.
 """
 
@@ -122,14 +122,14 @@ def download(file: RemoteFile, sources: Sequence[Source], folder: Path, tally: T
     target = folder / file.path
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{file.digest}{PARTIAL}"
+        partial = target.with_name(f"{target.name}.{file.digest}{PARTIAL}")
         for source in sources:
             _link(source.cached(file), partial)
         _require_space(file, partial)
         reasons = []
         for source in sources:
             try:
-                _fill(partial, file, source, tally)
+                _fill(partial, file, source, folder, tally)
                 break
             except FetchError as error:
                 reasons.append(f"{source}: {error}")
@@ -182,19 +182,19 @@ def _link(copy: Path | None, partial: Path) -> None:
         link.rename(partial)
 
 
-def _fill(partial: Path, file: RemoteFile, source: Source, tally: Tally) -> None:
+def _fill(partial: Path, file: RemoteFile, source: Source, scratch: Path, tally: Tally) -> None:
     """Complete a partial file from one source, and verify it."""
     kept = _size(partial)
     try:
-        _receive(partial, file, source, tally)
+        _receive(partial, file, source, scratch, tally)
     except DigestError:
         if not kept:
             raise
         # The kept bytes may be another source's, or may have been damaged on disk.
-        _receive(partial, file, source, tally)
+        _receive(partial, file, source, scratch, tally)
 
 
-def _receive(partial: Path, file: RemoteFile, source: Source, tally: Tally) -> None:
+def _receive(partial: Path, file: RemoteFile, source: Source, scratch: Path, tally: Tally) -> None:
     """Append what a partial file lacks; it is removed if its content is not the promised one."""
     hasher, done = file.hasher(), 0
     with partial.open("a+b") as out:
@@ -204,7 +204,6 @@ def _receive(partial: Path, file: RemoteFile, source: Source, tally: Tally) -> N
             done += len(chunk)
             tally.report("verifying", file, done)
         if done < file.size:
-            scratch = partial.parent
 
             def arrived(count: int) -> None:
                 tally.report("downloading", file, count)

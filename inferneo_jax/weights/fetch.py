@@ -171,7 +171,7 @@ def _pull(
             origin=tuple(str(source) for source in sources),
             size=total,
             kept=min(folder_bytes(folder), total),
-            file=f"{len(plan.files)} files of safetensors" if rest else first.path,
+            file=f"the repository, {len(plan.files)} files" if rest else first.path,
             why=plan.why,
             others=plan.others,
         )
@@ -182,8 +182,9 @@ def _pull(
         model = _unpacked(model, plan.unpack, folder / "unpacked")
     try:
         return convert(model, destination, progress, licence=plan.licence, origin=plan.origin)
-    except InferneoError:
-        discard(folder)  # its files are what they should be: another attempt ends likewise
+    except InferneoError as error:
+        if not isinstance(error.__cause__, OSError):
+            discard(folder)  # its files are what they should be: another attempt ends likewise
         raise
 
 
@@ -262,7 +263,7 @@ def _keep_only(folder: Path, files: list[RemoteFile]) -> None:
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif path not in paths and path.name.partition(".")[0] not in digests:
+        elif path not in paths and digests.isdisjoint(path.name.split(".")):
             path.unlink()
 
 

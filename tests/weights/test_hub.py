@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import random
@@ -121,6 +122,29 @@ def test_content_that_the_hub_did_not_promise_is_refused(made, hub, tmp_path, pa
         pull("org/name", tmp_path / "store")
     hub.swapped.clear()
     read_info(pull("org/name", tmp_path / "store"))
+
+
+def test_files_of_the_same_content_are_told_apart(made, hub, tmp_path):
+    files = folder_files(made, tmp_path / "hf", made.LLAMA)
+    hub.add("org/name", files | {f"{i}.txt": bytes(100_000) for i in range(4)})
+    hub.seconds_per_piece = 0.002
+    read_info(pull("org/name", tmp_path / "store"))
+
+
+def test_a_download_is_kept_when_the_checkpoint_cannot_be_stored(hub, gguf, tmp_path, monkeypatch):
+    hub.add("org/g", {"m.gguf": gguf})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("inferneo_jax.weights.checkpoint._write_json", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            pull("org/g", tmp_path)
+    assert list_downloads(tmp_path) == {"org/g": len(gguf)}
+    hub.requests.clear()
+    read_info(pull("org/g", tmp_path))
+    assert hub.downloads() == []
 
 
 def test_files_that_are_complete_are_kept_when_another_fails(made, hub, tmp_path):

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Source(Protocol):
 
     def read(
         self, file: RemoteFile, offset: int, scratch: Path, arrived: Callable[[int], None]
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes]:
         """Yield the content of ``file`` from ``offset`` to its end, in pieces of any size.
 
         Args:
@@ -208,13 +208,15 @@ def _receive(partial: Path, file: RemoteFile, source: Source, scratch: Path, tal
             def arrived(count: int) -> None:
                 tally.report("downloading", file, count)
 
-            for piece in source.read(file, done, scratch, arrived):
-                out.write(piece)
-                hasher.update(piece)
-                done += len(piece)
-                if done > file.size:
-                    break
-                arrived(done)
+            # Closed at once, whatever happens, because it may hold locks and processes.
+            with contextlib.closing(source.read(file, done, scratch, arrived)) as pieces:
+                for piece in pieces:
+                    out.write(piece)
+                    hasher.update(piece)
+                    done += len(piece)
+                    if done > file.size:
+                        break
+                    arrived(done)
         out.flush()
         os.fsync(out.fileno())
     if done < file.size:

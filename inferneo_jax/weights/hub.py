@@ -7,7 +7,7 @@ The endpoint and the token are those of the ``huggingface_hub`` library: ``HF_EN
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,17 @@ class HubFile:
 
     def read(
         self, file: RemoteFile, offset: int, scratch: Path, arrived: Callable[[int], None]
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes]:
         """Yield the file's content from ``offset``; see ``Source``. Interruptions are retried."""
         del scratch, arrived
         start, failures = offset, 0
         while offset < file.size:
             begin = offset
             try:
-                for piece in _stream(self, file, offset):
-                    offset += len(piece)
-                    yield piece
+                with contextlib.closing(_stream(self, file, offset)) as pieces:
+                    for piece in pieces:
+                        offset += len(piece)
+                        yield piece
                 if offset == begin:
                     raise FetchError("the server sent nothing")
             except _InterruptedError as error:
@@ -143,7 +144,7 @@ def _licence(info: Any) -> str | None:
     return one_line(str(tags[0]).partition(":")[2]) if tags else None
 
 
-def _stream(source: HubFile, file: RemoteFile, offset: int) -> Iterator[bytes]:
+def _stream(source: HubFile, file: RemoteFile, offset: int) -> Generator[bytes]:
     """Request a file from ``offset`` on and yield what arrives.
 
     Raises:

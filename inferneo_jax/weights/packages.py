@@ -7,7 +7,8 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ class Packages:
 
     def read(
         self, file: RemoteFile, offset: int, scratch: Path, arrived: Callable[[int], None]
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes]:
         """Yield the file's content from ``offset``; see ``Source``."""
         if self.deflated is None:
             yield from self._concatenated(offset, scratch, arrived)
@@ -89,17 +90,19 @@ class Packages:
             if missing <= 0:
                 return
             start = deflated.start + out.tell()
-            for piece in self._concatenated(start, scratch, lambda n: arrived(n - deflated.start)):
-                out.write(piece[:missing])
-                missing -= len(piece)
-                arrived(deflated.size - missing)
-                if missing <= 0:
-                    return
+            all_parts = self._concatenated(start, scratch, lambda n: arrived(n - deflated.start))
+            with closing(all_parts) as pieces:
+                for piece in pieces:
+                    out.write(piece[:missing])
+                    missing -= len(piece)
+                    arrived(deflated.size - missing)
+                    if missing <= 0:
+                        return
         raise FetchError(f"{missing:,} bytes of the compressed data are missing")
 
     def _concatenated(
         self, start: int, scratch: Path, arrived: Callable[[int], None]
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes]:
         """Yield the concatenation of all parts from ``start``."""
         begin = 0
         for part in self.parts:
@@ -112,7 +115,7 @@ class Packages:
             begin += part.size
 
 
-def _inflated(stored: Path, skipped: int, size: int) -> Iterator[bytes]:
+def _inflated(stored: Path, skipped: int, size: int) -> Generator[bytes]:
     """Yield the decompressed content of a file, ``size`` bytes, all but the first ``skipped``."""
     decompressor, done = zlib.decompressobj(-zlib.MAX_WBITS), 0
     with stored.open("rb") as compressed:
@@ -130,7 +133,7 @@ def _inflated(stored: Path, skipped: int, size: int) -> Iterator[bytes]:
             yield piece[max(0, len(piece) - max(0, done - skipped)) :]
 
 
-def _content(wheel: Path, part: Part, skipped: int) -> Iterator[bytes]:
+def _content(wheel: Path, part: Part, skipped: int) -> Generator[bytes]:
     """Yield a part's bytes, all but the first ``skipped``."""
     if part.member is None:
         with wheel.open("rb") as opened:

@@ -178,10 +178,11 @@ def test_an_interrupted_pull_leaves_no_checkpoint_and_can_be_repeated(shop, tmp_
         if now == stage and done > total / 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         pull(name, store, interrupt, catalog=shop.catalog)
     assert list_checkpoints(store) == {}
     assert [path.name for path in store.iterdir()] == [f".{name}.download"]
+    assert raised.tb  # which still holds all that the first one has called
     read_info(pull(name, store, catalog=shop.catalog))
     assert [path.name for path in store.iterdir()] == [name]
 

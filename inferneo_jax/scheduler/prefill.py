@@ -27,11 +27,12 @@ hardly less time, since every weight is read for them."""
 _MULTIPLE = 8
 """Larger parts are multiples of this, as are the rows of a kernel's tiles."""
 
-_WINDOW, _SLOWEST = 64, 2
-"""The load is that of the second slowest of the latest 64 steps, their 97th percentile: nearly all
-steps keep the budget, a slower machine is noticed after two, and one hiccup changes nothing."""
-_DECODES = 9
-"""The time of decoding is the median of so many steps."""
+_LATEST = 15
+"""Loads and decode times are medians of so many steps. A change is noticed after half of them, and
+what disturbs single steps changes nothing."""
+_MARGIN = 1.1
+"""How much longer prefill is expected to take than at the median, so that most steps keep the
+budget. Steps on an idle machine differ by less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class PrefillShapes:
         wins: it ends some prompts sooner and none later.
 
         Args:
-            lengths: prompt tokens that each sequence lacks, in order of admission; not empty.
+            lengths: prompt tokens that each sequence lacks, in the order of their turn; not empty.
             limits: the shapes to choose from, and the prompt tokens that each may compute.
         """
 
@@ -186,9 +187,9 @@ class PrefillPlanner:
         self.shapes = shapes
         self._times, self._budget = times or PrefillTimes(), budget
         self._bound = budget
-        self._load = 1.0
-        self._loads = deque([1.0] * _WINDOW, _WINDOW)
-        self._decodes = deque([0.0], _DECODES)
+        self._load = _MARGIN
+        self._loads = deque([1.0] * _LATEST, _LATEST)
+        self._decodes = deque([0.0], _LATEST)
         self._earned = 0.0
         self._decoding = False
         self._plan: PrefillPlan | None = None
@@ -205,8 +206,8 @@ class PrefillPlanner:
         """The step's prefill; None if there is none.
 
         Args:
-            lengths: the prompt tokens that each sequence of a rank lacks, in order of admission.
-                The first rank that has any decides for all.
+            lengths: the prompt tokens that each sequence of a rank lacks, in the order of their
+                turn. The first rank that has any decides for all.
         """
         if self._plan or not lengths:
             return self._plan
@@ -229,7 +230,7 @@ class PrefillPlanner:
         """Record that a step took so many seconds to prefill ``tokens`` prompt tokens."""
         if at_start := self._times.seconds(self.shapes.cost(shape, tokens)):
             self._loads.append(seconds / at_start)
-            self._load = sorted(self._loads)[-_SLOWEST]
+            self._load = _MARGIN * median(self._loads)
             self.allowance = self._allowance()
 
     def _expected(self, shape: Shape, tokens: int) -> float:

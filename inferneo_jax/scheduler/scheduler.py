@@ -88,6 +88,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._planner = planner
+        self._shortest_first = False
         self._speculator = speculator
         self._free_slots = list(range(slots - 1, -1, -1))
         self._waiting: list[Sequence] = []
@@ -232,11 +233,18 @@ class Scheduler:
         return tuple(draft[:room])
 
     def _schedule_prefill(self) -> tuple[Shape | None, tuple[PrefillChunk, ...]]:
-        """The next chunk of each prompt that fits the plan, in order of admission."""
+        """The next chunk of each prompt that fits the plan.
+
+        Steps alternate between the order of admission and that of the tokens left: short prompts do
+        not wait for long ones, and the first in line goes on in every other step.
+        """
         sequences = self._prefilling()
+        if self._shortest_first:
+            sequences.sort(key=lambda sequence: sequence.num_missing)
         plan = self._planner.plan([sequence.num_missing for sequence in sequences])
         if not plan or not sequences:
             return None, ()
+        self._shortest_first = not self._shortest_first
         (rows, chunk), left = plan
         chunks = []
         for sequence in sequences[:rows]:
@@ -293,13 +301,13 @@ class Scheduler:
         return candidate
 
     def _admit(self, candidate: Sequence | None) -> tuple[Sequence, ...]:
-        """Allocate slots and blocks to those whose turn it is, until there is enough to prefill."""
+        """Allocate slots and blocks to those whose turn it is, as many as one step can prefill."""
         admitted: list[Sequence] = []
         put_off: set[Sequence] = set()
         coming = {each for sequence in self._prefilling() for each in self._uncached(sequence)}
         while (
             self._free_slots
-            and self._lacks_prompts()
+            and len(self._prefilling()) < self._planner.shapes.max_rows
             and len(put_off) < self._planner.shapes.max_rows
             and (sequence := candidate or self._next_waiting(put_off))
         ):

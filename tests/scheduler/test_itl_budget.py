@@ -67,7 +67,7 @@ def test_without_a_budget_the_same_load_exceeds_it() -> None:
 
 @pytest.mark.parametrize("factor", [0.2, 0.5, 2.0, 5.0])
 def test_it_follows_what_steps_take_now(factor: float) -> None:
-    """Whatever was measured at start; a slower machine is noticed two steps later."""
+    """Whatever was measured at start; a change is noticed after ten steps."""
     speed = Speed(decode=0.012 * factor, fixed=0.006 * factor, token=0.0005 * factor)
     simulation = Simulation(speed=speed)
     simulation.stream(1500)
@@ -76,9 +76,9 @@ def test_it_follows_what_steps_take_now(factor: float) -> None:
     with_prefill = [gap for gap in simulation.gaps if gap > 1.5 * speed.decode]
     least = speed.prefill(SHAPES.cost((1, 32), LEAST_TOKENS))
     most = max(BUDGET, speed.decode, least) + speed.decode
-    assert max(with_prefill[3:]) <= 1.001 * most
+    assert max(with_prefill[10:]) <= 1.001 * most
     full = speed.prefill(SHAPES.max_tokens) + speed.decode
-    assert max(with_prefill[70:]) >= 0.9 * min(most, full)
+    assert max(with_prefill[10:]) >= 0.8 * min(most, full)
 
 
 def test_one_hiccup_does_not_make_prefill_smaller() -> None:
@@ -155,7 +155,7 @@ def test_every_plan_fits_and_prefill_never_waits_longer_than_its_turn(
     times = PrefillTimes([(size, fixed + token * size) for size in sizes])
     planner = PrefillPlanner(shapes, times, budget)
     for factor in load:
-        for _ in range(2):
+        for _ in range(8):
             planner.prefilled(shapes.shapes[0], 1, factor * times.seconds(1))
     turns = max(1, math.ceil(planner._least_seconds() / budget * (1 + 1e-6)))
     if turns > 1000:

@@ -70,6 +70,28 @@ def test_short_prompts_that_arrive_together_are_prefilled_together() -> None:
     assert house.chunks == [2, 2]
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    house = House(blocks=10_000)
+    long = house.add("", 3, length=400)
+    house.step(3)
+    short = house.add("", 3, length=6)
+    house.step(4)
+    assert short.output
+    assert not long.output
+
+
+def test_short_prompts_do_not_starve_a_long_one() -> None:
+    house = House(slots=8, blocks=10_000)
+    long = house.add("", 3, length=400)
+    steps = 0
+    while not long.output:
+        for _ in range(2):
+            house.add("", 1, length=8)
+        house.step()
+        steps += 1
+    assert steps <= 2 * 400 / 8 + 4
+
+
 def test_no_row_is_computed_for_a_request_that_is_sure_to_be_over() -> None:
     house = House()
     tokens = [1, 2, 9, 30]

@@ -109,23 +109,50 @@ class Tally:
         self._cancelled = True
 
 
-def download(file: RemoteFile, sources: Sequence[Source], folder: Path, tally: Tally) -> Path:
-    """Download a file into ``folder``, unless it is there already.
-
-    Returns:
-        The file's path below ``folder``. A file that has its name is complete and verified.
+def download(
+    files: Sequence[tuple[RemoteFile, Sequence[Source]]], folder: Path, tally: Tally
+) -> None:
+    """Download files into ``folder``, several at a time; those that are there are complete.
 
     Raises:
-        FetchError: no source has it; the message gives the reason of each.
-        OSError: it cannot be stored.
+        FetchError: the disk is too small, or no source has a file; the message gives the reason
+            of each.
+        OSError: a file cannot be stored.
     """
+    _require_space(sum(_missing(file, sources, folder) for file, sources in files), folder)
+    # The small ones first: most of what is wrong with a model is known from its configuration.
+    ordered = sorted(files, key=lambda each: each[0].size)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        futures = [pool.submit(_download, *each, folder, tally) for each in ordered]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            tally.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _missing(file: RemoteFile, sources: Sequence[Source], folder: Path) -> int:
+    """Number of bytes of a file that are not on this machine; copies elsewhere on it are linked."""
+    target, partial = _places(file, folder)
+    if target.exists():
+        return 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        _link(source.cached(file), partial)
+    return file.size - (partial.stat().st_size if partial.exists() else 0)
+
+
+def _places(file: RemoteFile, folder: Path) -> tuple[Path, Path]:
+    """The path of a file that is complete and verified, and the one of a partial file."""
     target = folder / file.path
+    return target, target.with_name(f"{target.name}.{file.digest}{PARTIAL}")
+
+
+def _download(file: RemoteFile, sources: Sequence[Source], folder: Path, tally: Tally) -> None:
+    target, partial = _places(file, folder)
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{file.digest}{PARTIAL}")
-        for source in sources:
-            _link(source.cached(file), partial)
-        _require_space(file, partial)
         reasons = []
         for source in sources:
             try:
@@ -141,24 +168,6 @@ def download(file: RemoteFile, sources: Sequence[Source], folder: Path, tally: T
             )
         partial.rename(target)
     tally.report("downloading", file, file.size)
-    return target
-
-
-def download_all(
-    files: Sequence[tuple[RemoteFile, Sequence[Source]]], folder: Path, tally: Tally
-) -> None:
-    """Download files, several at a time; raises as ``download`` does."""
-    # The small ones first: most of what is wrong with a model is known from its configuration.
-    ordered = sorted(files, key=lambda each: each[0].size)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        futures = [pool.submit(download, *each, folder, tally) for each in ordered]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            tally.cancel()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def folder_bytes(folder: Path) -> int:
@@ -184,7 +193,7 @@ def _link(copy: Path | None, partial: Path) -> None:
 
 def _fill(partial: Path, file: RemoteFile, source: Source, scratch: Path, tally: Tally) -> None:
     """Complete a partial file from one source, and verify it."""
-    kept = _size(partial)
+    kept = partial.exists() and partial.stat().st_size
     try:
         _receive(partial, file, source, scratch, tally)
     except DigestError:
@@ -227,15 +236,10 @@ def _receive(partial: Path, file: RemoteFile, source: Source, scratch: Path, tal
         raise DigestError(f"its content is not {file.digest} ({file.algorithm}) but {found}")
 
 
-def _require_space(file: RemoteFile, partial: Path) -> None:
-    missing, free = file.size - _size(partial), shutil.disk_usage(partial.parent).free
-    if missing > free:
+def _require_space(missing: int, folder: Path) -> None:
+    if missing > (free := shutil.disk_usage(folder).free):
         raise FetchError(
-            f"{file.path} needs {missing / 1e6:,.0f} MB more, and {free / 1e6:,.0f} MB are free at "
-            f"{partial.parent}; free some space there, or name another folder with --checkpoints "
-            "or INFERNEO_CHECKPOINTS"
+            f"{missing / 1e9:,.2f} GB are missing, and the disk of {folder} has {free / 1e9:,.2f} "
+            "GB left; free some space there, or name another folder with --checkpoints or "
+            "INFERNEO_CHECKPOINTS"
         )
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0

@@ -30,7 +30,7 @@ from inferneo_jax.weights.download import (
     RemoteFile,
     Source,
     Tally,
-    download_all,
+    download,
     folder_bytes,
 )
 from inferneo_jax.weights.hub import HubFile, Repository, open_repository
@@ -176,7 +176,7 @@ def _pull(
             others=plan.others,
         )
     )
-    download_all(plan.files, folder, Tally(progress, total))
+    download(plan.files, folder, Tally(progress, total))
     model = folder / plan.model
     if plan.unpack is not None:
         model = _unpacked(model, plan.unpack, folder / "unpacked")

@@ -3,6 +3,7 @@ import hashlib
 import json
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -121,6 +122,22 @@ def test_content_that_the_hub_did_not_promise_is_refused(made, hub, tmp_path, pa
     with pytest.raises(FetchError, match="its content is not"):
         pull("org/name", tmp_path / "store")
     hub.swapped.clear()
+    read_info(pull("org/name", tmp_path / "store"))
+
+
+def test_a_repository_that_the_disk_cannot_hold_is_refused_before_a_byte(
+    made, hub, tmp_path, monkeypatch
+):
+    files = folder_files(made, tmp_path / "hf", made.LLAMA)
+    hub.add("org/name", files)
+    size = sum(map(len, files.values()))
+    free = SimpleNamespace(free=size - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    with pytest.raises(FetchError, match=r"0\.00 GB are missing, .* name another folder"):
+        pull("org/name", tmp_path / "store")
+    assert hub.downloads() == []
+    assert list((tmp_path / "store").iterdir()) == []
+    free.free = size
     read_info(pull("org/name", tmp_path / "store"))
 
 

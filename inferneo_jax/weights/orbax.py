@@ -4,6 +4,7 @@ TensorStore writes what Orbax would, so Orbax reads it too: one array after the 
 more than one is in memory, each in chunks with a CRC-32C that is compared when a chunk is read.
 """
 
+import contextlib
 import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ import orjson
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.layers.blocks import Bytes
 from inferneo_jax.weights.shapes import compare_shapes
-from inferneo_jax.weights.sources.tensor import Array, StoredTensor, stored_bytes
+from inferneo_jax.weights.sources.tensor import Array, Reader, StoredTensor, stored_bytes
 
 _DESCRIPTION = b"/zarr.json"
 _METADATA = "_METADATA"
@@ -134,17 +135,19 @@ class OrbaxTensor(StoredTensor):
     def _row_bytes(self) -> int:
         return (stored_bytes(self.format, self.shape) or 0) // self.shape[0]
 
-    def _spans(self, numbers: Iterable[int]) -> Iterator[tuple[int, Bytes]]:
-        for span in numbers:
-            first = span * self._rows_per_span
-            end = min(first + self._rows_per_span, self.num_rows)
-            try:
-                found = np.ascontiguousarray(self.array[first:end].read().result())
-            except MemoryError:
-                raise
-            except Exception as error:
-                raise _damaged(self.folder, error) from error
-            yield span, found.reshape(-1).view(np.uint8).reshape(end - first, self._row_bytes)
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[Reader]:
+        yield self._read
+
+    def _read(self, span: int, out: Bytes) -> None:
+        first = span * self._rows_per_span
+        try:
+            found = np.ascontiguousarray(self.array[first : first + len(out)].read().result())
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _damaged(self.folder, error) from error
+        out[:] = found.reshape(-1).view(np.uint8).reshape(out.shape)
 
 
 def open_tensors(

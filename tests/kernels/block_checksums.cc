@@ -32,11 +32,11 @@ constexpr int64_t kInputs = 768, kSpans = kInputs / kSpan, kRows = 23;
 
 struct QuantizedInput {
   std::vector<int8_t> values = std::vector<int8_t>(kRows * kInputs);
-  std::vector<float> scales = std::vector<float>(kRows * kSpans);
-  std::vector<int32_t> sums = std::vector<int32_t>(kRows * kInputs / 16);
+  std::vector<inferneo::RowSpan> about = std::vector<inferneo::RowSpan>(kRows * kSpans);
 
   QuantizedInput() {
-    for (int64_t at = 0; at < kRows * kSpans; ++at) {
+    for (int64_t i = 0; i < kRows * kSpans; ++i) {
+      const int64_t at = i % kSpans * kRows + i / kSpans;
       Floats16 x[kSpan / 16], gate, up;
       for (auto& vector : x) {
         for (int i = 0; i < 16; ++i) {
@@ -45,7 +45,7 @@ struct QuantizedInput {
         }
         swiglu(gate, up, vector);
       }
-      quantize_span(x, values.data() + at * kSpan, scales.data() + at, sums.data() + at * 4);
+      quantize_span(x, values.data() + at * kSpan, about[at]);
     }
   }
 };
@@ -68,7 +68,7 @@ void check(const QuantizedInput& input) {
   encode<F>(rows, 1, row_bytes, bytes);
 
   hash = 14695981039346656037u;
-  const QuantizedRows quantized{input.values.data(), input.scales.data(), input.sums.data(), kSpans};
+  const QuantizedRows quantized{input.values.data(), input.about.data(), kSpans, kRows};
   alignas(64) float totals[kRows][kBlock];
   for (int64_t count = 1; count <= kRows; ++count) {
     multiply<F>(bytes, quantized, count, totals);

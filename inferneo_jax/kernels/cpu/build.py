@@ -42,7 +42,7 @@ _COMMON = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"
 # Results must not depend on which products and sums the compiler chooses to fuse.
 _EXACT = ("-ffp-contract=off",)
 _COMPILERS = ("c++", "g++", "clang++")
-_COMPILE_SECONDS = 120
+_COMPILE_SECONDS = 300
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NATIVE = Path(__file__).parent / "native"
 HELP = (

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "amx.h"
 #include "block_formats.h"
 #include "blocks.h"
 
@@ -24,8 +25,8 @@ constexpr int kVectors = 4, kTileRows = 2;
 #else
 constexpr int kVectors = 1, kTileRows = 1;
 #endif
-// Spans that are unpacked at a time: they stay in the first level of cache.
-constexpr int64_t kUnpackedSpans = 4;
+// Bytes between what is multiplied and what is requested from memory.
+constexpr int64_t kReadAhead = 4096;
 
 // A span of weights as they are multiplied.
 template <int64_t kGroupInputs, int kMostOf, int kOffsetOf, bool kWithMinimum>
@@ -57,17 +58,33 @@ inline DotBytes operand(const F& weights, int64_t span, int64_t i, int64_t outpu
   return F::kUnpacked ? quad : DotOf<F>::prepare(quad);
 }
 
+// With `centred`, values are signed and their offset is subtracted.
 template <class F>
-inline void unpack(const F& weights, int64_t span, Unpacked<F>& to) {
+inline void unpack(const F& weights, int64_t span, bool centred, Unpacked<F>& to) {
   for (int64_t output = 0; output < kBlock; output += kDotLanes) {
     for (int64_t i = 0; i < kSpan / 4; ++i) {
-      store(to.values[i][output], operand(weights, span, i, output));
+      const DotBytes quad = operand(weights, span, i, output);
+      store(to.values[i][output], centred ? quad - static_cast<uint8_t>(F::kOffset) : quad);
     }
     for (int64_t group = 0; group < kSpan / F::kGroup; ++group) {
       store(to.scales[group] + output, weights.scale(span, group, output));
       if constexpr (F::kMinimum) store(to.minima[group] + output, weights.minimum(span, group, output));
     }
   }
+}
+
+// What is subtracted from a row's products with the values of a group.
+template <class F>
+inline int32_t correction(const inferneo::RowSpan& row, int64_t group) {
+  const int32_t* const sums = row.sums_of_16;
+  return F::kOffset * (F::kGroup == 16 ? sums[group] : sums[2 * group] + sums[2 * group + 1]);
+}
+
+// The sum of a row's values in a group.
+template <class F>
+inline DotFloats sum_of_group(const inferneo::RowSpan& row, int64_t group) {
+  const float sum = F::kGroup == 16 ? static_cast<float>(row.sums_of_16[group]) : row.sums_of_32[group];
+  return splat<DotFloats>(sum);
 }
 
 template <int kRows>
@@ -80,18 +97,15 @@ inline void add_group(const F& weights, int64_t span, int64_t group, int64_t out
                       const QuantizedRows& rows, int64_t row_span, Sums<kRows>& sums) {
   constexpr int64_t kQuads = F::kGroup / 4;
   constexpr int64_t kChain = std::min<int64_t>(DotOf<F>::kChain, kQuads);
-  const int8_t* const values = rows.values + row_span * kSpan;
-  int32_t row_sums[kRows];
+  int32_t corrections[kRows];
   UNROLL_DOT for (int r = 0; r < kRows; ++r) {
-    const int32_t* const of_16 = rows.sums + (r * rows.spans + row_span) * (kSpan / 16);
-    row_sums[r] = F::kGroup == 16 ? of_16[group] : of_16[2 * group] + of_16[2 * group + 1];
+    corrections[r] = correction<F>(rows.about(r, row_span), group);
   }
   DotInts products[kRows][kVectors];
   UNROLL_DOT for (int64_t first = 0; first < kQuads; first += kChain) {
     typename DotOf<F>::Sums chains[kRows][kVectors];
     UNROLL_DOT for (int r = 0; r < kRows; ++r) {
-      const int32_t correction = first ? 0 : F::kOffset * row_sums[r];
-      UNROLL_DOT for (auto& vector : chains[r]) vector = DotOf<F>::start(correction);
+      UNROLL_DOT for (auto& chain : chains[r]) chain = DotOf<F>::start(first ? 0 : corrections[r]);
     }
     UNROLL_DOT for (int64_t i = first; i < first + kChain; ++i) {
       const int64_t quad = group * kQuads + i;
@@ -100,14 +114,13 @@ inline void add_group(const F& weights, int64_t span, int64_t group, int64_t out
         w[v] = operand(weights, span, quad, output + v * kDotLanes);
       }
       UNROLL_DOT for (int r = 0; r < kRows; ++r) {
-        const auto x = splat_four(values + r * rows.spans * kSpan + 4 * quad);
+        const auto x = splat_four(rows.values(r, row_span) + 4 * quad);
         UNROLL_DOT for (int v = 0; v < kVectors; ++v) DotOf<F>::add(chains[r][v], w[v], x);
       }
     }
     UNROLL_DOT for (int r = 0; r < kRows; ++r) {
-      const int32_t correction = first ? 0 : F::kOffset * row_sums[r];
       UNROLL_DOT for (int v = 0; v < kVectors; ++v) {
-        const DotInts some = DotOf<F>::finish(chains[r][v], correction);
+        const DotInts some = DotOf<F>::finish(chains[r][v], first ? 0 : corrections[r]);
         products[r][v] = first ? products[r][v] + some : some;
       }
     }
@@ -121,8 +134,7 @@ inline void add_group(const F& weights, int64_t span, int64_t group, int64_t out
     if constexpr (F::kMinimum) {
       const DotFloats minimum = weights.minimum(span, group, at);
       UNROLL_DOT for (int r = 0; r < kRows; ++r) {
-        const auto row_sum = splat<DotFloats>(static_cast<float>(row_sums[r]));
-        sums[r][v] = fused(minimum, row_sum, sums[r][v]);
+        sums[r][v] = fused(minimum, sum_of_group<F>(rows.about(r, row_span), group), sums[r][v]);
       }
     }
   }
@@ -151,7 +163,7 @@ inline void add_span(const F& weights, int64_t span, const QuantizedRows& rows, 
       }
     }
     UNROLL_DOT for (int r = 0; r < kRows; ++r) {
-      const auto scale = splat<DotFloats>(rows.scales[r * rows.spans + row_span]);
+      const auto scale = splat<DotFloats>(rows.about(r, row_span).scale);
       UNROLL_DOT for (int v = 0; v < kVectors; ++v) {
         float* const total = totals[r] + output + v * kDotLanes;
         store(total, fused(sums[r][v], scale, load<DotFloats>(total)));
@@ -167,6 +179,7 @@ void multiply_one(const uint8_t* block, const QuantizedRows& row, Totals totals)
   alignas(64) float sums[1][kBlock] = {};
   for (int64_t first = 0; first < row.spans; first += kSpans, block += sizeof(F)) {
     const F& weights = *reinterpret_cast<const F*>(block);
+    for (size_t at = 0; at < sizeof(F); at += 64) prefetch(block + kReadAhead + at);
     ROLLED for (int64_t pair = 0; pair < kSpans; pair += kUnrolled) {
       // Whether a span's number is odd is known to the compiler.
       UNROLL_DOT for (int64_t odd = 0; odd < kUnrolled; ++odd) {
@@ -178,38 +191,109 @@ void multiply_one(const uint8_t* block, const QuantizedRows& row, Totals totals)
 }
 
 template <class U, int kRows = 1>
-inline void add_tile(int64_t count, const U* weights, int64_t spans, const QuantizedRows& rows,
-                     int64_t first, Totals totals) {
+inline void add_tile(int64_t count, const U& weights, const QuantizedRows& rows, int64_t row_span,
+                     Totals totals) {
   if (count == kRows) {
-    for (int64_t span = 0; span < spans; ++span) {
-      add_span<U, kRows>(weights[span], 0, rows, first + span, totals);
-    }
+    add_span<U, kRows>(weights, 0, rows, row_span, totals);
   } else if constexpr (kRows < kTileRows) {
-    add_tile<U, kRows + 1>(count, weights, spans, rows, first, totals);
+    add_tile<U, kRows + 1>(count, weights, rows, row_span, totals);
   }
 }
 
-// Any number of rows. For several, weights are unpacked once; their tiles are of nearly equal size, as
-// one of few rows costs more for each of them.
+#if defined(DOT_AMX)
+// As many rows or more are multiplied by AMX.
+constexpr int64_t kAmxRows = 12;
+
+// Products of a tile of rows with the groups of a span, in integers.
+template <class U>
+using Products = int32_t[kSpan / U::kGroup][amx::kRows][kBlock];
+
+template <class U>
+inline void multiply_span(const U& weights, const QuantizedRows& rows, int64_t row_span,
+                          Products<U>& products) {
+  for (int64_t group = 0; group < kSpan / U::kGroup; group += 2) {
+    const int64_t input = group * U::kGroup;
+    amx::multiply(rows.values(0, row_span) + input, kSpan, U::kGroup, weights.values[input / 4][0],
+                  products + group);
+  }
+}
+
+// Adds products to the totals of rows from `begin` to `end`, in the order of add_span().
+template <class U>
+inline void add_products(const U& weights, const QuantizedRows& rows, int64_t row_span,
+                         const Products<U>& products, int64_t begin, int64_t end, Totals totals) {
+  constexpr int kGroups = kSpan / U::kGroup, kVectors = kBlock / 16;
+  DotFloats scales[kGroups][kVectors], minima[kGroups][kVectors];
+  UNROLL for (int group = 0; group < kGroups; ++group) {
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      scales[group][v] = weights.scale(0, group, v * 16);
+      if constexpr (U::kMinimum) minima[group][v] = weights.minimum(0, group, v * 16);
+    }
+  }
+  ROLLED for (int64_t r = begin; r < end; ++r) {
+    DotFloats sums[kVectors] = {};
+    UNROLL for (int group = 0; group < kGroups; ++group) {
+      UNROLL for (int v = 0; v < kVectors; ++v) {
+        const DotFloats product = to_floats(load<DotInts>(&products[group][r][v * 16]));
+        sums[v] = fused(product, scales[group][v], sums[v]);
+      }
+      if constexpr (U::kMinimum) {
+        const DotFloats sum = sum_of_group<U>(rows.about(r, row_span), group);
+        UNROLL for (int v = 0; v < kVectors; ++v) sums[v] = fused(minima[group][v], sum, sums[v]);
+      }
+    }
+    const auto scale = splat<DotFloats>(rows.about(r, row_span).scale);
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      float* const total = totals[r] + v * 16;
+      store(total, fused(sums[v], scale, load<DotFloats>(total)));
+    }
+  }
+}
+
+// Adds the products of `count` rows with a span of centred weights, by tiles of `tile` rows.
+template <class U>
+void add_tiles(const U& weights, const QuantizedRows& rows, int64_t row_span, int64_t count,
+               int64_t tile, Totals totals) {
+  alignas(64) Products<U> products;
+  for (int64_t row = 0; row < count; row += tile) {
+    // The last tile ends with the last row, and begins among those before it.
+    const int64_t from = std::min(row, count - tile);
+    multiply_span(weights, rows.from(from), row_span, products);
+    add_products(weights, rows.from(from), row_span, products, row - from, tile, totals + from);
+  }
+}
+#endif
+
+// Any number of rows. For several, each span of weights is unpacked once; tiles of rows are of nearly
+// equal size, as one of few rows costs more for each of them.
 template <class F>
 void multiply(const uint8_t* block, const QuantizedRows& rows, int64_t count, Totals totals) {
   if (count == 1) return multiply_one<F>(block, rows, totals);
-  constexpr int64_t kSpans = F::kInputs / kSpan;
-  static_assert(kUnpackedSpans % kSpans == 0, "superblocks are unpacked whole");
-  const int64_t tiles = (count + kTileRows - 1) / kTileRows;
-  alignas(64) Unpacked<F> unpacked[kUnpackedSpans];
   std::memset(totals, 0, count * sizeof *totals);
-  for (int64_t first = 0; first < rows.spans; first += kUnpackedSpans) {
-    const int64_t spans = std::min(kUnpackedSpans, rows.spans - first);
-    for (int64_t span = 0; span < spans; ++span) {
-      const F& weights = reinterpret_cast<const F*>(block)[(first + span) / kSpans];
-      unpack(weights, (first + span) % kSpans, unpacked[span]);
+  const auto for_spans = [&](bool centred, const auto& each) {
+    constexpr int64_t kSpans = F::kInputs / kSpan;
+    for (int64_t span = 0; span < rows.spans; ++span) {
+      alignas(64) Unpacked<F> unpacked;
+      unpack(reinterpret_cast<const F*>(block)[span / kSpans], span % kSpans, centred, unpacked);
+      each(unpacked, span);
     }
+  };
+#if defined(DOT_AMX)
+  if (count >= kAmxRows && amx::allowed()) {
+    const int64_t tile = std::min<int64_t>(count, amx::kRows);
+    const amx::Tiles tiles(amx::Shape(tile, F::kGroup));
+    return for_spans(true, [&](const auto& weights, int64_t span) {
+      add_tiles(weights, rows, span, count, tile, totals);
+    });
+  }
+#endif
+  const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+  for_spans(false, [&](const auto& weights, int64_t span) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = count * tile / tiles, end = count * (tile + 1) / tiles;
-      add_tile(end - row, unpacked, spans, rows.from(row), first, totals + row);
+      add_tile(end - row, weights, rows.from(row), span, totals + row);
     }
-  }
+  });
 }
 
 template <class F>

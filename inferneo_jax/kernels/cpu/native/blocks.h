@@ -6,16 +6,26 @@
 
 namespace inferneo {
 
-// Quantized rows, one after the other. Each has values, a scale for each span of 64, and the sum of
-// each 16 values.
+// What is known of a span, 64 values of a quantized row that share a scale.
+struct RowSpan {
+  float scale;
+  float sums_of_32[2];
+  int32_t sums_of_16[4];
+};
+
+// Quantized rows of `spans` spans. Each span's values lie beside those of the same span of the other
+// rows, `total` in all, so that a tile of rows is in few cache lines, and not all in the same sets.
 struct QuantizedRows {
-  const int8_t* values;
-  const float* scales;
-  const int32_t* sums;
-  int64_t spans;
+  const int8_t* data;
+  const RowSpan* spans_of_rows;
+  int64_t spans, total;
 
   QuantizedRows from(int64_t row) const {
-    return {values + row * spans * 64, scales + row * spans, sums + row * spans * 4, spans};
+    return {data + row * 64, spans_of_rows + row, spans, total};
+  }
+  const int8_t* values(int64_t row, int64_t span) const { return data + (span * total + row) * 64; }
+  const RowSpan& about(int64_t row, int64_t span) const {
+    return spans_of_rows[span * total + row];
   }
 };
 

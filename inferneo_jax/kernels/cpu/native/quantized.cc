@@ -81,14 +81,15 @@ struct Fusion {
 // Memory that rows are quantized into.
 struct RowMemory {
   int8_t* values;
-  float* scales;
-  int32_t* sums;
-  int64_t spans;
+  inferneo::RowSpan* about;
+  int64_t spans, rows;
 
-  QuantizedRows from(int64_t row) const { return QuantizedRows{values, scales, sums, spans}.from(row); }
+  QuantizedRows from(int64_t row) const {
+    return QuantizedRows{values, about, spans, rows}.from(row);
+  }
   void put(int64_t row, int64_t span, const Floats16 (&x)[kSpan / 16]) const {
-    const int64_t at = row * spans + span;
-    quantize_span(x, values + at * kSpan, scales + at, sums + at * (kSpan / 16));
+    const int64_t at = span * rows + row;
+    quantize_span(x, values + at * kSpan, about[at]);
   }
 };
 
@@ -107,9 +108,8 @@ class Scratch {
   }
   RowMemory reserve(int64_t rows, int64_t spans) {
     grow(values_, rows * spans * kSpan);
-    grow(scales_, rows * spans);
-    grow(sums_, rows * spans * (kSpan / 16));
-    return {values_.data(), scales_.data(), sums_.data(), spans};
+    grow(about_, rows * spans);
+    return {values_.data(), about_.data(), spans, rows};
   }
   // Totals of rows, for `blocks` blocks one after the other.
   Totals totals(int64_t rows, int64_t blocks) {
@@ -124,8 +124,8 @@ class Scratch {
   }
   std::vector<int32_t> live_;
   std::vector<int8_t> values_;
-  std::vector<float> scales_, totals_;
-  std::vector<int32_t> sums_;
+  std::vector<inferneo::RowSpan> about_;
+  std::vector<float> totals_;
 };
 
 // Finds the rows that are not padding, and completes those that are. Padded rows of `x` are zeros, and

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "block_formats.h"
+#include "blocks.h"
 
 namespace {
 namespace quantized {
@@ -60,10 +61,10 @@ inline void swiglu(const Floats16& gate, const Floats16& up, Floats16& to) {
   to = gate / (1.0f + power) * up;
 }
 
-// Rounds a span of values to multiples of its scale, `absmax / 127`; `sums` are those of each 16
-// multiples. The scale of a span with a NaN is NaN.
-inline void quantize_span(const Floats16 (&x)[kSpan / 16], int8_t* values, float* scale,
-                          int32_t* sums) {
+// Rounds a span of values to multiples of its scale, `absmax / 127`. The scale of a span with a NaN is
+// NaN.
+inline void quantize_span(const Floats16 (&x)[kSpan / 16], int8_t* values,
+                          inferneo::RowSpan& about) {
   // As integers, magnitudes have the order of their values, and NaN is above them all.
   Ints16 largest = {};
   UNROLL for (int64_t i = 0; i < kSpan / 16; ++i) {
@@ -73,12 +74,15 @@ inline void quantize_span(const Floats16 (&x)[kSpan / 16], int8_t* values, float
   const int32_t bits = reduce_max(largest);
   float most;
   std::memcpy(&most, &bits, sizeof most);
-  *scale = most / 127.0f;
+  about.scale = most / 127.0f;
   const float inverse = most > 0 ? 127.0f / most : 0.0f;
   UNROLL for (int64_t i = 0; i < kSpan / 16; ++i) {
     const Bits16 rounded = (Bits16)(x[i] * inverse + kShift) - kShiftBits;
     store_bytes(rounded, values + i * 16);
-    sums[i] = reduce_add(rounded);
+    about.sums_of_16[i] = reduce_add(rounded);
+  }
+  for (int i = 0; i < 2; ++i) {
+    about.sums_of_32[i] = static_cast<float>(about.sums_of_16[2 * i] + about.sums_of_16[2 * i + 1]);
   }
 }
 

@@ -79,8 +79,8 @@ def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int
         tokens = config.kv_tokens // dp_size
     else:
         tokens = min(config.slots // dp_size * longest, budget() // token_bytes)
-    max_len = longest if config.max_len else min(longest, tokens)
     pages = tokens // page_len
+    max_len = longest if config.max_len else min(longest, pages * page_len)
     if max_len > pages * page_len or max_len < 2:
         raise ConfigError(
             f"max_len is {max_len} tokens but the KV cache of "

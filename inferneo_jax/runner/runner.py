@@ -46,8 +46,9 @@ from inferneo_jax.sharding import mesh as meshes
 
 _TIMES = 3
 """Number of timed runs of a program when its time is compared with another's."""
-_PREFILL_TIMES = 2
-"""Number of timed runs of prefill, of which the faster counts; the engine goes on measuring."""
+_PREFILL_TIMES, _TIMED_TOKENS = 4, 64
+"""Maximum number of timed runs of prefill, and the tokens up to which they are repeated. The
+fastest counts; the engine goes on measuring."""
 
 
 class StepResults(NamedTuple):
@@ -274,7 +275,8 @@ class Runner:
         sizes = [(chunks[0], min(LEAST_TOKENS, chunks[0])), *((each, each) for each in chunks)]
         measured = []
         for chunk, tokens in sizes:
-            seconds = min(self._seconds(Prefill(1, chunk), tokens) for _ in range(_PREFILL_TIMES))
+            times = max(1, min(_PREFILL_TIMES, _TIMED_TOKENS // tokens))
+            seconds = min(self._seconds(Prefill(1, chunk), tokens) for _ in range(times))
             measured.append((shapes.cost((1, chunk), tokens), seconds))
         return PrefillTimes(measured)
 

@@ -6,8 +6,8 @@ expected to do within the budget for inter-token latency, or, where that is long
 of decoding. While nobody waits for a next token, it prefills as much as the largest shape holds.
 
 What prefill costs is measured for a few numbers of tokens when the engine starts. While it runs,
-every step says how much slower or faster the machine is now, for whatever reason: other work,
-longer contexts, a lower clock.
+every step that both decodes and prefills says how much slower or faster the machine is now, for
+whatever reason: other work, longer contexts, a lower clock.
 """
 
 import math
@@ -227,7 +227,7 @@ class PrefillPlanner:
         self._bound = max(self._budget, median(self._decodes))
 
     def prefilled(self, shape: Shape, tokens: int, seconds: float) -> None:
-        """Record that a step took so many seconds to prefill ``tokens`` prompt tokens."""
+        """Record that a step which decoded took so many seconds to prefill ``tokens`` tokens."""
         if at_start := self._times.seconds(self.shapes.cost(shape, tokens)):
             self._loads.append(seconds / at_start)
             self._load = _MARGIN * median(self._loads)

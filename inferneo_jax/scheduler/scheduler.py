@@ -496,8 +496,9 @@ class DataParallelScheduler:
         self, scheduled: SchedulerOutputs, decode_seconds: float, prefill_seconds: float
     ) -> None:
         """Record how long a step took to decode and to prefill; 0.0 for what it did not do."""
-        if decode_seconds:
-            self._planner.decoded(decode_seconds)
+        if not decode_seconds:
+            return  # what the largest chunks take alone says little about small ones
+        self._planner.decoded(decode_seconds)
         if shape := next((output.shape for output in scheduled if output.shape), None):
             tokens = max(sum(chunk.length for chunk in output.prefill) for output in scheduled)
             self._planner.prefilled(shape, tokens, prefill_seconds)

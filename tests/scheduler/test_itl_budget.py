@@ -78,7 +78,7 @@ def test_it_follows_what_steps_take_now(factor: float) -> None:
     most = max(BUDGET, speed.decode, least) + speed.decode
     assert max(with_prefill[10:]) <= 1.001 * most
     full = speed.prefill(SHAPES.max_tokens) + speed.decode
-    assert max(with_prefill[10:]) >= 0.8 * min(most, full)
+    assert max(with_prefill[10:]) >= 0.7 * min(most, full)
 
 
 def test_one_hiccup_does_not_make_prefill_smaller() -> None:

@@ -98,7 +98,10 @@ class EncoderConfig:
     """A bidirectional encoder that computes embeddings.
 
     ``max_tokens`` is the longest input that the model was trained for, which may be less than its
-    ``num_positions``. A ``head_dim`` of 0 is replaced by ``hidden_size // num_heads``.
+    ``num_positions``. A ``head_dim`` of 0 is replaced by ``hidden_size // num_heads``. With a
+    ``rope_theta``, queries and keys are rotated by their positions; without one, a table of
+    ``num_positions`` vectors is added to the tokens' embeddings. ``biases`` are those of linear
+    layers.
     """
 
     vocab_size: int
@@ -111,18 +114,23 @@ class EncoderConfig:
     head_dim: int = 0
     num_token_types: int = 2
     norm_eps: float = 1e-12
+    rope_theta: float | None = None
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    biases: bool = True
     pooling: Literal["mean", "cls"] = "mean"
     normalize: bool = True
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if self.head_dim:
-            return
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
-            )
-        object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if not self.head_dim:
+            if self.hidden_size % self.num_heads:
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_heads "
+                    f"{self.num_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.rope_theta and self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -327,7 +335,7 @@ def _check_fields(config: Any) -> None:
             least, most = 0 if each.default == 0 else 1, _MAX_SIZES[each.name]
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 wanted = f"an integer from {least} to {most}"
-        elif each.type is float:
+        elif each.type is float or (each.type == float | None and value is not None):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 < value < math.inf:
                 wanted = "a number above 0"

@@ -9,6 +9,7 @@ from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttent
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.norm import LayerNorm, RMSNorm
 from inferneo_jax.layers.quantization import QuantizationConfig
+from inferneo_jax.layers.rope import rotate
 from inferneo_jax.layers.segments import SegmentAttention, Segments
 
 
@@ -65,23 +66,29 @@ class BidirectionalAttention(nnx.Module):
             (embed, 3, heads, head_dim),
             ("embed", None, "heads", None),
             quantization.of("qkv.kernel"),
-            bias=True,
+            bias=config.biases,
         )
         self.out = Linear(
             (heads, head_dim, embed),
             ("heads", None, "embed"),
             quantization.of("out.kernel"),
             inputs=2,
-            bias=True,
+            bias=config.biases,
         )
 
     def __call__(
         self,
         x: Float[Array, "tokens embed"],
         norm: LayerNorm,
+        rope: tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]] | None,
         attention: SegmentAttention,
         segments: Segments,
     ) -> Float[Array, "tokens embed"]:
         """``norm`` of ``x`` and what it finds in its segment."""
-        mixed = attention.attend(self.qkv(x, narrow=True, live=segments.live), segments)
+        fused = self.qkv(x, narrow=rope is None, live=segments.live)
+        if rope is not None:
+            rotated = rotate(fused[:, :2], *rope)
+            # Rounded once, after the rotation.
+            fused = jnp.concatenate([rotated, fused[:, 2:]], axis=1).astype(self.qkv.method.dtype)
+        mixed = attention.attend(fused, segments)
         return self.out(mixed, residual=x, transform=norm, live=segments.live)

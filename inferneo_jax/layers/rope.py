@@ -30,21 +30,21 @@ def frequencies(
 
 
 def angles(
-    positions: Int[Array, "rows tokens"], freqs: Float[Array, " half"]
-) -> tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]]:
+    positions: Int[Array, "*tokens"], freqs: Float[Array, " half"]
+) -> tuple[Float[Array, "*tokens half"], Float[Array, "*tokens half"]]:
     """Cosines and sines of each position's angles, float32."""
-    turned = positions[..., None].astype(jnp.float32) * freqs.reshape(1, 1, -1)
+    turned = positions[..., None].astype(jnp.float32) * freqs.reshape((1,) * positions.ndim + (-1,))
     return jnp.cos(turned), jnp.sin(turned)
 
 
 def rotate(
-    x: Float[Array, "rows tokens *heads dim"],
-    cos: Float[Array, "rows tokens half"],
-    sin: Float[Array, "rows tokens half"],
-) -> Float[Array, "rows tokens *heads dim"]:
+    x: Float[Array, "*tokens_and_heads dim"],
+    cos: Float[Array, "*tokens half"],
+    sin: Float[Array, "*tokens half"],
+) -> Float[Array, "*tokens_and_heads dim"]:
     """Rotate every head of every token by its position's angles."""
     between = (1,) * (x.ndim - cos.ndim)
-    cos = cos.reshape(*cos.shape[:2], *between, -1)
-    sin = sin.reshape(*sin.shape[:2], *between, -1)
+    cos = cos.reshape(*cos.shape[:-1], *between, -1)
+    sin = sin.reshape(*sin.shape[:-1], *between, -1)
     low, high = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

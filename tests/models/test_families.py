@@ -9,12 +9,12 @@ from inferneo_jax.models.families import FAMILIES, find_family, qwen3
 from tests.support.paths import ROOT
 from tests.support.weights import joined
 
-CONFIGS = ["llama", "mistral", "qwen2", "qwen3", "phi3", "bert"]
+CONFIGS = ["llama", "mistral", "qwen2", "qwen3", "phi3", "bert", "nomic_bert"]
 
 
 def config_of(made, model_type):
-    if model_type == "bert":
-        return made.BERT
+    if model_type in ("bert", "nomic_bert"):
+        return {"bert": made.BERT, "nomic_bert": made.NOMIC_BERT}[model_type]
     return made.LLAMA | {"model_type": model_type, "architectures": None, "head_dim": 16}
 
 
@@ -130,6 +130,82 @@ def test_what_the_encoder_does_not_do_is_refused(made, change, named):
     config = made.BERT | change
     with pytest.raises(ConfigError, match=named):
         find_family(config).read_config(config)
+
+
+NOMIC = {
+    "architectures": ["NomicBertModel"],
+    "model_type": "nomic_bert",
+    "activation_function": "swiglu",
+    "causal": False,
+    "layer_norm_epsilon": 1e-12,
+    "max_trained_positions": 2048,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_inner": 3072,
+    "n_layer": 12,
+    "n_positions": 8192,
+    "parallel_block": False,
+    "prenorm": False,
+    "qkv_proj_bias": False,
+    "rotary_emb_base": 1000,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "rotary_scaling_factor": None,
+    "type_vocab_size": 2,
+    "use_rms_norm": False,
+    "vocab_size": 30528,
+}
+"""Of nomic-embed-text-v1.5, in the keys of nomic's own code."""
+
+
+def test_nomics_own_keys_say_what_those_of_transformers_say(made):
+    read = find_family(NOMIC).read_config
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+    sizes |= {"num_attention_heads": 12, "vocab_size": 30528, "max_position_embeddings": 2048}
+    theirs = read(made.NOMIC_BERT | sizes)
+    assert read(NOMIC | {"n_positions": 2048}) == theirs
+    assert (theirs.rope_theta, theirs.mlp, theirs.biases) == (1000.0, "swiglu", False)
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    assert read(made.NOMIC_BERT | {"rope_parameters": rope}).rope_theta == 500.0
+
+
+def test_nomic_bert_reads_as_much_as_it_was_trained_for():
+    read = find_family(NOMIC).read_config
+    assert read(NOMIC).max_tokens == 2048
+    assert read(NOMIC | {"sentence_transformers": {"max_seq_length": 8192}}).max_tokens == 2048
+    assert read(NOMIC | {"sentence_transformers": {"max_seq_length": 512}}).max_tokens == 512
+    assert read(NOMIC | {"n_positions": 512}).max_tokens == 512
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_function": "gelu"},
+        {"moe_every_n_layers": 2},
+        {"prenorm": True},
+        {"qkv_proj_bias": True},
+        {"rotary_emb_fraction": 0.5},
+        {"rotary_emb_interleaved": True},
+        {"use_rms_norm": True},
+        {"rope_parameters": {"rope_type": "yarn"}},
+        {"sentence_transformers": {"pooling": "last"}},
+        {"rotary_emb_base": -1},
+        {"n_head": 7},
+    ],
+)
+def test_what_nomic_bert_does_not_do_is_refused(change):
+    (key,) = change
+    named = {
+        "rope_parameters": "rope_type",
+        "sentence_transformers": "pooling",
+        "rotary_emb_base": "rope_theta",
+        "n_head": "num_heads",
+    }
+    with pytest.raises(ConfigError, match=named.get(key, key)):
+        find_family(NOMIC).read_config(NOMIC | change)
 
 
 def test_rope_is_read_from_both_generations_of_configs(made):

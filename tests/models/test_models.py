@@ -1,5 +1,6 @@
 """Every family's forward pass against transformers, on tiny random models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EncoderConfig, EngineConfig, RopeScaling
@@ -63,10 +65,11 @@ def test_decoder_families_equal_the_reference(converted: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("kernels", ["xla", "auto"])
-def test_encoder_equals_the_reference(converted: Path, kernels: Any) -> None:
-    case = CASES["bert"]
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "embeddings" in case])
+def test_encoder_families_equal_the_reference(converted: Path, name: str, kernels: Any) -> None:
+    case = CASES[name]
     config = EngineConfig(dtype="float32", kernels=kernels, mesh=ONE_DEVICE)
-    model = load_model(converted / "bert", config, name="bert")
+    model = load_model(converted / name, config, name=name)
     try:
         vectors = model.embedder.embed(case["ids"]).result(timeout=60)
         together = model.embedder.embed(case["ids"] * 60).result(timeout=60)
@@ -75,6 +78,25 @@ def test_encoder_equals_the_reference(converted: Path, kernels: Any) -> None:
         model.stop()
     np.testing.assert_allclose(together, list(vectors) * 60, atol=1e-5)
     np.testing.assert_allclose(alone[0], vectors[1], atol=1e-5)
+    np.testing.assert_allclose(vectors, case["embeddings"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "nomic-bert"])
+def test_an_encoder_in_a_gguf_equals_the_reference(made: Any, tmp_path: Path, name: str) -> None:
+    case, source = CASES[name], GOLDEN / "families" / name
+    tensors = {n: a.astype(np.float32) for n, a in load_file(source / "model.safetensors").items()}
+    vocab = json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
+    words = sorted(vocab, key=vocab.__getitem__)
+    info = json.loads((source / "config.json").read_text())
+    file = made.encoder_gguf(tmp_path / "m.gguf", info, tensors, words)
+    config = EngineConfig(dtype="float32", mesh=ONE_DEVICE)
+    model = load_model(convert(file, tmp_path / "out"), config, name=name)
+    try:
+        texts = ["cat", "The big dog sat on a mat.", "reds! " * 9]
+        assert model.tokenizer.encode_batch(texts) == case["ids"]
+        vectors = model.embedder.embed(case["ids"]).result(timeout=60)
+    finally:
+        model.stop()
     np.testing.assert_allclose(vectors, case["embeddings"], atol=1e-5)
 
 

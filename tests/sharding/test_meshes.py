@@ -12,11 +12,12 @@ import pytest
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
-from inferneo_jax.engine.embedder import Embedder
+from inferneo_jax.engine.embedder import Embedder, Vectors
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
 from inferneo_jax.sharding.padding import pad_for_mesh
-from tests.support.paths import COMPILED
+from inferneo_jax.weights.convert import convert
+from tests.support.paths import COMPILED, FAMILIES
 from tests.support.server_process import CHAT_MODEL, EMBEDDING_MODEL
 from tests.support.tiny_model import (
     EIGHT_SLOTS,
@@ -167,23 +168,35 @@ def test_a_real_model_is_the_same_on_every_mesh(real_checkpoints: Path) -> None:
         close_all(_stories(real_checkpoints / CHAT_MODEL, shape), wanted)
 
 
+def _vectors(folder: Path, shape: MeshShape, texts: list[list[int]]) -> Vectors:
+    config = EngineConfig(
+        dtype="float32",
+        quantization="none",
+        mesh=shape,
+        max_len=32,
+        compilation_cache=str(COMPILED),
+    )
+    model = load_model(folder, config, name=folder.name)
+    assert isinstance(model, EmbeddingModel)
+    try:
+        return model.embedder.embed(texts).result(timeout=120)
+    finally:
+        model.stop()
+
+
 def test_embeddings_are_the_same_on_every_mesh(
     real_checkpoints: Path, real_embedder: Embedder
 ) -> None:
     texts = [[101, 2054, 102], [101, 2003, 2023, 1029, 102]] * 20
     wanted = real_embedder.embed(texts).result(timeout=120)
     for shape in SPLIT if ALL_MESHES else [MeshShape(2, 4)]:
-        config = EngineConfig(
-            dtype="float32",
-            quantization="none",
-            mesh=shape,
-            max_len=32,
-            compilation_cache=str(COMPILED),
-        )
-        model = load_model(real_checkpoints / EMBEDDING_MODEL, config, name=EMBEDDING_MODEL)
-        assert isinstance(model, EmbeddingModel)
-        try:
-            got = model.embedder.embed(texts).result(timeout=120)
-        finally:
-            model.stop()
+        got = _vectors(real_checkpoints / EMBEDDING_MODEL, shape, texts)
         np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_rotary_embeddings_are_the_same_on_every_mesh(tmp_path: Path) -> None:
+    folder = convert(FAMILIES / "nomic-bert", tmp_path / "nomic-bert")
+    texts = [[2, 4, 13, 3], [2, 7, 3], [2, *range(4, 30), 3]] * 7
+    wanted = _vectors(folder, ONE_DEVICE, texts)
+    for shape in SPLIT:  # among eight devices, four heads are padded
+        np.testing.assert_allclose(_vectors(folder, shape, texts), wanted, atol=1e-5)

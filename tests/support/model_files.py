@@ -1,7 +1,7 @@
 """Tiny models in other projects' file formats, generated on demand."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -49,6 +49,21 @@ BERT = {
     "type_vocab_size": 2,
     "hidden_act": "gelu",
 }
+
+
+NOMIC_BERT = {
+    "architectures": ["NomicBertModel"],
+    "model_type": "nomic_bert",
+    "vocab_size": len(TOKENS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "hidden_act": "silu",
+}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "##ly", *"abcABC,.", "##a", "##b"]
 
 
 def random_tensors(config: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
@@ -147,15 +162,70 @@ def write_gguf(
     return file
 
 
+def marked_words(tokens: Sequence[str], special: int) -> list[str]:
+    """A WordPiece vocabulary as llama.cpp's converter writes it; special tokens come first."""
+    pieces = [t[2:] if t.startswith("##") else f"\u2581{t}" for t in tokens[special:]]
+    return [*tokens[:special], *pieces]
+
+
+def write_encoder_gguf(
+    file: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    words: Sequence[str] = WORDS,
+    extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    *,
+    causal: bool = False,
+) -> Path:
+    """An encoder in float32 as llama.cpp's converter would write it."""
+    rotary = config["model_type"] == "nomic_bert"
+    arch = gguf.MODEL_ARCH.NOMIC_BERT if rotary else gguf.MODEL_ARCH.BERT
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(1e-12)
+    writer.add_causal_attention(causal)
+    if rotary:
+        writer.add_rope_freq_base(1000.0)
+    writer.add_token_type_count(config["type_vocab_size"])
+    writer.add_tokenizer_model("bert")
+    writer.add_token_list(marked_words(words, 4))
+    writer.add_token_types([3] * 4 + [1] * (len(words) - 4))
+    for add, number in (
+        (writer.add_pad_token_id, 0),
+        (writer.add_unk_token_id, 1),
+        (writer.add_bos_token_id, 2),
+        (writer.add_eos_token_id, 3),
+        (writer.add_sep_token_id, 3),
+    ):
+        add(number)
+    extra(writer)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    for name, array in tensors.items():
+        if own := names.get_name(name, (".weight", ".bias")):  # the pooler has none
+            writer.add_tensor(own, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
 @pytest.fixture(scope="session")
 def made() -> SimpleNamespace:
     """The configs and builders of this module."""
     return SimpleNamespace(
         LLAMA=LLAMA,
         BERT=BERT,
+        NOMIC_BERT=NOMIC_BERT,
+        WORDS=WORDS,
         tensors=random_tensors,
         folder=write_folder,
         gguf=write_gguf,
+        encoder_gguf=write_encoder_gguf,
         json=write_json,
         tokenizer=byte_tokenizer,
     )

@@ -1,5 +1,7 @@
+import json
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,9 @@ from inferneo_jax.errors import TokenizerError
 from inferneo_jax.text.detokenize import IncrementalDecoder
 from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.sources.gguf_tokenizer import gguf_tokenizer
+from tests.support.model_files import marked_words
+from tests.support.paths import GOLDEN
+from tests.support.server_process import EMBEDDING_MODEL
 
 MARK = "▁"
 SPACE = "Ġ"  # how byte-level vocabularies spell a space
@@ -81,7 +86,8 @@ def test_a_text_gets_the_tokens_that_the_file_asks_for(changes, added):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; supported are"),
+        ({"model": "t5"}, "tokenizer.ggml.model is 't5'; supported are"),
+        ({"model": "bert"}, "no tokenizer.ggml.bos_token_id, and the vocabulary no [CLS]"),
         ({"model": None}, "no tokenizer.ggml.model"),
         ({"pre": "poro-chat"}, "tokenizer.ggml.pre is 'poro-chat'; supported are"),
         ({"tokens": None}, "no tokenizer.ggml.tokens"),
@@ -168,3 +174,98 @@ def test_marked_tokens_stream_as_they_decode(letters, prefix):
 def test_byte_tokens_are_their_byte_and_marks_are_spaces():
     assert bare.token_bytes(TOKENS.index("<0xE9>")) == b"\xe9"
     assert bare.token_bytes(TOKENS.index(MARK + "a")) == b" a"
+
+
+# WordPiece, in which llama.cpp's converter marks what begins a word, and not what continues it.
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+BERT_WORDS = [
+    "a",
+    "b",
+    "ab",
+    "e",
+    "##a",
+    "##b",
+    "##ab",
+    "##e",
+    ",",
+    "\N{CJK UNIFIED IDEOGRAPH-4E2D}",
+]
+
+
+def word_piece(words: list[str], **changes: Any) -> dict[str, Any]:
+    tokens = marked_words([*BERT_SPECIAL, *words], len(BERT_SPECIAL))
+    keys = {
+        "model": "bert",
+        "tokens": tokens,
+        "token_type": [3] * len(BERT_SPECIAL) + [1] * len(words),
+        "bos_token_id": 2,
+        "seperator_token_id": 3,
+        "unknown_token_id": 1,
+        **changes,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
+
+
+def transformers_ids(words: list[str], text: str, *, lower_case: bool) -> list[int]:
+    from transformers import BertTokenizerFast
+
+    vocab = {token: index for index, token in enumerate([*BERT_SPECIAL, *words])}
+    found: list[int] = BertTokenizerFast(vocab=vocab, do_lower_case=lower_case).encode(text)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "lower_case"),
+    [
+        (BERT_WORDS, {}, True),
+        (BERT_WORDS, {"normalizer.lowercase": False}, False),
+        ([*BERT_WORDS, "B", "##A"], {}, False),
+        ([*BERT_WORDS, "B", "##A"], {"normalizer.lowercase": True}, True),
+        (BERT_WORDS, {"token_type": None}, True),
+        (BERT_WORDS, {"bos_token_id": None, "seperator_token_id": None}, True),
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ab ba,abab",
+        "aBAb \u00c9a\u0301 e\u0301",
+        "a\u4e2db x",
+        "[MASK]a [SEP] [mask]",
+        "a\n\tb\u00a0a\u0000b\u200b",
+        "ab" * 51,
+        "\u2581a ##b",
+    ],
+)
+def test_word_pieces_are_those_of_transformers(words, changes, lower_case, text):
+    tokenizer = Tokenizer(*gguf_tokenizer(word_piece(words, **changes)))
+    assert tokenizer.encode(text) == transformers_ids(words, text, lower_case=lower_case)
+
+
+def test_word_pieces_decode_without_marks():
+    tokenizer = Tokenizer(*gguf_tokenizer(word_piece(BERT_WORDS)))
+    assert tokenizer.special_ids == set(range(5))
+    assert tokenizer.decode(tokenizer.encode("abea, b")) == "abea, b"
+    assert tokenizer.token_bytes(9) == b"a"
+
+
+@pytest.mark.real
+def test_a_real_word_piece_vocabulary_survives_the_converters_marks(real_checkpoints: Path) -> None:
+    vocab = json.loads((real_checkpoints / EMBEDDING_MODEL / "tokenizer.json").read_text())["model"]
+    tokens = sorted(vocab["vocab"], key=vocab["vocab"].__getitem__)
+    types = [3 if token in BERT_SPECIAL else 1 for token in tokens]
+    marked = [
+        token if kind == 3 else marked_words([token], 0)[0]
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    older = [
+        token if token.startswith("[un") else mark
+        for token, mark in zip(tokens, marked, strict=True)
+    ]
+    for listed in (marked, older):
+        metadata = {"model": "bert", "tokens": listed, "token_type": types}
+        named = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+        tokenizer = Tokenizer(*gguf_tokenizer(named))
+        for case in json.loads((GOLDEN / "tokens.json").read_text())["cases"]:
+            assert tokenizer.encode(case["text"]) == case["embedding_ids"]

@@ -3,7 +3,7 @@
 Usage: python tests/tools/make_families.py    (versions: see golden.py)
 
 Writes families/<name>/ as Hugging Face lays a model out (safetensors, config.json, tokenizer), and
-families.json: for the decoders ``ids``, ``positions`` and the ``logits`` at these, for the encoder
+families.json: for the decoders ``ids``, ``positions`` and the ``logits`` at these, for the encoders
 texts as ``ids`` with their pooled ``embeddings`` (mean, scaled to length 1). All computed in
 float32 from the stored weights.
 
@@ -24,6 +24,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    NomicBertConfig,
+    NomicBertModel,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -113,6 +115,7 @@ STORED = {
     "qwen3": torch.bfloat16,
     "phi3": torch.bfloat16,
     "bert": torch.float32,
+    "nomic-bert": torch.float16,
 }
 
 
@@ -215,10 +218,10 @@ def decoder_case(name: str, model: Any, seed: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def encoder_case(seed: int) -> dict[str, Any]:
+def encoder_case(name: str, kind: Any, config: Any, seed: int) -> dict[str, Any]:
     tokenizer = encoder_tokenizer()
-    model = BertModel(
-        BertConfig(
+    model = kind(
+        config(
             vocab_size=tokenizer.get_vocab_size(),
             hidden_size=32,
             intermediate_size=64,
@@ -229,8 +232,8 @@ def encoder_case(seed: int) -> dict[str, Any]:
     ).eval()
     randomize(model, seed)
     special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    folder = save("bert", model, tokenizer, {**special, "pad_token": "[PAD]"})
-    loaded = BertModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    folder = save(name, model, tokenizer, {**special, "pad_token": "[PAD]"})
+    loaded = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     ids = [
         tokenizer.encode(text).ids for text in ("cat", "the big dog sat on a mat.", "reds! " * 9)
     ]
@@ -238,7 +241,7 @@ def encoder_case(seed: int) -> dict[str, Any]:
     for one in ids:
         hidden = loaded.eval()(torch.tensor([one])).last_hidden_state[0]
         embeddings.append(torch.nn.functional.normalize(hidden.mean(0), dim=0))
-    return {"name": "bert", "ids": ids, "embeddings": golden.rounded(torch.stack(embeddings), 7)}
+    return {"name": name, "ids": ids, "embeddings": golden.rounded(torch.stack(embeddings), 7)}
 
 
 def main() -> None:
@@ -247,7 +250,8 @@ def main() -> None:
         decoder_case(name, model, seed)
         for seed, (name, model) in enumerate(decoders_to_make().items())
     ]
-    cases.append(encoder_case(seed=9))
+    cases.append(encoder_case("bert", BertModel, BertConfig, seed=9))
+    cases.append(encoder_case("nomic-bert", NomicBertModel, NomicBertConfig, seed=10))
     golden.write("families.json", {"about": golden.about()}, cases)
 
 

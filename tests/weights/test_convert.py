@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import gguf
 import ml_dtypes
@@ -10,7 +11,7 @@ from inferneo_jax.errors import CheckpointError, ConfigError, WeightsError
 from inferneo_jax.models import weight_specs
 from inferneo_jax.models.families import find_family
 from inferneo_jax.weights.checkpoint import open_weights, read_info
-from inferneo_jax.weights.convert import convert, read_source
+from inferneo_jax.weights.convert import convert, read_model, read_source
 from tests.support.weights import joined
 
 Q = gguf.GGMLQuantizationType
@@ -198,6 +199,37 @@ def test_a_corrupt_gguf_header_never_escapes_as_another_error(made, tmp_path):
         except (CheckpointError, ConfigError):
             refused += 1
     assert refused > 20
+
+
+def encoder_config(made, folder, kind, **changes):
+    """What is read from the GGUF of an encoder with further integers in its metadata."""
+    config = getattr(made, kind) | {"vocab_size": len(made.WORDS)}
+    arch, causal = kind.lower().replace("_", "-"), changes.pop("causal", False)
+
+    def extra(writer):
+        for key, value in changes.items():
+            writer.add_uint32(f"{arch}.{key}", value)
+
+    file = folder / "m.gguf"
+    made.encoder_gguf(file, config, made.tensors(config), extra=extra, causal=causal)
+    return read_model(file).config
+
+
+@pytest.mark.parametrize("kind", ["BERT", "NOMIC_BERT"])
+def test_the_gguf_of_an_encoder_says_how_it_pools(made, tmp_path, kind):
+    mean, cls = (encoder_config(made, tmp_path, kind, pooling_type=n) for n in (1, 2))
+    assert encoder_config(made, tmp_path, kind) == mean == replace(cls, pooling="mean")
+    assert cls.pooling == "cls"
+    for number, named in ((0, "'none'"), (3, "'last'"), (4, "'rank'"), (9, "9")):
+        with pytest.raises(ConfigError, match=f"pooling is {named}"):
+            encoder_config(made, tmp_path, kind, pooling_type=number)
+    with pytest.raises(ConfigError, match="is_decoder is True"):
+        encoder_config(made, tmp_path, kind, causal=True)
+
+
+def test_a_gguf_that_rotates_parts_of_heads_is_refused(made, tmp_path):
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor is 0\.5"):
+        encoder_config(made, tmp_path, "NOMIC_BERT", **{"rope.dimension_count": 4})
 
 
 def test_split_and_foreign_ggufs_are_refused(made, tmp_path):

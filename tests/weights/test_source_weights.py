@@ -19,8 +19,8 @@ Q = gguf.GGMLQuantizationType
 
 
 def family_config(made, model_type):
-    if model_type == "bert":
-        return made.BERT
+    if model_type in ("bert", "nomic_bert"):
+        return {"bert": made.BERT, "nomic_bert": made.NOMIC_BERT}[model_type]
     return made.LLAMA | {"model_type": model_type, "architectures": None, "head_dim": 16}
 
 
@@ -59,7 +59,7 @@ def assert_all_slices_equal(weights, wanted):
 
 
 @pytest.mark.parametrize("span", [64, 2**22])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3", "bert"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3", "bert", "nomic_bert"])
 def test_slices_equal_those_of_the_whole_weight(made, tmp_path, model_type, span):
     config = family_config(made, model_type)
     tensors = made.tensors(config)

@@ -5,11 +5,12 @@ from inferneo_jax.files import shown
 from inferneo_jax.models.families.bert import BERT
 from inferneo_jax.models.families.family import Family, HFConfig, names
 from inferneo_jax.models.families.llama import LLAMA
+from inferneo_jax.models.families.nomic_bert import NOMIC_BERT
 from inferneo_jax.models.families.phi3 import PHI3
 from inferneo_jax.models.families.qwen2 import QWEN2
 from inferneo_jax.models.families.qwen3 import QWEN3
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, PHI3, BERT)
+FAMILIES = (LLAMA, QWEN2, QWEN3, PHI3, BERT, NOMIC_BERT)
 
 
 def find_family(config: HFConfig) -> Family:

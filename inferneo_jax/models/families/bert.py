@@ -11,6 +11,7 @@ from inferneo_jax.models.families.family import (
     expect,
     flag,
     integer,
+    normed,
     number,
     table,
     transposed,
@@ -60,19 +61,12 @@ def weight_map(config: EncoderConfig) -> dict[str, WeightMapping]:
         "token_type.table": copied(
             "embeddings.token_type_embeddings.weight", config.num_token_types, width
         ),
-        **_norm("embed_norm", "embeddings.LayerNorm", width),
+        **normed("embed_norm", "embeddings.LayerNorm", width),
     }
     for index in range(config.num_layers):
         for name, mapping in _layer(config, f"encoder.layer.{index}").items():
             weights[f"layers.{index}.{name}"] = mapping
     return weights
-
-
-def _norm(name: str, source: str, width: int) -> dict[str, WeightMapping]:
-    return {
-        f"{name}.scale": copied(f"{source}.weight", width),
-        f"{name}.bias": copied(f"{source}.bias", width),
-    }
 
 
 def _layer(config: EncoderConfig, prefix: str) -> dict[str, WeightMapping]:
@@ -92,12 +86,12 @@ def _layer(config: EncoderConfig, prefix: str) -> dict[str, WeightMapping]:
             f"{prefix}.attention.output.dense.weight", width, width, heads, dim, width
         ),
         "attention.out.bias": copied(f"{prefix}.attention.output.dense.bias", width),
-        **_norm("attention_norm", f"{prefix}.attention.output.LayerNorm", width),
+        **normed("attention_norm", f"{prefix}.attention.output.LayerNorm", width),
         "mlp.up.kernel": transposed(f"{prefix}.intermediate.dense.weight", mlp, width),
         "mlp.up.bias": copied(f"{prefix}.intermediate.dense.bias", mlp),
         "mlp.down.kernel": transposed(f"{prefix}.output.dense.weight", width, mlp),
         "mlp.down.bias": copied(f"{prefix}.output.dense.bias", width),
-        **_norm("mlp_norm", f"{prefix}.output.LayerNorm", width),
+        **normed("mlp_norm", f"{prefix}.output.LayerNorm", width),
     }
 
 

@@ -87,6 +87,14 @@ def transposed(name: str, rows: int, columns: int, *into: int) -> WeightMapping:
     return WeightMapping((tensor,), into or (columns, rows), kernel=True)
 
 
+def normed(name: str, source: str, width: int) -> dict[str, WeightMapping]:
+    """Scale and bias of the layer normalisation ``name``, of the source tensors ``source``."""
+    return {
+        f"{name}.scale": copied(f"{source}.weight", width),
+        f"{name}.bias": copied(f"{source}.bias", width),
+    }
+
+
 def integer(config: HFConfig, key: str, default: int | None = None) -> int:
     """Read a positive integer; null counts as absent.
 

@@ -23,10 +23,14 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "bert": "BertModel",
+    "nomic-bert": "NomicBertModel",
 }
+_ENCODERS = frozenset({"bert", "nomic-bert"})
 # For these architectures, the converter reorders the rows of each query and key head from the
 # two-halves form of rotary embeddings to the interleaved form.
 _PERMUTED = frozenset({"llama"})
+_POOLINGS = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _ROPE_FREQS = "rope_freqs.weight"
 
@@ -55,15 +59,13 @@ def read_gguf(path: Path) -> SourceModel:
     config = _config(path, arch, metadata, infos)
     if rope_freqs is not None:
         config["rope_scaling"] = _llama3_scaling(path, rope_freqs, config)
-    heads = {
-        "attn_q": config["num_attention_heads"],
-        "attn_k": config["num_key_value_heads"],
-    }
+    heads = {}
+    if arch in _PERMUTED:
+        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for name, info in infos.items():
         role = name.split(".")[-2] if name.count(".") > 1 else ""
-        interleaved = heads.get(role) if arch in _PERMUTED else None
-        tensors[name] = _stored(path, name, info, interleaved)
+        tensors[name] = _stored(path, name, info, heads.get(role))
     names = gguf.get_tensor_name_map(
         next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), config["num_hidden_layers"]
     )
@@ -124,7 +126,7 @@ def _config(
     hidden_size, num_heads = integer("embedding_length"), integer("attention.head_count")
     head_dim = integer("attention.key_length", hidden_size // num_heads)
     rotated = integer("rope.dimension_count", head_dim)
-    config = {
+    config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[arch]],
         "model_type": arch,
         "vocab_size": infos["token_embd.weight"].shape[0],
@@ -132,20 +134,29 @@ def _config(
         "intermediate_size": integer("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": num_heads,
-        "num_key_value_heads": integer("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": integer("context_length"),
-        "rms_norm_eps": real("attention.layer_norm_rms_epsilon", 1e-5),
         "rope_theta": real("rope.freq_base", 10_000.0),
         "partial_rotary_factor": rotated / head_dim,
-        "sliding_window": metadata.integer(f"{arch}.attention.sliding_window"),
-        "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in infos,
     }
     kind = metadata.text(f"{arch}.rope.scaling.type", "none")
     if kind != "none":
         config["rope_scaling"] = {"rope_type": kind, "factor": real("rope.scaling.factor", 1.0)}
-    return config
+    if arch in _ENCODERS:
+        pooling = metadata.integer(f"{arch}.pooling_type", 1)
+        return config | {
+            "is_decoder": metadata.flag(f"{arch}.attention.causal", False),
+            "layer_norm_eps": real("attention.layer_norm_epsilon", 1e-12),
+            "sentence_transformers": {"pooling": _POOLINGS.get(pooling or 0, pooling)},
+            "type_vocab_size": info.shape[0] if (info := infos.get("token_types.weight")) else None,
+        }
+    return config | {
+        "num_key_value_heads": integer("attention.head_count_kv", num_heads),
+        "rms_norm_eps": real("attention.layer_norm_rms_epsilon", 1e-5),
+        "sliding_window": metadata.integer(f"{arch}.attention.sliding_window"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in infos,
+    }
 
 
 def _llama3_scaling(path: Path, info: TensorInfo, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Sources: the GGUF specification (``tokenizer.ggml.*``), and for each pre-tokeniz
 expression in the ``tokenizer.json`` of the models that llama.cpp gives this name.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -95,6 +96,16 @@ _MAX_MERGES = 2**20
 _MAX_TOKEN_LENGTH = 1024
 _MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # a space, in sentencepiece vocabularies
 
+# The special tokens of a WordPiece vocabulary: the key with its id, and its text without that key.
+_NAMED_PIECES = {
+    "cls_token": ("bos_token_id", "[CLS]"),
+    "sep_token": ("seperator_token_id", "[SEP]"),
+    "unk_token": ("unknown_token_id", "[UNK]"),
+    "pad_token": ("padding_token_id", "[PAD]"),
+    "mask_token": ("mask_token_id", "[MASK]"),
+}
+_CONTINUED = "##"  # begins each piece of a word but the first, in WordPiece vocabularies
+
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     """Build the tokenizer that GGUF metadata describes.
@@ -112,20 +123,44 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, An
     """
     keys = Metadata(metadata, TokenizerError)
     tokens = keys.texts("tokenizer.ggml.tokens")
-    vocab = _vocabulary(tokens)
     types = _token_types(keys, len(tokens))
-    named = _named_tokens(keys, tokens)
     keys.require("tokenizer.ggml.model")
     model = keys.text("tokenizer.ggml.model")
+    if model == "bert":
+        return _word_piece(keys, tokens, types)
+    vocab = _vocabulary(tokens)
+    named = _named_tokens(keys, tokens)
     if model == "gpt2":
         tokenizer, add_bos = _byte_level(keys, vocab)
     elif model == "llama":
         tokenizer, add_bos = _sentencepiece(keys, vocab, types, named["unk_token"]), True
     else:
         raise TokenizerError(
-            f"tokenizer.ggml.model is {shown(model)}; supported are 'gpt2' and 'llama'. "
+            f"tokenizer.ggml.model is {shown(model)}; supported are 'gpt2', 'llama' and 'bert'. "
             "Convert the model from its Hugging Face files instead"
         )
+    _add_tokens(tokenizer, tokens, types, named)
+    add_bos = add_bos and named["bos_token"] is not None
+    config: dict[str, Any] = {
+        **named,
+        "add_bos_token": keys.flag("tokenizer.ggml.add_bos_token", add_bos),
+        "add_eos_token": keys.flag("tokenizer.ggml.add_eos_token", False),
+        "chat_template": template_text(
+            keys.text("tokenizer.chat_template"), "tokenizer.chat_template"
+        ),
+        "clean_up_tokenization_spaces": False,
+    }
+    _add_post_processor(tokenizer, config, vocab)
+    return tokenizer, config
+
+
+def _add_tokens(
+    tokenizer: Tokenizer,
+    tokens: Sequence[str],
+    types: Sequence[TokenType],
+    named: Mapping[str, str | None],
+) -> None:
+    """Make the tokens that are no pieces of text, and those of the user, added tokens."""
     # With `normalized=False`, special tokens are matched in the text before normalization.
     in_config = set(named.values())
     special, mine = [], []
@@ -139,18 +174,6 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, An
         [AddedToken(token, normalized=False, special=True) for token in special]
     )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in mine])
-    add_bos = add_bos and named["bos_token"] is not None
-    config: dict[str, Any] = {
-        **named,
-        "add_bos_token": keys.flag("tokenizer.ggml.add_bos_token", add_bos),
-        "add_eos_token": keys.flag("tokenizer.ggml.add_eos_token", False),
-        "chat_template": template_text(
-            keys.text("tokenizer.chat_template"), "tokenizer.chat_template"
-        ),
-        "clean_up_tokenization_spaces": False,
-    }
-    _add_post_processor(tokenizer, config, vocab)
-    return tokenizer, config
 
 
 def _token_types(keys: Metadata, count: int) -> list[TokenType]:
@@ -269,6 +292,63 @@ def _sentencepiece(
         steps.append(decoders.Strip(content=" ", left=1, right=0))
     tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
+
+
+def _word_piece(
+    keys: Metadata, tokens: Sequence[str], types: Sequence[TokenType]
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """Build BERT's WordPiece, and the content of its ``tokenizer_config.json``.
+
+    llama.cpp's converter marks the pieces that begin a word, while WordPiece marks the others.
+    """
+    tokens = [_unmarked(token, kind) for token, kind in zip(tokens, types, strict=True)]
+    vocab = _vocabulary(tokens)
+    named: dict[str, str | None] = {}
+    for name, (last, text) in _NAMED_PIECES.items():
+        index = keys.integer(key := f"tokenizer.ggml.{last}", vocab.get(text))
+        if index is not None and index >= len(tokens):
+            raise TokenizerError(f"{key} is {index}; the vocabulary has {len(tokens)} tokens")
+        if index is None and name in ("cls_token", "sep_token", "unk_token"):
+            raise TokenizerError(f"the GGUF metadata has no {key}, and the vocabulary no {text}")
+        named[name] = None if index is None else tokens[index]
+    # Files made before the key existed do not say. Capitals are in cased vocabularies only.
+    cased = any(
+        kind is TokenType.NORMAL and not _is_bracketed(token) and re.search("[A-Z]", token)
+        for token, kind in zip(tokens, types, strict=True)
+    )
+    lower_case = keys.flag("tokenizer.ggml.normalizer.lowercase", not cased)
+    with guarded("tokenizer.ggml.tokens cannot be used"):
+        tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=str(named["unk_token"])))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lower_case,
+        strip_accents=keys.flag("tokenizer.ggml.normalizer.strip_accents", lower_case),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUED)
+    _add_tokens(tokenizer, tokens, types, named)
+    begin, end = str(named["cls_token"]), str(named["sep_token"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[begin, "$A", end],
+        pair=[begin, "$A", end, "$B:1", f"{end}:1"],
+        special_tokens=[(token, vocab[token]) for token in {begin: None, end: None}],
+    )
+    return tokenizer, {**named, "chat_template": None}
+
+
+def _unmarked(token: str, kind: TokenType) -> str:
+    """A token of WordPiece as it was before llama.cpp's converter changed it.
+
+    The converter leaves special tokens alone, and did so with whatever is in brackets.
+    """
+    if kind is TokenType.CONTROL:
+        return token
+    if token.startswith(_MARK) and token != _MARK:
+        return token.removeprefix(_MARK)
+    return token if _is_bracketed(token) else _CONTINUED + token
+
+
+def _is_bracketed(token: str) -> bool:
+    return token.startswith("[") and token.endswith("]")
 
 
 def _merges_by_score(

@@ -68,7 +68,7 @@ def test_alone_equals_in_any_batch(
 )
 def test_alone_equals_together_in_quantized_numbers(numerics: dict[str, Any], method: type) -> None:
     config = dataclasses.replace(EIGHT_SLOTS, **({"dtype": "float32"} | numerics))
-    quantization = resolve_decoder(TINY, config, make_mesh(ONE_DEVICE)).quantization
+    quantization = resolve_decoder(TINY, config, make_mesh(ONE_DEVICE), {}).quantization
     assert type(quantization.linear) is method
     with running_engine(config, quantization=quantization) as engine:
         close_all(mixed(engine), mixed(engine, together=False))

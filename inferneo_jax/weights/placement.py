@@ -67,7 +67,8 @@ def place_weights(
     """Read, encode and place the weights of a model, each device's shard on its own.
 
     On the host this takes the memory of what is placed there, and that of the largest shard while
-    it is read and encoded.
+    it is read and encoded; or that of the largest weight, if this process has several shards of it
+    that lie in the same rows on disk.
 
     Args:
         weights: on disk, with the shapes of ``model``.
@@ -100,10 +101,12 @@ def place_weights(
 
     room = _Room(max(map(read_bytes, shapes)))
 
-    def encode(name: str, number: int, num_shards: int) -> tuple[HostArray, ...]:
-        spec, weight = specs[name], weights[name]
+    def encode(
+        name: str, weight: Weight | HostArray, number: int, num_shards: int
+    ) -> tuple[HostArray, ...]:
+        spec = specs[name]
         if stored(name):
-            return spec.method.encode_blocks(weight.blocks() or ())
+            return spec.method.encode_blocks(weights[name].blocks() or ())
         whole = PaddedWeight(weight, declared[name].shape, spec.shape, spec.axes, group)
         shard = whole[_shard(spec, number, num_shards)]
         shape = [
@@ -113,7 +116,16 @@ def place_weights(
         return spec.encode(shard.reshape(shape))
 
     def place(name: str, targets: Shapes) -> list[Array]:
-        num_shards = max(map(_num_shards, targets))
+        spec, num_shards = specs[name], max(map(_num_shards, targets))
+        local_devices = len(targets[0].sharding.addressable_devices)
+        by_inputs = bool(spec.inputs and spec.flat_axes[0]) and not spec.table
+        if by_inputs and num_shards > 1 and local_devices > 1:
+            # A shard of the inputs is a part of each row on disk, so all rows are read for any.
+            with room.taken(num_shards * read_bytes(name)):
+                return arrays(name, targets, num_shards, weights[name][...])
+        return arrays(name, targets, num_shards, None)
+
+    def arrays(name: str, targets: Shapes, num_shards: int, whole: HostArray | None) -> list[Array]:
         # Devices along an axis that does not split the weight share one encoded shard.
         encoded: dict[int, tuple[HostArray, ...]] = {}
 
@@ -124,24 +136,26 @@ def place_weights(
                 starts = [each.start or 0 for each in index or ()]
                 places = (start // size for start, size in zip(starts, local, strict=True) if size)
                 number = max(places, default=0)
-                if number not in encoded:
+                if number not in encoded and whole is not None:
+                    encoded[number] = encode(name, whole, number, num_shards)
+                elif number not in encoded:
                     with room.taken(read_bytes(name)):
-                        encoded[number] = encode(name, number, num_shards)
+                        encoded[number] = encode(name, weights[name], number, num_shards)
                 return encoded[number][i]
 
             return jax.make_array_from_callback(target.shape, target.sharding, shard)
 
         return [array(i, target) for i, target in enumerate(targets)]
 
-    arrays: list[Array] = []
+    found: list[Array] = []
     placed = 0
     progress("loading", 0, sum(sizes.values()))
     with ThreadPoolExecutor(_READERS) as pool:
-        for name, found in zip(shapes, pool.map(place, shapes, shapes.values()), strict=True):
-            arrays += found
+        for name, each in zip(shapes, pool.map(place, shapes, shapes.values()), strict=True):
+            found += each
             placed += sizes[name]
             progress("loading", placed, sum(sizes.values()))
-    return arrays
+    return found
 
 
 class _Room:

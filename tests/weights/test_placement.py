@@ -1,9 +1,13 @@
 """From weights on disk to arrays on devices: what is read, when, and in how much memory."""
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,10 +15,13 @@ import numpy as np
 import pytest
 
 from inferneo_jax import models
+from inferneo_jax.config import DecoderConfig, MeshShape
 from inferneo_jax.errors import CheckpointError
 from inferneo_jax.layers.blocks import BlockPart, BlockRows
 from inferneo_jax.layers.quantization import HostArray, QuantizationConfig, Unquantized
 from inferneo_jax.sharding.mesh import make_mesh
+from inferneo_jax.sharding.padding import pad_for_mesh
+from inferneo_jax.weights.convert import read_model
 from inferneo_jax.weights.placement import place_weights
 from tests.support.tiny_model import ONE_DEVICE, TINY
 
@@ -131,3 +138,32 @@ def test_a_weight_that_cannot_be_read_ends_loading() -> None:
     weights["layers.0.mlp.down.kernel"] = Broken(disk, "broken", (32, 24))
     with pytest.raises(CheckpointError, match="a disk failed"):
         place(weights)
+
+
+def test_every_row_is_read_once_however_many_devices_share_it(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = read_model(made.folder(tmp_path / "hf", made.LLAMA))
+    model, shape = opened.config, MeshShape(data=1, model=8)
+    assert isinstance(model, DecoderConfig)
+    mesh, size = make_mesh(shape), sum(tensor.size for tensor in opened.tensors.values())
+    weights = {
+        name: replace(
+            weight, tensors=tuple(replace(each, span_bytes=256) for each in weight.tensors)
+        )
+        for name, weight in opened.weights.items()
+    }
+    read = 0
+    preadv = os.preadv
+
+    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal read
+        read += sum(map(len, buffers))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counting)
+    padded = pad_for_mesh(model, 8)
+    place_weights(weights, model, padded, mesh, models.REFERENCE)
+    # Each KV head is read by the two devices that share it.
+    heads = sum(t.size for name, t in opened.tensors.items() if ".self_attn." in name)
+    assert size <= read <= size + 3 * heads + size // 20

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -222,20 +221,17 @@ def _write_quantized(
     folder: Path, model: ConvertibleModel, formats: Mapping[str, str], progress: Progress
 ) -> None:
     """Write the Orbax checkpoint of a quantized model, tensor by tensor."""
-    total = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
-    done = 0
+    total = sum(tensor.size for tensor in model.tensors.values())
 
     def arrays() -> Iterator[tuple[str, Array]]:
-        nonlocal done
+        begin = 0
         for name, tensor in model.tensors.items():
-            columns = math.prod(tensor.shape[1:])
 
-            def each(rows: int, columns: int = columns) -> None:
-                nonlocal done
-                done += rows * columns
-                progress("quantizing", done, total)
+            def each(rows: int, begin: int = begin, tensor: FileTensor = tensor) -> None:
+                progress("quantizing", begin + tensor.size * rows // tensor.shape[0], total)
 
             yield name, quantized(tensor, formats[name], each)
+            begin += tensor.size
 
     progress("quantizing", 0, total)
     write_arrays(folder / WEIGHTS_FOLDER, arrays())

@@ -11,6 +11,7 @@ import numpy as np
 from inferneo_jax.config import DecoderConfig, ModelConfig
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.layers.blocks import Bytes
+from inferneo_jax.weights.kquants import encode_kquants
 from inferneo_jax.weights.sources.tensor import (
     BLOCKS,
     INT8,
@@ -22,9 +23,10 @@ from inferneo_jax.weights.sources.weight import SourceWeight
 
 _FINE = "q8_0"
 """For tables and heads, whose errors reach every token, where the other matrices have 4 or 5 bits,
-and for matrices whose rows a format cannot divide."""
+and for matrices whose rows a format cannot divide. Beside K-quants it is q6_k, as in llama.cpp."""
 
-QUANTIZATIONS = ("none", INT8, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+_KQUANTS = ("q6_k", "q5_k", "q4_k")
+QUANTIZATIONS = ("none", INT8, "q8_0", *_KQUANTS, "q5_1", "q5_0", "q4_1", "q4_0")
 """``none`` keeps each tensor in its own dtype, or dequantizes its blocks."""
 
 
@@ -64,7 +66,8 @@ def _wanted(name: str, weight: SourceWeight, config: ModelConfig, quantization: 
     if quantization == INT8:
         tied = isinstance(config, DecoderConfig) and config.tie_embeddings
         return None if table and not tied else INT8
-    return _FINE if table or name == "head.kernel" else quantization
+    fine = "q6_k" if quantization in _KQUANTS else _FINE
+    return fine if table or name == "head.kernel" else quantization
 
 
 def quantized(tensor: StoredTensor, format: str, each: Callable[[int], None]) -> Array:
@@ -73,7 +76,7 @@ def quantized(tensor: StoredTensor, format: str, each: Callable[[int], None]) ->
     Args:
         tensor: to be read, span by span.
         format: that of the result.
-        each: called with the number of rows of each span that is done.
+        each: called after each span, with the number of rows that are done.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -87,7 +90,7 @@ def quantized(tensor: StoredTensor, format: str, each: Callable[[int], None]) ->
     found = np.empty((tensor.shape[0], size // tensor.shape[0]), np.uint8)
     for start, rows in tensor.pieces():
         found[start : start + len(rows)] = encode_rows(format, rows.astype(np.float32, copy=False))
-        each(len(rows))
+        each(start + len(rows))
     return found
 
 
@@ -97,6 +100,8 @@ def encode_rows(format: str, rows: Array) -> Bytes:
         scales = np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-30) / np.float32(127)
         values = np.rint(rows / scales).astype(np.int8)
         return np.concatenate([values.view(np.uint8), scales.view(np.uint8)], axis=1)
+    if format in _KQUANTS:
+        return encode_kquants(format, rows)
     import gguf
 
     found: Bytes = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[format.upper()])

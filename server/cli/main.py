@@ -122,8 +122,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Quantize the matrices: int8 (for GPUs and TPUs), q8_0, q5_1, q5_0, q4_1, q4_0 "
-            "(for CPUs), or none, for an Orbax checkpoint of their own dtype.",
+            help="Quantize the matrices: int8 (for GPUs and TPUs), q8_0, q6_k, q5_k, q4_k, q5_1, "
+            "q5_0, q4_1, q4_0 (for CPUs), or none, for an Orbax checkpoint of their own dtype.",
             show_default="served as they are in their files",
         ),
     ] = None,

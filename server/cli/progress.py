@@ -17,6 +17,7 @@ _MEASURED_SECONDS = 2.0
 _MINUTES_FROM, _HOURS_FROM = 90, 5400  # seconds
 _BYTES_FROM = 1_000_000
 _WORDS = {
+    "checking": "checking the weights",
     "compile": "compiling programs",
     "joining": "waiting for the other processes",
     "loading": "reading weights",

@@ -172,6 +172,13 @@ inline void add_span(const F& weights, int64_t span, const QuantizedRows& rows, 
   }
 }
 
+// Requests what follows a superblock from memory.
+template <class F>
+inline void read_ahead(const F& weights) {
+  const auto* const from = reinterpret_cast<const uint8_t*>(&weights) + kReadAhead;
+  for (size_t at = 0; at < sizeof(F); at += 64) prefetch(from + at);
+}
+
 // One row times a block, whose weights are multiplied as they are stored.
 template <class F>
 void multiply_one(const uint8_t* block, const QuantizedRows& row, Totals totals) {
@@ -179,7 +186,7 @@ void multiply_one(const uint8_t* block, const QuantizedRows& row, Totals totals)
   alignas(64) float sums[1][kBlock] = {};
   for (int64_t first = 0; first < row.spans; first += kSpans, block += sizeof(F)) {
     const F& weights = *reinterpret_cast<const F*>(block);
-    for (size_t at = 0; at < sizeof(F); at += 64) prefetch(block + kReadAhead + at);
+    read_ahead(weights);
     ROLLED for (int64_t pair = 0; pair < kSpans; pair += kUnrolled) {
       // Whether a span's number is odd is known to the compiler.
       UNROLL_DOT for (int64_t odd = 0; odd < kUnrolled; ++odd) {
@@ -201,8 +208,9 @@ inline void add_tile(int64_t count, const U& weights, const QuantizedRows& rows,
 }
 
 #if defined(DOT_AMX)
-// As many rows or more are multiplied by AMX.
-constexpr int64_t kAmxRows = 12;
+// As many rows or more are multiplied by AMX. What it takes does not depend on the inputs of a group.
+template <class F>
+constexpr int64_t kAmxRows = F::kGroup == 16 ? 24 : 8;
 
 // Products of a tile of rows with the groups of a span, in integers.
 template <class U>
@@ -273,14 +281,16 @@ void multiply(const uint8_t* block, const QuantizedRows& rows, int64_t count, To
   const auto for_spans = [&](bool centred, const auto& each) {
     constexpr int64_t kSpans = F::kInputs / kSpan;
     for (int64_t span = 0; span < rows.spans; ++span) {
+      const F& weights = reinterpret_cast<const F*>(block)[span / kSpans];
+      if (span % kSpans == 0) read_ahead(weights);
       alignas(64) Unpacked<F> unpacked;
-      unpack(reinterpret_cast<const F*>(block)[span / kSpans], span % kSpans, centred, unpacked);
+      unpack(weights, span % kSpans, centred, unpacked);
       each(unpacked, span);
     }
   };
 #if defined(DOT_AMX)
-  if (count >= kAmxRows && amx::allowed()) {
-    const int64_t tile = std::min<int64_t>(count, amx::kRows);
+  if (count >= kAmxRows<F> && amx::allowed()) {
+    const int64_t parts = (count + amx::kRows - 1) / amx::kRows, tile = (count + parts - 1) / parts;
     const amx::Tiles tiles(amx::Shape(tile, F::kGroup));
     return for_spans(true, [&](const auto& weights, int64_t span) {
       add_tiles(weights, rows, span, count, tile, totals);

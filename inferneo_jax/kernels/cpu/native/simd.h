@@ -198,13 +198,20 @@ inline void store_bytes(const Bits16& v, int8_t* to) {
 #endif
 }
 
+// Not by way of a subnormal float: XLA's threads take these for zeros.
 inline float from_float16(uint16_t half) {
-  // Its exponent and fraction, read as those of a float, are 2^112 times too small.
-  const bool finite = (half & 0x7c00) != 0x7c00;
-  const uint32_t bits = (half & 0x7fffu) << 13 | (half & 0x8000u) << 16 | (finite ? 0 : 0x7f800000);
+  const uint32_t sign = (half & 0x8000u) << 16, size = half & 0x7fffu;
+  uint32_t bits;
+  if (size < 0x0400) {
+    const float subnormal = static_cast<float>(size) * 5.9604644775390625e-8f;  // 2^-24
+    std::memcpy(&bits, &subnormal, sizeof bits);
+  } else {
+    bits = (size << 13) + (size < 0x7c00 ? 112u << 23 : 224u << 23);  // infinity and NaN stay so
+  }
+  bits |= sign;
   float value;
   std::memcpy(&value, &bits, sizeof value);
-  return finite ? value * 5.192296858534828e33f : value;
+  return value;
 }
 
 // Rounds to nearest, ties to even.
@@ -400,6 +407,8 @@ inline DotFloats load_float16(const uint16_t* from) {
   return (DotFloats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(DOT_AVX2)
   return (DotFloats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(DOT_NEON)
+  return (DotFloats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
 #else
   DotFloats v;
   for (int i = 0; i < kDotLanes; ++i) v[i] = from_float16(from[i]);

@@ -178,7 +178,6 @@ class PrefillPlanner:
 
     Attributes:
         shapes: the compiled shapes.
-        allowance: the prompt tokens that a decoding step prefills at most, on average.
     """
 
     def __init__(
@@ -191,16 +190,27 @@ class PrefillPlanner:
         self._loads = deque([1.0] * _LATEST, _LATEST)
         self._decodes = deque([0.0], _LATEST)
         self._earned = 0.0
+        self._allowed = math.inf
         self._decoding = False
         self._plan: PrefillPlan | None = None
-        self.allowance = self._allowance()
+
+    @property
+    def allowance(self) -> int:
+        """The prompt tokens that a step which decodes prefills at most now, on average."""
+        least = self._least_seconds()
+        limit = max(self._limits(max(self._bound, least)).values())
+        return limit if least <= self._bound else max(1, int(limit * self._bound / least))
 
     def begin_step(self, *, decoding: bool) -> None:
         """Start to plan a step; ``decoding``: some running request waits for its next token."""
         self._decoding, self._plan = decoding, None
         if decoding:
+            # What is left of a turn counts for the next one; more is not saved up.
             most = max(self._bound, self._least_seconds())
-            self._earned = min(self._earned + self._bound, most)
+            self._earned = min(self._earned, most) + self._bound
+            self._allowed = min(self._earned, most)
+        else:
+            self._allowed = math.inf
 
     def plan(self, lengths: Tokens[int]) -> PrefillPlan | None:
         """The step's prefill; None if there is none.
@@ -211,7 +221,7 @@ class PrefillPlanner:
         """
         if self._plan or not lengths:
             return self._plan
-        limits = self._limits(self._earned if self._decoding else math.inf)
+        limits = self._limits(self._allowed)
         if not limits:
             return None  # its turn comes in a later step
         shape = rows, chunk = self.shapes.choose(lengths, limits)
@@ -231,7 +241,6 @@ class PrefillPlanner:
         if at_start := self._times.seconds(self.shapes.cost(shape, tokens)):
             self._loads.append(seconds / at_start)
             self._load = _MARGIN * median(self._loads)
-            self.allowance = self._allowance()
 
     def _expected(self, shape: Shape, tokens: int) -> float:
         """The seconds that prefill of ``tokens`` prompt tokens in a shape takes now."""
@@ -255,8 +264,3 @@ class PrefillPlanner:
             if fitting >= min(LEAST_TOKENS, chunk):
                 limits[shape] = fitting
         return limits
-
-    def _allowance(self) -> int:
-        least = self._least_seconds()
-        limit = max(self._limits(max(self._bound, least)).values())
-        return limit if least <= self._bound else max(1, int(limit * self._bound / least))

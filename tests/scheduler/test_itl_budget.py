@@ -126,7 +126,7 @@ def test_prefill_takes_turns_where_the_least_exceeds_the_bound() -> None:
         sum(at <= moment for at in stream.times) for moment in (prompt.submitted, prompt.times[0])
     )
     during = stream.gaps[begin:end]
-    assert sum(gap - slow.decode for gap in during) <= BUDGET * len(during) + least
+    assert sum(gap - slow.decode for gap in during) <= BUDGET * (len(during) + 1) + least
     chunks, turns = 96 // LEAST_TOKENS, math.ceil(least / BUDGET)
     assert prompt.ttft <= chunks * (least + turns * slow.decode) + 2 * slow.decode + least
 
@@ -178,6 +178,20 @@ def test_every_plan_fits_and_prefill_never_waits_longer_than_its_turn(
         full = planner.plan(lengths)
         assert full
         assert full.max_tokens == full.shape[0] * full.shape[1]
+
+
+def test_the_allowance_is_what_steps_prefill() -> None:
+    """With the decode time that bounds it, where that is above the budget."""
+    for speed in (Speed(), Speed(decode=0.08), Speed(token=0.005)):
+        simulation = Simulation(speed=speed, measured=speed)
+        simulation.stream(500)
+        simulation.prompt(3000, at=0.1)
+        simulation.run()
+        steps = [step[0] for step in simulation.runner.steps]
+        first, *_, last = (i for i, step in enumerate(steps) if step.prefill and step.decode)
+        middle = steps[(first + last) // 2 : last - 5]
+        tokens = sum(chunk.length for step in middle for chunk in step.prefill)
+        assert simulation.stats.prefill_allowance == pytest.approx(tokens / len(middle), rel=0.1)
 
 
 def test_ranks_share_one_budget() -> None:

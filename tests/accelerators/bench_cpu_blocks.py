@@ -18,7 +18,7 @@ import numpy as np
 
 from inferneo_jax.kernels.cpu.linear import FORMATS, BlockQuantized
 from inferneo_jax.layers.blocks import BlockPart, BlockRows
-from tests.kernels.block_files import random_rows
+from tests.support.block_files import random_rows
 
 BYTES = 200_000_000
 """Of the matrices that one call multiplies by."""

@@ -14,7 +14,7 @@ from inferneo_jax.layers.blocks import BlockPart, BlockRows
 from inferneo_jax.layers.mlp import gate
 from inferneo_jax.layers.norm import RMSNorm
 from inferneo_jax.layers.quantization import EncodingError, Epilogue, Stored
-from tests.kernels.block_files import block_inputs, blocks_of, dequantized, random_rows
+from tests.support.block_files import block_inputs, blocks_of, dequantized, random_rows
 
 F32 = jnp.dtype("float32")
 

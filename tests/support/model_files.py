@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from inferneo_jax.models.families import find_family
-from tests.support.blocks import blocks_of
+from tests.support.block_files import rows_like
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -152,7 +152,7 @@ def write_gguf(
         own = names.get_name(name, (".weight",)) or name
         form = next((each for part, each in exceptions.items() if part in name), kind)
         if array.ndim == 2 and form not in (0, 1):
-            writer.add_tensor(own, blocks_of(array, form), raw_dtype=form)
+            writer.add_tensor(own, rows_like(array, form.name.lower()), raw_dtype=form)
         else:
             writer.add_tensor(own, array.astype(np.float16 if form == 1 else np.float32))
     writer.write_header_to_file()

@@ -19,6 +19,7 @@ _SCALES: dict[str, tuple[int, ...]] = {
     "q6_k": (208,),
     "iq4_nl": (0,),
     "iq4_xs": (0,),
+    "iq3_s": (0,),
 }
 
 
@@ -44,6 +45,17 @@ def random_rows(name: str, rows: int, inputs: int, scale: float | None = None) -
         halves = np.broadcast_to(np.float16(numbers), (rows, inputs // block))
         made[..., at : at + 2] = np.ascontiguousarray(halves)[..., None].view(np.uint8)
     return made.reshape(rows, -1)
+
+
+def rows_like(weights: np.ndarray, name: str) -> np.ndarray:
+    """The weights, quantized; or random rows of their size where ``gguf`` cannot quantize."""
+    try:
+        return gguf.quants.quantize(weights, _type(name))
+    except NotImplementedError:
+        # All numbers of a row are proportional to the scales.
+        ones = dequantized(name, random_rows(name, *weights.shape, scale=1.0))
+        size = float(np.sqrt(np.mean(np.square(weights)) / np.mean(np.square(ones))))
+        return random_rows(name, *weights.shape, scale=size)
 
 
 def dequantized(name: str, rows: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="Hugging Face id, config.json or folder of a model.", show_default=False
+            help="Hugging Face id, GGUF file, config.json or folder of a model.", show_default=False
         ),
     ],
     topology: Annotated[
@@ -89,12 +89,15 @@ def find_model(name: str) -> "DecoderConfig":
     from inferneo_jax.models.families import find_family
     from inferneo_jax.planner.known import KNOWN
     from inferneo_jax.weights.checkpoint import INFO_FILE, read_info
+    from inferneo_jax.weights.convert import read_model
 
     if name in KNOWN:
         return KNOWN[name]
     path = Path(name)
     if (path / INFO_FILE).is_file():
         config: Any = read_info(path).config
+    elif path.is_file() and path.suffix.lower() == ".gguf":
+        config = read_model(path).config
     else:
         file = path / "config.json" if path.is_dir() else path
         try:
@@ -102,8 +105,8 @@ def find_model(name: str) -> "DecoderConfig":
         except (OSError, ValueError) as error:
             known = "\n  ".join(KNOWN)
             raise ConfigError(
-                f"{name} is neither a model that plans know nor the config.json or folder of one "
-                f"({type(error).__name__}). Known are\n  {known}"
+                f"{name} is neither a model that plans know nor the GGUF file, config.json or "
+                f"folder of one ({type(error).__name__}). Known are\n  {known}"
             ) from None
         config = find_family(values).read_config(values)
     if not isinstance(config, DecoderConfig):

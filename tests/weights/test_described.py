@@ -14,8 +14,9 @@ from inferneo_jax.errors import CheckpointError
 from inferneo_jax.models import weight_specs
 from inferneo_jax.weights import convert as convert_module
 from inferneo_jax.weights.checkpoint import fingerprint, open_weights, read_info
-from inferneo_jax.weights.convert import convert, describe
+from inferneo_jax.weights.convert import convert, describe, read_model
 from inferneo_jax.weights.table import read_table
+from server.cli.plan_cli import find_model
 from server.config.settings import Settings
 from server.models.sources import folder_of, sources_of
 
@@ -260,3 +261,9 @@ def test_a_file_or_folder_can_be_served_where_it_is(source, tmp_path):
     folder = folder_of(found, settings, lambda *report: None)
     assert folder == path.with_name(f"{path.name}.inferneo")
     numbers_of(folder)
+
+
+def test_a_file_can_be_planned_where_it_is(source):
+    path, _ = source
+    assert find_model(str(path)) == read_model(path).config
+    assert list(path.parent.iterdir()) == [path]

@@ -118,8 +118,6 @@ def test_names_and_shapes_are_compared_before_anything_is_read(tmp_path):
     assert "1 misshapen (embed.table is [8, 4], not [8, 5])" in text
 
 
-# Orbax closes its event loop at the first array that fails, while TensorStore still calls others.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_weights_are_a_checkpoint_error(tmp_path):
     large = {"embed.table": np.ones((512, 512), np.float32)}
     path = write(tmp_path / "m", large)

@@ -2,8 +2,11 @@
 
 import dataclasses
 import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -47,6 +50,8 @@ from inferneo_jax.weights.sources.weight import Weight, block_formats
 log = logging.getLogger(__name__)
 
 Task = Literal["generate", "embed"]
+_COMPILE_SECONDS = 10.0
+"""How long the end waits for the program that is being compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,8 @@ class LanguageModel(Model):
     task = "generate"
 
     engine: Engine
+    compiling: threading.Thread | None = None
+    """Compiles programs beside the first requests, until the engine has ended."""
 
     def ready(self) -> bool:
         """Whether the engine runs, and no step hangs."""
@@ -119,8 +126,10 @@ class LanguageModel(Model):
         return self.engine.stats()
 
     def stop(self) -> None:
-        """End all its requests and its thread."""
+        """End all its requests and its threads."""
         self.engine.stop()
+        if self.compiling:
+            self.compiling.join(_COMPILE_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,20 +182,26 @@ def load_model(
     if config.kernels != "xla" and jax.default_backend() == "cpu":
         start_building()  # seconds, at the first start on a machine
     checkpoint = read_info(path)
-    tokenizer = Tokenizer.from_directory(path)
-    common: Any = {"name": name, "created": checkpoint.created, "tokenizer": tokenizer}
-    with compiles.expected():
+    common: Any = {"name": name, "created": checkpoint.created}
+    with compiles.expected(), ThreadPoolExecutor(1, "tokenizer") as pool:
+        tokenizer = pool.submit(Tokenizer.from_directory, path)
         if isinstance(checkpoint.config, EncoderConfig):
             embedder, info = _load_embedder(checkpoint, checkpoint.config, config, progress)
-            return EmbeddingModel(
-                **common, embedder=embedder, max_len=embedder.max_tokens, info=info
-            )
+            common |= {"tokenizer": tokenizer.result(), "info": info}
+            return EmbeddingModel(**common, embedder=embedder, max_len=embedder.max_tokens)
         runner = load_runner(checkpoint, config, progress, job)
+        common["tokenizer"] = tokenizer.result()
     info = runner.info()  # before a step takes the cache along
     engine = Engine(runner)
     if job:
         job.on_lost(engine.fail)
-    return LanguageModel(**common, engine=engine, max_len=runner.max_len, info=info)
+    compiling = threading.Thread(
+        target=runner.compile_rest, args=[engine.ended], name="compile", daemon=True
+    )
+    compiling.start()
+    return LanguageModel(
+        **common, engine=engine, max_len=runner.max_len, info=info, compiling=compiling
+    )
 
 
 def _load_embedder(
@@ -241,11 +256,48 @@ def load_runner(
         agree(job.processes, "model", _identity(info, config, mesh))
     stored = _open(info)
     backend = resolve_decoder(info.config, config, mesh, block_formats(stored))
-    weights = load_weights(stored, backend, progress or silent)
-    runner = Runner(backend, weights, config, job.processes if job else None)
+    runner = Runner(backend, config, job.processes if job else None)
     with oom_as_config_error("the steps were compiled and first run"):
-        runner.compile(progress)
+        # Programs depend on shapes alone: they are compiled while the weights are read.
+        with _beside(runner.compile, progress) as compiled:
+            runner.place(load_weights(stored, backend, progress or silent))
+            compiled()
+        runner.warm_up()
     return runner
+
+
+@contextmanager
+def _beside(
+    compile_all: Callable[[Progress], None], progress: Progress | None
+) -> Iterator[Callable[[], None]]:
+    """Compile in another thread while the block runs; gives a function that waits for the end.
+
+    Progress is reported while that is waited for. If the block raises, what is not begun is left.
+    """
+    waiting, left = threading.Event(), threading.Event()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if left.is_set():
+            raise CancelledError
+        if progress and waiting.is_set():
+            progress(stage, done, total)
+
+    def run() -> None:
+        with compiles.expected():
+            compile_all(report)
+
+    with ThreadPoolExecutor(1, "compile") as pool:
+        running = pool.submit(run)
+
+        def wait() -> None:
+            waiting.set()
+            running.result()
+
+        try:
+            yield wait
+        except BaseException:
+            left.set()
+            raise
 
 
 def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[str, object]:

@@ -42,6 +42,7 @@ from tests.support.tiny_model import (
     ONE_DEVICE,
     TINY,
     TINY_ENGINE,
+    compiled,
     make_runner,
 )
 
@@ -114,8 +115,7 @@ def tiny_runner() -> Callable[..., Runner]:
         config = dataclasses.replace(NATIVE_ENGINE if native else TINY_ENGINE, **changes)
         if config not in made:
             model = NATIVE if native else TINY
-            made[config] = make_runner(config, model)
-            made[config].compile()
+            made[config] = compiled(make_runner(config, model))
         return made[config]
 
     return make

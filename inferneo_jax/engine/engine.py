@@ -43,7 +43,9 @@ class Engine:
         self.max_len, self._limits = runner.max_len, runner.limits
         self._runner = runner
         self._itl_budget = runner.config.itl_budget / 1000
-        self._planner = PrefillPlanner(runner.shapes, runner.prefill_times, self._itl_budget)
+        self._planner = PrefillPlanner(
+            runner.shapes, runner.prefill_times, self._itl_budget, runner.has_prefill
+        )
         self._scheduler = DataParallelScheduler(
             runner.dp_size,
             slots=runner.slots,

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import jax
 import jax.monitoring
 import jaxlib.version
+import orjson
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -39,8 +40,10 @@ K = TypeVar("K", bound=Hashable)
 _from_jax = threading.local()
 """Whether JAX's own cache, if enabled, contained the latest program of this thread."""
 
-_SUFFIX = ".executable"
-_OURS = (_SUFFIX, PARTIAL)
+_SUFFIX, _TIMES_SUFFIX = ".executable", ".times"
+_OURS = (_SUFFIX, _TIMES_SUFFIX, PARTIAL)
+_VALID_SECONDS = 7 * 86_400.0
+"""Figures that are older are measured again."""
 _UNUSED_SECONDS = 30 * 86_400.0
 """A file that no start has used for this long is removed."""
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
@@ -82,6 +85,21 @@ class ExecutableStore:
         self._remove_unused()
         return made
 
+    def measured(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Figures of these programs, in JSON's types, as an earlier start has measured them.
+
+        After a week they are measured again, so that what disturbed them once is not kept.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = orjson.loads(self._file(name, _TIMES_SUFFIX).read_bytes())
+            if 0 <= time.time() - kept["measured"] < _VALID_SECONDS:
+                return dict(kept["figures"])
+        figures = measure()
+        content = orjson.dumps({"measured": time.time(), "figures": figures})
+        with contextlib.suppress(OSError):  # then they are measured at each start
+            write_whole(self._file(name, _TIMES_SUFFIX), [content])
+        return figures
+
     def _compile(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
         _from_jax.hit = False
         compiled = lower().compile()
@@ -115,11 +133,11 @@ class ExecutableStore:
             log.warning("a kept program cannot be loaded and is compiled again: %s", error)
             return None
 
-    def _file(self, key: Hashable) -> Path:
+    def _file(self, key: Hashable, suffix: str = _SUFFIX) -> Path:
         if self._folder is None:
             raise FileNotFoundError
         name = hashlib.sha256(f"{self._made_of}\n{key!r}".encode()).hexdigest()
-        return self._folder / f"{name[:40]}{_SUFFIX}"
+        return self._folder / f"{name[:40]}{suffix}"
 
     def _remove_unused(self) -> None:
         if not self._folder or not self._folder.is_dir():

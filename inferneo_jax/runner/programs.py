@@ -199,6 +199,23 @@ class Programs:
         admitted = sorted({1, self.prefill_shapes.max_rows})
         return [*self.forward_keys(), *(Admit(rows) for rows in admitted)]
 
+    def first_keys(self) -> list[Key]:
+        """The few programs that all work can be done with, and those that are timed at start.
+
+        The largest ones stand in for all others, and prefill of one row for that of several.
+        """
+        chunks = [chunk for rows, chunk in self.prefill_shapes.shapes if rows == 1]
+        forward: list[Forward] = [Decode(self.row_buckets[-1])]
+        forward += [Prefill(1, chunk) for chunk in {min(chunks), max(chunks)}]
+        for bucket in self.draft_buckets[-1:]:
+            forward += [Decode(bucket), Verify(bucket, self.config.draft_tokens + 1)]
+        needed = {*forward, *map(self.sampled_by, forward)}
+        return [key for key in self.all_keys() if key in needed or isinstance(key, Admit)]
+
+    def all_keys(self) -> list[Key]:
+        """All programs, those that take longest to compile first."""
+        return [*self.sample_keys(), *self.keys()]
+
     def empty_cache(self) -> Callable[[], KVCache]:
         """A function that makes the cache of all ranks, where it belongs."""
         return jax.jit(self._init_cache())

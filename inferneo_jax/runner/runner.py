@@ -1,8 +1,9 @@
 """Owns the weights, the cache and the compiled steps of a decoder; only this module runs them."""
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +19,13 @@ from inferneo_jax.distributed.transport import Kind
 from inferneo_jax.layers.cache import KVCache
 from inferneo_jax.models.steps import Sampled, SlotState
 from inferneo_jax.platform import compiles
-from inferneo_jax.platform.memory import free_memory, oom_as_config_error, require, total_memory
+from inferneo_jax.platform.memory import (
+    free_memory,
+    malloc_trim,
+    oom_as_config_error,
+    require,
+    total_memory,
+)
 from inferneo_jax.platform.progress import Progress
 from inferneo_jax.platform.watchdog import PATIENCE
 from inferneo_jax.request import RequestLimits
@@ -36,19 +43,19 @@ from inferneo_jax.runner.programs import (
     Prefill,
     Verify,
     num_sampled,
-    num_tokens,
 )
 from inferneo_jax.runner.wire import Wire
-from inferneo_jax.scheduler.prefill import LEAST_TOKENS, PrefillTimes
+from inferneo_jax.scheduler.prefill import LEAST_TOKENS, PrefillTimes, Shape
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk, SchedulerOutputs
 from inferneo_jax.scheduler.speculation import SpeculativeConfig
 from inferneo_jax.sharding import mesh as meshes
+from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 _TIMES = 3
 """Number of timed runs of a program when its time is compared with another's."""
-_PREFILL_TIMES, _TIMED_TOKENS = 4, 64
-"""Maximum number of timed runs of prefill, and the tokens up to which they are repeated. The
-fastest counts; the engine goes on measuring."""
+_PREFILL_TIMES, _TIMED_TOKENS, _PREFILL_SECONDS = 4, 64, 1.0
+"""Maximum number of timed runs of prefill, the tokens up to which they are repeated, and the time
+after which no more are made. The fastest counts; the engine goes on measuring."""
 
 
 class StepResults(NamedTuple):
@@ -145,20 +152,20 @@ def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
 class Runner:
     """Runs the scheduled steps of one decoder.
 
-    ``compile`` compiles every shape that can occur. After that only executables are called, so an
-    unforeseen shape raises instead of compiling.
+    Only executables are called, so an unforeseen shape raises instead of compiling. To start,
+    ``compile`` and ``place`` are called, at the same time if you like: programs depend on shapes
+    alone. Then ``warm_up`` is called, and ``compile_rest`` beside the first requests.
 
     Args:
-        backend: how the model runs, with the quantization of ``weights``.
-        weights: the weights as laid out by ``place_weights``.
+        backend: how the model runs, with the quantization of its weights.
         config: the configuration of the engine.
         processes: the processes that run the same model together with this one; None: there are
             none.
 
     Attributes:
-        step_seconds: the time after which a step counts as hanging; known after ``compile``.
-        speculation: when to make drafts; None: never. Known after ``compile``.
-        prefill_times: how long prefill takes while nothing else runs. Known after ``compile``.
+        step_seconds: the time after which a step counts as hanging; known after ``warm_up``.
+        speculation: when to make drafts; None: never. Known after ``warm_up``.
+        prefill_times: how long prefill takes while nothing else runs. Known after ``warm_up``.
         wire: encodes steps for the other processes; None: there are none.
 
     Raises:
@@ -168,13 +175,15 @@ class Runner:
     def __init__(
         self,
         backend: DecoderBackend,
-        weights: list[Array],
         config: EngineConfig,
         processes: ProcessGroup | None = None,
     ) -> None:
         self.model = backend.model
         self._mesh = backend.mesh
         self._processes = processes or SingleProcess()
+        self._weight_bytes = local_bytes(
+            flat(weight_shapes(backend.padded, backend.mesh, backend.quantization))
+        )
         self._programs = make_programs(backend, config, self._cache_budget)
         agree(self._processes, "programs", self._programs.described())
         self.wire = Wire(self._programs) if processes else None
@@ -184,7 +193,7 @@ class Runner:
         self.dp_size = self._programs.dp_size
         self.slots = config.slots // self.dp_size
         self.shapes = self._programs.prefill_shapes
-        self._weights = weights
+        self._store = ExecutableStore(config.compilation_cache, self._mesh, self._programs)
         self._inputs = self._programs.inputs
         self._make_cache = self._programs.empty_cache()
         self._compiled: dict[Key, Any] = {}
@@ -192,9 +201,9 @@ class Runner:
         self.speculation: SpeculativeConfig | None = None
         self.prefill_times = PrefillTimes()
         self._clock = DeviceClock()
+        self._weights: list[Array]
         self._cache: KVCache
         self._state: SlotState
-        self._allocate()
 
     @property
     def limits(self) -> RequestLimits:
@@ -238,47 +247,112 @@ class Runner:
             self._state = jax.device_put(empty, sharding)
             jax.block_until_ready(self._cache)
 
+    def place(self, weights: list[Array]) -> None:
+        """Take the weights, as laid out by ``place_weights``, and allocate the cache and the slots.
+
+        Raises:
+            ConfigError: there is not enough memory for the cache.
+        """
+        self._weights = weights
+        self._allocate()
+
     def compile(self, progress: Progress | None = None) -> None:
-        """Compile every step for every shape, then run the steps to warm up and to time them."""
-        store = ExecutableStore(self.config.compilation_cache, self._mesh, self._programs)
-        # The programs that take longest to compile come first.
-        keys = [*self._programs.sample_keys(), *self._programs.keys()]
+        """Compile the programs that every request can be served with.
+
+        On a CPU these are few, and the others follow in ``compile_rest``. Elsewhere a program is
+        first run when it is compiled, and in a job all processes must have the same ones at any
+        time: there all are compiled now.
+        """
+        self._compile(
+            self._programs.first_keys() if self._defers else self._programs.all_keys(), progress
+        )
+
+    def compile_rest(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Compile the programs that ``compile`` has left, one by one, until ``stopped``.
+
+        Each is used from its next step on. Blocks; requests are served meanwhile.
+        """
+        with compiles.expected():
+            for key in self._programs.all_keys():
+                if stopped():
+                    return
+                if key not in self._compiled:
+                    self._compile([key])
+        malloc_trim()
+
+    def _compile(self, keys: Iterable[Key], progress: Progress | None = None) -> None:
         lower = {key: partial(self._programs.lower, key) for key in keys}
-        self._compiled = store.compile_all(lower, progress)
+        self._compiled |= self._store.compile_all(lower, progress)
+
+    @property
+    def _defers(self) -> bool:
+        """Whether some programs are compiled while requests are served."""
+        return self.wire is None and self._mesh.devices.flat[0].platform == "cpu"
+
+    def _has(self, key: Forward) -> bool:
+        """Whether a forward pass, and the sampling after it, are compiled."""
+        return key in self._compiled and self._programs.sampled_by(key) in self._compiled
+
+    def has_prefill(self, shape: Shape) -> bool:
+        """Whether prefill of a shape is compiled. Once it is, it remains so."""
+        return self._has(Prefill(*shape))
+
+    def warm_up(self) -> None:
+        """Run compiled programs in slots that no request uses yet, and learn how long they take.
+
+        On a CPU, where a first run takes no longer than later ones, the times of an earlier start
+        are used for some days, if there was one.
+        """
         # While one process still compiles, collectives of the others would time out.
         self._processes.exchange("compiled", None)
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Run the steps once, in slots that no request uses yet, and time the slowest one."""
-        keys = self._programs.keys()  # in the same order in all processes
-        if self._mesh.devices.flat[0].platform == "cpu":
-            # On CPUs a first run takes no longer than later ones, so only the largest program of
-            # each kind is run, to time it.
-            largest: dict[type[Called], Called] = {}
-            for key in keys:
-                largest[type(key)] = max(largest.get(type(key), key), key, key=_size)
-            keys = list(largest.values())
-        slowest = max(self._seconds(key) for key in keys)
-        self.prefill_times = self._measure_prefill()
-        self.step_seconds = max(self.config.step_seconds, PATIENCE * slowest)
+        if self._defers:
+            times = self._store.measured("times", self._measure)
+            self._seconds(Decode(self._programs.row_buckets[-1]))
+        else:
+            keys = self._programs.keys()  # in the same order in all processes
+            slowest = max(self._seconds(key) for key in keys)
+            times = self._measure()
+            times["slowest"] = max(slowest, times["slowest"])
+        self.prefill_times = PrefillTimes(times["prefill"])
+        self.step_seconds = max(self.config.step_seconds, PATIENCE * times["slowest"])
         if buckets := self._programs.draft_buckets:
+            cost = times["draft_cost"]
             self.speculation = SpeculativeConfig(self.config.draft_tokens, buckets[-1])
             if self.config.speculation == "auto":
-                cost = max(self._draft_cost(bucket) for bucket in buckets)
                 self.speculation = dataclasses.replace(self.speculation, cost=cost)
 
-    def _measure_prefill(self) -> PrefillTimes:
-        """Measure how long prefill takes: the least of a chunk, then each whole one, in one row."""
-        shapes = self.shapes
-        chunks = [tokens for rows, tokens in shapes.shapes if rows == 1]
-        sizes = [(chunks[0], min(LEAST_TOKENS, chunks[0])), *((each, each) for each in chunks)]
-        measured = []
-        for chunk, tokens in sizes:
-            times = max(1, min(_PREFILL_TIMES, _TIMED_TOKENS // tokens))
-            seconds = min(self._seconds(Prefill(1, chunk), tokens) for _ in range(times))
-            measured.append((shapes.cost((1, chunk), tokens), seconds))
-        return PrefillTimes(measured)
+    def _measure(self) -> dict[str, Any]:
+        """Measure what ``warm_up`` wants to know, in JSON's types."""
+        prefill = self._measure_prefill()
+        drafts = self.config.speculation == "auto" and self._programs.draft_buckets
+        return {
+            "prefill": prefill,
+            "slowest": max(seconds for _, seconds in prefill),
+            "draft_cost": self._draft_cost(drafts[-1]) if drafts else None,
+        }
+
+    def _measure_prefill(self) -> list[tuple[float, float]]:
+        """Measure the seconds of prefill by its cost in tokens, in one row, for rising numbers.
+
+        They are the least part that is ever computed, and each chunk. If the first of them take
+        long, the last ones are estimated from these: a token more takes no longer than those
+        before it.
+        """
+        chunks = [tokens for rows, tokens in self.shapes.shapes if rows == 1]
+        measured: list[tuple[float, float]] = []
+        spent = 0.0
+        for tokens in sorted({min(LEAST_TOKENS, chunks[0]), *chunks}):
+            chunk = next(c for c in chunks if c >= tokens and self.has_prefill((1, c)))
+            cost = self.shapes.cost((1, chunk), tokens)
+            if spent < _PREFILL_SECONDS or not self._defers:
+                times = max(1, min(_PREFILL_TIMES, _TIMED_TOKENS // tokens))
+                runs = [self._seconds(Prefill(1, chunk), tokens) for _ in range(times)]
+                spent += sum(runs)
+                measured.append((cost, min(runs)))
+            else:
+                least, seconds = measured[-1]
+                measured.append((cost, seconds * cost / least))
+        return measured
 
     def _seconds(self, key: Called, tokens: int | None = None) -> float:
         """Measure the seconds that a program takes when all its rows are busy.
@@ -296,15 +370,14 @@ class Runner:
     def _draft_cost(self, bucket: int) -> float:
         """The time of a step that verifies drafts, as a multiple of a plain step's time.
 
-        Each time is the best of several runs. The result includes a tenth more, because no step is
-        dispatched ahead of one that verifies drafts.
+        The result includes a tenth more, because no step is dispatched ahead of one that verifies
+        drafts.
         """
-        length = self.config.draft_tokens + 1
-        verify, plain = (
-            min(self._seconds(key) for _ in range(_TIMES))
-            for key in (Verify(bucket, length), Decode(bucket))
-        )
-        return 1.1 * verify / plain
+        verify, plain = Verify(bucket, self.config.draft_tokens + 1), Decode(bucket)
+        # In turns, so that what else runs on the machine slows down both.
+        times = [(self._seconds(verify), self._seconds(plain)) for _ in range(_TIMES)]
+        verifying, decoding = map(min, zip(*times, strict=True))
+        return 1.1 * verifying / decoding
 
     def run(self, scheduled: SchedulerOutputs) -> PendingStep:
         """Dispatch a scheduled step and return without waiting for its results."""
@@ -330,10 +403,11 @@ class Runner:
         """Dispatch a decode step of at most ``most`` rows per rank, which verifies any drafts."""
         ranks = [rank.decode for rank in scheduled]
         if not any(rank.drafted for rank in scheduled):
-            bucket = next(b for b in self._programs.row_buckets if b >= most)
+            buckets = self._programs.row_buckets
+            bucket = next(b for b in buckets if b >= most and self._has(Decode(b)))
             return self._forward(Decode(bucket), self._inputs.decode(ranks, bucket))
-        bucket = next(b for b in self._programs.draft_buckets if b >= most)
-        length = self.config.draft_tokens
+        length, buckets = self.config.draft_tokens, self._programs.draft_buckets
+        bucket = next(b for b in buckets if b >= most and self._has(Verify(b, length + 1)))
         drafted = self._inputs.verify(ranks, bucket, length)
         return self._forward(Verify(bucket, length + 1), drafted)
 
@@ -372,10 +446,6 @@ class Runner:
         mine = cache_budget(
             self._mesh.devices.flat[0].platform,
             total=total_memory() // devices_sharing_memory(self._mesh),
-            free=free_memory(),
+            free=free_memory() - self._weight_bytes,  # not placed yet
         )
         return min(self._processes.exchange("cache budget", mine))
-
-
-def _size(key: Called) -> int:
-    return 0 if isinstance(key, Admit) else num_tokens(key)

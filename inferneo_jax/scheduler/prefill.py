@@ -13,6 +13,7 @@ whatever reason: other work, longer contexts, a lower clock.
 import math
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from statistics import median
@@ -175,15 +176,21 @@ class PrefillPlanner:
         shapes: the compiled shapes.
         times: what they take, measured when the engine started.
         budget: seconds that prefill may add to a step that decodes, if decoding takes no longer.
+        compiled: whether a shape can be used yet; some can from the start, and those remain.
 
     Attributes:
         shapes: the compiled shapes.
     """
 
     def __init__(
-        self, shapes: PrefillShapes, times: PrefillTimes | None = None, budget: float = math.inf
+        self,
+        shapes: PrefillShapes,
+        times: PrefillTimes | None = None,
+        budget: float = math.inf,
+        compiled: Callable[[Shape], bool] = lambda shape: True,
     ) -> None:
         self.shapes = shapes
+        self._compiled = compiled
         self._times, self._budget = times or PrefillTimes(), budget
         self._bound = budget
         self._load = _MARGIN
@@ -248,7 +255,7 @@ class PrefillPlanner:
 
     def _least_seconds(self) -> float:
         """The seconds that the smallest prefill takes now."""
-        smallest = self.shapes.shapes[0]
+        smallest = next(filter(self._compiled, self.shapes.shapes))
         return self._expected(smallest, min(LEAST_TOKENS, smallest[1]))
 
     def _limits(self, seconds: float) -> dict[Shape, int]:
@@ -256,7 +263,7 @@ class PrefillPlanner:
         limits = {}
         # The time that was earned for a shape pays for it, whatever the last bits say.
         most = self._times.tokens(seconds / self._load * (1 + 1e-9))
-        for shape in self.shapes.shapes:
+        for shape in filter(self._compiled, self.shapes.shapes):
             rows, chunk = shape
             fitting = self.shapes.fitting(shape, most)
             if fitting < rows * chunk:

@@ -28,7 +28,7 @@ from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.convert import read_model
 from inferneo_jax.weights.sources.weight import Weight, block_formats
 from tests.support.model_files import LLAMA, TOKENS, random_tensors, write_gguf
-from tests.support.tiny_model import GREEDY, ONE_DEVICE, submit
+from tests.support.tiny_model import GREEDY, ONE_DEVICE, compiled, submit
 from tests.support.weights import ArrayWeight
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
@@ -172,9 +172,9 @@ def test_alone_is_batched_and_chunked_is_whole_in_mixed_formats(tmp_path: Path) 
     ]
     for chunks, together in (((32,), False), ((32,), True), ((4, 8), True)):
         config = dataclasses.replace(ENGINE, prefill_chunks=chunks)
-        runner = Runner(backend, weights, config)
-        runner.compile()
-        engine = Engine(runner)
+        runner = Runner(backend, config)
+        runner.place(weights)
+        engine = Engine(compiled(runner))
         try:
             runs = []
             for each in prompts:

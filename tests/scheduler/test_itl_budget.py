@@ -24,7 +24,15 @@ from inferneo_jax.scheduler.prefill import (
     PrefillTimes,
 )
 from tests.support.simulated_runner import SHAPES, Simulation, Speed
-from tests.support.tiny_model import GREEDY, TINY, TINY_ENGINE, Collected, make_runner, submit
+from tests.support.tiny_model import (
+    GREEDY,
+    TINY,
+    TINY_ENGINE,
+    Collected,
+    compiled,
+    make_runner,
+    submit,
+)
 
 BUDGET = 0.05
 
@@ -242,8 +250,7 @@ def test_a_real_engine_keeps_its_budget() -> None:
     config = dataclasses.replace(
         TINY_ENGINE, page_len=16, prefill_chunks=(16, 256), kv_tokens=3 * 4096
     )
-    runner = make_runner(config, model)
-    runner.compile()
+    runner = compiled(make_runner(config, model))
     whole = runner.prefill_times.seconds(256)
     assert whole > 4 * runner.prefill_times.seconds(16)
 

@@ -22,7 +22,7 @@ from inferneo_jax.request import (
     SamplingParams,
 )
 from inferneo_jax.runner.runner import StepResults
-from inferneo_jax.scheduler.prefill import PrefillShapes, PrefillTimes
+from inferneo_jax.scheduler.prefill import PrefillShapes, PrefillTimes, Shape
 from inferneo_jax.scheduler.scheduler import SchedulerOutputs
 
 PADDING = 0.125
@@ -112,6 +112,9 @@ class SimulatedRunner:
         )
         self._device_free = 0.0
         self._due: list[tuple[float, Callable[[], None]]] = []
+
+    def has_prefill(self, shape: Shape) -> bool:
+        return shape in self.shapes.shapes
 
     def at(self, when: float, act: Callable[[], None]) -> None:
         """Call ``act`` on the engine's thread once that time has come and a step has ended."""

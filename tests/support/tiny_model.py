@@ -120,8 +120,17 @@ def make_runner(
     processes: ProcessGroup | None = None,
 ) -> Runner:
     """A runner of a tiny model, not compiled."""
-    backend = tiny_backend(config, model, quantization)
-    return Runner(backend, tiny_weights(model, config.mesh, quantization), config, processes)
+    runner = Runner(tiny_backend(config, model, quantization), config, processes)
+    runner.place(tiny_weights(model, config.mesh, quantization))
+    return runner
+
+
+def compiled(runner: Runner) -> Runner:
+    """The same runner with all its programs compiled, so that what it does depends on no time."""
+    runner.compile()
+    runner.warm_up()
+    runner.compile_rest()
+    return runner
 
 
 @contextmanager
@@ -131,9 +140,7 @@ def running_engine(
     quantization: QuantizationConfig = models.REFERENCE,
 ) -> Iterator[Engine]:
     """An engine with programs of its own; it must end with every slot and page free."""
-    runner = make_runner(config, model, quantization)
-    runner.compile()
-    engine = Engine(runner)
+    engine = Engine(compiled(make_runner(config, model, quantization)))
     try:
         yield engine
         stats = engine.stats()

@@ -1,7 +1,6 @@
 """Owns the weights, the cache and the compiled steps of a decoder; only this module runs them."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -123,12 +123,12 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, An
     """
     keys = Metadata(metadata, TokenizerError)
     tokens = keys.texts("tokenizer.ggml.tokens")
-    types = _token_types(keys, len(tokens))
     keys.require("tokenizer.ggml.model")
     model = keys.text("tokenizer.ggml.model")
     if model == "bert":
-        return _word_piece(keys, tokens, types)
+        return _word_piece(keys, tokens, _token_types(keys, len(tokens)))
     vocab = _vocabulary(tokens)
+    types = _token_types(keys, len(tokens))
     named = _named_tokens(keys, tokens)
     if model == "gpt2":
         tokenizer, add_bos = _byte_level(keys, vocab)

@@ -62,9 +62,11 @@ inline DotBytes operand(const F& weights, int64_t span, int64_t i, int64_t outpu
 template <class F>
 inline void unpack(const F& weights, int64_t span, bool centred, Unpacked<F>& to) {
   for (int64_t output = 0; output < kBlock; output += kDotLanes) {
-    for (int64_t i = 0; i < kSpan / 4; ++i) {
-      const DotBytes quad = operand(weights, span, i, output);
-      store(to.values[i][output], centred ? quad - static_cast<uint8_t>(F::kOffset) : quad);
+    UNROLL_DOT for (int64_t half = 0; half < kSpan / 4; half += 8) {
+      UNROLL_DOT for (int64_t i = half; i < half + 8; ++i) {
+        const DotBytes quad = operand(weights, span, i, output);
+        store(to.values[i][output], centred ? quad - static_cast<uint8_t>(F::kOffset) : quad);
+      }
     }
     for (int64_t group = 0; group < kSpan / F::kGroup; ++group) {
       store(to.scales[group] + output, weights.scale(span, group, output));

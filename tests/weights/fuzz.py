@@ -50,6 +50,9 @@ def makers(folder: Path) -> dict[str, Callable[[random.Random], Path]]:
     file = folder / "model.gguf"
     ggufs = [Gguf(made.write_gguf(file, made.LLAMA, tensors, kind).read_bytes()) for kind in (0, 8)]
     ggufs.append(sentencepiece(ggufs[0]))
+    encoder = made.BERT | {"vocab_size": len(made.WORDS)}
+    made.write_encoder_gguf(file, encoder, made.random_tensors(encoder))
+    ggufs.append(Gguf(file.read_bytes()))
     llama, bert = Folder(folder / "llama", made.LLAMA), Folder(folder / "bert", made.BERT)
 
     def gguf(rng: random.Random) -> Path:

@@ -22,6 +22,8 @@ PieceKind = Literal["bytes", "sentencepiece", "words"]
 """How tokens spell text: in a byte alphabet, with marks for spaces, or as words (WordPiece)."""
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_STRANGE = "\u0100"
+"""What stands for characters that spell no byte, which only added tokens have."""
 _NAMED_TOKENS = (
     "bos_token",
     "eos_token",
@@ -79,8 +81,8 @@ class Tokenizer:
         )
         # Ids without a token (gaps in the vocabulary) stay empty, because decoding omits them.
         pieces, spelled = [b""] * self.vocab_size, [""] * self.vocab_size
-        for token, index in vocab.items():
-            pieces[index], spelled[index] = spell(token), token
+        for (token, index), piece in zip(vocab.items(), spell(vocab), strict=True):
+            pieces[index], spelled[index] = piece, token
         self._pieces, self._spelled = pieces, spelled
         self._plain_pieces = pieces.copy()
         for index in self.special_ids:
@@ -269,17 +271,23 @@ def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
     return steps
 
 
-def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], bytes]]:
-    """Return how tokens spell text, and the function that maps a token to its bytes."""
+def _speller(
+    steps: list[dict[str, Any]],
+) -> tuple[PieceKind, Callable[[Iterable[str]], Iterable[bytes]]]:
+    """Return how tokens spell text, and the function that maps tokens to their bytes."""
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
         alphabet = _byte_alphabet()
 
-        def from_alphabet(token: str) -> bytes:
-            try:
-                return token.translate(alphabet).encode("latin-1")
-            except UnicodeEncodeError:  # an added token, which is spelled as plain text
-                return token.encode()
+        def from_alphabet(tokens: Iterable[str]) -> Iterable[bytes]:
+            tokens = list(tokens)
+            # At once, as a character is a byte; one by one would take several times as long.
+            whole = "".join(tokens).translate(alphabet)
+            end = 0
+            for token in tokens:
+                start, end = end, end + len(token)
+                part = whole[start:end]
+                yield token.encode() if _STRANGE in part else part.encode("latin-1")
 
         return "bytes", from_alphabet
     marks = [
@@ -296,16 +304,16 @@ def _speller(steps: list[dict[str, Any]]) -> tuple[PieceKind, Callable[[str], by
                 return bytes.fromhex(byte[1])
             return token.replace(mark, " ").encode()
 
-        return "sentencepiece", from_marks
+        return "sentencepiece", lambda tokens: map(from_marks, tokens)
     prefix = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), "")
-    return "words", lambda token: token.removeprefix(prefix).encode()
+    return "words", lambda tokens: (token.removeprefix(prefix).encode() for token in tokens)
 
 
 class _ByteAlphabet(dict[int, int]):
     """A table for ``str.translate`` that maps all other characters to one outside of Latin-1."""
 
     def __missing__(self, character: int) -> int:
-        return 0x100
+        return ord(_STRANGE)
 
 
 def _byte_alphabet() -> _ByteAlphabet:

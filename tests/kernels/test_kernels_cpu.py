@@ -58,9 +58,9 @@ def _integers(rows: int, columns: int, group: int) -> np.ndarray:
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
-    """Rows as they are multiplied: every 64 values are multiples of their absmax / 127."""
+    """Rows as they are multiplied: every 32 values are multiples of their absmax / 127."""
     rows, columns = x.shape
-    spans = np.pad(x, ((0, 0), (0, -columns % 64))).reshape(rows, -1, 64)
+    spans = np.pad(x, ((0, 0), (0, -columns % 32))).reshape(rows, -1, 32)
     most = np.abs(spans).max(axis=2, keepdims=True)
     values = np.rint(spans * (np.float32(127) / most)) * (most / np.float32(127))
     return values.reshape(rows, -1)[:, :columns]
@@ -88,7 +88,7 @@ def test_a_product_of_integers_is_exact(variant: Variant, name: str) -> None:
         multiply = jax.jit(partial(method.multiply, stored=stored, outputs=outputs))
         for count in (1, 2, 3, 4, 5, 6, 7, 13, 40):
             x = np.zeros((40, inputs), np.float32)  # rows of zeros are left out
-            x[:count] = _integers(count, inputs, 64)
+            x[:count] = _integers(count, inputs, 32)
             wanted = x.astype(np.int64) @ matrix.astype(np.int64)
             assert np.abs(wanted).max() < 2**24  # float32 holds it exactly
             np.testing.assert_array_equal(multiply(x), wanted)

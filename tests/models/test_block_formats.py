@@ -58,12 +58,12 @@ F32 = jnp.dtype("float32")
 
 @dataclasses.dataclass(frozen=True)
 class Rounded(Unquantized):
-    """The reference with rows that are rounded as the kernels round them: to int8 by 64 values."""
+    """The reference with rows that are rounded as the kernels round them: to int8 by 32 values."""
 
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
     ) -> Float[Array, "rows outputs"]:
-        spans = x.reshape(x.shape[0], -1, 64)
+        spans = x.reshape(x.shape[0], -1, 32)
         scales = jnp.maximum(jnp.abs(spans).max(axis=2, keepdims=True), 1e-30) / 127
         return super().product(
             (jnp.round(spans / scales) * scales).reshape(x.shape), stored, table=table

@@ -29,7 +29,7 @@ _BLOCK = 32
 """Outputs that are stored side by side."""
 
 _SPAN = 64
-"""Inputs of a row that share a scale."""
+"""Inputs that kernels read at a time."""
 
 _ALIGNMENT = 64
 """Bytes. From an address that is a multiple of it, jax takes an array without a copy."""
@@ -79,7 +79,7 @@ class BlockQuantized(QuantizationMethod):
 
     Matrices that a file has in blocks are multiplied as they are. Floats are rounded to Q8_0, where
     each 32 inputs of an output share a scale. Rows of ``x`` are rounded to int8 with a scale for
-    each 64 values, so an outlier affects only these.
+    each 32 values, so an outlier affects only these.
 
     Attributes:
         parts: the outputs of the matrix by format, each output in one part. Without any, floats are

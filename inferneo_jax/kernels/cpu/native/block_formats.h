@@ -31,7 +31,7 @@ namespace quantized {
 using namespace simd;
 
 constexpr int64_t kBlock = 32;  // outputs
-constexpr int64_t kSpan = 64;   // inputs that share a scale of a row
+constexpr int64_t kSpan = 64;   // inputs that are unpacked at a time; the 32 of a half share a scale of a row
 
 using Word = uint8_t[kBlock][4];
 using Float16s = uint16_t[kBlock];

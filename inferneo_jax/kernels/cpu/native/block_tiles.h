@@ -82,18 +82,24 @@ inline int32_t correction(const inferneo::RowSpan& row, int64_t group) {
   return F::kOffset * (F::kGroup == 16 ? sums[group] : sums[2 * group] + sums[2 * group + 1]);
 }
 
-// The sum of a row's values in a group.
+// The scale of a row's values in a group.
+template <class F>
+inline float scale_of_group(const inferneo::RowSpan& row, int64_t group) {
+  return row.scales[group * F::kGroup / 32];
+}
+
+// The sum of a row's values in a group, times their scale.
 template <class F>
 inline DotFloats sum_of_group(const inferneo::RowSpan& row, int64_t group) {
-  const float sum = F::kGroup == 16 ? static_cast<float>(row.sums_of_16[group]) : row.sums_of_32[group];
-  return splat<DotFloats>(sum);
+  if (F::kGroup == 32) return splat<DotFloats>(row.scaled_sums[group]);
+  return splat<DotFloats>(static_cast<float>(row.sums_of_16[group]) * row.scales[group / 2]);
 }
 
 template <int kRows>
 using Sums = DotFloats[kRows][kVectors];
 
-// Adds the scaled products of kRows rows with a group of weights, and its minima times the sums of the
-// rows' values.
+// Adds to sums the scaled products of kRows rows with a group of weights, and its minima times the sums
+// of the rows' values.
 template <class F, int kRows>
 inline void add_group(const F& weights, int64_t span, int64_t group, int64_t output,
                       const QuantizedRows& rows, int64_t row_span, Sums<kRows>& sums) {
@@ -131,7 +137,8 @@ inline void add_group(const F& weights, int64_t span, int64_t group, int64_t out
     const int64_t at = output + v * kDotLanes;
     const DotFloats scale = weights.scale(span, group, at);
     UNROLL_DOT for (int r = 0; r < kRows; ++r) {
-      sums[r][v] = fused(to_floats(products[r][v]), scale, sums[r][v]);
+      const auto row_scale = splat<DotFloats>(scale_of_group<F>(rows.about(r, row_span), group));
+      sums[r][v] = fused(to_floats(products[r][v]), scale * row_scale, sums[r][v]);
     }
     if constexpr (F::kMinimum) {
       const DotFloats minimum = weights.minimum(span, group, at);
@@ -145,15 +152,20 @@ inline void add_group(const F& weights, int64_t span, int64_t group, int64_t out
 // Adds the products of kRows rows with a span of weights to their totals. `span` is the span's number
 // in the superblock, `row_span` in the rows.
 //
-// The products of a group are summed exactly, in integers. The sums of the span's groups are scaled
-// and added up, and so are the minima times the row's sums; multiplied by the row's scale, they are
-// added to the total. None of this depends on the other rows, or on the CPU.
+// The products of a group are summed exactly, in integers. Their sum, times the scales of the group and
+// of the row's values, is added to the total, and so is the minimum times the sum of these values. None
+// of this depends on the other rows, or on the CPU.
 template <class F, int kRows>
 inline void add_span(const F& weights, int64_t span, const QuantizedRows& rows, int64_t row_span,
                      Totals totals) {
   constexpr int64_t kGroups = kSpan / F::kGroup;
   UNROLL_DOT for (int64_t output = 0; output < kBlock; output += kVectors * kDotLanes) {
-    Sums<kRows> sums = {};
+    Sums<kRows> sums;
+    UNROLL_DOT for (int r = 0; r < kRows; ++r) {
+      UNROLL_DOT for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = load<DotFloats>(totals[r] + output + v * kDotLanes);
+      }
+    }
     if constexpr (F::kUnpacked) {
       // Nothing is gained from unrolling, and compiling it takes long.
       ROLLED for (int64_t group = 0; group < kGroups; ++group) {
@@ -165,10 +177,8 @@ inline void add_span(const F& weights, int64_t span, const QuantizedRows& rows, 
       }
     }
     UNROLL_DOT for (int r = 0; r < kRows; ++r) {
-      const auto scale = splat<DotFloats>(rows.about(r, row_span).scale);
       UNROLL_DOT for (int v = 0; v < kVectors; ++v) {
-        float* const total = totals[r] + output + v * kDotLanes;
-        store(total, fused(sums[r][v], scale, load<DotFloats>(total)));
+        store(totals[r] + output + v * kDotLanes, sums[r][v]);
       }
     }
   }
@@ -241,22 +251,20 @@ inline void add_products(const U& weights, const QuantizedRows& rows, int64_t ro
     }
   }
   ROLLED for (int64_t r = begin; r < end; ++r) {
-    DotFloats sums[kVectors] = {};
+    DotFloats sums[kVectors];
+    UNROLL for (int v = 0; v < kVectors; ++v) sums[v] = load<DotFloats>(totals[r] + v * 16);
     UNROLL for (int group = 0; group < kGroups; ++group) {
+      const auto row_scale = splat<DotFloats>(scale_of_group<U>(rows.about(r, row_span), group));
       UNROLL for (int v = 0; v < kVectors; ++v) {
         const DotFloats product = to_floats(load<DotInts>(&products[group][r][v * 16]));
-        sums[v] = fused(product, scales[group][v], sums[v]);
+        sums[v] = fused(product, scales[group][v] * row_scale, sums[v]);
       }
       if constexpr (U::kMinimum) {
         const DotFloats sum = sum_of_group<U>(rows.about(r, row_span), group);
         UNROLL for (int v = 0; v < kVectors; ++v) sums[v] = fused(minima[group][v], sum, sums[v]);
       }
     }
-    const auto scale = splat<DotFloats>(rows.about(r, row_span).scale);
-    UNROLL for (int v = 0; v < kVectors; ++v) {
-      float* const total = totals[r] + v * 16;
-      store(total, fused(sums[v], scale, load<DotFloats>(total)));
-    }
+    UNROLL for (int v = 0; v < kVectors; ++v) store(totals[r] + v * 16, sums[v]);
   }
 }
 

@@ -6,10 +6,10 @@
 
 namespace inferneo {
 
-// What is known of a span, 64 values of a quantized row that share a scale.
+// What is known of a span, 64 values of a quantized row. Each half has a scale.
 struct RowSpan {
-  float scale;
-  float sums_of_32[2];
+  float scales[2];
+  float scaled_sums[2];  // of a half's values, times its scale
   int32_t sums_of_16[4];
 };
 

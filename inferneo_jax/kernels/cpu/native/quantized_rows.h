@@ -61,28 +61,26 @@ inline void swiglu(const Floats16& gate, const Floats16& up, Floats16& to) {
   to = gate / (1.0f + power) * up;
 }
 
-// Rounds a span of values to multiples of its scale, `absmax / 127`. The scale of a span with a NaN is
-// NaN.
+// Rounds each half of a span to multiples of its scale, `absmax / 127`. The scale of a half with a NaN
+// is NaN.
 inline void quantize_span(const Floats16 (&x)[kSpan / 16], int8_t* values,
                           inferneo::RowSpan& about) {
-  // As integers, magnitudes have the order of their values, and NaN is above them all.
-  Ints16 largest = {};
-  UNROLL for (int64_t i = 0; i < kSpan / 16; ++i) {
-    const Ints16 magnitudes = (Ints16)x[i] & 0x7fffffff;
-    largest = largest > magnitudes ? largest : magnitudes;
-  }
-  const int32_t bits = reduce_max(largest);
-  float most;
-  std::memcpy(&most, &bits, sizeof most);
-  about.scale = most / 127.0f;
-  const float inverse = most > 0 ? 127.0f / most : 0.0f;
-  UNROLL for (int64_t i = 0; i < kSpan / 16; ++i) {
-    const Bits16 rounded = (Bits16)(x[i] * inverse + kShift) - kShiftBits;
-    store_bytes(rounded, values + i * 16);
-    about.sums_of_16[i] = reduce_add(rounded);
-  }
-  for (int i = 0; i < 2; ++i) {
-    about.sums_of_32[i] = static_cast<float>(about.sums_of_16[2 * i] + about.sums_of_16[2 * i + 1]);
+  UNROLL for (int64_t half = 0; half < 2; ++half) {
+    // As integers, magnitudes have the order of their values, and NaN is above them all.
+    const Ints16 first = (Ints16)x[2 * half] & 0x7fffffff, second = (Ints16)x[2 * half + 1] & 0x7fffffff;
+    const int32_t bits = reduce_max(first > second ? first : second);
+    float most;
+    std::memcpy(&most, &bits, sizeof most);
+    const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+    int32_t sum = 0;
+    UNROLL for (int64_t i = 2 * half; i < 2 * half + 2; ++i) {
+      const Bits16 rounded = (Bits16)(x[i] * inverse + kShift) - kShiftBits;
+      store_bytes(rounded, values + i * 16);
+      about.sums_of_16[i] = reduce_add(rounded);
+      sum += about.sums_of_16[i];
+    }
+    about.scales[half] = scale;
+    about.scaled_sums[half] = static_cast<float>(sum) * scale;
   }
 }
 

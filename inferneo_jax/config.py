@@ -215,8 +215,8 @@ class EngineConfig:
         kv_dtype: type of keys and values; int8 has a scale for each token and head; auto: bfloat16,
             except float32 if dtype is float32 and on a CPU without native kernels.
         speculation: drafts of the next tokens, which one step verifies; ngram: the tokens that
-            followed an earlier occurrence of the newest tokens, auto: ngram where it was measured
-            to be faster, off: none.
+            followed an earlier occurrence of the newest tokens, model: those of the draft model,
+            auto: either where it was measured to be faster, off: none.
         draft_tokens: maximum number of tokens of a draft.
         draft_rows: maximum number of rows of a step that verifies drafts; with more rows, matrix
             products would cost as much as reading the weights.
@@ -240,7 +240,7 @@ class EngineConfig:
     kernels: Literal["auto", "xla", "native"] = "auto"
     quantization: Literal["auto", "none", "int8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    speculation: Literal["auto", "off", "ngram"] = "auto"
+    speculation: Literal["auto", "off", "ngram", "model"] = "auto"
     draft_tokens: int = 5
     draft_rows: int = 4
     max_logprobs: int = 20

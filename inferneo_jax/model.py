@@ -1,6 +1,7 @@
 """From a checkpoint folder to a model that serves: weights, compiled steps, tokenizer."""
 
 import dataclasses
+import filecmp
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -168,11 +169,21 @@ def load_model(
     name: str,
     progress: Progress | None = None,
     job: Job | None = None,
+    draft: Path | None = None,
 ) -> Model:
     """Load a converted checkpoint and compile all its steps. Blocks, for seconds to minutes.
 
     In a job of several processes, which this one leads and has joined, a language model runs on
     the devices of all of them; an embedding model on this process's own.
+
+    Args:
+        path: of the checkpoint.
+        config: of the engine.
+        name: under which the model is served.
+        progress: called with how far loading is.
+        job: of several processes.
+        draft: the checkpoint of a smaller model with the same vocabulary, which drafts what a
+            language model verifies; None: there is none. An embedding model has no use for it.
 
     Raises:
         CheckpointError: the folder holds no usable model.
@@ -189,9 +200,11 @@ def load_model(
             embedder, info = _load_embedder(checkpoint, checkpoint.config, config, progress)
             common |= {"tokenizer": tokenizer.result(), "info": info}
             return EmbeddingModel(**common, embedder=embedder, max_len=embedder.max_tokens)
-        runner = load_runner(checkpoint, config, progress, job)
+        runner = load_runner(checkpoint, config, progress, job, draft)
         common["tokenizer"] = tokenizer.result()
     info = runner.info()  # before a step takes the cache along
+    if draft:
+        info = dataclasses.replace(info, draft_model=draft.name)
     engine = Engine(runner)
     if job:
         job.on_lost(engine.fail)
@@ -223,7 +236,11 @@ def _load_embedder(
 
 
 def follow_model(
-    path: Path, config: EngineConfig, job: Job, progress: Progress | None = None
+    path: Path,
+    config: EngineConfig,
+    job: Job,
+    progress: Progress | None = None,
+    draft: Path | None = None,
 ) -> bool:
     """Run a language model's steps for the job's leader, until it ends the job in order.
 
@@ -239,28 +256,40 @@ def follow_model(
     if isinstance(info.config, EncoderConfig):
         return False
     with compiles.expected():
-        runner = load_runner(info, config, progress, job)
+        runner = load_runner(info, config, progress, job, draft)
     log.info("following")
     follow(runner, job.processes)
     return True
 
 
 def load_runner(
-    info: CheckpointInfo, config: EngineConfig, progress: Progress | None, job: Job | None = None
+    info: CheckpointInfo,
+    config: EngineConfig,
+    progress: Progress | None,
+    job: Job | None = None,
+    draft: Path | None = None,
 ) -> Runner:
-    """A language model's weights and compiled steps, on the devices of all processes."""
+    """A language model's weights and compiled steps, on the devices of all processes.
+
+    So is the model that drafts, whose checkpoint is the folder ``draft``.
+    """
     assert isinstance(info.config, DecoderConfig)
     mesh = make_mesh(config.mesh)
+    drafter = _draft_info(info, config, draft)
     if job:
         job.take(info.path.name)
-        agree(job.processes, "model", _identity(info, config, mesh))
-    stored = _open(info)
-    backend = resolve_decoder(info.config, config, mesh, block_formats(stored))
-    runner = Runner(backend, config, job.processes if job else None)
+        agree(job.processes, "model", _identity(info, drafter, config, mesh))
+    stored, backend = _open_decoder(info, config, mesh)
+    draft_stored, draft_backend = _open_decoder(drafter, config, mesh) if drafter else (None, None)
+    runner = Runner(backend, config, job.processes if job else None, draft_backend)
     with oom_as_config_error("the steps were compiled and first run"):
         # Programs depend on shapes alone: they are compiled while the weights are read.
         with _beside(runner.compile, progress) as compiled:
-            runner.place(load_weights(stored, backend, progress or silent))
+            weights = load_weights(stored, backend, progress or silent)
+            draft_weights: list[jax.Array] = []
+            if draft_stored and draft_backend:
+                draft_weights = load_weights(draft_stored, draft_backend, progress or silent)
+            runner.place(weights, draft_weights)
             compiled()
         runner.warm_up()
     return runner
@@ -300,7 +329,41 @@ def _beside(
             raise
 
 
-def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[str, object]:
+def _draft_info(
+    info: CheckpointInfo, config: EngineConfig, draft: Path | None
+) -> CheckpointInfo | None:
+    """The checkpoint of the model that drafts; None: there is none.
+
+    Raises:
+        ConfigError: the configuration has no use for it or needs one, or its vocabulary is another.
+    """
+    if draft is None:
+        if config.speculation == "model":
+            raise ConfigError("speculation is model, which needs a draft_model; name one")
+        return None
+    if config.speculation not in ("auto", "model"):
+        raise ConfigError(
+            f"draft_model is {draft.name}, but speculation is {config.speculation}, which does not "
+            "use it; it must be auto or model"
+        )
+    found = read_info(draft)
+    if not isinstance(found.config, DecoderConfig):
+        raise ConfigError(f"draft_model is {draft.name}, which makes embeddings and no text")
+    one, other = info.path / "tokenizer.json", draft / "tokenizer.json"
+    if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
+        return found  # compared in milliseconds, where a tokenizer takes a second to read
+    ours, theirs = Tokenizer.from_directory(info.path), Tokenizer.from_directory(draft)
+    if difference := ours.difference(theirs):
+        raise ConfigError(
+            f"draft_model is {draft.name}, whose vocabulary is not that of {info.path.name}: "
+            f"{difference}; take a smaller model of the same family"
+        )
+    return found
+
+
+def _identity(
+    info: CheckpointInfo, draft: CheckpointInfo | None, config: EngineConfig, mesh: Mesh
+) -> dict[str, object]:
     """What all processes of a job must have in common; folders they may have of their own."""
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if idle:
@@ -312,11 +375,21 @@ def _identity(info: CheckpointInfo, config: EngineConfig, mesh: Mesh) -> dict[st
     return {
         "model": info.path.name,
         "checkpoint": fingerprint(info),
+        "draft_model": draft and fingerprint(draft),
         "mesh": {str(axis): int(size) for axis, size in mesh.shape.items()},
         **{
             name: settings[name] for name in sorted(settings.keys() - {"compilation_cache", "mesh"})
         },
     }
+
+
+def _open_decoder(
+    info: CheckpointInfo, config: EngineConfig, mesh: Mesh
+) -> tuple[Mapping[str, Weight], DecoderBackend]:
+    """The weights of a language model, none of them read, and how it runs."""
+    assert isinstance(info.config, DecoderConfig)
+    stored = _open(info)
+    return stored, resolve_decoder(info.config, config, mesh, block_formats(stored))
 
 
 def _open(info: CheckpointInfo) -> Mapping[str, Weight]:

@@ -206,13 +206,16 @@ class EngineTotals:
     output_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    model_drafted_tokens: int = 0
+    model_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """A consistent snapshot of the engine between two steps. Pages hold ``page_len`` tokens.
 
-    ``accepted_tokens`` counts those of the ``drafted_tokens`` that were sampled as well.
+    ``accepted_tokens`` counts those of the ``drafted_tokens`` that were sampled as well;
+    ``model_drafted_tokens`` and ``model_accepted_tokens`` are those that the draft model drafted.
     ``itl_budget`` is in seconds; ``prefill_allowance`` is the number of prompt tokens that a step
     which decodes prefills at most now.
     """
@@ -236,3 +239,5 @@ class EngineStats:
     output_tokens: int
     drafted_tokens: int
     accepted_tokens: int
+    model_drafted_tokens: int
+    model_accepted_tokens: int

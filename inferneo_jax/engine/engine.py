@@ -209,12 +209,18 @@ class Engine:
         """Append a step's tokens to its sequences and deliver them to the sinks."""
         self._totals.steps += 1
         self._scheduler.measured(step.scheduled, results.decode_seconds, results.prefill_seconds)
-        for result in read_results(step.scheduled, results.decode, results.prefill):
+        for result in read_results(step.scheduled, results):
             sequence = result.sequence
             self._totals.prompt_tokens += result.num_prefilled
             self._totals.drafted_tokens += result.num_drafted
-            self._totals.accepted_tokens += max(0, len(result.tokens) - 1)
-            kept, reason = self._scheduler.commit(sequence, result.tokens, result.num_drafted)
+            accepted = max(0, len(result.tokens) - 1)
+            self._totals.accepted_tokens += accepted
+            if result.by_model:
+                self._totals.model_drafted_tokens += result.num_drafted
+                self._totals.model_accepted_tokens += accepted
+            kept, reason = self._scheduler.commit(
+                sequence, result.tokens, result.num_drafted, by_model=result.by_model
+            )
             self._totals.output_tokens += kept
             if kept and not sequence.started:
                 self._totals.cached_tokens += sequence.cached_tokens or 0

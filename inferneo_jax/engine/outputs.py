@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from inferneo_jax.layers.sampler import Scores
-from inferneo_jax.models.steps import Sampled
 from inferneo_jax.request import TokenLogprob
+from inferneo_jax.runner.runner import StepResults
 from inferneo_jax.scheduler.scheduler import PrefillChunk, SchedulerOutputs
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import accepted_tokens
@@ -22,6 +22,7 @@ class SequenceResult:
             None if no request of the step asked for any.
         indices: one for each token.
         num_drafted: length of the draft that the step verified.
+        by_model: whether the draft model made it.
         num_prefilled: prompt tokens that the step computed.
         ends: whether the request ends with its prompt, since it asks for no token.
     """
@@ -31,6 +32,7 @@ class SequenceResult:
     scores: Scores | None
     indices: list[tuple[int, ...]]
     num_drafted: int = 0
+    by_model: bool = False
     num_prefilled: int = 0
     ends: bool = False
 
@@ -43,16 +45,16 @@ class SequenceResult:
         return tuple(_token_logprob(scores, at, token, num_top) for token, at in found)
 
 
-def read_results(
-    scheduled: SchedulerOutputs, decode: Sampled | None, prefill: Sampled | None
-) -> Iterator[SequenceResult]:
+def read_results(scheduled: SchedulerOutputs, results: StepResults) -> Iterator[SequenceResult]:
     """Yield the results of a step, and add the scores of prompts to their sequences.
 
     Args:
         scheduled: what the step ran; the rows of the arrays are split evenly over its ranks.
-        decode: with ids ``[rows]``, or ``[rows, tokens]`` where drafts were verified.
-        prefill: with ids ``[rows]``.
+        results: the ids of its decode rows are ``[rows]``, or ``[rows, tokens]`` where drafts were
+            verified.
     """
+    decode, prefill = results.decode, results.prefill
+    by_model = [] if results.drafts is None else results.drafts.tolist()
     if decode:
         ids = decode.ids.tolist()
         for rank, output in enumerate(scheduled):
@@ -60,10 +62,15 @@ def read_results(
                 if isinstance(ids[i], int):
                     yield SequenceResult(row.sequence, (ids[i],), decode.scores, [(i,)])
                     continue
-                tokens = accepted_tokens(row.draft, ids[i])
-                indices: list[tuple[int, ...]] = [(i, j) for j in range(len(tokens))]
+                draft = by_model[i][: row.num_drafted] if row.by_model else row.draft
+                tokens = accepted_tokens(draft, ids[i])
                 yield SequenceResult(
-                    row.sequence, tokens, decode.scores, indices, num_drafted=len(row.draft)
+                    row.sequence,
+                    tokens,
+                    decode.scores,
+                    [(i, j) for j in range(len(tokens))],
+                    num_drafted=row.num_drafted,
+                    by_model=row.by_model,
                 )
     if prefill:
         ids = prefill.ids.tolist()

@@ -73,13 +73,16 @@ class VerifyInputs(NamedTuple):
         pages: from the one of ``positions`` on, as many as the longest draft can reach; 0 where
             the row has none.
         drafts: tokens that may follow the newest one.
-        num_drafted: how many of ``drafts`` are meant.
+        num_given: how many of ``drafts`` are meant; the draft model has written its own to the
+            slots already.
+        num_drafted: how many tokens of the row, given or written, are verified.
     """
 
     slots: Int[Array, " rows"]
     positions: Int[Array, " rows"]
     pages: Int[Array, "rows num_pages"]
     drafts: Int[Array, "rows max_draft"]
+    num_given: Int[Array, " rows"]
     num_drafted: Int[Array, " rows"]
 
 
@@ -151,7 +154,7 @@ class Steps:
         treedef: of its weights.
         attention: over the KV cache.
         sampler: of tokens.
-        vocab_size: of the model; padding of its vocabulary is cut off.
+        vocab_size: of the logits to be sampled; padding of the model's vocabulary is cut off.
         buckets: numbers of rows that sampling is compiled for, rising.
     """
 
@@ -211,8 +214,8 @@ class Steps:
         slots = inputs.slots[:, None]
         # Padding of the drafts is not written: its slot is beyond the last.
         beyond = tokens.shape[0]
-        drafted = jnp.where(steps[:, :max_draft] < inputs.num_drafted[:, None], slots, beyond)
-        tokens = tokens.at[drafted, positions[:, 1:]].set(inputs.drafts, mode="drop")
+        given = jnp.where(steps[:, :max_draft] < inputs.num_given[:, None], slots, beyond)
+        tokens = tokens.at[given, positions[:, 1:]].set(inputs.drafts, mode="drop")
         token_ids = tokens.at[slots, positions].get(mode="clip")
         metadata = _metadata(block_tables, inputs.slots, positions, inputs.num_drafted + 1)
         hidden, cache = model(token_ids, self.attention, cache, metadata)
@@ -256,6 +259,22 @@ class Steps:
         )
         return cache, tokens, block_tables, to_sample, _gather(prompt_scores)
 
+    def fill(
+        self,
+        chunk: int,
+        weights: Weights,
+        cache: KVCache,
+        tokens: Tokens,
+        block_tables: BlockTables,
+        inputs: PrefillInputs,
+    ) -> KVCache:
+        """Compute keys and values of up to ``chunk`` (static) tokens of each row, nothing else."""
+        positions = inputs.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
+        token_ids = tokens.at[inputs.slots[:, None], positions].get(mode="clip")
+        metadata = _metadata(block_tables, inputs.slots, positions, inputs.length)
+        _, cache = self._model(weights)(token_ids, self.attention, cache, metadata)
+        return cache
+
     def sample(
         self, tokens: Tokens, sampling: SamplingParamsBatch, inputs: SampleInputs
     ) -> tuple[Tokens, Sampled]:
@@ -294,7 +313,10 @@ class Steps:
     def _logits(
         self, model: Decoder, hidden: Float[Array, "rows embed"]
     ) -> Float[Array, "rows vocab"]:
-        return model.logits(hidden)[:, : self.vocab_size]
+        logits = model.logits(hidden)[:, : self.vocab_size]
+        # A draft model's table may be shorter than the target's, whose last tokens nobody uses.
+        shorter = self.vocab_size - logits.shape[1]
+        return jnp.pad(logits, ((0, 0), (0, shorter)), constant_values=-jnp.inf)
 
     def _sample_inputs(
         self,

@@ -19,12 +19,21 @@ from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """The model, hardware and settings to plan for; ``context`` is in tokens per request."""
+    """The model, hardware and settings to plan for.
+
+    Attributes:
+        model: that serves.
+        topology: the chips.
+        engine: the settings.
+        context: tokens of each request.
+        draft: the model that drafts; None: there is none.
+    """
 
     model: DecoderConfig
     topology: Topology
     engine: EngineConfig
     context: int
+    draft: DecoderConfig | None = None
 
 
 class Budget:
@@ -34,8 +43,8 @@ class Budget:
 
     Attributes:
         backend: how the model runs on the chip.
-        token_bytes: size of one token in the KV cache.
-        weights: size of the weights.
+        token_bytes: size of one token in the KV cache, and in that of the draft model.
+        weights: size of the weights, those of the draft model included.
         state: size of the slots' tokens and sampling parameters.
         kv: maximum size of the KV cache.
         missing: the memory that is lacking for the weights and one request of ``wish.context``
@@ -45,9 +54,12 @@ class Budget:
     def __init__(self, wish: Wish, mesh: Mesh) -> None:
         self._wish = wish
         self.backend = resolve_decoder(wish.model, wish.engine, mesh, {})
+        self._draft = resolve_decoder(wish.draft, wish.engine, mesh, {}) if wish.draft else None
         one = self.programs(kv_tokens=wish.engine.slots * 256, max_len=2)
-        self.token_bytes = one.cache_bytes // (one.num_pages * one.page_len)
+        self.token_bytes = one.token_bytes
         self.weights = local_bytes(one.weights)
+        if one.drafter:
+            self.weights += local_bytes(one.drafter.weights)
         context_length = wish.model.context_length
         max_len = min(wish.engine.max_len or context_length, context_length)
         self.state = dataclasses.replace(one, max_len=max_len).state_bytes
@@ -61,7 +73,7 @@ class Budget:
     def programs(self, **changes: Any) -> Programs:
         """The model's programs, with a KV cache as large as the memory permits."""
         config = dataclasses.replace(self._wish.engine, **changes)
-        return make_programs(self.backend, config, lambda: self.kv)
+        return make_programs(self.backend, config, lambda: self.kv, self._draft)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Plan:
         slots: number of requests that run at once, on all chips.
         context: number of live positions assumed for each request.
         memory_bytes: memory of the chip that is available to programs.
-        weight_bytes: size of the weights.
+        weight_bytes: size of the weights, those of a draft model included.
         state_bytes: size of tokens and sampling parameters.
         temporary_bytes: temporary memory of the step that needs the most.
         code_bytes: size of all programs, each counted like the largest of its kind.
@@ -153,7 +153,8 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
             # Some compilers state a peak that exceeds the temporaries.
             beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
             temporary = max(temporary, beside, memory.temp_size_in_bytes)
-    taken = budget.weights + programs.cache_bytes + programs.state_bytes + temporary + code
+    cache = programs.token_bytes * programs.num_pages * programs.page_len
+    taken = budget.weights + cache + programs.state_bytes + temporary + code
     return dataclasses.replace(
         plan,
         state_bytes=programs.state_bytes,

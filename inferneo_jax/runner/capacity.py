@@ -17,7 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def make_programs(
-    backend: DecoderBackend, config: EngineConfig, cache_budget: Callable[[], int]
+    backend: DecoderBackend,
+    config: EngineConfig,
+    cache_budget: Callable[[], int],
+    draft: DecoderBackend | None = None,
 ) -> Programs:
     """The programs of a model, with a cache that fits.
 
@@ -26,6 +29,7 @@ def make_programs(
         config: of the engine.
         cache_budget: bytes that one device can give the cache; called if the configuration leaves
             its size open.
+        draft: how the draft model runs; None: there is none.
 
     Raises:
         ConfigError: the longest sequence does not fit the cache, or the mesh does not divide the
@@ -34,7 +38,7 @@ def make_programs(
     dp_size = meshes.parts(backend.mesh, "slots")
     if config.slots % dp_size:
         raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={dp_size}")
-    one_page = Programs(backend, config, 1, 1)
+    one_page = Programs(backend, config, 1, 1, draft)
     max_len, pages = _cache_size(one_page, cache_budget)
     return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
 
@@ -66,7 +70,7 @@ def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int
     The programs given have a cache of one page.
     """
     config, dp_size, page_len = programs.config, programs.dp_size, programs.page_len
-    token_bytes = programs.cache_bytes // page_len
+    token_bytes = programs.token_bytes
     context_length = programs.backend.model.context_length
     if config.max_len is not None and config.max_len > context_length:
         log.warning(

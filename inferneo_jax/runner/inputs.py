@@ -5,7 +5,7 @@ pages are numbered from 0 within a rank.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,13 +132,28 @@ class InputBuilder:
         """The inputs of a decode step with drafts of up to ``max_draft`` tokens."""
         total = self.dp_size * bucket
         drafts: Any = np.zeros((total, max_draft), np.int32)
+        num_given: Any = np.zeros(total, np.int32)
         num_drafted: Any = np.zeros(total, np.int32)
         by_rank = [tuple(rows) for rows in ranks]
         for rank, rows in enumerate(by_rank):
             for i, row in enumerate(rows, start=rank * bucket):
-                num_drafted[i] = len(row.draft)
+                num_given[i], num_drafted[i] = len(row.draft), row.num_drafted
                 drafts[i, : len(row.draft)] = row.draft
-        return VerifyInputs(*self._positions(by_rank, bucket, max_draft + 1), drafts, num_drafted)
+        positions = self._positions(by_rank, bucket, max_draft + 1)
+        return VerifyInputs(*positions, drafts, num_given, num_drafted)
+
+    def draft(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, ahead: int) -> DecodeInputs:
+        """The inputs with which the draft model drafts the token ``ahead`` + 1 of each draft.
+
+        Rows whose draft ends before are padding. Rows have the same places at every ``ahead``.
+        """
+        by_rank = [[replace(row, position=row.position + ahead) for row in rows] for rows in ranks]
+        slots, positions, pages = self._positions(by_rank, bucket, 1)
+        for rank, rows in enumerate(by_rank):
+            for i, row in enumerate(rows, start=rank * bucket):
+                if not (row.by_model and ahead < row.num_drafted):
+                    slots[i] = self.slots
+        return DecodeInputs(slots, positions, pages)
 
     def prefill(self, ranks: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillInputs:
         """The inputs of a prefill step, padded like those of ``admit``."""

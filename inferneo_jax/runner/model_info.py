@@ -23,6 +23,8 @@ class ModelInfo:
         device: the kind of its devices.
         weight_bytes: that this process's devices hold of its weights.
         cache_bytes: and of its KV cache.
+        draft_model: the name of the model that drafts, whose weights and cache are counted too;
+            empty if there is none.
     """
 
     dtype: str
@@ -33,6 +35,7 @@ class ModelInfo:
     device: str
     weight_bytes: int
     cache_bytes: int
+    draft_model: str = ""
 
     @classmethod
     def of(

@@ -52,6 +52,21 @@ class Prefill:
 
 
 @dataclass(frozen=True, order=True, slots=True)
+class Draft:
+    """Computes the next token of the drafts of ``rows`` rows with the draft model."""
+
+    rows: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Fill:
+    """Computes the draft model's keys and values of up to ``tokens`` tokens of ``rows`` rows."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
 class Admit:
     """Writes ``rows`` requests into their slots."""
 
@@ -65,16 +80,17 @@ class Sample:
     rows: int
 
 
-Forward = Decode | Verify | Prefill
-Called = Forward | Admit
+Forward = Decode | Verify | Prefill | Draft
+"""Programs that leave logits, from which tokens are sampled."""
+Called = Forward | Fill | Admit
 """Programs that the host calls with arguments of its own."""
 Key = Called | Sample
 """Identifies a compiled program."""
 
 
-def num_tokens(key: Forward) -> int:
+def num_tokens(key: Forward | Fill) -> int:
     """Tokens that a forward pass computes on one data-parallel rank."""
-    return key.rows if isinstance(key, Decode) else key.rows * key.tokens
+    return key.rows if isinstance(key, Decode | Draft) else key.rows * key.tokens
 
 
 def num_sampled(key: Forward) -> int:
@@ -99,12 +115,15 @@ class Programs:
         config: of the engine.
         max_len: tokens of the longest sequence.
         num_pages: of one data-parallel rank's cache, page 0 included.
+        draft: how the draft model runs, on the same mesh; None: there is none. Its cache has the
+            same pages, and so the same block tables.
     """
 
     backend: DecoderBackend
     config: EngineConfig
     max_len: int
     num_pages: int
+    draft: DecoderBackend | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -120,6 +139,11 @@ class Programs:
     def weights(self) -> list[jax.ShapeDtypeStruct]:
         """The shapes of the weights."""
         return flat(weight_shapes(self.backend.padded, self.mesh, self.backend.quantization))
+
+    @cached_property
+    def drafter(self) -> "Programs | None":
+        """The programs of the draft model, of which only ``Draft`` and ``Fill`` are its own."""
+        return dataclasses.replace(self, backend=self.draft, draft=None) if self.draft else None
 
     @property
     def page_len(self) -> int:
@@ -146,8 +170,14 @@ class Programs:
 
     @property
     def cache_bytes(self) -> int:
-        """What one device holds of the cache."""
+        """What one device holds of the model's own cache."""
         return local_bytes(jax.tree.leaves(self.cache()))
+
+    @property
+    def token_bytes(self) -> int:
+        """What one device holds of a token in the caches of the model and the draft model."""
+        both = self.cache_bytes + (self.drafter.cache_bytes if self.drafter else 0)
+        return both // (self.num_pages * self.page_len)
 
     @property
     def state_bytes(self) -> int:
@@ -191,13 +221,24 @@ class Programs:
         return [
             *(Decode(bucket) for bucket in self.row_buckets),
             *(Verify(bucket, tokens) for bucket in self.draft_buckets),
+            *(Draft(bucket) for bucket in self.draft_buckets if self.draft),
             *(Prefill(rows, chunk) for rows, chunk in self.prefill_shapes.shapes),
         ]
+
+    def fill_keys(self) -> list[Fill]:
+        """The programs that compute what the draft model lacks, by rising numbers of tokens.
+
+        The first is for one token of each row, the others for many tokens of one row.
+        """
+        if not self.draft or not self.draft_buckets:
+            return []
+        chunks = [Fill(1, chunk) for chunk in self.config.prefill_chunks]
+        return [Fill(self.draft_buckets[-1], 1), *chunks]
 
     def keys(self) -> list[Called]:
         """Every program that the host calls with arguments of its own."""
         admitted = sorted({1, self.prefill_shapes.max_rows})
-        return [*self.forward_keys(), *(Admit(rows) for rows in admitted)]
+        return [*self.forward_keys(), *self.fill_keys(), *(Admit(rows) for rows in admitted)]
 
     def first_keys(self) -> list[Key]:
         """The few programs that all work can be done with, and those that are timed at start.
@@ -209,7 +250,8 @@ class Programs:
         forward += [Prefill(1, chunk) for chunk in {min(chunks), max(chunks)}]
         for bucket in self.draft_buckets[-1:]:
             forward += [Decode(bucket), Verify(bucket, self.config.draft_tokens + 1)]
-        needed = {*forward, *map(self.sampled_by, forward)}
+            forward += [Draft(bucket)] if self.draft else []
+        needed = {*forward, *map(self.sampled_by, forward), *self.fill_keys()}
         return [key for key in self.all_keys() if key in needed or isinstance(key, Admit)]
 
     def all_keys(self) -> list[Key]:
@@ -248,32 +290,36 @@ class Programs:
         """What the host passes to a program when it has nothing to do, as numpy arrays."""
         nothing = ((),) * self.dp_size
         match key:
-            case Decode(rows):
+            case Decode(rows) | Draft(rows):
                 return (self.inputs.decode(nothing, rows),)
             case Verify(rows, tokens):
                 return (self.inputs.verify(nothing, rows, tokens - 1),)
-            case Prefill(rows, _):
+            case Prefill(rows, _) | Fill(rows, _):
                 return (self.inputs.prefill(nothing, rows),)
             case Admit(rows):
                 return self.inputs.admit(nothing, rows)
 
-    def busy_arguments(self, key: Called, tokens: int | None = None) -> tuple[Any, ...]:
-        """As ``host_arguments``, but every row has tokens to compute, without pages.
+    def busy_arguments(
+        self, key: Called, tokens: int | None = None, rows: int | None = None
+    ) -> tuple[Any, ...]:
+        """As ``host_arguments``, but rows have tokens to compute, without pages.
 
         They show how long a program takes.
 
         Args:
             key: the program.
             tokens: prompt tokens of each row of a prefill; None: as many as it has room for.
+            rows: how many rows of each rank have tokens; None: all.
         """
         arguments = self.host_arguments(key)
         if isinstance(key, Admit):
             return arguments
         (nothing,) = arguments
         slots = np.minimum(np.arange(key.rows, dtype=np.int32), self.inputs.slots - 1)
+        slots[key.rows if rows is None else rows :] = self.inputs.slots
         busy = nothing._replace(slots=np.tile(slots, self.dp_size))
         match key:
-            case Prefill(_, chunk):
+            case Prefill(_, chunk) | Fill(_, chunk):
                 busy = busy._replace(length=np.full_like(nothing.slots, tokens or chunk))
             case Verify(_, length):
                 busy = busy._replace(num_drafted=np.full_like(nothing.slots, length - 1))
@@ -288,6 +334,7 @@ class Programs:
             "attention": type(self.attention).__name__,
             "kv_dtype": str(self.attention.dtype),
             "weights": sorted({str(each.dtype) for each in self.weights}),
+            "draft_model": self.drafter and self.drafter.described(),
             "programs": [repr(key) for key in self.keys()],
         }
 
@@ -307,12 +354,15 @@ class Programs:
 
     def lower(self, key: Key) -> Any:
         """A program lowered for the mesh's devices; ``compile()`` it."""
-        graphdef, treedef = models.graphdef(self.backend.padded, self.backend.quantization)
+        drafts = isinstance(key, Draft | Fill)
+        runs = self.drafter if drafts else self
+        assert runs, "there is no draft model"
+        graphdef, treedef = models.graphdef(runs.backend.padded, runs.backend.quantization)
         sampler = Sampler(num_top=min(self.config.max_logprobs, self.backend.model.vocab_size))
         steps = Steps(
             graphdef,
             treedef,
-            self.attention,
+            runs.attention,
             sampler,
             self.backend.model.vocab_size,
             self.config.row_buckets,
@@ -335,14 +385,20 @@ class Programs:
                 sampled = self._split(self._sample_inputs(rows), "rows")
                 arguments = state.tokens, state.sampling, sampled
                 specs, out = (in_state, in_state, in_rows), (in_state, everywhere)
-            case Decode() | Verify() | Prefill():
+            case Fill(_, chunk):
+                step, donate = partial(steps.fill, chunk), (1,)
                 inputs = self._split(self.host_arguments(key), "rows")
-                arguments = self.weights, self.cache(), state.tokens, state.block_tables, *inputs
-                in_weights = [each.sharding.spec for each in self.weights]
+                arguments = runs.weights, runs.cache(), state.tokens, state.block_tables, *inputs
+                in_weights = [each.sharding.spec for each in runs.weights]
+                specs, out = (in_weights, in_cache, in_state, in_state, in_rows), in_cache
+            case Decode() | Verify() | Prefill() | Draft():
+                inputs = self._split(self.host_arguments(key), "rows")
+                arguments = runs.weights, runs.cache(), state.tokens, state.block_tables, *inputs
+                in_weights = [each.sharding.spec for each in runs.weights]
                 specs = in_weights, in_cache, in_state, in_state, in_rows
                 out, donate = (in_cache, in_state, in_state, in_rows), (1, 2, 3)
                 match key:
-                    case Decode():
+                    case Decode() | Draft():
                         step = steps.decode
                     case Verify():
                         step = steps.verify

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,8 @@ from inferneo_jax.runner.programs import (
     Admit,
     Called,
     Decode,
+    Draft,
+    Fill,
     Forward,
     Key,
     Prefill,
@@ -46,7 +49,7 @@ from inferneo_jax.runner.programs import (
 from inferneo_jax.runner.wire import Wire
 from inferneo_jax.scheduler.prefill import LEAST_TOKENS, PrefillTimes, Shape
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk, SchedulerOutputs
-from inferneo_jax.scheduler.speculation import SpeculativeConfig
+from inferneo_jax.scheduler.speculation import DraftModel, SpeculativeConfig, StepCosts
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
@@ -63,12 +66,15 @@ class StepResults(NamedTuple):
     Attributes:
         decode: what the decode rows sampled, as numpy arrays; None without decode rows.
         prefill: the same of prefill.
+        drafts: the tokens that the draft model drafted for each decode row, ``[rows, tokens]``;
+            None if it drafted none.
         decode_seconds: the time that the device took to decode; 0.0 without decode rows.
         prefill_seconds: the same of prefill.
     """
 
     decode: Sampled | None = None
     prefill: Sampled | None = None
+    drafts: np.ndarray[Any, np.dtype[np.int32]] | None = None
     decode_seconds: float = 0.0
     prefill_seconds: float = 0.0
 
@@ -94,6 +100,7 @@ class PendingStep:
         scheduled: what it runs.
         decode: the results of its decode rows.
         prefill: the results of its prefill.
+        drafts: the results of the draft model, one token of each draft after the other.
         dispatched: when its programs were dispatched, in seconds of ``time.perf_counter``.
         clock: that of the device.
     """
@@ -101,6 +108,7 @@ class PendingStep:
     scheduled: SchedulerOutputs
     decode: tuple[Forward, Sampled] | None
     prefill: tuple[Forward, Sampled] | None
+    drafts: list[tuple[Forward, Sampled]]
     dispatched: float
     clock: DeviceClock
 
@@ -108,11 +116,13 @@ class PendingStep:
         """Wait for the results of decode and prefill, and return them as numpy arrays."""
         # The device runs one program after the other, and one step after the other.
         started = max(self.dispatched, self.clock.free)
+        drafted = [_read(*each, len(self.scheduled)).ids for each in self.drafts]
+        drafts = np.stack(drafted, axis=1) if drafted else None
         decode = self.decode and _read(*self.decode, len(self.scheduled))
         decoded = time.perf_counter() if decode else started
         prefill = self.prefill and _read(*self.prefill, len(self.scheduled))
         self.clock.free = time.perf_counter() if prefill else decoded
-        return StepResults(decode, prefill, decoded - started, self.clock.free - decoded)
+        return StepResults(decode, prefill, drafts, decoded - started, self.clock.free - decoded)
 
 
 def _fetch(
@@ -160,6 +170,7 @@ class Runner:
         config: the configuration of the engine.
         processes: the processes that run the same model together with this one; None: there are
             none.
+        draft: how a second model runs that drafts what the first one verifies; None: there is none.
 
     Attributes:
         step_seconds: the time after which a step counts as hanging; known after ``warm_up``.
@@ -176,14 +187,17 @@ class Runner:
         backend: DecoderBackend,
         config: EngineConfig,
         processes: ProcessGroup | None = None,
+        draft: DecoderBackend | None = None,
     ) -> None:
         self.model = backend.model
         self._mesh = backend.mesh
         self._processes = processes or SingleProcess()
-        self._weight_bytes = local_bytes(
-            flat(weight_shapes(backend.padded, backend.mesh, backend.quantization))
+        backends = [each for each in (backend, draft) if each]
+        self._weight_bytes = sum(
+            local_bytes(flat(weight_shapes(each.padded, each.mesh, each.quantization)))
+            for each in backends
         )
-        self._programs = make_programs(backend, config, self._cache_budget)
+        self._programs = make_programs(backend, config, self._cache_budget, draft)
         agree(self._processes, "programs", self._programs.described())
         self.wire = Wire(self._programs) if processes else None
         self.config = config = self._programs.config
@@ -194,14 +208,17 @@ class Runner:
         self.shapes = self._programs.prefill_shapes
         self._store = ExecutableStore(config.compilation_cache, self._mesh, self._programs)
         self._inputs = self._programs.inputs
-        self._make_cache = self._programs.empty_cache()
+        drafter = self._programs.drafter
+        self._make_caches = [each.empty_cache() for each in (self._programs, drafter) if each]
         self._compiled: dict[Key, Any] = {}
         self.step_seconds = config.step_seconds
         self.speculation: SpeculativeConfig | None = None
         self.prefill_times = PrefillTimes()
         self._clock = DeviceClock()
         self._weights: list[Array]
+        self._draft_weights: list[Array]
         self._cache: KVCache
+        self._draft_cache: KVCache
         self._state: SlotState
 
     @property
@@ -217,7 +234,9 @@ class Runner:
 
     def info(self) -> ModelInfo:
         """Describe the model that runs. Must not be called during a step, which takes the cache."""
-        return ModelInfo.of(self._programs.backend, self._weights, jax.tree.leaves(self._cache))
+        weights = [*self._weights, *self._draft_weights]
+        caches = jax.tree.leaves((self._cache, self._draft_cache))
+        return ModelInfo.of(self._programs.backend, weights, caches)
 
     def reset(self) -> None:
         """Allocate cache and slots anew, after a step that held the old ones has failed.
@@ -231,28 +250,39 @@ class Runner:
         if self._processes.leads:
             self._processes.announce(Kind.RESET)
         else:
-            jax.block_until_ready((self._cache, self._state))
+            self._wait()
         self._processes.exchange("reset", None, self.step_seconds)
         self._allocate()
 
     def _allocate(self) -> None:
-        vars(self).pop("_cache", None)  # freed first, as there may be no memory for two
-        what = f"the KV cache of {self.dp_size * self.num_pages * self.page_len} tokens"
-        require(self._programs.cache_bytes * devices_sharing_memory(self._mesh), what)
+        for name in ("_cache", "_draft_cache"):
+            vars(self).pop(name, None)  # freed first, as there may be no memory for two
+        tokens = self.num_pages * self.page_len
+        what = f"the KV cache of {self.dp_size * tokens} tokens"
+        require(self._programs.token_bytes * tokens * devices_sharing_memory(self._mesh), what)
         with compiles.expected(), oom_as_config_error(f"{what} was allocated"):
-            self._cache = self._make_cache()
+            self._cache, *drafter = (make() for make in self._make_caches)
+            self._draft_cache = drafter[0] if drafter else []
             sharding = NamedSharding(self._mesh, meshes.spec("slots"))
             empty = self._programs.place(self._inputs.empty_state(), "slots")
             self._state = jax.device_put(empty, sharding)
-            jax.block_until_ready(self._cache)
+            self._wait()
 
-    def place(self, weights: list[Array]) -> None:
-        """Take the weights, as laid out by ``place_weights``, and allocate the cache and the slots.
+    def _wait(self) -> None:
+        """Wait until the device has run everything."""
+        jax.block_until_ready((self._cache, self._draft_cache, self._state))
+
+    def place(self, weights: list[Array], draft_weights: Iterable[Array] = ()) -> None:
+        """Take weights as laid out by ``place_weights``, and allocate the caches and the slots.
+
+        Args:
+            weights: of the model.
+            draft_weights: of the draft model; none without one.
 
         Raises:
             ConfigError: there is not enough memory for the cache.
         """
-        self._weights = weights
+        self._weights, self._draft_weights = weights, list(draft_weights)
         self._allocate()
 
     def compile(self, progress: Progress | None = None) -> None:
@@ -314,20 +344,19 @@ class Runner:
             times["slowest"] = max(slowest, times["slowest"])
         self.prefill_times = PrefillTimes(times["prefill"])
         self.step_seconds = max(self.config.step_seconds, PATIENCE * times["slowest"])
-        if buckets := self._programs.draft_buckets:
-            cost = times["draft_cost"]
-            self.speculation = SpeculativeConfig(self.config.draft_tokens, buckets[-1])
-            if self.config.speculation == "auto":
-                self.speculation = dataclasses.replace(self.speculation, cost=cost)
+        if self._programs.draft_buckets:
+            self.speculation = self._speculation(times)
 
     def _measure(self) -> dict[str, Any]:
         """Measure what ``warm_up`` wants to know, in JSON's types."""
         prefill = self._measure_prefill()
         drafts = self.config.speculation == "auto" and self._programs.draft_buckets
+        ends = (1, min(drafts[-1], self.slots)) if drafts else ()
         return {
             "prefill": prefill,
             "slowest": max(seconds for _, seconds in prefill),
-            "draft_cost": self._draft_cost(drafts[-1]) if drafts else None,
+            "costs": [list(dataclasses.astuple(self._step_costs(rows))) for rows in ends],
+            "fill": [(key.tokens, self._seconds(key)) for key in self._programs.fill_keys()[1:]],
         }
 
     def _measure_prefill(self) -> list[tuple[float, float]]:
@@ -353,30 +382,62 @@ class Runner:
                 measured.append((cost, seconds * cost / least))
         return measured
 
-    def _seconds(self, key: Called, tokens: int | None = None) -> float:
-        """Measure the seconds that a program takes when all its rows are busy.
+    def _seconds(self, key: Called, tokens: int | None = None, rows: int | None = None) -> float:
+        """Measure the seconds that a program takes when its rows are busy.
 
         Args:
             key: the program.
             tokens: prompt tokens of each row of a prefill; None: as many as it has room for.
+            rows: how many rows of each rank are busy; None: all.
         """
-        arguments = self._programs.busy_arguments(key, tokens)
+        arguments = self._programs.busy_arguments(key, tokens, rows)
         started = time.perf_counter()
         self.execute(key, arguments)
-        jax.block_until_ready((self._cache, self._state))
+        self._wait()
         return time.perf_counter() - started
 
-    def _draft_cost(self, bucket: int) -> float:
-        """The time of a step that verifies drafts, as a multiple of a plain step's time.
+    def _step_costs(self, rows: int) -> StepCosts:
+        """How long the parts of a step with that many rows take, in plain steps.
 
-        The result includes a tenth more, because no step is dispatched ahead of one that verifies
+        Verifying includes a tenth more, because no step is dispatched ahead of one that verifies
         drafts.
         """
-        verify, plain = Verify(bucket, self.config.draft_tokens + 1), Decode(bucket)
-        # In turns, so that what else runs on the machine slows down both.
-        times = [(self._seconds(verify), self._seconds(plain)) for _ in range(_TIMES)]
-        verifying, decoding = map(min, zip(*times, strict=True))
-        return 1.1 * verifying / decoding
+        bucket = self._programs.draft_buckets[-1]
+        plain, verify = Decode(bucket), Verify(bucket, self.config.draft_tokens + 1)
+        keys: list[Called] = [plain, verify, *([Draft(bucket)] if self._programs.draft else [])]
+        # In turns, so that what else runs on the machine slows down all of them.
+        times = [[self._seconds(key, rows=rows) for key in keys] for _ in range(_TIMES)]
+        decoding, verifying, *drafting = map(min, zip(*times, strict=True))
+        costs = StepCosts(1.1 * verifying / decoding)
+        if drafting:
+            fill = self._programs.fill_keys()[-1]
+            a_token = min(self._seconds(fill) for _ in range(_TIMES)) / fill.tokens
+            costs = StepCosts(costs.verify, drafting[0] / decoding, a_token / decoding)
+        return costs
+
+    def _speculation(self, times: dict[str, Any]) -> SpeculativeConfig:
+        """When to make drafts, from the times that ``_measure`` has found."""
+        config = self.config
+        most = min(self._programs.draft_buckets[-1], self.slots)
+        costs = (StepCosts(0.0),) * most
+        if times["costs"]:
+            one, many = (StepCosts(*each) for each in times["costs"])
+            costs = tuple(one.toward(many, i / max(1, most - 1)) for i in range(most))
+        model = None
+        if draft := self._programs.draft:
+            budget = config.itl_budget / 1000
+            fits = [tokens for tokens, seconds in times["fill"] if seconds <= budget]
+            tokens, seconds = times["fill"][0]
+            # Even if it takes longer, so few tokens are computed: no less than in prefill.
+            part = min(tokens, max(LEAST_TOKENS, int(tokens * budget / seconds)))
+            model = DraftModel(draft.model.context_length, max([part, *fits]))
+        return SpeculativeConfig(
+            max_tokens=config.draft_tokens,
+            costs=costs,
+            always=config.speculation != "auto",
+            ngram=config.speculation != "model",
+            model=model,
+        )
 
     def run(self, scheduled: SchedulerOutputs) -> PendingStep:
         """Dispatch a scheduled step and return without waiting for its results."""
@@ -385,7 +446,9 @@ class Runner:
             admitted = self._inputs.admit((rank.admitted for rank in scheduled), rows)
             self._dispatch(Admit(rows), admitted)
         decode = prefill = None
+        drafts: list[tuple[Forward, Sampled]] = []
         if most := max(len(rank.decode) for rank in scheduled):
+            drafts = self._run_draft_model(scheduled, most)
             decode = self._decode(scheduled, most)
         if shape := next((rank.shape for rank in scheduled if rank.shape), None):
             chunks = self._inputs.prefill((rank.prefill for rank in scheduled), shape[0])
@@ -394,9 +457,38 @@ class Runner:
             scheduled,
             decode and _fetch(*decode, [row for rank in scheduled for row in rank.decode]),
             prefill and _fetch(*prefill, [row for rank in scheduled for row in rank.prefill]),
+            [_fetch(*each, ()) for each in drafts],
             time.perf_counter(),
             self._clock,
         )
+
+    def _run_draft_model(
+        self, scheduled: SchedulerOutputs, most: int
+    ) -> list[tuple[Forward, Sampled]]:
+        """Dispatch what the draft model does before a decode step of at most ``most`` rows.
+
+        Its tokens stay on the device, where they are verified. They are sampled as the tokens of
+        the model are, with the same random numbers, so that more of them agree.
+        """
+        ranks = [rank.decode for rank in scheduled]
+        fills = [[row.fill for row in rank if row.fill] for rank in ranks]
+        if any(fills):
+            short, *chunked = self._programs.fill_keys()
+            ones = [[fill for fill in rank if fill.length == 1] for rank in fills]
+            if any(ones):
+                self._dispatch(short, (self._inputs.prefill(ones, short.rows),))
+            longer = [[fill for fill in rank if fill.length > 1] for rank in fills]
+            for each in zip_longest(*longer):
+                chunks = [[chunk] if chunk else [] for chunk in each]
+                length = max(chunk.length for rank in chunks for chunk in rank)
+                fill = next(each for each in chunked if each.tokens >= length)
+                self._dispatch(fill, (self._inputs.prefill(chunks, fill.rows),))
+        count = max((row.num_drafted for rank in ranks for row in rank if row.by_model), default=0)
+        if not count:
+            return []
+        key = Draft(self._draft_bucket(most))
+        inputs = (self._inputs.draft(ranks, key.rows, ahead) for ahead in range(count))
+        return [self._forward(key, each) for each in inputs]
 
     def _decode(self, scheduled: SchedulerOutputs, most: int) -> tuple[Forward, Sampled]:
         """Dispatch a decode step of at most ``most`` rows per rank, which verifies any drafts."""
@@ -405,10 +497,20 @@ class Runner:
             buckets = self._programs.row_buckets
             bucket = next(b for b in buckets if b >= most and self._has(Decode(b)))
             return self._forward(Decode(bucket), self._inputs.decode(ranks, bucket))
-        length, buckets = self.config.draft_tokens, self._programs.draft_buckets
-        bucket = next(b for b in buckets if b >= most and self._has(Verify(b, length + 1)))
+        length, bucket = self.config.draft_tokens, self._draft_bucket(most)
         drafted = self._inputs.verify(ranks, bucket, length)
         return self._forward(Verify(bucket, length + 1), drafted)
+
+    def _draft_bucket(self, most: int) -> int:
+        """The number of rows for which a step drafts and verifies: both have the same places."""
+        length = self.config.draft_tokens
+        return next(
+            bucket
+            for bucket in self._programs.draft_buckets
+            if bucket >= most
+            and self._has(Verify(bucket, length + 1))
+            and (not self._programs.draft or self._has(Draft(bucket)))
+        )
 
     def _forward(self, key: Forward, inputs: Any) -> tuple[Forward, Sampled]:
         """Dispatch a forward pass; return its program together with the sampled results."""
@@ -433,9 +535,18 @@ class Runner:
             self._state = program(self._state, *placed)
             return None
         tokens, block_tables, sampling = self._state
-        self._cache, tokens, block_tables, inputs, *prompt_scores = program(
-            self._weights, self._cache, tokens, block_tables, *placed
-        )
+        if isinstance(key, Fill):
+            weights, cache = self._draft_weights, self._draft_cache
+            self._draft_cache = program(weights, cache, tokens, block_tables, *placed)
+            return None
+        if isinstance(key, Draft):
+            self._draft_cache, tokens, block_tables, inputs, *prompt_scores = program(
+                self._draft_weights, self._draft_cache, tokens, block_tables, *placed
+            )
+        else:
+            self._cache, tokens, block_tables, inputs, *prompt_scores = program(
+                self._weights, self._cache, tokens, block_tables, *placed
+            )
         tokens, sampled = self._compiled[self._programs.sampled_by(key)](tokens, sampling, inputs)
         self._state = SlotState(tokens, block_tables, sampling)
         return Sampled(sampled.ids, sampled.scores, *prompt_scores)

@@ -11,6 +11,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 from inferneo_jax.errors import ConfigError
 
@@ -31,6 +32,7 @@ class BlockPool:
         self._by_hash: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, without readers; oldest first
+        self._drafted: set[int] = set()
 
     @property
     def num_available(self) -> int:
@@ -59,6 +61,7 @@ class BlockPool:
         for _ in range(count):
             block = self._free.pop() if self._free else self._evict()
             self._readers[block] = 1
+            self._drafted.discard(block)
             taken.append(block)
         return taken
 
@@ -91,6 +94,14 @@ class BlockPool:
         if digest not in self._by_hash and block not in self._hash_of:
             self._by_hash[digest] = block
             self._hash_of[block] = digest
+
+    def mark_drafted(self, blocks: Iterable[int]) -> None:
+        """Note that the draft model's keys and values of these full blocks are written as well."""
+        self._drafted.update(blocks)
+
+    def num_drafted(self, blocks: Iterable[int]) -> int:
+        """The number of leading ``blocks`` that hold the draft model's keys and values."""
+        return sum(1 for _ in takewhile(self._drafted.__contains__, blocks))
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)

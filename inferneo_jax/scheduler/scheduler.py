@@ -42,11 +42,27 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """A sequence whose newest token is at ``position``, and a draft of what may follow it."""
+    """A sequence whose newest token is at ``position``, and a draft of what may follow it.
+
+    Attributes:
+        sequence: the sequence.
+        position: of its newest token.
+        draft: tokens that were looked up; empty if there is no draft, or the draft model makes it.
+        num_drafted: number of tokens of the draft.
+        fill: tokens before the newest one that the draft model computes first, as it lacks their
+            keys and values.
+    """
 
     sequence: Sequence
     position: int
     draft: tuple[int, ...] = ()
+    num_drafted: int = 0
+    fill: PrefillChunk | None = None
+
+    @property
+    def by_model(self) -> bool:
+        """Whether the draft model makes the draft."""
+        return self.num_drafted > len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +84,7 @@ class SchedulerOutput:
     @property
     def drafted(self) -> bool:
         """Whether some decode rows have drafts."""
-        return any(row.draft for row in self.decode)
+        return any(row.num_drafted for row in self.decode)
 
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)
@@ -90,6 +106,7 @@ class Scheduler:
         self._planner = planner
         self._shortest_first = False
         self._speculator = speculator
+        self._fill_left = 0  # tokens that the draft model may still compute in this step
         self._free_slots = list(range(slots - 1, -1, -1))
         self._waiting: list[Sequence] = []
         self._share = _FairShare()
@@ -105,7 +122,10 @@ class Scheduler:
 
     def has_draft(self) -> bool:
         """Whether some sequence is likely to have a draft, once what is in flight is known."""
-        return any(each.can_decode and self._speculator.draft(each) for each in self.running)
+        return any(
+            each.can_decode and self._speculator.draft(each).count and self._may_fill(each)
+            for each in self.running
+        )
 
     def counts(self) -> dict[str, int]:
         """Numbers for ``EngineStats``."""
@@ -154,7 +174,12 @@ class Scheduler:
         return SchedulerOutput(admitted, prefill, shape, decode)
 
     def commit(
-        self, sequence: Sequence, tokens: Tokens[int], num_drafted: int = 0
+        self,
+        sequence: Sequence,
+        tokens: Tokens[int],
+        num_drafted: int = 0,
+        *,
+        by_model: bool = False,
     ) -> tuple[int, FinishReason | None]:
         """Append the tokens that a step sampled for a sequence, up to the one that ends it.
 
@@ -163,6 +188,7 @@ class Scheduler:
             tokens: accepted tokens of a draft and the one after them, or one; empty for a chunk
                 that does not end its prompt.
             num_drafted: number of tokens of the draft that was verified.
+            by_model: whether the draft model made it.
 
         Returns:
             How many of the tokens were appended, and why the last one ends the sequence.
@@ -172,8 +198,10 @@ class Scheduler:
             accepted = len(tokens) - 1  # the other one was counted when the step was scheduled
             sequence.num_computed += accepted
             sequence.num_sampled += accepted
+            # The draft model has no use for keys and values of tokens that were not accepted.
+            sequence.num_draft_computed = min(sequence.num_draft_computed, sequence.num_computed)
             self._share.charge(request.owner, accepted * _OUTPUT_COST)
-            self._speculator.update(sequence, num_drafted, accepted)
+            self._speculator.update(sequence, num_drafted, accepted, by_model=by_model)
         if sequence.finished:
             return 0, None  # it ended while the step was in flight
         for count, token in enumerate(tokens, start=1):
@@ -186,6 +214,7 @@ class Scheduler:
 
     def _schedule_decode(self, *, draft: bool) -> tuple[DecodeRow, ...]:
         rows = []
+        self._fill_left = self._speculator.fill_tokens
         # Who gives way when blocks run out comes last, so that nothing scheduled is taken back.
         order = self._by_share()
         for sequence in order:
@@ -194,8 +223,8 @@ class Scheduler:
             self._cache_blocks(sequence)
             if not self._allocate_block(sequence, order):
                 continue
-            drafted = self._draft(sequence) if draft else ()
-            rows.append(DecodeRow(sequence, sequence.num_computed, drafted))
+            plain = DecodeRow(sequence, sequence.num_computed)
+            rows.append(self._draft(sequence) if draft else plain)
             self._speculator.decoded(sequence)
             self._share.charge(sequence.request.owner, _OUTPUT_COST)
             sequence.num_computed += 1
@@ -221,16 +250,41 @@ class Scheduler:
                 return False
         return sequence.slot is not None
 
-    def _draft(self, sequence: Sequence) -> tuple[int, ...]:
-        """What may follow a sequence's newest token, as far as there are blocks for it."""
+    def _draft(self, sequence: Sequence) -> DecodeRow:
+        """A row with a draft of what may follow, as far as there are blocks for it."""
+        position = sequence.num_computed
         draft = self._speculator.draft(sequence)
-        wanted = self.pool.blocks_for(sequence.num_computed + 1 + len(draft))
+        wanted = self.pool.blocks_for(position + 1 + draft.count)
         missing = wanted - len(sequence.blocks)
         spare = self.pool.num_available - len(self.running)
         if missing > 0 and missing <= spare:
             sequence.blocks += self.pool.allocate(missing) or []
-        room = len(sequence.blocks) * self.pool.block_len - sequence.num_computed - 1
-        return tuple(draft[:room])
+        room = len(sequence.blocks) * self.pool.block_len - position - 1
+        count = min(draft.count, room)
+        if draft.tokens or not count:
+            return DecodeRow(sequence, position, draft.tokens[:count], count)
+        fill = self._fill(sequence)
+        if sequence.num_draft_computed < position:
+            return DecodeRow(sequence, position, fill=fill)
+        sequence.num_draft_computed = position + count
+        return DecodeRow(sequence, position, (), count, fill)
+
+    def _fill(self, sequence: Sequence) -> PrefillChunk | None:
+        """The next tokens before the newest one that the draft model lacks, as many as fit."""
+        start = sequence.num_draft_computed
+        missing = sequence.num_computed - start
+        # A draft that was accepted to its end leaves one token: that one is always computed.
+        length = 1 if missing == 1 else min(missing, self._fill_left)
+        if length < 1 or not self._may_fill(sequence):
+            return None
+        self._fill_left -= length
+        sequence.num_draft_computed += length
+        return PrefillChunk(sequence, start, length, sample=False, ends_prompt=False)
+
+    def _may_fill(self, sequence: Sequence) -> bool:
+        """Whether the draft model may compute what it lacks of a sequence: prompts come first."""
+        missing = sequence.num_computed - sequence.num_draft_computed
+        return missing <= 1 or not self._prefilling()
 
     def _schedule_prefill(self) -> tuple[Shape | None, tuple[PrefillChunk, ...]]:
         """The next chunk of each prompt that fits the plan.
@@ -340,6 +394,7 @@ class Scheduler:
         sequence.blocks = shared + blocks
         sequence.prefill_len = sequence.num_known
         sequence.num_computed = len(shared) * self.pool.block_len
+        sequence.num_draft_computed = self.pool.num_drafted(shared) * self.pool.block_len
         sequence.num_cached_blocks = len(shared)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
@@ -351,6 +406,8 @@ class Scheduler:
         assert sequence.slot is not None
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
+        drafted = min(sequence.num_draft_computed, sequence.num_known) // self.pool.block_len
+        self.pool.mark_drafted(sequence.blocks[:drafted])
         self.pool.release(sequence.blocks)
         sequence.slot = None
         sequence.blocks = []
@@ -361,7 +418,7 @@ class Scheduler:
         self.num_preemptions += 1
         self._cache_blocks(sequence)  # what is not needed by others meanwhile will be found again
         self._free_slot(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_draft_computed = 0
         self._waiting.append(sequence)
 
     def _cache_blocks(self, sequence: Sequence) -> None:
@@ -487,10 +544,16 @@ class DataParallelScheduler:
         return tuple(outputs[rank] for rank in sorted(outputs)) if any(outputs.values()) else None
 
     def commit(
-        self, sequence: Sequence, tokens: Tokens[int], num_drafted: int = 0
+        self,
+        sequence: Sequence,
+        tokens: Tokens[int],
+        num_drafted: int = 0,
+        *,
+        by_model: bool = False,
     ) -> tuple[int, FinishReason | None]:
         """As ``Scheduler.commit``."""
-        return self._ranks[sequence.dp_rank].commit(sequence, tokens, num_drafted)
+        rank = self._ranks[sequence.dp_rank]
+        return rank.commit(sequence, tokens, num_drafted, by_model=by_model)
 
     def measured(
         self, scheduled: SchedulerOutputs, decode_seconds: float, prefill_seconds: float
@@ -514,4 +577,4 @@ class DataParallelScheduler:
         }
 
     def _allows_drafts(self) -> bool:
-        return all(self._speculator.allows(rank.num_decoding()) for rank in self._ranks)
+        return self._speculator.allows(max(rank.num_decoding() for rank in self._ranks))

@@ -33,6 +33,8 @@ class Sequence:
         prefill_len: number of tokens to prefill: all that were known when it got its slot.
         num_computed: leading tokens whose keys and values are written, or will be by a step in
             flight. During decode, the position of the newest token.
+        num_draft_computed: leading tokens of which the draft model has keys and values, counted
+            likewise.
         num_sampled: output tokens sampled, including those of a step in flight.
         num_cached_blocks: leading blocks that are in the prefix cache, for others to share.
         cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
@@ -52,6 +54,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     prefill_len: int = 0
     num_computed: int = 0
+    num_draft_computed: int = 0
     num_sampled: int = 0
     num_cached_blocks: int = 0
     cached_tokens: int | None = None

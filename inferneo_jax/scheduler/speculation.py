@@ -2,9 +2,11 @@
 
 Text often repeats what it has said: names, quotations, code. So the tokens that followed when the
 newest few came before are a draft, which one step verifies in hardly more time than one token takes
-(prompt look-up: Saxena 2023; Leviathan et al., arXiv:2211.17192). Drafts never change which tokens
-are sampled: a draft proposes each token with certainty, so accepting the one that is drawn anyway
-is the rejection sampling of the paper.
+(prompt look-up: Saxena 2023; Leviathan et al., arXiv:2211.17192). Where nothing repeats, a second,
+smaller model can make the draft; how long it should be follows from the times measured at start and
+from how often the sequence's drafts are accepted. Drafts never change which tokens are sampled: a
+draft proposes each token with certainty, so accepting the one that is drawn anyway is the rejection
+sampling of the paper.
 """
 
 from collections.abc import Iterable
@@ -21,20 +23,81 @@ _LEARNING_RATE = 0.25
 _COOLDOWN, _LONGEST_COOLDOWN = 8, 256
 
 
+_MEMORY = 0.9
+"""Weight of what is known of a draft model's acceptance, when another draft is verified."""
+_PRIOR = 7.0, 10.0
+"""Accepted and tried tokens that are assumed of a draft model before any was verified."""
+_INHERITED = 5.0
+"""Tried tokens that a new sequence takes over from those before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """How long the parts of a step with a certain number of rows take, in plain decode steps.
+
+    Attributes:
+        verify: verifying drafts.
+        draft: drafting one token of each row with the draft model.
+        fill: computing one token whose keys and values the draft model lacks.
+    """
+
+    verify: float
+    draft: float = 0.0
+    fill: float = 0.0
+
+    def toward(self, other: "StepCosts", part: float) -> "StepCosts":
+        """The costs at a part, from 0 to 1, of the way to others."""
+        return StepCosts(
+            self.verify + part * (other.verify - self.verify),
+            self.draft + part * (other.draft - self.draft),
+            self.fill + part * (other.fill - self.fill),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModel:
+    """What drafts of the draft model are subject to.
+
+    Attributes:
+        max_len: tokens of the longest sequence that it can process.
+        fill_tokens: most tokens that it computes in one step before it drafts.
+    """
+
+    max_len: int
+    fill_tokens: int
+
+
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """When drafts are made.
+    """When drafts are made, and by what.
 
     Attributes:
         max_tokens: of one draft.
-        max_rows: rows of a data-parallel rank's decode step up to which drafts are verified.
-        cost: duration of a step that verifies drafts, in plain decode steps; 0 to draft whatever
-            it costs.
+        costs: of steps with 1, 2, ... rows on a data-parallel rank; steps with more rows have no
+            drafts.
+        always: whether to draft whatever it costs.
+        ngram: whether drafts are looked up among the tokens of the sequence.
+        model: of the draft model; None: there is none.
     """
 
     max_tokens: int
-    max_rows: int
-    cost: float = 0.0
+    costs: tuple[StepCosts, ...]
+    always: bool = False
+    ngram: bool = True
+    model: DraftModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A draft of what may follow the newest token.
+
+    Attributes:
+        tokens: that were looked up; empty if the draft model is to make the draft.
+        count: number of tokens; 0: no draft.
+    """
+
+    tokens: tuple[int, ...] = ()
+    count: int = 0
 
 
 class NGramIndex:
@@ -99,9 +162,59 @@ class Acceptance:
 
 
 @dataclass(slots=True)
-class _Drafter:
-    """What is kept for one sequence."""
+class AcceptanceRate:
+    """How likely the next token of a draft model's draft is accepted: a moving average.
 
+    Attributes:
+        accepted: tokens that were accepted, the older ones weighted less.
+        tried: tokens before which all others of their draft had been accepted, weighted alike.
+        cooldown: number of tokens still to decode before the next draft.
+    """
+
+    accepted: float = _PRIOR[0]
+    tried: float = _PRIOR[1]
+    cooldown: int = 0
+    _cooldowns: int = 0
+
+    def inherit(self) -> "AcceptanceRate":
+        """What a new sequence starts with."""
+        return AcceptanceRate(_INHERITED * self.accepted / self.tried, _INHERITED)
+
+    def update(self, drafted: int, accepted: int) -> None:
+        """Record the result of a draft."""
+        self.accepted = _MEMORY * self.accepted + accepted
+        self.tried = _MEMORY * self.tried + min(accepted + 1, drafted)
+        if accepted == drafted:
+            self._cooldowns = 0
+
+    def best(self, most: int, costs: StepCosts) -> tuple[int, float]:
+        """The number of tokens, up to ``most``, at which drafts bring most; how much that is.
+
+        This is tokens by the time of a plain step. No tokens bring 1.0 (section 3.3 of the paper).
+        """
+        rate = self.accepted / self.tried
+        best, expected = (0, 1.0), 1.0
+        for count in range(1, most + 1):
+            expected += rate**count
+            best = max(best, (count, expected / (costs.verify + count * costs.draft)), key=_speed)
+        return best
+
+    def rest(self) -> None:
+        """Start a cooldown, longer than the last, after which one draft is tried."""
+        self.cooldown = min(_COOLDOWN << self._cooldowns, _LONGEST_COOLDOWN)
+        self._cooldowns += 1
+        self.accepted = self.tried = 1.0
+
+
+def _speed(choice: tuple[int, float]) -> float:
+    return choice[1]
+
+
+@dataclass(slots=True)
+class _Drafter:
+    """What is kept for one sequence: of drafts that are looked up, and of the draft model's."""
+
+    rate: AcceptanceRate
     index: NGramIndex = field(default_factory=NGramIndex)
     acceptance: Acceptance = field(default_factory=Acceptance)
 
@@ -116,38 +229,84 @@ class Speculator:
     def __init__(self, config: SpeculativeConfig | None) -> None:
         self._config = config
         self._drafters: dict[Sequence, _Drafter] = {}
+        self._rate = AcceptanceRate()
+        self._costs = config.costs[0] if config else StepCosts(1.0)
+
+    @property
+    def fill_tokens(self) -> int:
+        """Most tokens that the draft model computes in one step before it drafts."""
+        model = self._config and self._config.model
+        return model.fill_tokens if model else 0
 
     def allows(self, num_rows: int) -> bool:
-        """Whether a rank that decodes that many rows may have drafts."""
-        return self._config is not None and num_rows <= self._config.max_rows
+        """Whether steps of that many rows on the fullest rank have drafts; ``draft`` makes such."""
+        if not self._config or num_rows > len(self._config.costs):
+            return False
+        self._costs = self._config.costs[max(0, num_rows - 1)]
+        return True
 
-    def draft(self, sequence: Sequence) -> list[int]:
-        """Tokens that may follow the known ones of a sequence; often none."""
-        if not self._config:
-            return []
-        wanted = sequence.request.max_tokens - len(sequence.output) - 1
-        max_tokens = min(self._config.max_tokens, wanted)
+    def draft(self, sequence: Sequence) -> Draft:
+        """What may follow the known tokens of a sequence; often nothing."""
+        config = self._config
+        if not config:
+            return Draft()
+        most = min(config.max_tokens, sequence.request.max_tokens - len(sequence.output) - 1)
         if sequence not in self._drafters:
-            self._drafters[sequence] = _Drafter()
+            self._drafters[sequence] = _Drafter(self._rate.inherit())
         drafter = self._drafters[sequence]
-        if max_tokens < 1 or drafter.acceptance.cooldown:
-            return []
-        drafter.index.extend(sequence.tokens(len(drafter.index.tokens)))
-        return drafter.index.draft(max_tokens)
+        if most < 1:
+            return Draft()
+        looked_up = self._look_up(sequence, drafter, most) if config.ngram else []
+        length, speed = self._model_draft(sequence, drafter, most)
+        if looked_up and 1 + drafter.acceptance.mean >= speed * self._costs.verify:
+            return Draft(tuple(looked_up), len(looked_up))
+        return Draft((), length) if length else Draft(tuple(looked_up), len(looked_up))
 
     def decoded(self, sequence: Sequence) -> None:
-        """Count a decode step of a sequence, with or without a draft, towards its cooldown."""
-        if (drafter := self._drafters.get(sequence)) and drafter.acceptance.cooldown:
-            drafter.acceptance.cooldown -= 1
+        """Count a decode step of a sequence, with or without a draft, towards its cooldowns."""
+        if drafter := self._drafters.get(sequence):
+            drafter.acceptance.cooldown = max(0, drafter.acceptance.cooldown - 1)
+            drafter.rate.cooldown = max(0, drafter.rate.cooldown - 1)
 
-    def update(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+    def update(self, sequence: Sequence, drafted: int, accepted: int, *, by_model: bool) -> None:
         """Learn how many tokens of a sequence's draft were accepted."""
-        if self._config and (drafter := self._drafters.get(sequence)):
-            drafter.acceptance.update(drafted, accepted, self._config.cost)
+        if by_model:
+            self._rate.update(drafted, accepted)
+        if not self._config or not (drafter := self._drafters.get(sequence)):
+            return
+        if by_model:
+            drafter.rate.update(drafted, accepted)
+        else:
+            cost = 0.0 if self._config.always else self._costs.verify
+            drafter.acceptance.update(drafted, accepted, cost)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence that has ended."""
         self._drafters.pop(sequence, None)
+
+    def _look_up(self, sequence: Sequence, drafter: _Drafter, most: int) -> list[int]:
+        if drafter.acceptance.cooldown:
+            return []
+        drafter.index.extend(sequence.tokens(len(drafter.index.tokens)))
+        return drafter.index.draft(most)
+
+    def _model_draft(self, sequence: Sequence, drafter: _Drafter, most: int) -> tuple[int, float]:
+        """How many tokens the draft model is to draft, and how many times as fast that is."""
+        assert self._config
+        model, rate = self._config.model, drafter.rate
+        if not model or rate.cooldown or sequence.num_known + most > model.max_len:
+            return 0, 1.0
+        if self._config.always:
+            return most, 1.0
+        length, speed = rate.best(most, self._costs)
+        if not length:
+            rate.rest()
+            return 0, 1.0
+        # What the model has not seen must pay within the tokens that may still come.
+        left = sequence.request.max_tokens - len(sequence.output)
+        missing = sequence.num_known - 1 - sequence.num_draft_computed
+        pays = missing * self._costs.fill <= left * (1 - 1 / speed)
+        return (length, speed) if pays else (0, 1.0)
 
 
 def accepted_tokens(draft: Tokens[int], sampled: Tokens[int]) -> tuple[int, ...]:

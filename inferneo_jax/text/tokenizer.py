@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import tokenizers
 
 from inferneo_jax.errors import RequestError, TemplateError, TokenizerError
-from inferneo_jax.files import read_object
+from inferneo_jax.files import read_object, shown
 from inferneo_jax.text.chat_template import ChatTemplate, Message
 from inferneo_jax.text.tokenizer_json import guarded, read_tokenizer, template_text, token_ids
 
@@ -117,6 +117,15 @@ class Tokenizer:
             eos_token_ids=token_ids(checkpoint.get("eos_token_ids"), f"{folder}: eos_token_ids"),
             bos_token_id=min(bos, default=None),
         )
+
+    def difference(self, other: "Tokenizer") -> str | None:
+        """The first token that another tokenizer spells otherwise, in words; None: they agree."""
+        for index, (mine, theirs) in enumerate(zip(self._pieces, other._pieces, strict=False)):
+            if mine != theirs:
+                return f"token {index} is {shown(mine)} and not {shown(theirs)}"
+        if self.vocab_size != other.vocab_size:
+            return f"there are {other.vocab_size} tokens and not {self.vocab_size}"
+        return None
 
     @property
     def has_chat_template(self) -> bool:

@@ -13,7 +13,7 @@ import typer
 from inferneo_jax import ConfigError, InferneoError, Job
 from server.cli.flags import given
 from server.config.settings import Settings
-from server.models.sources import folder_of, sources_of
+from server.models.sources import draft_source, folder_of, sources_of
 from server.observe import log
 
 logger = structlog.get_logger(__name__)
@@ -58,9 +58,10 @@ def _follow(settings: Settings, job: Job) -> None:
     job.join()
     from inferneo_jax import follow_model
 
-    config = settings.engine_config()
+    config, drafter = settings.engine_config(), draft_source(settings)
+    draft = folder_of(drafter, settings, _quiet) if drafter else None
     if not any(
-        follow_model(folder_of(source, settings, _quiet), config, job)
+        follow_model(folder_of(source, settings, _quiet), config, job, draft=draft)
         for source in sources_of(settings)
     ):
         raise ConfigError(

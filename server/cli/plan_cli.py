@@ -49,6 +49,10 @@ def plan(
     kv_dtype: Annotated[
         str, typer.Option(help="Of keys and values: auto, float32, bfloat16 or int8.")
     ] = "auto",
+    draft_model: Annotated[
+        str | None,
+        typer.Option(help="A smaller model that drafts; named like MODEL.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Compile a model's steps for chips that need not be present; show memory and speed."""
@@ -67,6 +71,7 @@ def plan(
         topology=Topology.parse(topology),
         engine=engine,
         context=min(context, max_len or found.context_length),
+        draft=find_model(draft_model) if draft_model else None,
     )
     console = Console()
     with Console(stderr=True).status("planning") as status:

@@ -152,11 +152,18 @@ class EngineSettings(BaseModel):
         "makes streams smoother, more shortens the time to the first token while others generate.",
         json_schema_extra=_shown("MILLISECONDS"),
     )
-    speculation: Literal["auto", "off", "ngram"] = Field(
+    speculation: Literal["auto", "off", "ngram", "model"] = Field(
         default="auto",
-        description="Speculative decoding with drafts that are looked up in the preceding tokens "
-        "(n-grams) and verified in one step; auto uses it where it is measured to be "
-        "faster.",
+        description="Speculative decoding: drafts of the next tokens are verified in one step. "
+        "ngram looks them up in the preceding tokens, model has the draft model make them, auto "
+        "uses either where it is measured to be faster.",
+    )
+    draft_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A smaller model with the same vocabulary, which drafts for the language "
+        "models; named like the models to serve, and pulled if it is missing.",
+        json_schema_extra=_shown("MODEL", "none"),
     )
 
 

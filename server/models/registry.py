@@ -16,7 +16,7 @@ from inferneo_jax import InferneoError
 from server.config.settings import Settings
 from server.http.errors import RETRY_LOADING_SECONDS, ApiError, bad_request, unavailable
 from server.http.schema import Count
-from server.models.sources import Loader, Source, load_from_disk, sources_of
+from server.models.sources import Loader, Source, draft_source, load_from_disk, sources_of
 
 if TYPE_CHECKING:
     from inferneo_jax import EmbeddingModel, Job, LanguageModel, Model
@@ -77,6 +77,7 @@ class Registry:
         self._loader = loader
         self._check_access = check_access
         self._job = job
+        draft_source(settings)  # a wrong name is told at once
         self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []

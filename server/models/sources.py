@@ -38,11 +38,14 @@ def load_from_disk(
     if job:
         job.join(progress)
     path = folder_of(source, settings, progress)
+    drafter = draft_source(settings)
+    draft = folder_of(drafter, settings, progress) if drafter else None
     # Here, because it brings in jax.
     from inferneo_jax import load_model, malloc_trim
 
     malloc_trim()  # of a description: 130 MB for a vocabulary of 150,000
-    return load_model(path, settings.engine_config(), name=source.id, progress=progress, job=job)
+    config = settings.engine_config()
+    return load_model(path, config, name=source.id, progress=progress, job=job, draft=draft)
 
 
 def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
@@ -92,6 +95,17 @@ def sources_of(settings: Settings) -> list[Source]:
                 f"{settings.named('aliases')}: {alias!r} is the id of a model already"
             )
     return sources
+
+
+def draft_source(settings: Settings) -> Source | None:
+    """The source of the model that drafts; None if the settings name none.
+
+    Raises:
+        ConfigError: there is no file or folder of this name.
+    """
+    if settings.draft_model is None:
+        return None
+    return _source(settings.draft_model, settings.named("draft_model"))
 
 
 def _source(name: str, setting: str) -> Source:

@@ -45,11 +45,6 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         "Times that a request gave up its pages to another.",
         lambda s: s.preemptions,
     ),
-    "vllm:spec_decode_num_draft_tokens": ("Tokens that were drafted.", lambda s: s.drafted_tokens),
-    "vllm:spec_decode_num_accepted_tokens": (
-        "Drafted tokens that the model would have chosen too.",
-        lambda s: s.accepted_tokens,
-    ),
     "inferneo_prefill_tokens": (
         "Prompt tokens that were computed, not found in the prefix cache.",
         lambda s: s.prompt_tokens,
@@ -60,9 +55,26 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         lambda s: s.compiles_after_ready,
     ),
 }
+_DRAFTS: dict[str, tuple[str, dict[str, Callable[[EngineStats], float]]]] = {
+    "vllm:spec_decode_num_draft_tokens": (
+        "Tokens that were drafted, by looking them up (ngram) or by the draft model (model).",
+        {
+            "ngram": lambda s: s.drafted_tokens - s.model_drafted_tokens,
+            "model": lambda s: s.model_drafted_tokens,
+        },
+    ),
+    "vllm:spec_decode_num_accepted_tokens": (
+        "Drafted tokens that the model would have chosen too, by who drafted them.",
+        {
+            "ngram": lambda s: s.accepted_tokens - s.model_accepted_tokens,
+            "model": lambda s: s.model_accepted_tokens,
+        },
+    ),
+}
+"""Counters with a series for each method of drafting."""
 
 
-_INFO = ("dtype", "quantization", "kv_dtype", "kernels", "mesh", "device")
+_INFO = ("dtype", "quantization", "kv_dtype", "kernels", "mesh", "device", "draft_model")
 _OF_MODELS: dict[str, tuple[str, Callable[["Model"], float]]] = {
     "inferneo_max_model_len_tokens": (
         "The longest sequence: prompt and output, or a text to be embedded.",
@@ -151,6 +163,12 @@ def _of_engines(models: Sequence["Model"]) -> Iterator[Metric]:
             for model, found in stats.items():
                 metric.add_metric([model], float(read(found)))
             yield metric
+    for name, (words, methods) in _DRAFTS.items():
+        counter = CounterMetricFamily(name, words, labels=[MODEL, "method"])
+        for model, found in stats.items():
+            for method, read in methods.items():
+                counter.add_metric([model, method], float(read(found)))
+        yield counter
 
 
 def _of_devices(loaded: bool) -> Iterator[Metric]:

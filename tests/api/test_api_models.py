@@ -8,8 +8,9 @@ import httpx
 import pytest
 import structlog
 
-from inferneo_jax import Tokenizer
+from inferneo_jax import ConfigError, Tokenizer
 from server.config.settings import Settings
+from server.models.registry import Registry
 from server.models.sources import Source, load_from_disk
 from tests.support.fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
 from tests.support.fake_hub import FakeHub, hub
@@ -134,6 +135,21 @@ def test_what_was_converted_is_loaded_and_the_rest_pulled(
     loaded: Any = load_from_disk(Source("mine"), settings, lambda *_: None)
     assert loaded == tmp_path / "mine"
     assert pulled == ([] if converted else ["mine"])
+
+
+def test_the_draft_model_is_had_like_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferneo_jax.pull", lambda name, folder, *_, **__: folder / name)
+    monkeypatch.setattr("inferneo_jax.load_model", lambda path, config, **given: given["draft"])
+    settings = Settings(checkpoints=tmp_path, draft_model="org/small")
+    loaded: Any = load_from_disk(Source("mine"), settings, lambda *_: None)
+    assert loaded == tmp_path / "org" / "small"
+    alone: Any = load_from_disk(Source("mine"), Settings(checkpoints=tmp_path), lambda *_: None)
+    assert alone is None
+    missing = Settings.load({"draft_model": "./none.gguf"})
+    with pytest.raises(ConfigError, match=r"--draft-model names ./none.gguf, where there is no"):
+        Registry(missing)
 
 
 def test_a_quantization_of_the_hub_that_is_missing_is_pulled_and_logged(

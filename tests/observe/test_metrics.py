@@ -1,5 +1,6 @@
 """``/metrics``: what a scraper reads is what clients saw, and what the manual says."""
 
+import dataclasses
 import re
 import time
 
@@ -136,11 +137,30 @@ def test_tokens_that_come_with_the_first_have_no_latency_of_their_own() -> None:
 
 def test_what_is_served_is_told(rig: Rig) -> None:
     found = _read(rig)
-    assert found[f"inferneo_model_info cpu float32 xla decoder float32 data=1,model=1 {CHAT} none"]
-    assert found[f"inferneo_model_info cpu float32 xla encoder  data=1,model=1 {EMBED} none"]
+    assert found[f"inferneo_model_info cpu  float32 xla decoder float32 data=1,model=1 {CHAT} none"]
+    assert found[f"inferneo_model_info cpu  float32 xla encoder  data=1,model=1 {EMBED} none"]
     assert found[f"inferneo_max_model_len_tokens {CHAT}"] == 512
     assert found[f"inferneo_kv_cache_bytes {EMBED}"] == 0
     assert not [name for name in found if name.startswith("inferneo_device_memory")]
+
+
+def test_drafts_are_counted_by_method(rig: Rig) -> None:
+    stats = dataclasses.replace(
+        rig.engine.stats(),
+        drafted_tokens=10,
+        accepted_tokens=7,
+        model_drafted_tokens=6,
+        model_accepted_tokens=5,
+    )
+    rig.engine.stats = lambda: stats  # type: ignore[method-assign]
+    try:
+        found = _read(rig)
+    finally:
+        del rig.engine.stats
+    for method, drafted, accepted in (("ngram", 4, 2), ("model", 6, 5)):
+        # Samples are named by the values of their labels in the order of the labels' names.
+        assert found[f"vllm:spec_decode_num_draft_tokens_total {method} {CHAT}"] == drafted
+        assert found[f"vllm:spec_decode_num_accepted_tokens_total {method} {CHAT}"] == accepted
 
 
 def test_places_are_taken_and_given_back(rig: Rig) -> None:

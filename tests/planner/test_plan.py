@@ -86,6 +86,13 @@ def test_a_plan_counts_two_reductions_a_layer_and_one_for_the_lookup() -> None:
     assert plan.weight_bytes + programs + plan.kv_bytes < plan.memory_bytes
 
 
+def test_a_draft_model_takes_memory_and_leaves_the_steps_as_they_are() -> None:
+    alone, both = make_plan(_wish()), make_plan(_wish(draft=TINY))
+    assert both.weight_bytes == 2 * alone.weight_bytes
+    assert both.kv_tokens < 0.6 * alone.kv_tokens
+    assert both.steps == alone.steps
+
+
 def test_groups_cross_only_with_what_they_sampled() -> None:
     engine = EngineConfig(
         slots=8,

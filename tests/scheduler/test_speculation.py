@@ -13,9 +13,11 @@ from inferneo_jax.request import GenerationRequest
 from inferneo_jax.scheduler.sequence import Sequence
 from inferneo_jax.scheduler.speculation import (
     Acceptance,
+    Draft,
     NGramIndex,
     SpeculativeConfig,
     Speculator,
+    StepCosts,
     accepted_tokens,
 )
 from tests.support.tiny_model import MIXED, Collected, close, close_all, prompt, submit
@@ -115,18 +117,18 @@ def test_a_long_prompt_is_indexed_in_parts() -> None:
 def test_no_draft_is_made_during_a_cooldown_nor_beyond_the_last_token() -> None:
     request = GenerationRequest(id="0", prompt=(1, 2, 3) * 3, max_tokens=100)
     sequence = Sequence(request, lambda _: None, 0)
-    speculator = Speculator(SpeculativeConfig(max_tokens=4, max_rows=2, cost=2.0))
+    speculator = Speculator(SpeculativeConfig(max_tokens=4, costs=(StepCosts(2.0),) * 2))
     assert speculator.allows(2)
     assert not speculator.allows(3)
-    assert speculator.draft(sequence) == [1, 2, 3, 1]
-    while speculator.draft(sequence):
-        speculator.update(sequence, 4, 0)
+    assert speculator.draft(sequence) == Draft((1, 2, 3, 1), 4)
+    while speculator.draft(sequence).count:
+        speculator.update(sequence, 4, 0, by_model=False)
     for _ in range(8):
-        assert not speculator.draft(sequence)
+        assert not speculator.draft(sequence).count
         speculator.decoded(sequence)
-    assert speculator.draft(sequence)
+    assert speculator.draft(sequence).count
     sequence.output += [1, 2, 3] * 32
-    assert speculator.draft(sequence) == [1, 2, 3]
+    assert speculator.draft(sequence) == Draft((1, 2, 3), 3)
     speculator.forget(sequence)
     assert not speculator._drafters
     assert not Speculator(None).allows(0)

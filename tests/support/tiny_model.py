@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -91,13 +91,18 @@ def tiny_weights(
     config: DecoderConfig = TINY,
     shape: MeshShape = ONE_DEVICE,
     quantization: QuantizationConfig = models.REFERENCE,
+    noise: float = 0.0,
 ) -> list[jax.Array]:
-    """Random weights, large enough that the next token depends on all before it."""
-    rng = np.random.default_rng(0)
-    weights = {
-        name: ArrayWeight(_random(rng, spec.shape).astype(np.float32))
-        for name, spec in models.weight_specs(config).items()
-    }
+    """Random weights, large enough that the next token depends on all before it.
+
+    With ``noise`` they are those of a model that often agrees with the one without.
+    """
+    rng, other = np.random.default_rng(0), np.random.default_rng(1)
+    weights = {}
+    for name, spec in models.weight_specs(config).items():
+        values = _random(rng, spec.shape)
+        values += noise * _random(other, spec.shape)
+        weights[name] = ArrayWeight(values.astype(np.float32))
     mesh = make_mesh(shape)
     padded = pad_for_mesh(config, parts(mesh, "heads"))
     return place_weights(weights, config, padded, mesh, quantization)
@@ -118,10 +123,13 @@ def make_runner(
     model: DecoderConfig = TINY,
     quantization: QuantizationConfig = models.REFERENCE,
     processes: ProcessGroup | None = None,
+    draft: "TinyDraft | None" = None,
 ) -> Runner:
     """A runner of a tiny model, not compiled."""
-    runner = Runner(tiny_backend(config, model, quantization), config, processes)
-    runner.place(tiny_weights(model, config.mesh, quantization))
+    runner = Runner(
+        tiny_backend(config, model, quantization), config, processes, draft and draft.backend
+    )
+    runner.place(tiny_weights(model, config.mesh, quantization), draft.weights if draft else [])
     return runner
 
 
@@ -131,6 +139,19 @@ def compiled(runner: Runner) -> Runner:
     runner.warm_up()
     runner.compile_rest()
     return runner
+
+
+class TinyDraft(NamedTuple):
+    """A draft model: how it runs, and its weights."""
+
+    backend: DecoderBackend
+    weights: list[jax.Array]
+
+
+def tiny_draft(config: EngineConfig, model: DecoderConfig = TINY, noise: float = 0.0) -> TinyDraft:
+    """A draft model: the tiny model itself without ``noise``."""
+    backend = tiny_backend(config, model)
+    return TinyDraft(backend, tiny_weights(model, config.mesh, backend.quantization, noise))
 
 
 @contextmanager

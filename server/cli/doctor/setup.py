@@ -15,7 +15,7 @@ from server.keys.key import Key
 from server.keys.keyring import state_of
 from server.keys.store.open import open_store
 from server.keys.store.store import StoreError
-from server.models.sources import Source, sources_of
+from server.models.sources import Source, draft_source, sources_of
 from server.process.listening import Listener, is_local, listen, url_of
 
 _STALE_SECONDS = 30 * 86_400.0  # as in runner/compile_cache.py, which imports jax
@@ -32,7 +32,7 @@ def settings(flags: dict[str, Any]) -> tuple[Settings | None, list[Finding]]:
     ]
     try:
         read = Settings.load(flags)
-        sources_of(read)
+        sources_of(read), draft_source(read)
     except InferneoError as error:
         problems = [Finding("Settings", "problem", line) for line in str(error).splitlines()]
         return None, [*problems, *found]
@@ -44,7 +44,8 @@ def settings(flags: dict[str, Any]) -> tuple[Settings | None, list[Finding]]:
 
 def models(read: Settings) -> Iterator[tuple[Finding, int, int]]:
     """Check each model to serve; yield its weights' bytes, and the bytes still to be downloaded."""
-    for source in sources_of(read):
+    drafter = draft_source(read)
+    for source in [*sources_of(read), *([drafter] if drafter else [])]:
         yield _model(source, read)
 
 

@@ -71,8 +71,8 @@ class SimulatedStep:
         return StepResults(
             Sampled(ids, None, None) if decodes else None,
             Sampled(ids, None, None) if prefills else None,
-            self.decoded - self.started,
-            self.ended - self.decoded,
+            decode_seconds=self.decoded - self.started,
+            prefill_seconds=self.ended - self.decoded,
         )
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gguf.constants import GGMLQuantizationType
+
 from inferneo_jax.errors import InferneoError
 from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.convert import read_model
@@ -28,6 +30,7 @@ from tests.weights.mutations import Folder, Gguf, broken_gguf, sentencepiece
 
 SECONDS = 1.0
 BYTES = 200 * 2**20
+FORMS = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
 TEXTS = ["a", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "the 12 é ﬁ\n\n  ▁ </s>"]
 
 
@@ -48,7 +51,7 @@ def makers(folder: Path) -> dict[str, Callable[[random.Random], Path]]:
     """For each kind of file, what breaks one."""
     tensors = made.random_tensors(made.LLAMA)
     file = folder / "model.gguf"
-    ggufs = [Gguf(made.write_gguf(file, made.LLAMA, tensors, kind).read_bytes()) for kind in (0, 8)]
+    ggufs = [Gguf(made.write_gguf(file, made.LLAMA, tensors, form).read_bytes()) for form in FORMS]
     ggufs.append(sentencepiece(ggufs[0]))
     encoder = made.BERT | {"vocab_size": len(made.WORDS)}
     made.write_encoder_gguf(file, encoder, made.random_tensors(encoder))

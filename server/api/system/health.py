@@ -48,6 +48,16 @@ class LanguageModelState(TypedDict):
     page_len: Annotated[int, Field(description="The number of tokens in a page.")]
     running: Annotated[int, Field(description="The number of sequences that hold a slot.")]
     waiting: Annotated[int, Field(description="The number of sequences that wait for a slot.")]
+    itl_budget: Annotated[
+        float, Field(description="The seconds by which prefill may delay the tokens of a stream.")
+    ]
+    prefill_allowance: Annotated[
+        int,
+        Field(
+            description="The most prompt tokens that a step computes now while streams wait for "
+            "its tokens."
+        ),
+    ]
     steps: Annotated[
         int,
         Field(
@@ -76,6 +86,12 @@ class LanguageModelState(TypedDict):
     ]
     accepted_tokens: Annotated[
         int, Field(description="The number of drafted tokens that were accepted.")
+    ]
+    model_drafted_tokens: Annotated[
+        int, Field(description="The part of `drafted_tokens` that the draft model drafted.")
+    ]
+    model_accepted_tokens: Annotated[
+        int, Field(description="The part of `accepted_tokens` that the draft model drafted.")
     ]
 
 
@@ -211,6 +227,8 @@ def _generating(model: "Model", stats: "EngineStats") -> LanguageModelState:
         "page_len": stats.page_len,
         "running": stats.running,
         "waiting": stats.waiting,
+        "itl_budget": stats.itl_budget,
+        "prefill_allowance": stats.prefill_allowance,
         "steps": stats.steps,
         "compiles_after_ready": stats.compiles_after_ready,
         "preemptions": stats.preemptions,
@@ -219,4 +237,6 @@ def _generating(model: "Model", stats: "EngineStats") -> LanguageModelState:
         "output_tokens": stats.output_tokens,
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,
+        "model_drafted_tokens": stats.model_drafted_tokens,
+        "model_accepted_tokens": stats.model_accepted_tokens,
     }

@@ -14,7 +14,7 @@ FRAMEWORK_PAGES = tuple(
     f"docs/clients/{name}.md" for name in ("langchain", "llamaindex", "litellm")
 )
 PRINTED_ADDRESS = "127.0.0.1:8000"
-ANSWER = "Paris"
+ANSWER = "Tokyo"
 
 pytestmark = pytest.mark.real
 

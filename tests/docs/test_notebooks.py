@@ -30,4 +30,4 @@ def test_a_notebook_runs(
     said = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
-    assert {"quickstart": "Paris", "tpu_vm": "tokens in", "plan": "all-reduce"}[file.stem] in said
+    assert {"quickstart": "Tokyo", "tpu_vm": "tokens in", "plan": "all-reduce"}[file.stem] in said

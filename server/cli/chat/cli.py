@@ -51,7 +51,7 @@ def chat(
 
       inferneo chat
       inferneo chat my-model --url http://gpu-host:8000
-      inferneo chat -m "What is the capital of France?" --set temperature=0
+      inferneo chat -m "What is the capital of Japan?" --set temperature=0
       git diff | inferneo chat --system "Review this change."
     """
     from server.cli.chat.run import Wish, run

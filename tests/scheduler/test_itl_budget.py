@@ -253,8 +253,6 @@ def test_a_real_engine_keeps_its_budget() -> None:
     runner = compiled(make_runner(config, model))
     # Not those that an earlier run has left, whatever disturbed it.
     runner.prefill_times = PrefillTimes(runner._measure()["prefill"])
-    whole = runner.prefill_times.seconds(256)
-    assert whole > 4 * runner.prefill_times.seconds(16)
 
     def slow_gaps(budget: float) -> float:
         """The 90th percentile of a stream's gaps while prompts of 2,000 tokens are prefilled."""
@@ -280,6 +278,5 @@ def test_a_real_engine_keeps_its_budget() -> None:
         finally:
             engine.stop()
 
-    unbounded, bounded = slow_gaps(60.0), slow_gaps(whole / 4)
-    assert unbounded > 0.8 * whole
-    assert bounded < 0.6 * unbounded
+    unbounded = slow_gaps(60.0)
+    assert slow_gaps(unbounded / 4) < 0.6 * unbounded

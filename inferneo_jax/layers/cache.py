@@ -7,6 +7,7 @@ positions, in order. The host decides which page belongs to which request
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -161,14 +162,14 @@ class PagedAttention:
             )
             keys = _gather(cache.keys, cache.key_scales, ids)
             values = _gather(cache.values, cache.value_scales, ids)
-            scores = jnp.einsum("rkqd,rkpd->rkqp", queries, keys)
+            scores = _product("rkqd,rkpd->rkqp", queries, keys)
             seen = (i * block_len + jnp.arange(block_len))[None, None, None, :] <= last_seen
             scores = jnp.where(seen, scores, _MASKED)
             new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
             weights = jnp.exp(scores - new_peak)
             decay = jnp.exp(peak - new_peak)
             total = total * decay + weights.sum(axis=-1, keepdims=True)
-            mixed = mixed * decay + jnp.einsum("rkqp,rkpd->rkqd", weights, values)
+            mixed = mixed * decay + _product("rkqp,rkpd->rkqd", weights, values)
             return new_peak, total, mixed
 
         column = jnp.zeros((rows, kv_heads, group * tokens, 1), jnp.float32)
@@ -176,6 +177,10 @@ class PagedAttention:
         _, total, mixed = lax.fori_loop(0, num_blocks, block, start)
         mixed = (mixed / total).reshape(rows, kv_heads, group, tokens, head_dim)
         return mixed.transpose(0, 3, 1, 2, 4)
+
+
+_product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+"""GPUs and TPUs would round float32 to 11 or 8 bits otherwise."""
 
 
 def _gather(

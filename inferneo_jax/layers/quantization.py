@@ -350,6 +350,11 @@ def _dot(
     if num_rows < MIN_ROWS:
         x = jnp.pad(x, ((0, MIN_ROWS - num_rows), (0, 0)))
     product = lax.dot_general(
-        x, matrix, (((1,), (int(table),)), ((), ())), preferred_element_type=sums
+        x,
+        matrix,
+        (((1,), (int(table),)), ((), ())),
+        # GPUs and TPUs would round float32 to 11 or 8 bits; this concerns no other dtype.
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=sums,
     )
     return product[:num_rows]

@@ -71,6 +71,8 @@ class SegmentAttention:
             segments: of the same tokens.
         """
         queries, keys, values = jnp.moveaxis(fused.astype(jnp.float32), 1, 0)
+        # GPUs and TPUs would round float32 to 11 or 8 bits, as a bfloat16 encoder does anyway.
+        precision = lax.Precision.HIGHEST if fused.dtype == jnp.float32 else None
         num_tokens, heads, head_dim = queries.shape
         block = min(_BLOCK, num_tokens)
         queries = queries.reshape(-1, block, heads, head_dim) * head_dim**-0.5
@@ -87,12 +89,12 @@ class SegmentAttention:
             tokens = starts[:, None] + places[None, :]
             seen = segment_ids[:, :, None] == segments.segment_ids[tokens][:, None, :]
             seen &= (tokens >= begin[:, None])[:, None, :]  # others were there before
-            scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys[tokens])
+            scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys[tokens], precision=precision)
             scores = jnp.where(seen[:, None], scores, _NOTHING)
             most = jnp.maximum(sums.most, scores.max(axis=-1, keepdims=True))
             weights = jnp.exp(scores - most)
             old = jnp.exp(sums.most - most)
-            found = jnp.einsum("bhqk,bkhd->bhqd", weights, values[tokens])
+            found = jnp.einsum("bhqk,bkhd->bhqd", weights, values[tokens], precision=precision)
             return _Sums(
                 most,
                 sums.weights * old + weights.sum(axis=-1, keepdims=True),

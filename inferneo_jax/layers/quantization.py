@@ -231,6 +231,9 @@ class Int8(QuantizationMethod):
     Where the inputs are split over devices, each shard has its own scales, so that no device needs
     to see the values of another.
 
+    Matrices are stored like tables, ``[outputs, inputs]``: the tensor cores of GPUs take 8-bit
+    numbers in this order only, and XLA transposes others, whole. TPUs take either.
+
     Attributes:
         shards: the number of shards of a matrix whose inputs are split.
         products: ``int8``, or ``float`` to multiply in ``dtype``.
@@ -247,12 +250,13 @@ class Int8(QuantizationMethod):
     def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
     ) -> tuple[ParameterSpec, ...]:
-        """The int8 matrix, and the scales of its outputs, ``[shards, outputs]``."""
-        outputs, axis = shape[not table], axes[not table]
-        inputs_axis = axes[int(table)]
+        """Int8 values, ``[outputs, inputs]``, and their outputs' scales, ``[shards, outputs]``."""
+        (outputs, inputs), (axis, inputs_axis) = (
+            (shape, axes) if table else (shape[::-1], axes[::-1])
+        )
         shards = self.shards if inputs_axis in mesh.RULES else 1
         return (
-            ParameterSpec(shape, jnp.dtype("int8"), axes),
+            ParameterSpec((outputs, inputs), jnp.dtype("int8"), (axis, inputs_axis)),
             ParameterSpec((shards, outputs), jnp.dtype("float32"), (inputs_axis, axis)),
         )
 
@@ -261,7 +265,8 @@ class Int8(QuantizationMethod):
         shard = shard.astype(np.float32, copy=False)
         inputs = int(table)
         scales = np.maximum(np.abs(shard).max(axis=inputs, keepdims=True), 1e-30) / 127
-        return np.rint(shard / scales).astype(np.int8), scales.reshape(1, -1)
+        values = np.rint(shard / scales).astype(np.int8)
+        return np.ascontiguousarray(values if table else values.T), scales.reshape(1, -1)
 
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
@@ -269,9 +274,9 @@ class Int8(QuantizationMethod):
         values, scales = stored
         if self.products == "float":
             wide = values.astype(self.dtype)
-            return _dot(x.astype(self.dtype), wide, jnp.dtype("float32"), table=table) * scales
+            return _dot(x.astype(self.dtype), wide, jnp.dtype("float32"), table=True) * scales
         quantized, row_scales = quantize(x)
-        sums = _dot(quantized, values, jnp.dtype("int32"), table=table)
+        sums = _dot(quantized, values, jnp.dtype("int32"), table=True)
         return sums.astype(jnp.float32) * row_scales[:, None] * scales
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:

@@ -17,6 +17,8 @@ from inferneo_jax.kernels import attention_for
 from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import Int8, QuantizationConfig
 from inferneo_jax.runner.backends import resolve_decoder
+from inferneo_jax.runner.capacity import make_programs
+from inferneo_jax.runner.programs import Prefill
 from inferneo_jax.sharding.mesh import make_mesh, parts
 from inferneo_jax.sharding.padding import pad_for_mesh
 from inferneo_jax.weights.placement import weight_shapes
@@ -96,9 +98,21 @@ def test_each_device_has_the_scales_of_its_own_part(shape: MeshShape) -> None:
             unquantized[name][0].addressable_shards,
             strict=True,
         ):
-            scale = np.asarray(factor.data).T if name == "embed.table" else np.asarray(factor.data)
-            error = np.abs(np.asarray(got.data, np.float32) * scale - np.asarray(wanted.data))
+            scale = np.asarray(factor.data).T
+            exact = np.asarray(wanted.data) if name == "embed.table" else np.asarray(wanted.data).T
+            error = np.abs(np.asarray(got.data, np.float32) * scale - exact)
             assert (error <= scale * 0.501).all()
+
+
+def test_both_sides_of_a_product_have_their_inputs_last() -> None:
+    """Tensor cores of GPUs take int8 in no other order; XLA would transpose the whole matrix."""
+    model = dataclasses.replace(TINY, tie_embeddings=False)
+    config = dataclasses.replace(EIGHT_SLOTS, mesh=ONE_DEVICE)
+    backend = tiny_backend(config, model, QuantizationConfig.int8(F32, 1, "int8"))
+    lowered = make_programs(backend, config, lambda: 0).lower(Prefill(1, 8)).as_text()
+    products = [line for line in lowered.splitlines() if "dot_general" in line and "xi8>" in line]
+    assert len(products) == 4 + 2  # a layer's matrices, and the head, of scored tokens too
+    assert all("contracting_dims = [1] x [1]" in line for line in products)
 
 
 @pytest.mark.parametrize("shape", [ONE_DEVICE, MeshShape(2, 4)], ids=str)

@@ -27,7 +27,7 @@ def through(format, array):
     """The numbers that an array stands for once it is quantized."""
     if format == "int8":
         values, scales = Int8(np.dtype("float32")).encode(array.T, table=False)
-        return (values * scales).T
+        return values * scales.T
     kind = Q[format.upper()]
     return gguf.quants.dequantize(encoded(format, array), kind)
 

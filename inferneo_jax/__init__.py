@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from inferneo_jax.distributed.job import Job
     from inferneo_jax.engine.embedder import Embedder
     from inferneo_jax.engine.engine import Engine
+    from inferneo_jax.engine.served import (
+        EmbeddingModel,
+        GenerationEngine,
+        LanguageModel,
+        Model,
+    )
     from inferneo_jax.errors import (
         CheckpointError,
         ConfigError,
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
         TokenizerError,
         WeightsError,
     )
-    from inferneo_jax.model import EmbeddingModel, LanguageModel, Model, follow_model, load_model
+    from inferneo_jax.model import follow_model, load_model
     from inferneo_jax.platform.memory import malloc_trim
     from inferneo_jax.request import (
         EngineStats,
@@ -67,6 +73,7 @@ _HOMES = {
     "text.detokenize": ("IncrementalDecoder",),
     "engine.embedder": ("Embedder",),
     "engine.engine": ("Engine",),
+    "engine.served": ("EmbeddingModel", "GenerationEngine", "LanguageModel", "Model"),
     "errors": (
         "CheckpointError",
         "ConfigError",
@@ -86,13 +93,7 @@ _HOMES = {
     "runner.model_info": ("DeviceMemory", "ModelInfo", "device_memory"),
     "distributed.job": ("Job",),
     "platform.memory": ("malloc_trim",),
-    "model": (
-        "EmbeddingModel",
-        "LanguageModel",
-        "Model",
-        "follow_model",
-        "load_model",
-    ),
+    "model": ("follow_model", "load_model"),
     "request": (
         "EngineStats",
         "GenerationOutput",
@@ -124,6 +125,7 @@ __all__ = [
     "EngineStats",
     "EngineStoppedError",
     "FetchError",
+    "GenerationEngine",
     "GenerationOutput",
     "GenerationRequest",
     "IncrementalDecoder",

@@ -4,13 +4,11 @@ import dataclasses
 import filecmp
 import logging
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -27,12 +25,12 @@ from inferneo_jax.distributed.process_group import agree
 from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.follower import follow
+from inferneo_jax.engine.served import EmbeddingModel, LanguageModel, Model
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import oom_as_config_error, require
 from inferneo_jax.platform.progress import Progress, silent
-from inferneo_jax.request import EngineStats
 from inferneo_jax.runner.backends import (
     DecoderBackend,
     EncoderBackend,
@@ -49,117 +47,6 @@ from inferneo_jax.weights.placement import flat, local_bytes, place_weights, wei
 from inferneo_jax.weights.sources.weight import Weight, block_formats
 
 log = logging.getLogger(__name__)
-
-Task = Literal["generate", "embed"]
-_COMPILE_SECONDS = 10.0
-"""How long the end waits for the program that is being compiled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model(ABC):
-    """A loaded model, whatever it does: what a server needs to know of any of them.
-
-    Attributes:
-        kind: of its checkpoint.
-        task: that it serves.
-        name: under which it was loaded.
-        created: when it was converted, in seconds since 1970.
-        tokenizer: of its texts.
-        max_len: of the longest sequence in tokens: prompt and output, or a text to be embedded.
-        info: what it is made of.
-    """
-
-    kind: ClassVar[Literal["decoder", "encoder"]]
-    task: ClassVar[Task]
-
-    name: str
-    created: int
-    tokenizer: Tokenizer
-    max_len: int
-    info: ModelInfo
-
-    @abstractmethod
-    def ready(self) -> bool:
-        """Whether it serves requests now."""
-
-    @abstractmethod
-    def stuck(self) -> float:
-        """Seconds by which its current step has exceeded its limit; 0.0 if it has not."""
-
-    @abstractmethod
-    def ended(self) -> bool:
-        """Whether it will never serve again."""
-
-    @abstractmethod
-    def stats(self) -> EngineStats | None:
-        """What a generating engine does now; None: the model generates nothing."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """End all its requests and its thread."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageModel(Model):
-    """A causal model, ready to generate."""
-
-    kind = "decoder"
-    task = "generate"
-
-    engine: Engine
-    compiling: threading.Thread | None = None
-    """Compiles programs beside the first requests, until the engine has ended."""
-
-    def ready(self) -> bool:
-        """Whether the engine runs, and no step hangs."""
-        return self.engine.stats().ready
-
-    def stuck(self) -> float:
-        """Seconds by which the current step has exceeded its limit."""
-        return self.engine.stuck()
-
-    def ended(self) -> bool:
-        """Whether the engine has failed for good."""
-        return self.engine.ended()
-
-    def stats(self) -> EngineStats:
-        """The engine's figures."""
-        return self.engine.stats()
-
-    def stop(self) -> None:
-        """End all its requests and its threads."""
-        self.engine.stop()
-        if self.compiling:
-            self.compiling.join(_COMPILE_SECONDS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingModel(Model):
-    """An encoder, ready to embed."""
-
-    kind = "encoder"
-    task = "embed"
-
-    embedder: Embedder
-
-    def ready(self) -> bool:
-        """Whether no batch hangs."""
-        return self.embedder.stuck() == 0.0
-
-    def stuck(self) -> float:
-        """Seconds by which the current round of batches has exceeded its limit."""
-        return self.embedder.stuck()
-
-    def ended(self) -> bool:
-        """Never: a failed batch ends its own request only."""
-        return False
-
-    def stats(self) -> None:
-        """None: it generates nothing."""
-
-    def stop(self) -> None:
-        """End all its requests and its thread."""
-        self.embedder.stop()
 
 
 def load_model(

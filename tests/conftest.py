@@ -27,7 +27,8 @@ for _package in ("layers", "models", "engine.embedder"):
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.engine.engine import Engine
-from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
+from inferneo_jax.engine.served import EmbeddingModel, LanguageModel
+from inferneo_jax.model import load_model
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull

@@ -153,6 +153,10 @@ class Embedder:
         """Seconds by which the current round has exceeded its limit. Thread-safe."""
         return self._heartbeat.late()
 
+    def ended(self) -> bool:
+        """Whether ``stop`` was called. Thread-safe."""
+        return self._stopped
+
     def stop(self) -> None:
         """End the thread, unless it hangs; queued requests fail with EngineStoppedError.
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import jax
-
 from inferneo_jax.errors import ConfigError
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -27,6 +25,8 @@ def total_memory() -> int:
 
 def free_memory() -> int:
     """Bytes that can still be had: of the fullest accelerator here, else of this machine."""
+    import jax
+
     accelerators = [device for device in jax.local_devices() if device.platform != "cpu"]
     known = [stats for device in accelerators if (stats := device.memory_stats())]
     if known:
@@ -59,6 +59,8 @@ def oom_as_config_error(what: str) -> Iterator[None]:
     Raises:
         ConfigError: memory ran out while ``what``.
     """
+    import jax
+
     try:
         yield
     except MemoryError as error:

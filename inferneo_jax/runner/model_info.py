@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
+if TYPE_CHECKING:  # who only reads the figures needs no jax
+    import jax
 
-from inferneo_jax import models
-from inferneo_jax.runner.backends import DecoderBackend, EncoderBackend
+    from inferneo_jax.runner.backends import DecoderBackend, EncoderBackend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +40,9 @@ class ModelInfo:
     @classmethod
     def of(
         cls,
-        backend: DecoderBackend | EncoderBackend,
-        weights: Iterable[jax.Array],
-        cache: Iterable[jax.Array] = (),
+        backend: "DecoderBackend | EncoderBackend",
+        weights: Iterable["jax.Array"],
+        cache: Iterable["jax.Array"] = (),
     ) -> "ModelInfo":
         """The info of a model whose weights and cache have been placed."""
         mesh = backend.mesh
@@ -69,6 +69,8 @@ class DeviceMemory:
 
 def device_memory(devices: Sequence[Any] | None = None) -> list[DeviceMemory]:
     """Of this process's accelerators, or those given; of CPUs nothing is known."""
+    import jax
+
     found = []
     for device in jax.local_devices() if devices is None else devices:
         # An array on a CPU is the process's own memory, of which its resident size tells.
@@ -80,12 +82,14 @@ def device_memory(devices: Sequence[Any] | None = None) -> list[DeviceMemory]:
     return found
 
 
-def _formats(backend: DecoderBackend | EncoderBackend) -> str:
+def _formats(backend: "DecoderBackend | EncoderBackend") -> str:
     """The formats of the matrices, such as ``q4_k+q6_k``; ``none``: they have the dtype."""
+    from inferneo_jax import models
+
     specs = models.weight_specs(backend.padded, backend.quantization).values()
     names = {name for spec in specs if spec.inputs for name in spec.method.name.split("+")}
     return "+".join(sorted(names - {"none"})) or "none"
 
 
-def _held(arrays: Iterable[jax.Array]) -> int:
+def _held(arrays: Iterable["jax.Array"]) -> int:
     return sum(shard.data.nbytes for each in arrays for shard in each.addressable_shards)

@@ -135,7 +135,7 @@ class StateCollector(Collector):
         yield sockets
         yield from _of_models(state.models)
         yield from _of_engines(state.models)
-        yield from _of_devices(bool(state.models))
+        yield from _of_devices(state.models)
 
     def describe(self) -> Iterator[Metric]:
         """Nothing, so that registering does not query the engines."""
@@ -171,17 +171,15 @@ def _of_engines(models: Sequence["Model"]) -> Iterator[Metric]:
         yield counter
 
 
-def _of_devices(loaded: bool) -> Iterator[Metric]:
+def _of_devices(models: Sequence["Model"]) -> Iterator[Metric]:
     used = GaugeMetricFamily(
         "inferneo_device_memory_used_bytes", "Allocated on an accelerator.", labels=["device"]
     )
     limit = GaugeMetricFamily(
         "inferneo_device_memory_limit_bytes", "What can be allocated there.", labels=["device"]
     )
-    if loaded:  # then jax is, too
-        from inferneo_jax import device_memory
-
-        for memory in device_memory():
-            used.add_metric([memory.device], memory.used)
-            limit.add_metric([memory.device], memory.limit)
+    found = {memory.device: memory for model in models for memory in model.device_memory()}
+    for memory in found.values():
+        used.add_metric([memory.device], memory.used)
+        limit.add_metric([memory.device], memory.limit)
     yield from (used, limit)

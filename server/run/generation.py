@@ -37,7 +37,7 @@ from server.run.dialect import Choice, Dialect, End, Part, Result, Start, Text
 from server.run.output import OutputProcessor, TextOptions, TextPart
 
 if TYPE_CHECKING:
-    from inferneo_jax import Engine, LanguageModel
+    from inferneo_jax import GenerationEngine, LanguageModel
     from server.models.registry import Registry
 
 MAX_UNTAKEN = 64
@@ -115,7 +115,7 @@ class _Mailbox:
     only itself.
     """
 
-    def __init__(self, engine: "Engine") -> None:
+    def __init__(self, engine: "GenerationEngine") -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
@@ -190,7 +190,7 @@ class Generation:
             for i in range(len(plan.prompts) * plan.num_choices)
         ]
         self._model = model
-        self._engine: Engine = model.engine
+        self._engine = model.engine
         self._mailbox: _Mailbox | None = None
         self._submitted = False
         self._failure: Exception | None = None

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from inferneo_jax.config import EngineConfig, MeshShape
-from inferneo_jax.model import LanguageModel, load_model
+from inferneo_jax.engine.served import LanguageModel
+from inferneo_jax.model import load_model
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
 from tests.support.paths import ROOT
 from tests.support.tiny_model import submit

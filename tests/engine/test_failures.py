@@ -14,13 +14,14 @@ import pytest
 
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.engine.engine import Engine
+from inferneo_jax.engine.served import EmbeddingModel
 from inferneo_jax.errors import (
     ConfigError,
     EngineFailedError,
     EngineStoppedError,
     OverloadedError,
 )
-from inferneo_jax.model import EmbeddingModel, load_model
+from inferneo_jax.model import load_model
 from inferneo_jax.platform import memory
 from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import GenerationOutput, GenerationRequest

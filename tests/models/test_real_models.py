@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from inferneo_jax.engine.embedder import Embedder
-from inferneo_jax.model import LanguageModel
+from inferneo_jax.engine.served import LanguageModel
 from inferneo_jax.request import SamplingParams
 from tests.support.tiny_model import Collected, golden, submit
 

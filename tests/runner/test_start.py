@@ -16,7 +16,8 @@ import pytest
 
 from inferneo_jax import model as loading
 from inferneo_jax.engine.engine import Engine
-from inferneo_jax.model import LanguageModel, load_model
+from inferneo_jax.engine.served import LanguageModel
+from inferneo_jax.model import load_model
 from inferneo_jax.runner.programs import Decode, Prefill, Programs, Sample, Verify
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.weights.convert import describe

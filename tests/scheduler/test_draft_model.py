@@ -12,8 +12,9 @@ import pytest
 
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.engine.engine import Engine
+from inferneo_jax.engine.served import LanguageModel, Model
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.model import LanguageModel, Model, load_model
+from inferneo_jax.model import load_model
 from inferneo_jax.request import SamplingParams
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.runner import Runner

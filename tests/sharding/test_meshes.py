@@ -13,8 +13,9 @@ import pytest
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
 from inferneo_jax.engine.embedder import Embedder, Vectors
+from inferneo_jax.engine.served import EmbeddingModel, LanguageModel
 from inferneo_jax.errors import ConfigError
-from inferneo_jax.model import EmbeddingModel, LanguageModel, load_model
+from inferneo_jax.model import load_model
 from inferneo_jax.sharding.padding import pad_for_mesh
 from inferneo_jax.weights.convert import convert
 from tests.support.paths import COMPILED, FAMILIES

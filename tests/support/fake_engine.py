@@ -237,6 +237,9 @@ class FakeEmbedder:
     def stuck(self) -> float:
         return 0.0
 
+    def ended(self) -> bool:
+        return False
+
     def stop(self) -> None:
         pass
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import gguf.quants  # noqa: F401 - so that no fork spends its time on these
 import tensorstore  # noqa: F401
 
-from inferneo_jax.model import LanguageModel, load_model
+from inferneo_jax.engine.served import LanguageModel
+from inferneo_jax.model import load_model
 from inferneo_jax.platform.atomic import write_whole
 from inferneo_jax.weights.convert import convert, describe
 from tests.support.tiny_model import TINY_ENGINE, submit

@@ -198,7 +198,7 @@ def _failed(message: str, models: list[ModelState]) -> Response:
 
 def _state(model: "Model") -> ModelState:
     """Return the capacity and the load of a model."""
-    from inferneo_jax import EmbeddingModel  # with jax, which a loaded model has loaded
+    from inferneo_jax import EmbeddingModel
 
     if isinstance(model, EmbeddingModel):
         return {

@@ -212,8 +212,9 @@ class EngineConfig:
         quantization: quantization of the weights, int8 or none; auto: none, except that a CPU with
             native kernels, if dtype is auto, multiplies blocks of ggml's formats as the checkpoint
             has them, and rounds other matrices to blocks of 8 bits.
-        kv_dtype: type of keys and values; int8 has a scale for each token and head; auto: bfloat16,
-            except float32 if dtype is float32 and on a CPU without native kernels.
+        kv_dtype: type of keys and values; int8 has a scale for each token and head, fp8 is E4M3
+            without scales, in which larger numbers than 448 become 448; auto: bfloat16, except
+            float32 if dtype is float32 and on a CPU without native kernels.
         speculation: drafts of the next tokens, which one step verifies; ngram: the tokens that
             followed an earlier occurrence of the newest tokens, model: those of the draft model,
             auto: either where it was measured to be faster, off: none.
@@ -239,7 +240,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Literal["auto", "xla", "native"] = "auto"
     quantization: Literal["auto", "none", "int8"] = "auto"
-    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
     speculation: Literal["auto", "off", "ngram", "model"] = "auto"
     draft_tokens: int = 5
     draft_rows: int = 4

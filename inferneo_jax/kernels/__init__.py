@@ -20,10 +20,21 @@ _TRITON_SINCE = (8, 0)
 """Pallas compiles for GPUs of this compute capability, Ampere's, and later ones."""
 
 
+_FP8_SINCE = (8, 9)
+"""GPUs of this compute capability, Ada's, and later ones convert FP8."""
+
+
 def attention_for(
-    device: Any, kernels: Kernels, *, head_dim: int, page_len: int
+    device: Any, kernels: Kernels, *, head_dim: int, page_len: int, fp8: bool = False
 ) -> type[PagedAttention]:
     """Attention over KV pages for a device and these sizes of heads and pages.
+
+    Args:
+        device: that it runs on.
+        kernels: as configured.
+        head_dim: numbers of a head.
+        page_len: positions of a page.
+        fp8: whether keys and values are in FP8.
 
     Raises:
         ConfigError: ``kernels`` is ``native``, and there are none.
@@ -34,11 +45,13 @@ def attention_for(
         from inferneo_jax.kernels.tpu.attention import TpuPagedAttention
 
         return TpuPagedAttention
+    missing = f"there are none for {device.device_kind}"
     if device.platform in ("gpu", "cuda") and compute_capability(device) >= _TRITON_SINCE:
         from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
 
-        return GpuPagedAttention
-    missing = f"there are none for {device.device_kind}"
+        if not fp8 or compute_capability(device) >= _FP8_SINCE:
+            return GpuPagedAttention
+        missing = f"kv_dtype is fp8, which {device.device_kind} does not convert"
     if device.platform == "cpu":
         from inferneo_jax.kernels.cpu.attention import BLOCK, CpuPagedAttention
         from inferneo_jax.kernels.cpu.build import library
@@ -47,6 +60,8 @@ def attention_for(
             missing = (
                 f"head_dim ({head_dim}) and page_len ({page_len}) are not multiples of {BLOCK}"
             )
+        elif fp8:
+            missing = "kv_dtype is fp8, which those for CPUs do not read"
         elif library():
             return CpuPagedAttention
         else:

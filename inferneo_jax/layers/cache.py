@@ -21,6 +21,8 @@ from inferneo_jax.layers.rope import rotate
 _MASKED = -1e30
 """Finite, so that a row whose keys are all masked gives numbers and not NaN."""
 
+_E4M3_MAX = 448.0
+
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer.
@@ -38,6 +40,31 @@ class LayerCache(NamedTuple):
 
 
 KVCache = list[LayerCache]
+
+
+class AttentionVariant(NamedTuple):
+    """How the attention of one layer differs from plain causal softmax attention.
+
+    Attributes:
+        window: a token attends to its own position and to the ``window - 1`` before it
+            (arXiv:2004.05150); None: to all of them.
+        softcap: scores are bounded by it, ``softcap * tanh(scores / softcap)``
+            (arXiv:2408.00118); None: they are not.
+        sinks: a logit of each query head that takes part in its softmax without a value
+            (arXiv:2309.17453); None: there are none.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Float[Array, "kv_heads group"] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it differs in nothing."""
+        return self.window is None and self.softcap is None and self.sinks is None
+
+
+PLAIN = AttentionVariant()
 
 
 class AttentionMetadata(NamedTuple):
@@ -101,6 +128,7 @@ class PagedAttention:
         rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         cache: LayerCache,
         metadata: AttentionMetadata,
+        variant: AttentionVariant = PLAIN,
     ) -> tuple[Float[Array, "rows tokens kv_heads group head_dim"], LayerCache]:
         """Rotate queries and keys, write keys and values, and attend.
 
@@ -108,7 +136,7 @@ class PagedAttention:
         """
         queries, keys = rotate(fused[..., :-2, :], *rope), rotate(fused[..., -2, :], *rope)
         cache = self.write(cache, keys, fused[..., -1, :], metadata)
-        return self.attend(queries, cache, metadata), cache
+        return self.attend(queries, cache, metadata, variant), cache
 
     def write(
         self,
@@ -128,8 +156,8 @@ class PagedAttention:
             key_scales = key_scales.at[pages, :, 0, offsets].set(new_key_scales)
             value_scales = value_scales.at[pages, :, 0, offsets].set(new_value_scales)
         return LayerCache(
-            cache.keys.at[pages, :, offsets].set(keys.astype(self.dtype)),
-            cache.values.at[pages, :, offsets].set(values.astype(self.dtype)),
+            cache.keys.at[pages, :, offsets].set(narrow(keys, self.dtype)),
+            cache.values.at[pages, :, offsets].set(narrow(values, self.dtype)),
             key_scales,
             value_scales,
         )
@@ -139,8 +167,12 @@ class PagedAttention:
         queries: Float[Array, "rows tokens kv_heads group head_dim"],
         cache: LayerCache,
         metadata: AttentionMetadata,
+        variant: AttentionVariant = PLAIN,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
-        """Softmax of scaled products over all keys at or before each token's position."""
+        """Softmax of scaled products over the keys at or before each token's position.
+
+        ``variant`` says which of these keys, and how their scores are changed.
+        """
         rows, tokens, kv_heads, group, head_dim = queries.shape
         heads_first = queries.transpose(0, 2, 3, 1, 4) * head_dim**-0.5
         queries = heads_first.reshape(rows, kv_heads, group * tokens, head_dim)
@@ -152,6 +184,10 @@ class PagedAttention:
         block_len = pages_per_block * self.page_len
         block_tables = _pad_to_multiple(metadata.block_tables, pages_per_block)
         num_blocks = jnp.max(metadata.positions) // block_len + 1
+        first_block = jnp.zeros_like(num_blocks)
+        if variant.window is not None:
+            first_seen = jnp.min(metadata.positions) - (variant.window - 1)
+            first_block = jnp.maximum(first_seen, 0) // block_len
 
         def block(
             i: Int[Array, ""], carry: tuple[Array, Array, Array]
@@ -163,7 +199,12 @@ class PagedAttention:
             keys = _gather(cache.keys, cache.key_scales, ids)
             values = _gather(cache.values, cache.value_scales, ids)
             scores = _product("rkqd,rkpd->rkqp", queries, keys)
-            seen = (i * block_len + jnp.arange(block_len))[None, None, None, :] <= last_seen
+            if variant.softcap is not None:
+                scores = variant.softcap * jnp.tanh(scores / variant.softcap)
+            position = (i * block_len + jnp.arange(block_len))[None, None, None, :]
+            seen = position <= last_seen
+            if variant.window is not None:
+                seen &= position > last_seen - variant.window
             scores = jnp.where(seen, scores, _MASKED)
             new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
             weights = jnp.exp(scores - new_peak)
@@ -173,14 +214,28 @@ class PagedAttention:
             return new_peak, total, mixed
 
         column = jnp.zeros((rows, kv_heads, group * tokens, 1), jnp.float32)
-        start = (column + _MASKED, column, jnp.zeros(queries.shape, jnp.float32))
-        _, total, mixed = lax.fori_loop(0, num_blocks, block, start)
+        peak, total = column + _MASKED, column
+        if variant.sinks is not None:
+            sinks = jnp.repeat(variant.sinks.astype(jnp.float32), tokens, axis=1)
+            peak, total = column + sinks[None, :, :, None], column + 1
+        start = (peak, total, jnp.zeros(queries.shape, jnp.float32))
+        _, total, mixed = lax.fori_loop(first_block, num_blocks, block, start)
         mixed = (mixed / total).reshape(rows, kv_heads, group, tokens, head_dim)
         return mixed.transpose(0, 3, 1, 2, 4)
 
 
 _product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 """GPUs and TPUs would round float32 to 11 or 8 bits otherwise."""
+
+
+def narrow(x: Num[Array, "*shape"], dtype: jnp.dtype) -> Num[Array, "*shape"]:
+    """``x`` in the type of a cache; what exceeds the range of E4M3 becomes its largest number.
+
+    Conversion alone would make NaN of it (arXiv:2209.05433).
+    """
+    if dtype == jnp.float8_e4m3fn:
+        x = jnp.clip(x, -_E4M3_MAX, _E4M3_MAX)
+    return x.astype(dtype)
 
 
 def _gather(

@@ -112,7 +112,13 @@ def resolve_decoder(
     device = mesh.devices.flat[0]
     padded = pad_for_mesh(model, meshes.parts(mesh, "kv_heads"))
     page_len = config.page_len or (64 if device.platform == "tpu" else 16)
-    kind = attention_for(device, config.kernels, head_dim=model.head_dim, page_len=page_len)
+    kind = attention_for(
+        device,
+        config.kernels,
+        head_dim=model.head_dim,
+        page_len=page_len,
+        fp8=config.kv_dtype == "fp8",
+    )
     return DecoderBackend(
         model=model,
         padded=padded,
@@ -157,6 +163,8 @@ def _kv_dtype(config: EngineConfig, mesh: Mesh, *, native: bool) -> jnp.dtype:
 
     XLA:CPU writes to a bfloat16 array by copying it whole; ``native`` kernels do not.
     """
+    if config.kv_dtype == "fp8":
+        return jnp.dtype("float8_e4m3fn")
     if config.kv_dtype != "auto":
         return jnp.dtype(config.kv_dtype)
     on_cpu = mesh.devices.flat[0].platform == "cpu"

@@ -47,7 +47,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quantization: Annotated[str, typer.Option(help="Of the weights: none or int8.")] = "auto",
     kv_dtype: Annotated[
-        str, typer.Option(help="Of keys and values: auto, float32, bfloat16 or int8.")
+        str, typer.Option(help="Of keys and values: auto, float32, bfloat16, int8 or fp8.")
     ] = "auto",
     draft_model: Annotated[
         str | None,

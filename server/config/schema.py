@@ -108,11 +108,11 @@ class NumericSettings(BaseModel):
         "kernels and no explicit dtype: there the blocks of a GGUF are multiplied as the file "
         "has them, and all other matrices are rounded to blocks of 8 bits.",
     )
-    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = Field(
         default="auto",
-        description="Type of the KV cache; int8 has one scale per token and head. auto is "
-        "bfloat16, but float32 if dtype is float32, or on a CPU without native "
-        "kernels.",
+        description="Type of the KV cache; int8 has one scale per token and head, fp8 (E4M3) "
+        "has none and is for accelerators. auto is bfloat16, but float32 if dtype is float32, or "
+        "on a CPU without native kernels.",
     )
     kernels: Literal["auto", "xla", "native"] = Field(
         default="auto",

@@ -233,6 +233,9 @@ def test_auto_is_native_where_it_fits_and_keeps_bfloat16() -> None:
     assert attention_for(device, "auto", head_dim=64, page_len=16) is CpuPagedAttention
     assert attention_for(device, "xla", head_dim=64, page_len=16) is PagedAttention
     assert attention_for(device, "auto", head_dim=64, page_len=4) is PagedAttention
+    assert attention_for(device, "auto", head_dim=64, page_len=16, fp8=True) is PagedAttention
+    with pytest.raises(ConfigError, match="kv_dtype is fp8, which those for CPUs do not read"):
+        attention_for(device, "native", head_dim=64, page_len=16, fp8=True)
     with pytest.raises(ConfigError, match=r"head_dim \(8\) and page_len \(16\) .* set auto or xla"):
         attention_for(device, "native", head_dim=8, page_len=16)
     dtypes = {"auto": "bfloat16", "float32": "float32"}

@@ -1,5 +1,6 @@
 """The TPU kernels, interpreted, against attention in plain XLA operations."""
 
+import math
 from functools import partial
 
 import jax
@@ -10,13 +11,26 @@ from jax.sharding import PartitionSpec
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.tpu.attention import TpuPagedAttention
-from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
+from inferneo_jax.layers.cache import (
+    PLAIN,
+    AttentionMetadata,
+    AttentionVariant,
+    LayerCache,
+    PagedAttention,
+    narrow,
+)
 from inferneo_jax.layers.quantization import quantize
 from tests.support.tiny_model import TINY
 
 ONE_LAYER = DecoderConfig.from_dict(TINY.to_dict() | {"num_layers": 1})
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "int8": 2e-2}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 MAX_PAGES = 6
+VARIANTS = {
+    "plain": PLAIN,
+    "window": AttentionVariant(window=5),
+    "softcap": AttentionVariant(softcap=2.0),
+    "all": AttentionVariant(window=40, softcap=3.0),  # and sinks
+}
 # Interpreted kernels are long programs for small arrays.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -50,7 +64,7 @@ def _filled(rng: np.random.Generator, attention: PagedAttention) -> LayerCache:
     empty = attention.init(ONE_LAYER, 4 * MAX_PAGES)[0]
     keys, values = _draw(rng, *empty.keys.shape), _draw(rng, *empty.values.shape)
     if attention.dtype != jnp.int8:
-        return LayerCache(keys.astype(attention.dtype), values.astype(attention.dtype))
+        return LayerCache(narrow(keys, attention.dtype), narrow(values, attention.dtype))
     (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
     return LayerCache(keys, values, key_scales[:, :, None], value_scales[:, :, None])
 
@@ -70,16 +84,21 @@ def _for_tpu(tpu: TpuPagedAttention, layer: LayerCache) -> LayerCache:
     )
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+@partial(jax.jit, static_argnums=(0, 4), compiler_options=QUICKLY)
 def _step(
     attention: PagedAttention,
     cache: LayerCache,
     new: tuple[jax.Array, ...],
     metadata: AttentionMetadata,
+    name: str = "plain",
 ) -> tuple[LayerCache, jax.Array]:
     keys, values, queries = new
     cache = attention.write(cache, keys, values, metadata)
-    return cache, attention.attend(queries, cache, metadata)
+    variant = VARIANTS[name]
+    if name == "all":
+        shape = queries.shape[2:4]
+        variant = variant._replace(sinks=jnp.linspace(-2, 2, math.prod(shape)).reshape(shape))
+    return cache, attention.attend(queries, cache, metadata, variant)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +120,37 @@ def _step(
 def test_kernels_equal_the_reference(
     head_dim: int, kv_heads: int, group: int, page_len: int, tokens: int, dtype: str
 ) -> None:
-    reference, tpu = _pair(head_dim, kv_heads, page_len, dtype)
+    _compare(head_dim, kv_heads, group, page_len, tokens, dtype)
+
+
+@pytest.mark.parametrize("block_len", [16, 32, 4096])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_kernels_equal_the_reference_in_every_variant(
+    tokens: int, variant: str, block_len: int
+) -> None:
+    _compare(64, 2, 3, 16, tokens, "float32", variant, block_len)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_kernels_equal_the_reference_for_every_head_size_and_dtype(
+    head_dim: int, dtype: str
+) -> None:
+    _compare(head_dim, 1, 3, 32, 2, dtype, "all")
+
+
+def _compare(
+    head_dim: int,
+    kv_heads: int,
+    group: int,
+    page_len: int,
+    tokens: int,
+    dtype: str,
+    variant: str = "plain",
+    block_len: int = 256,
+) -> None:
+    reference, tpu = _pair(head_dim, kv_heads, page_len, dtype, block_len)
     rng, metadata = np.random.default_rng(0), _metadata(page_len, tokens)
     new = (
         _draw(rng, 4, tokens, kv_heads, head_dim),
@@ -109,8 +158,8 @@ def test_kernels_equal_the_reference(
         _draw(rng, 4, tokens, kv_heads, group, head_dim),
     )
     layer = _filled(rng, reference)
-    expected_cache, expected = _step(reference, layer, new, metadata)
-    cache, mixed = _step(tpu, _for_tpu(tpu, layer), new, metadata)
+    expected_cache, expected = _step(reference, layer, new, metadata, variant)
+    cache, mixed = _step(tpu, _for_tpu(tpu, layer), new, metadata, variant)
 
     assert mixed.dtype == jnp.float32
     assert mixed.shape == expected.shape
@@ -184,9 +233,12 @@ def test_int8_attention_is_near_that_over_floats() -> None:
     np.testing.assert_allclose(mixed[1], mixed[0], atol=0.03)
 
 
-def test_page_tables_that_do_not_fit_are_refused() -> None:
-    _, tpu = _pair(64, 1, 16, "float32")
-    metadata = AttentionMetadata(jnp.zeros((32, 8192), jnp.int32), jnp.zeros((32, 1), jnp.int32))
-    layer = tpu.init(ONE_LAYER, 2)[0]
-    with pytest.raises(ValueError, match=r"32 rows x 8192 pages .* raise page_len \(16\)"):
-        tpu.attend(jnp.zeros((32, 1, 1, 1, 64), jnp.float32), layer, metadata)
+def test_a_table_larger_than_the_memory_for_scalars_is_attended_with() -> None:
+    reference, tpu = _pair(64, 1, 16, "float32", 32)
+    rng, metadata = np.random.default_rng(6), _metadata(16, 1)
+    rows, wide = len(metadata.positions), 2**17
+    tables = jnp.zeros((rows, wide), jnp.int32).at[:, :MAX_PAGES].set(metadata.block_tables)
+    layer, queries = _filled(rng, reference), _draw(rng, rows, 1, 1, 2, 64)
+    expected = jax.jit(reference.attend)(queries, layer, metadata)
+    got = jax.jit(tpu.attend)(queries, _for_tpu(tpu, layer), metadata._replace(block_tables=tables))
+    np.testing.assert_allclose(got[:3], expected[:3], atol=2e-5)

@@ -173,3 +173,6 @@ def test_kernels_that_there_are_not_are_refused() -> None:
     assert attention_for(old, "auto", **sizes) is PagedAttention
     with pytest.raises(ConfigError, match="there are none for Tesla V100; set auto or xla"):
         attention_for(old, "native", **sizes)
+    ampere: Any = SimpleNamespace(platform="cuda", compute_capability="8.0", device_kind="A100")
+    with pytest.raises(ConfigError, match="kv_dtype is fp8, which A100 does not convert; set auto"):
+        attention_for(ampere, "native", **sizes, fp8=True)

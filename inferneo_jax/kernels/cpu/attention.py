@@ -14,7 +14,14 @@ from jaxtyping import Array, Float
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.cpu.build import Variant, chosen
-from inferneo_jax.layers.cache import AttentionMetadata, KVCache, LayerCache, PagedAttention
+from inferneo_jax.layers.cache import (
+    PLAIN,
+    AttentionMetadata,
+    AttentionVariant,
+    KVCache,
+    LayerCache,
+    PagedAttention,
+)
 
 BLOCK = 16
 """Positions, and numbers of a head, that the kernels take together."""
@@ -63,8 +70,14 @@ class CpuPagedAttention(PagedAttention):
         rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         cache: LayerCache,
         metadata: AttentionMetadata,
+        variant: AttentionVariant = PLAIN,
     ) -> tuple[Float[Array, "rows tokens kv_heads group head_dim"], LayerCache]:
-        """Rotate queries and keys, write keys and values, and attend."""
+        """Rotate queries and keys, write keys and values, and attend.
+
+        Raises:
+            ValueError: ``variant`` is not plain.
+        """
+        _check(variant)
         return self._step(fused, rope, cache, metadata)
 
     def write(
@@ -83,8 +96,14 @@ class CpuPagedAttention(PagedAttention):
         queries: Float[Array, "rows tokens kv_heads group head_dim"],
         cache: LayerCache,
         metadata: AttentionMetadata,
+        variant: AttentionVariant = PLAIN,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
-        """Softmax of scaled products over all keys at or before each token's position."""
+        """Softmax of scaled products over all keys at or before each token's position.
+
+        Raises:
+            ValueError: ``variant`` is not plain.
+        """
+        _check(variant)
         return chosen(self.variant).call(
             "attention_attend",
             jax.ShapeDtypeStruct(queries.shape, jnp.float32),
@@ -121,6 +140,14 @@ class CpuPagedAttention(PagedAttention):
 
 _NO_ANGLES: Any = (np.zeros((0, 0, 0), np.float32),) * 2
 _NO_SCALES: Any = np.zeros(0, np.float32)
+
+
+def _check(variant: AttentionVariant) -> None:
+    if not variant.plain:
+        raise ValueError(
+            "the CPU kernels know no attention with a window, a soft cap or sinks; "
+            "set kernels to xla"
+        )
 
 
 def _places(metadata: AttentionMetadata) -> tuple[Array, Array]:

@@ -14,7 +14,15 @@ from jaxtyping import Array, Float
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.kernels.tpu.attend import Plan, attend_pages
 from inferneo_jax.kernels.tpu.write import write_pages
-from inferneo_jax.layers.cache import AttentionMetadata, KVCache, LayerCache, PagedAttention
+from inferneo_jax.layers.cache import (
+    PLAIN,
+    AttentionMetadata,
+    AttentionVariant,
+    KVCache,
+    LayerCache,
+    PagedAttention,
+    narrow,
+)
 from inferneo_jax.layers.quantization import quantize
 
 _LANES = 128
@@ -27,11 +35,11 @@ class TpuPagedAttention(PagedAttention):
     Heads of up to 64 share their 128 lanes: ``keys`` holds key and value side by side, and
     ``values`` is empty. Longer heads are padded to the next multiple of 128.
 
-    ``block_len`` positions are in flight at once. ``interpret`` runs the kernels on any platform,
-    slowly, which is for tests.
+    Up to ``block_len`` positions are copied at once. ``interpret`` runs the kernels on any
+    platform, slowly, which is for tests.
     """
 
-    block_len: int = 256
+    block_len: int = 4096
     interpret: bool = False
 
     @property
@@ -62,7 +70,7 @@ class TpuPagedAttention(PagedAttention):
         if cache.key_scales is not None:
             (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
             scales = [key_scales, value_scales]
-        keys, values = keys.astype(self.dtype), values.astype(self.dtype)
+        keys, values = narrow(keys, self.dtype), narrow(values, self.dtype)
         both = [jnp.concatenate([keys, values], axis=-1)] if self.packed else [keys, values]
         data, old_scales = self._arrays(cache)
         data, scales = write_pages(
@@ -79,8 +87,9 @@ class TpuPagedAttention(PagedAttention):
         queries: Float[Array, "rows tokens kv_heads group head_dim"],
         cache: LayerCache,
         metadata: AttentionMetadata,
+        variant: AttentionVariant = PLAIN,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
-        """Softmax of scaled products over all keys at or before each token's position.
+        """Softmax of scaled products over the keys that each token sees.
 
         A row's positions must be consecutive. Products are in float32 for a float32 cache, else
         of bfloat16 factors, summed in float32.
@@ -90,9 +99,14 @@ class TpuPagedAttention(PagedAttention):
         scaled = (queries.astype(jnp.float32) * head_dim**-0.5).astype(dtype)
         flat = scaled.transpose(0, 2, 1, 3, 4).reshape(rows, kv_heads, tokens * group, head_dim)
         data, scales = self._arrays(cache)
-        plan = Plan.make(flat.shape, group, data[0], metadata, self.block_len)
+        plan = Plan.make(flat.shape, group, data, metadata, variant, self.block_len)
         mixed = attend_pages(
-            plan, _pad_lanes(flat), (data, scales), metadata, interpret=self.interpret
+            plan,
+            _pad_lanes(flat),
+            (data, scales),
+            metadata,
+            variant.sinks,
+            interpret=self.interpret,
         )
         first = head_dim if self.packed else 0
         mixed = mixed[..., first : first + head_dim]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from inferneo_jax.distributed.job import Job
     from inferneo_jax.engine.embedder import Embedder
     from inferneo_jax.engine.engine import Engine
+    from inferneo_jax.engine.remote import EngineProcess
     from inferneo_jax.engine.served import (
         EmbeddingModel,
         GenerationEngine,
@@ -73,6 +74,7 @@ _HOMES = {
     "text.detokenize": ("IncrementalDecoder",),
     "engine.embedder": ("Embedder",),
     "engine.engine": ("Engine",),
+    "engine.remote": ("EngineProcess",),
     "engine.served": ("EmbeddingModel", "GenerationEngine", "LanguageModel", "Model"),
     "errors": (
         "CheckpointError",
@@ -122,6 +124,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineFailedError",
+    "EngineProcess",
     "EngineStats",
     "EngineStoppedError",
     "FetchError",

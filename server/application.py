@@ -16,7 +16,7 @@ from quart import (
     has_websocket_context,
 )
 
-from inferneo_jax import InferneoError
+from inferneo_jax import EngineProcess, InferneoError, malloc_trim
 from server.api.endpoint import access_of, add_routes
 from server.api.openapi import document
 from server.config.settings import Settings, unknown_variables
@@ -68,9 +68,9 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     threads = StoreThreads(open_store(settings.keys_location(), settings.named("keys_db")))
     guard, limiter = Guard(settings, threads, access_of(ENDPOINTS)), Limiter(threads)
     job = _lead(settings)
-    registry = Registry(
-        settings, loader or partial(load_from_disk, job=job), guard.check_model, job
-    )
+    process = EngineProcess() if settings.engine_process == "true" else None
+    load = loader or partial(load_from_disk, job=job, process=process)
+    registry = Registry(settings, load, guard.check_model, job, process)
     permits = Permits(settings.capacity())
     sockets = SocketAdmission(settings.capacity())
 
@@ -174,8 +174,6 @@ async def _load(registry: Registry) -> None:
         # of that, and hold up every request for a tenth of a second or more.
         gc.collect()
         gc.freeze()
-        from inferneo_jax import malloc_trim  # with jax, which is loaded by now
-
         malloc_trim()
         logger.info("ready")
         return

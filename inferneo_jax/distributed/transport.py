@@ -1,10 +1,12 @@
-"""Frames over one TCP connection between two processes of a job.
+"""Frames over one connection between two processes.
 
 A frame consists of one byte for its kind, four bytes for the length, and the payload. Nothing in it
-is executed or unpickled. The connecting side first proves that it knows the job's token, and then
-the other side does. Each proof is an HMAC (RFC 2104) over random bytes of both sides, so that the
-token itself is never sent and no proof can be replayed. The frames that follow are neither
-encrypted nor signed.
+is executed or unpickled. :class:`Frames` carries them over any connected socket.
+
+A :class:`Channel` is a TCP connection of a job, and begins with a handshake: the connecting side
+first proves that it knows the job's token, and then the other side does. Each proof is an HMAC (RFC
+2104) over random bytes of both sides, so that the token itself is never sent and no proof can be
+replayed. The frames that follow are neither encrypted nor signed.
 """
 
 import enum
@@ -14,6 +16,7 @@ import socket
 import struct
 import threading
 from contextlib import suppress
+from typing import Generic, TypeVar
 
 from inferneo_jax.errors import JobError
 
@@ -45,21 +48,28 @@ class Kind(enum.IntEnum):
     """A follower ends, for the reason in the text."""
 
 
-class Channel:
+K = TypeVar("K", bound=enum.IntEnum)
+"""The kinds of frames of one protocol."""
+
+
+class Frames(Generic[K]):
     """One end of a connection. Any thread may send; only one may receive.
 
     Args:
         connection: a connected socket.
-        seconds: the time after which a peer that sends or accepts nothing counts as lost.
+        kinds: the kinds of frames.
+        seconds: the time after which a peer that sends or accepts nothing counts as lost; None:
+            it is lost once the connection is closed.
     """
 
-    def __init__(self, connection: socket.socket, seconds: float) -> None:
+    def __init__(
+        self, connection: socket.socket, kinds: type[K], seconds: float | None = None
+    ) -> None:
         connection.settimeout(seconds)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._seconds = connection, seconds
+        self._socket, self._kinds, self._seconds = connection, kinds, seconds
         self._sending = threading.Lock()
 
-    def send(self, kind: Kind, *parts: bytes | memoryview) -> None:
+    def send(self, kind: K, *parts: bytes | memoryview) -> None:
         """Send one frame.
 
         Raises:
@@ -74,7 +84,7 @@ class Channel:
         except OSError as error:
             raise JobError(f"closed the connection ({error.strerror or error})") from None
 
-    def receive(self, most: int = _MOST) -> tuple[Kind, bytes]:
+    def receive(self, most: int = _MOST) -> tuple[K, bytes]:
         """Receive the next frame, whose payload may have at most ``most`` bytes.
 
         Raises:
@@ -82,9 +92,9 @@ class Channel:
         """
         try:
             code, size = _HEADER.unpack(self._read(_HEADER.size))
-            if size > most or code not in list(Kind):
+            if size > most or code not in self._kinds._value2member_map_:
                 raise JobError("does not speak the protocol of this version")
-            return Kind(code), self._read(size)
+            return self._kinds(code), self._read(size)
         except TimeoutError:
             raise JobError(f"was not heard of for {self._seconds:g} s") from None
         except OSError as error:
@@ -95,6 +105,29 @@ class Channel:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+    def _read(self, size: int) -> bytes:
+        """Read exactly ``size`` bytes."""
+        data = bytearray(size)
+        view, done = memoryview(data), 0
+        while done < size:
+            if not (count := self._socket.recv_into(view[done:])):
+                raise JobError("closed the connection")
+            done += count
+        return bytes(data)
+
+
+class Channel(Frames[Kind]):
+    """One end of a connection of a job.
+
+    Args:
+        connection: a connected TCP socket.
+        seconds: the time after which a peer that sends or accepts nothing counts as lost.
+    """
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        super().__init__(connection, Kind, seconds)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def prove(self, token: str, process_id: int) -> None:
         """Perform the follower's side of the handshake.
@@ -142,16 +175,6 @@ class Channel:
         if kind != Kind.PROOF or len(payload) != size:
             raise JobError("does not speak the protocol of this version")
         return payload
-
-    def _read(self, size: int) -> bytes:
-        """Read exactly ``size`` bytes."""
-        data = bytearray(size)
-        view, done = memoryview(data), 0
-        while done < size:
-            if not (count := self._socket.recv_into(view[done:])):
-                raise JobError("closed the connection")
-            done += count
-        return bytes(data)
 
 
 def _tag(token: str, side: bytes, leaders: bytes, followers: bytes, process_id: int) -> bytes:

@@ -10,10 +10,10 @@ import logging
 import threading
 import time
 
-from inferneo_jax.engine.forecast import Forecast
+from inferneo_jax.engine.forecast import Forecast, Measured
 from inferneo_jax.engine.inbox import Inbox
 from inferneo_jax.engine.outputs import read_results
-from inferneo_jax.errors import EngineFailedError, EngineStoppedError
+from inferneo_jax.errors import EngineError, EngineFailedError, EngineStoppedError
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import (
@@ -22,6 +22,7 @@ from inferneo_jax.request import (
     FinishReason,
     GenerationRequest,
     OutputSink,
+    RequestLimits,
     TokenLogprob,
 )
 from inferneo_jax.runner.runner import PendingStep, Runner, StepResults
@@ -118,6 +119,21 @@ class Engine:
         An engine that recovers from a failed step is not ready for a moment, but has not ended.
         """
         return self._inbox.end is not None
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What a request may ask for."""
+        return self._limits
+
+    @property
+    def end(self) -> EngineError | None:
+        """Why the engine ended; None while it has not. Thread-safe."""
+        return self._inbox.end
+
+    @property
+    def measured(self) -> Measured:
+        """What ``forecast`` has measured. Thread-safe."""
+        return self._forecast.measured
 
     def stats(self) -> EngineStats:
         """The engine's numbers as of its latest step. Thread-safe."""

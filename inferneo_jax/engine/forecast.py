@@ -18,6 +18,9 @@ _DECAY_SECONDS = 3.0
 _LENGTHS_KEPT, _LENGTHS_NEEDED = 64, 8
 """How many output lengths are kept, and how many are needed for an estimate."""
 
+Measured = tuple[float, tuple[int, ...]]
+"""Seconds of a step, and the lengths of recent outputs."""
+
 
 @dataclass(slots=True)
 class _Work:
@@ -32,6 +35,9 @@ class Forecast:
 
     Args:
         slots: maximum number of sequences that decode together.
+
+    Attributes:
+        measured: what is known; elsewhere, what the engine's process has measured.
     """
 
     def __init__(self, slots: int) -> None:
@@ -39,7 +45,7 @@ class Forecast:
         self._busy = self._steps = 0.0
         self._recent: deque[int] = deque(maxlen=_LENGTHS_KEPT)
         # Replaced as a whole, never changed, since other threads read it.
-        self._known: tuple[float, tuple[int, ...]] = 0.0, ()
+        self.measured: Measured = 0.0, ()
 
     def stepped(self, seconds: float, *, steps: int) -> None:
         """Record that the engine worked for ``seconds`` and completed ``steps`` steps."""
@@ -47,12 +53,12 @@ class Forecast:
         self._busy = self._busy * kept + seconds
         self._steps = self._steps * kept + steps
         if self._steps:
-            self._known = self._busy / self._steps, self._known[1]
+            self.measured = self._busy / self._steps, self.measured[1]
 
     def finished(self, tokens: int) -> None:
         """Record the output length of a finished request."""
         self._recent.append(tokens)
-        self._known = self._known[0], tuple(self._recent)
+        self.measured = self.measured[0], tuple(self._recent)
 
     def seconds(
         self,
@@ -72,7 +78,7 @@ class Forecast:
             totals: the engine's totals, which show what the prefix cache and drafts have saved.
             allowance: prompt tokens that a step prefills at most while it decodes.
         """
-        pace, lengths = self._known
+        pace, lengths = self.measured
         waits = live and len(live) + len(requests) > self._slots
         if not waits or not pace or len(lengths) < _LENGTHS_NEEDED:
             return None

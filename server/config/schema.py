@@ -165,6 +165,12 @@ class EngineSettings(BaseModel):
         "models; named like the models to serve, and pulled if it is missing.",
         json_schema_extra=_shown("MODEL", "none"),
     )
+    engine_process: Annotated[Literal["false", "true"], BeforeValidator(_word)] = Field(
+        default="false",
+        description="Run the engine in a process of its own, so that it and HTTP each have a "
+        "Python interpreter: for accelerators that generate more than some 8,000 tokens per "
+        "second. It cannot be used with a job of several processes.",
+    )
 
 
 class RequestSettings(BaseModel):

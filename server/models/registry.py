@@ -19,7 +19,7 @@ from server.http.schema import Count
 from server.models.sources import Loader, Source, draft_source, load_from_disk, sources_of
 
 if TYPE_CHECKING:
-    from inferneo_jax import EmbeddingModel, Job, LanguageModel, Model
+    from inferneo_jax import EmbeddingModel, EngineProcess, Job, LanguageModel, Model
 
 log = structlog.get_logger(__name__)
 
@@ -65,10 +65,12 @@ class Registry:
         loader: Loader = load_from_disk,
         check_access: Callable[[Any, str], None] = lambda caller, name: None,
         job: "Job | None" = None,
+        process: "EngineProcess | None" = None,
     ) -> None:
         """Name the models; ``check_access`` raises if a caller may not use one.
 
         ``job``: of the processes that run a model with this one; to be ended with the models.
+        ``process``: the one that runs the models; to be ended after them.
 
         Raises:
             ConfigError: the settings' names do not go together.
@@ -76,7 +78,7 @@ class Registry:
         self._settings = settings
         self._loader = loader
         self._check_access = check_access
-        self._job = job
+        self._job, self._process = job, process
         draft_source(settings)  # a wrong name is told at once
         self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
         self._stopping = threading.Event()
@@ -211,6 +213,8 @@ class Registry:
             model.stop()
         if self._job:
             self._job.end()
+        if self._process:
+            self._process.end()
 
     def _load(self, entry: _Entry) -> None:
         name, last = entry.source.id, ""

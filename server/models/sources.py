@@ -11,7 +11,7 @@ from inferneo_jax import CheckpointError, ConfigError
 from server.config.settings import Settings
 
 if TYPE_CHECKING:
-    from inferneo_jax import Job, Model, Offer
+    from inferneo_jax import EngineProcess, Job, Model, Offer
 
 log = structlog.get_logger(__name__)
 
@@ -28,40 +28,67 @@ class Source:
 
 
 def load_from_disk(
-    source: Source, settings: Settings, progress: Progress, job: "Job | None" = None
+    source: Source,
+    settings: Settings,
+    progress: Progress,
+    job: "Job | None" = None,
+    process: "EngineProcess | None" = None,
 ) -> "Model":
-    """Pull the model if it is missing, then load it, with the job's other processes. Blocks.
+    """Pull the model if it is missing, then load it. Blocks.
+
+    Args:
+        source: of the model.
+        settings: of the server.
+        progress: called with how far it is.
+        job: the other processes that run the model together with this one.
+        process: the process that runs it instead of this one.
 
     Raises:
         InferneoError: it cannot be had, or cannot be used.
     """
     if job:
         job.join(progress)
-    path = folder_of(source, settings, progress)
+    path = folder_of(source, settings, progress, process)
     drafter = draft_source(settings)
-    draft = folder_of(drafter, settings, progress) if drafter else None
-    # Here, because it brings in jax.
-    from inferneo_jax import load_model, malloc_trim
+    draft = folder_of(drafter, settings, progress, process) if drafter else None
+    from inferneo_jax import malloc_trim
 
     malloc_trim()  # of a description: 130 MB for a vocabulary of 150,000
     config = settings.engine_config()
+    if process:
+        return process.load(path, config, name=source.id, progress=progress, draft=draft)
+    # Here, because it brings in jax.
+    from inferneo_jax import load_model
+
     return load_model(path, config, name=source.id, progress=progress, job=job, draft=draft)
 
 
-def folder_of(source: Source, settings: Settings, progress: Progress) -> Path:
+def folder_of(
+    source: Source, settings: Settings, progress: Progress, process: "EngineProcess | None" = None
+) -> Path:
     """The model's folder; the model is pulled if it is missing, or described if it is a file.
+
+    Args:
+        source: of the model.
+        settings: of the server.
+        progress: called with how far it is.
+        process: pulls or describes it instead of this process.
 
     Raises:
         InferneoError: it cannot be had.
     """
-    from inferneo_jax import checkpoint_path, describe, pull
+    from inferneo_jax import checkpoint_path
 
     checkpoints = settings.checkpoints_dir()
+    if not source.path and (path := checkpoint_path(checkpoints, source.id)).exists():
+        return path
+    if process:
+        return process.obtain(source.id, source.path, checkpoints, progress)
+    # Here, because they bring in jax.
+    from inferneo_jax import describe, pull
+
     if source.path:
         return describe(source.path, checkpoints, progress)
-    path = checkpoint_path(checkpoints, source.id)
-    if path.exists():
-        return path
     return pull(source.id, checkpoints, progress, announce=_log_offer)
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import h11
 import structlog
+from h11._writers import ChunkedWriter
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol, H11WSConnection
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
-from hypercorn.typing import ASGISendCallable, ASGISendEvent
+from hypercorn.typing import ASGISendCallable, ASGISendEvent, HTTPResponseBodyEvent
 
 from server.http import http1, http2
 from server.http.alarm import Alarm
@@ -41,9 +42,9 @@ class WriteTimeout:
     def __init__(self, send: ASGISendCallable) -> None:
         self._send = send
         self._alarm = Alarm(STALL_SECONDS, self._lose)
-        stream = owner_of(send, (HTTPStream, WSStream))
-        protocol = owner_of(getattr(stream, "send", None), (H11Protocol, H2Protocol))
-        self._server = owner_of(getattr(protocol, "send", None), TCPServer)
+        self._stream = stream = owner_of(send, (HTTPStream, WSStream))
+        self._protocol = owner_of(getattr(stream, "send", None), (H11Protocol, H2Protocol))
+        self._server = owner_of(getattr(self._protocol, "send", None), TCPServer)
         if self._server is not None:
             raw = self._server.writer.get_extra_info("socket")
             with suppress(OSError):  # it has been closed
@@ -53,12 +54,41 @@ class WriteTimeout:
         """Send a message; this waits until the client has made room for it."""
         if self._server is None:
             return await self._send(message)
+        if message["type"] == "http.response.body" and self._write_chunk(message):
+            return None
         self._alarm.set()
         try:
             await self._send(message)
         finally:
             self._alarm.clear()
         return None
+
+    def _write_chunk(self, message: HTTPResponseBodyEvent) -> bool:
+        """Write a chunk of a response at once; False if that is for Hypercorn to do.
+
+        Through Hypercorn and h11 a chunk takes five calls, two locks and a third of the time that
+        an event of a stream takes in all. Only chunks that nothing is waiting before are written.
+        """
+        body, stream, server = message["body"], self._stream, self._server
+        if not (
+            message["more_body"]
+            and body
+            and type(self._protocol) is H11Protocol
+            and stream.state is ASGIHTTPState.RESPONSE
+            and stream.scope["method"] != "HEAD"
+        ):
+            return False
+        connection, transport = self._protocol.connection, server.writer.transport
+        if (
+            connection.our_state is not h11.SEND_BODY
+            or type(connection._writer) is not ChunkedWriter
+            or server.send_lock.locked()
+            or transport.get_write_buffer_size()
+            or transport.is_closing()
+        ):
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     def close(self) -> None:
         """Stop watching: nothing more will be sent."""

@@ -15,7 +15,8 @@ from contextvars import Context as ContextVars
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary, ref
 
 from inferneo_jax import (
     EngineStoppedError,
@@ -108,6 +109,45 @@ class Plan:
         )
 
 
+class _Wakeups:
+    """Sets events of an event loop from other threads.
+
+    A step brings tokens for many readers at once. One call of ``call_soon_threadsafe``, which
+    writes to the loop's own socket each time, wakes them all.
+    """
+
+    _by_loop: ClassVar["WeakKeyDictionary[asyncio.AbstractEventLoop, _Wakeups]"] = (
+        WeakKeyDictionary()
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._lock = threading.Lock()
+        self._events: list[asyncio.Event] = []
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> "_Wakeups":
+        """Those of a loop; called on its thread."""
+        if (found := cls._by_loop.get(loop)) is None:
+            found = cls._by_loop[loop] = cls(loop)
+        return found
+
+    def wake(self, event: asyncio.Event) -> None:
+        """Set an event soon. Thread-safe."""
+        with self._lock:
+            first = not self._events
+            self._events.append(event)
+        if first and (loop := self._loop()):
+            with suppress(RuntimeError):  # the loop has closed: nothing waits there any more
+                loop.call_soon_threadsafe(self._set)
+
+    def _set(self) -> None:
+        with self._lock:
+            events, self._events = self._events, []
+        for event in events:
+            event.set()
+
+
 class _Mailbox:
     """Carries outputs from the engine's thread to the event loop.
 
@@ -117,7 +157,7 @@ class _Mailbox:
 
     def __init__(self, engine: "GenerationEngine") -> None:
         self._engine = engine
-        self._loop = asyncio.get_running_loop()
+        self._wakeups = _Wakeups.of(asyncio.get_running_loop())
         self._lock = threading.Lock()
         self._outputs: deque[Arrived] = deque()
         self._untaken: dict[str, int] = {}
@@ -140,8 +180,7 @@ class _Mailbox:
                     self._paused.add(request_id)
                     self._engine.pause(request_id)
             if first:  # one call wakes the reader for everything until it looks
-                with suppress(RuntimeError):  # the loop has closed: nothing reads this any more
-                    self._loop.call_soon_threadsafe(self._filled.set)
+                self._wakeups.wake(self._filled)
 
         return put
 

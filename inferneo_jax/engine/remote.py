@@ -213,7 +213,9 @@ class RemoteEngine(_Remote):
 
     def fail(self, error: EngineFailedError) -> None:
         """End every request, since the process is gone."""
-        for number, sequence in list(self._sequences.items()):
+        with self._lock:  # whoever is submitting has added its request, or sees that it is gone
+            left = list(self._sequences.items())
+        for number, sequence in left:
             self._forget(number)
             sequence.deliver(reason="error", error=error)
 
@@ -264,8 +266,8 @@ class RemoteEmbedder(_Remote):
             self._process.put(Message.EMBED, [self._number, number, texts, owner])
 
         def cancel(ended: "Future[Any]") -> None:
-            if ended.cancelled() and number in self._futures:
-                del self._futures[number]
+            waited = self._futures.pop(number, None) if ended.cancelled() else None
+            if waited is not None:
                 self._process.put(Message.CANCEL, [self._number, number])
 
         future.add_done_callback(cancel)
@@ -285,7 +287,9 @@ class RemoteEmbedder(_Remote):
 
     def fail(self, error: EngineFailedError) -> None:
         """End every request, since the process is gone."""
-        for number in list(self._futures):
+        with self._lock:
+            left = list(self._futures)
+        for number in left:
             self.answer(number, error)
 
 

@@ -168,7 +168,7 @@ class EngineSettings(BaseModel):
     engine_process: Annotated[Literal["false", "true"], BeforeValidator(_word)] = Field(
         default="false",
         description="Run the engine in a process of its own, so that it and HTTP each have a "
-        "Python interpreter: for accelerators that generate more than some 8,000 tokens per "
+        "Python interpreter: for accelerators that generate more than some 10,000 tokens per "
         "second. It cannot be used with a job of several processes.",
     )
 

@@ -3,17 +3,18 @@
 import dataclasses
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import orjson
 import pytest
 
 from inferneo_jax.engine import remote, wire
-from inferneo_jax.engine.remote import EngineProcess, RemoteEmbedder, RemoteEngine
+from inferneo_jax.engine.remote import EngineProcess, RemoteEmbedder, RemoteEngine, State
 from inferneo_jax.engine.served import EmbeddingModel, LanguageModel
 from inferneo_jax.errors import (
     CheckpointError,
@@ -212,6 +213,34 @@ def test_the_end_of_the_process_ends_every_request(folder: Path) -> None:
         process.load(folder / CHAT, CONFIG, name="tiny")
     chat.stop()
     process.end()
+
+
+def test_a_request_that_is_submitted_at_the_end_of_the_process_ends_too(
+    model: LanguageModel,
+) -> None:
+    class Process:
+        lost: str | None = None
+
+        def silence(self) -> float:
+            return 0.0
+
+        def put(self, *_: object) -> None:
+            pass
+
+    process: Any = Process()
+    engine = RemoteEngine(process, 0, State(stats=model.stats()), cast(Any, model.engine)._limits)
+    ends = threading.Thread(target=lambda: engine.fail(EngineFailedError("gone")))
+
+    def number() -> Iterator[int]:
+        process.lost = "gone"  # the check is over, and the request is not there yet
+        ends.start()
+        ends.join(0.1)
+        yield 0
+
+    cast(Any, engine)._numbers = number()
+    run = submit(engine, prompt(8))
+    ends.join()
+    assert run.finish_reason == "error"
 
 
 def test_a_process_that_cannot_start_is_told() -> None:

@@ -218,6 +218,10 @@ class EngineConfig:
         speculation: drafts of the next tokens, which one step verifies; ngram: the tokens that
             followed an earlier occurrence of the newest tokens, model: those of the draft model,
             auto: either where it was measured to be faster, off: none.
+        decode_steps: maximum number of decode steps that are dispatched together while no prompt
+            waits, as far as they take no longer than half of ``itl_budget``. The tokens of all of
+            them arrive at once, for the host's work of one. None: 1 on CPUs, where the host's part
+            of a step is small, and 8 elsewhere.
         draft_tokens: maximum number of tokens of a draft.
         draft_rows: maximum number of rows of a step that verifies drafts; with more rows, matrix
             products would cost as much as reading the weights.
@@ -242,6 +246,8 @@ class EngineConfig:
     quantization: Literal["auto", "none", "int8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
     speculation: Literal["auto", "off", "ngram", "model"] = "auto"
+    # As for ``itl_budget``: no program depends on it.
+    decode_steps: int | None = field(default=None, repr=False)
     draft_tokens: int = 5
     draft_rows: int = 4
     max_logprobs: int = 20
@@ -252,7 +258,7 @@ class EngineConfig:
     row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
 
     def __post_init__(self) -> None:
-        for name in ("slots", "page_len", "max_logit_bias", "draft_tokens"):
+        for name in ("slots", "page_len", "max_logit_bias", "decode_steps", "draft_tokens"):
             if (getattr(self, name) or 1) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.itl_budget > 0:

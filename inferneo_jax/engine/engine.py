@@ -54,6 +54,7 @@ class Engine:
             block_len=runner.page_len,
             planner=self._planner,
             speculation=runner.speculation,
+            decode_steps=runner.decode_steps,
         )
         self._forecast = Forecast(runner.dp_size * runner.slots)
         self._in_flight: PendingStep | None = None
@@ -87,8 +88,9 @@ class Engine:
     def pause(self, request_id: str) -> None:
         """Decode no further tokens of a request until ``resume``. Thread-safe, idempotent.
 
-        It keeps its slot and blocks, so whoever pauses must resume or abort; up to two tokens that
-        are under way still arrive. When blocks run out it is preempted like any other.
+        It keeps its slot and blocks, so whoever pauses must resume or abort; the tokens of up to
+        two dispatches that are under way still arrive. When blocks run out it is preempted like any
+        other.
         """
         self._inbox.change(request_id, "pause")
 
@@ -194,7 +196,7 @@ class Engine:
         # When idle, every request is paused, or waits for what a paused one holds.
         self._idle = not (self._in_flight or previous)
         if self._in_flight or before:
-            self._forecast.stepped(time.monotonic() - started, steps=1 if before else 0)
+            self._forecast.stepped(time.monotonic() - started, steps=_num_steps(before))
         self._publish()
 
     def _take_inbox(self) -> None:
@@ -223,7 +225,7 @@ class Engine:
 
     def _commit(self, step: PendingStep, results: StepResults) -> None:
         """Append a step's tokens to its sequences and deliver them to the sinks."""
-        self._totals.steps += 1
+        self._totals.steps += _num_steps(step)
         self._scheduler.measured(step.scheduled, results.decode_seconds, results.prefill_seconds)
         for result in read_results(step.scheduled, results):
             sequence = result.sequence
@@ -315,3 +317,8 @@ class Engine:
         self._in_flight = None
         self._scheduler.clear()
         self._publish()
+
+
+def _num_steps(pending: PendingStep | None) -> int:
+    """Number of steps that were dispatched together."""
+    return max(1, *(rank.num_steps for rank in pending.scheduled)) if pending else 0

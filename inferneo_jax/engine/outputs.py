@@ -51,7 +51,7 @@ def read_results(scheduled: SchedulerOutputs, results: StepResults) -> Iterator[
     Args:
         scheduled: what the step ran; the rows of the arrays are split evenly over its ranks.
         results: the ids of its decode rows are ``[rows]``, or ``[rows, tokens]`` where drafts were
-            verified.
+            verified or several steps were dispatched together.
     """
     decode, prefill = results.decode, results.prefill
     by_model = [] if results.drafts is None else results.drafts.tolist()
@@ -63,7 +63,8 @@ def read_results(scheduled: SchedulerOutputs, results: StepResults) -> Iterator[
                     yield SequenceResult(row.sequence, (ids[i],), decode.scores, [(i,)])
                     continue
                 draft = by_model[i][: row.num_drafted] if row.by_model else row.draft
-                tokens = accepted_tokens(draft, ids[i])
+                several = tuple(ids[i][: row.num_steps])
+                tokens = accepted_tokens(draft, ids[i]) if draft else several
                 yield SequenceResult(
                     row.sequence,
                     tokens,

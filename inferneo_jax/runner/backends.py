@@ -33,6 +33,10 @@ from inferneo_jax.platform.memory import free_memory, total_memory
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.sharding.padding import pad_for_mesh
 
+_DECODE_STEPS = 8
+"""Decode steps that an accelerator is given at once, where they are short: the host's work for a
+token, and with it that of HTTP, is done for as many at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderBackend:
@@ -148,6 +152,12 @@ def resolve_encoder(model: EncoderConfig, config: EngineConfig, mesh: Mesh) -> E
         or QuantizationConfig.unquantized(dtype),
         attention=segment_attention_for(mesh, config.kernels),
     )
+
+
+def decode_steps(config: EngineConfig, mesh: Mesh) -> int:
+    """Maximum number of decode steps that are dispatched together."""
+    # On a CPU a step takes many times as long as the host's part of it, and streams are smoother.
+    return config.decode_steps or (1 if mesh.devices.flat[0].platform == "cpu" else _DECODE_STEPS)
 
 
 def _dtype(config: EngineConfig, mesh: Mesh) -> jnp.dtype:

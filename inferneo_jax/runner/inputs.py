@@ -5,7 +5,7 @@ pages are numbered from 0 within a rank.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,9 +103,36 @@ class InputBuilder:
                     array[i] = value
         return slots, rows
 
-    def decode(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int) -> DecodeInputs:
-        """The inputs of a decode step, padded like those of ``admit``."""
-        return DecodeInputs(*self._positions(ranks, bucket, 1))
+    def decode(
+        self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, num_steps: int = 1
+    ) -> list[DecodeInputs]:
+        """The inputs of decode steps that are dispatched together, padded like those of ``admit``.
+
+        Rows that have fewer steps are padding in the others. Rows have the same places in each.
+        """
+        by_rank = [tuple(rows) for rows in ranks]
+        counts: Any = np.zeros(self.dp_size * bucket, np.int32)
+        for rank, rows in enumerate(by_rank):
+            counts[rank * bucket :][: len(rows)] = [row.num_steps for row in rows]
+        return self._ahead(by_rank, bucket, counts, num_steps)
+
+    def _ahead(
+        self,
+        ranks: Iterable[Iterable[DecodeRow]],
+        bucket: int,
+        counts: np.ndarray[Any, np.dtype[np.int32]],
+        num_steps: int,
+    ) -> list[DecodeInputs]:
+        """The inputs of steps one after the other; each row takes part in its first ``counts``."""
+        slots, positions, pages = self._positions(ranks, bucket, num_steps)
+        steps = []
+        for ahead in range(num_steps):
+            taking_part: Any = np.where(counts > ahead, slots, np.int32(self.slots))
+            # By how many pages the position lies beyond the first one's.
+            index = (positions + ahead) // self.page_len - positions // self.page_len
+            page: Any = np.take_along_axis(pages, index[:, None], axis=1)
+            steps.append(DecodeInputs(taking_part, positions + np.int32(ahead), page))
+        return steps
 
     def _positions(
         self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, length: int
@@ -142,18 +169,19 @@ class InputBuilder:
         positions = self._positions(by_rank, bucket, max_draft + 1)
         return VerifyInputs(*positions, drafts, num_given, num_drafted)
 
-    def draft(self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, ahead: int) -> DecodeInputs:
-        """The inputs with which the draft model drafts the token ``ahead`` + 1 of each draft.
+    def draft(
+        self, ranks: Iterable[Iterable[DecodeRow]], bucket: int, num_tokens: int
+    ) -> list[DecodeInputs]:
+        """The inputs with which the draft model drafts each token of drafts up to that long.
 
-        Rows whose draft ends before are padding. Rows have the same places at every ``ahead``.
+        Rows whose draft ends before are padding. Rows have the same places in each.
         """
-        by_rank = [[replace(row, position=row.position + ahead) for row in rows] for rows in ranks]
-        slots, positions, pages = self._positions(by_rank, bucket, 1)
+        by_rank = [tuple(rows) for rows in ranks]
+        counts: Any = np.zeros(self.dp_size * bucket, np.int32)
         for rank, rows in enumerate(by_rank):
-            for i, row in enumerate(rows, start=rank * bucket):
-                if not (row.by_model and ahead < row.num_drafted):
-                    slots[i] = self.slots
-        return DecodeInputs(slots, positions, pages)
+            lengths = [row.num_drafted if row.by_model else 0 for row in rows]
+            counts[rank * bucket :][: len(rows)] = lengths
+        return self._ahead(by_rank, bucket, counts, num_tokens)
 
     def prefill(self, ranks: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillInputs:
         """The inputs of a prefill step, padded like those of ``admit``."""

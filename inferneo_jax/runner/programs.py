@@ -291,7 +291,7 @@ class Programs:
         nothing = ((),) * self.dp_size
         match key:
             case Decode(rows) | Draft(rows):
-                return (self.inputs.decode(nothing, rows),)
+                return tuple(self.inputs.decode(nothing, rows))
             case Verify(rows, tokens):
                 return (self.inputs.verify(nothing, rows, tokens - 1),)
             case Prefill(rows, _) | Fill(rows, _):

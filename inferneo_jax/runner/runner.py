@@ -29,7 +29,7 @@ from inferneo_jax.platform.memory import (
 from inferneo_jax.platform.progress import Progress
 from inferneo_jax.platform.watchdog import PATIENCE
 from inferneo_jax.request import RequestLimits
-from inferneo_jax.runner.backends import DecoderBackend
+from inferneo_jax.runner.backends import DecoderBackend, decode_steps
 from inferneo_jax.runner.capacity import cache_budget, devices_sharing_memory, make_programs
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.model_info import ModelInfo
@@ -64,7 +64,8 @@ class StepResults(NamedTuple):
     """The results of a step on the host.
 
     Attributes:
-        decode: what the decode rows sampled, as numpy arrays; None without decode rows.
+        decode: what the decode rows sampled, as numpy arrays; None without decode rows. Ids are
+            ``[rows]``, or ``[rows, tokens]`` if they verify drafts or several steps are dispatched.
         prefill: the same of prefill.
         drafts: the tokens that the draft model drafted for each decode row, ``[rows, tokens]``;
             None if it drafted none.
@@ -99,6 +100,7 @@ class PendingStep:
     Attributes:
         scheduled: what it runs.
         decode: the results of its decode rows.
+        ahead: the results of the decode steps that were dispatched together with it, in order.
         prefill: the results of its prefill.
         drafts: the results of the draft model, one token of each draft after the other.
         dispatched: when its programs were dispatched, in seconds of ``time.perf_counter``.
@@ -107,6 +109,7 @@ class PendingStep:
 
     scheduled: SchedulerOutputs
     decode: tuple[Forward, Sampled] | None
+    ahead: list[tuple[Forward, Sampled]]
     prefill: tuple[Forward, Sampled] | None
     drafts: list[tuple[Forward, Sampled]]
     dispatched: float
@@ -119,6 +122,9 @@ class PendingStep:
         drafted = [_read(*each, len(self.scheduled)).ids for each in self.drafts]
         drafts = np.stack(drafted, axis=1) if drafted else None
         decode = self.decode and _read(*self.decode, len(self.scheduled))
+        if decode and self.ahead:
+            steps = [decode, *(_read(*each, len(self.scheduled)) for each in self.ahead)]
+            decode = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *steps)
         decoded = time.perf_counter() if decode else started
         prefill = self.prefill and _read(*self.prefill, len(self.scheduled))
         self.clock.free = time.perf_counter() if prefill else decoded
@@ -205,6 +211,7 @@ class Runner:
         self.max_len, self.num_pages = self._programs.max_len, self._programs.num_pages
         self.dp_size = self._programs.dp_size
         self.slots = config.slots // self.dp_size
+        self.decode_steps = decode_steps(config, self._mesh)
         self.shapes = self._programs.prefill_shapes
         self._store = ExecutableStore(config.compilation_cache, self._mesh, self._programs)
         self._inputs = self._programs.inputs
@@ -446,16 +453,19 @@ class Runner:
             admitted = self._inputs.admit((rank.admitted for rank in scheduled), rows)
             self._dispatch(Admit(rows), admitted)
         decode = prefill = None
+        ahead: list[tuple[Forward, Sampled]] = []
         drafts: list[tuple[Forward, Sampled]] = []
         if most := max(len(rank.decode) for rank in scheduled):
             drafts = self._run_draft_model(scheduled, most)
-            decode = self._decode(scheduled, most)
+            decode, *ahead = self._decode(scheduled, most)
         if shape := next((rank.shape for rank in scheduled if rank.shape), None):
             chunks = self._inputs.prefill((rank.prefill for rank in scheduled), shape[0])
             prefill = self._forward(Prefill(*shape), chunks)
+        decoding = [row for rank in scheduled for row in rank.decode]
         return PendingStep(
             scheduled,
-            decode and _fetch(*decode, [row for rank in scheduled for row in rank.decode]),
+            decode and _fetch(*decode, decoding),
+            [_fetch(*each, decoding) for each in ahead],
             prefill and _fetch(*prefill, [row for rank in scheduled for row in rank.prefill]),
             [_fetch(*each, ()) for each in drafts],
             time.perf_counter(),
@@ -487,19 +497,23 @@ class Runner:
         if not count:
             return []
         key = Draft(self._draft_bucket(most))
-        inputs = (self._inputs.draft(ranks, key.rows, ahead) for ahead in range(count))
-        return [self._forward(key, each) for each in inputs]
+        return [self._forward(key, each) for each in self._inputs.draft(ranks, key.rows, count)]
 
-    def _decode(self, scheduled: SchedulerOutputs, most: int) -> tuple[Forward, Sampled]:
-        """Dispatch a decode step of at most ``most`` rows per rank, which verifies any drafts."""
+    def _decode(self, scheduled: SchedulerOutputs, most: int) -> list[tuple[Forward, Sampled]]:
+        """Dispatch decode steps of at most ``most`` rows per rank, or one that verifies drafts.
+
+        Each reads its tokens where the step before wrote them, so none waits for the host.
+        """
         ranks = [rank.decode for rank in scheduled]
         if not any(rank.drafted for rank in scheduled):
             buckets = self._programs.row_buckets
             bucket = next(b for b in buckets if b >= most and self._has(Decode(b)))
-            return self._forward(Decode(bucket), self._inputs.decode(ranks, bucket))
+            num_steps = max(rank.num_steps for rank in scheduled)
+            inputs = self._inputs.decode(ranks, bucket, num_steps)
+            return [self._forward(Decode(bucket), each) for each in inputs]
         length, bucket = self.config.draft_tokens, self._draft_bucket(most)
         drafted = self._inputs.verify(ranks, bucket, length)
-        return self._forward(Verify(bucket, length + 1), drafted)
+        return [self._forward(Verify(bucket, length + 1), drafted)]
 
     def _draft_bucket(self, most: int) -> int:
         """The number of rows for which a step drafts and verifies: both have the same places."""

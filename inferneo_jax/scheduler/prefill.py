@@ -195,7 +195,7 @@ class PrefillPlanner:
         self._bound = budget
         self._load = _MARGIN
         self._loads = deque([1.0] * _LATEST, _LATEST)
-        self._decodes = deque([0.0], _LATEST)
+        self._decodes: deque[float] = deque(maxlen=_LATEST)
         self._earned = 0.0
         self._allowed = math.inf
         self._decoding = False
@@ -207,6 +207,16 @@ class PrefillPlanner:
         least = self._least_seconds()
         limit = max(self._limits(max(self._bound, least)).values())
         return limit if least <= self._bound else max(1, int(limit * self._bound / least))
+
+    def decode_steps(self, most: int) -> int:
+        """How many decode steps, up to ``most``, take no longer than half of the budget together.
+
+        A prompt that arrives waits for those that run and for as many that are dispatched ahead. 1
+        until a step has been measured.
+        """
+        if not self._decodes:
+            return 1
+        return max(1, int(min(most, self._budget / 2 / median(self._decodes))))
 
     def begin_step(self, *, decoding: bool) -> None:
         """Start to plan a step; ``decoding``: some running request waits for its next token."""

@@ -51,6 +51,8 @@ class DecodeRow:
         num_drafted: number of tokens of the draft.
         fill: tokens before the newest one that the draft model computes first, as it lacks their
             keys and values.
+        num_steps: number of decode steps, dispatched together, that each sample a token for it; 1
+            with a draft.
     """
 
     sequence: Sequence
@@ -58,6 +60,7 @@ class DecodeRow:
     draft: tuple[int, ...] = ()
     num_drafted: int = 0
     fill: PrefillChunk | None = None
+    num_steps: int = 1
 
     @property
     def by_model(self) -> bool:
@@ -85,6 +88,11 @@ class SchedulerOutput:
     def drafted(self) -> bool:
         """Whether some decode rows have drafts."""
         return any(row.num_drafted for row in self.decode)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of decode steps that are dispatched together; 0 without decode rows."""
+        return max((row.num_steps for row in self.decode), default=0)
 
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)
@@ -119,6 +127,10 @@ class Scheduler:
     def num_decoding(self) -> int:
         """Sequences that a decode step may have rows for."""
         return sum(sequence.can_decode for sequence in self.running)
+
+    def awaits_prompts(self) -> bool:
+        """Whether a prompt lacks tokens, or could be admitted to a free slot."""
+        return bool(self._prefilling() or (self._waiting and self._free_slots))
 
     def has_draft(self) -> bool:
         """Whether some sequence is likely to have a draft, once what is in flight is known."""
@@ -156,17 +168,19 @@ class Scheduler:
         self._share.leave(sequence.request.owner)
         self._speculator.forget(sequence)
 
-    def schedule(self, *, draft: bool = False) -> SchedulerOutput:
+    def schedule(self, *, draft: bool = False, num_steps: int = 1) -> SchedulerOutput:
         """Schedule the next step, on the assumption that it will be run.
 
         The planner must know of the step (``PrefillPlanner.begin_step``).
 
         Args:
             draft: whether to make drafts; every sampled token must have been committed.
+            num_steps: maximum number of decode steps to run together, without drafts.
         """
         candidate = self._make_room()
         preemptions = self.num_preemptions
-        decode = self._schedule_decode(draft=draft)
+        # A slot that was just taken from its owner is for a prompt.
+        decode = self._schedule_decode(draft=draft, num_steps=1 if candidate else num_steps)
         # Blocks that a preemption just freed are for those who lacked them, not for newcomers.
         crowded = self.num_preemptions > preemptions
         admitted = () if crowded else self._admit(candidate)
@@ -185,8 +199,8 @@ class Scheduler:
 
         Args:
             sequence: the sequence, which may have ended while the step was in flight.
-            tokens: accepted tokens of a draft and the one after them, or one; empty for a chunk
-                that does not end its prompt.
+            tokens: accepted tokens of a draft and the one after them, or one of each step that was
+                dispatched; empty for a chunk that does not end its prompt.
             num_drafted: number of tokens of the draft that was verified.
             by_model: whether the draft model made it.
 
@@ -212,7 +226,7 @@ class Scheduler:
                 return count, "length"
         return len(tokens), None
 
-    def _schedule_decode(self, *, draft: bool) -> tuple[DecodeRow, ...]:
+    def _schedule_decode(self, *, draft: bool, num_steps: int) -> tuple[DecodeRow, ...]:
         rows = []
         self._fill_left = self._speculator.fill_tokens
         # Who gives way when blocks run out comes last, so that nothing scheduled is taken back.
@@ -223,12 +237,12 @@ class Scheduler:
             self._cache_blocks(sequence)
             if not self._allocate_block(sequence, order):
                 continue
-            plain = DecodeRow(sequence, sequence.num_computed)
-            rows.append(self._draft(sequence) if draft else plain)
+            row = self._draft(sequence) if draft else self._plain(sequence, num_steps)
+            rows.append(row)
             self._speculator.decoded(sequence)
-            self._share.charge(sequence.request.owner, _OUTPUT_COST)
-            sequence.num_computed += 1
-            sequence.num_sampled += 1
+            self._share.charge(sequence.request.owner, row.num_steps * _OUTPUT_COST)
+            sequence.num_computed += row.num_steps
+            sequence.num_sampled += row.num_steps
         return tuple(rows)
 
     def _by_share(self) -> list[Sequence]:
@@ -250,17 +264,25 @@ class Scheduler:
                 return False
         return sequence.slot is not None
 
+    def _plain(self, sequence: Sequence, num_steps: int) -> DecodeRow:
+        """A row for up to ``num_steps`` steps, as far as it lacks tokens and there are blocks."""
+        position = sequence.num_computed
+        ahead = min(num_steps, sequence.request.max_tokens - sequence.num_sampled) - 1
+        return DecodeRow(sequence, position, num_steps=1 + self._reserve(sequence, ahead))
+
+    def _reserve(self, sequence: Sequence, ahead: int) -> int:
+        """How many positions after the next one, of ``ahead``, have blocks; it may get more."""
+        after = sequence.num_computed + 1
+        missing = self.pool.blocks_for(after + ahead) - len(sequence.blocks)
+        if 0 < missing <= self.pool.num_available - len(self.running):
+            sequence.blocks += self.pool.allocate(missing) or []
+        return min(ahead, len(sequence.blocks) * self.pool.block_len - after)
+
     def _draft(self, sequence: Sequence) -> DecodeRow:
         """A row with a draft of what may follow, as far as there are blocks for it."""
         position = sequence.num_computed
         draft = self._speculator.draft(sequence)
-        wanted = self.pool.blocks_for(position + 1 + draft.count)
-        missing = wanted - len(sequence.blocks)
-        spare = self.pool.num_available - len(self.running)
-        if missing > 0 and missing <= spare:
-            sequence.blocks += self.pool.allocate(missing) or []
-        room = len(sequence.blocks) * self.pool.block_len - position - 1
-        count = min(draft.count, room)
+        count = self._reserve(sequence, draft.count)
         if draft.tokens or not count:
             return DecodeRow(sequence, position, draft.tokens[:count], count)
         fill = self._fill(sequence)
@@ -488,6 +510,7 @@ class DataParallelScheduler:
         block_len: int,
         planner: PrefillPlanner,
         speculation: SpeculativeConfig | None = None,
+        decode_steps: int = 1,
     ) -> None:
 
         def make() -> list[Scheduler]:
@@ -497,6 +520,7 @@ class DataParallelScheduler:
 
         self._make = make
         self._planner = planner
+        self._decode_steps = decode_steps
         self._ranks = make()
         self._preemptions_before = 0
         self._first = 0
@@ -535,12 +559,16 @@ class DataParallelScheduler:
         Args:
             draft: whether to make drafts; every sampled token must have been committed.
         """
-        draft = draft and self._allows_drafts()
+        drafts = self._allows_drafts()
+        num_steps = 1
+        # Where drafts are allowed, the next one may follow any token.
+        if not drafts and not any(rank.awaits_prompts() for rank in self._ranks):
+            num_steps = self._planner.decode_steps(self._decode_steps)
         self._planner.begin_step(decoding=any(rank.num_decoding() for rank in self._ranks))
         self._first = (self._first + 1) % len(self._ranks)
         outputs = {}
         for rank in (*range(self._first, len(self._ranks)), *range(self._first)):
-            outputs[rank] = self._ranks[rank].schedule(draft=draft)
+            outputs[rank] = self._ranks[rank].schedule(draft=draft and drafts, num_steps=num_steps)
         return tuple(outputs[rank] for rank in sorted(outputs)) if any(outputs.values()) else None
 
     def commit(
@@ -561,7 +589,7 @@ class DataParallelScheduler:
         """Record how long a step took to decode and to prefill; 0.0 for what it did not do."""
         if not decode_seconds:
             return  # what the largest chunks take alone says little about small ones
-        self._planner.decoded(decode_seconds)
+        self._planner.decoded(decode_seconds / max(output.num_steps for output in scheduled))
         if shape := next((output.shape for output in scheduled if output.shape), None):
             tokens = max(sum(chunk.length for chunk in output.prefill) for output in scheduled)
             self._planner.prefilled(shape, tokens, prefill_seconds)

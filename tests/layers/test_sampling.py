@@ -209,14 +209,21 @@ def test_inputs_of_a_step_are_padded_with_no_slot() -> None:
     inputs = BUILDER.prefill([[PrefillChunk(sequence, 1, 2, sample=True, ends_prompt=True)]], 2)
     expected = [[2, 4], [1, 0], [2, 1], [True, False], [False, False]]
     assert [np.asarray(x).tolist() for x in inputs] == expected
-    assert BUILDER.decode([], 2).slots.tolist() == [4, 4]
+    assert BUILDER.decode([], 2)[0].slots.tolist() == [4, 4]
 
 
 def test_pages_are_sent_at_admission_and_when_a_step_reaches_them() -> None:
     builder = dataclasses.replace(BUILDER, page_len=4)
     sequence = Sequence(_request((1, 2, 3)), lambda _: None, 0, slot=2, blocks=[5, 7, 6])
     assert builder.slot_row(sequence).block_tables.tolist() == [5, 7, 6, 0]
-    assert builder.decode([[DecodeRow(sequence, 4)]], 2).pages.tolist() == [[7], [0]]
+    assert builder.decode([[DecodeRow(sequence, 4)]], 2)[0].pages.tolist() == [[7], [0]]
+    # Of three steps from position 6 on, the row takes part in two.
+    steps = builder.decode([[DecodeRow(sequence, 7, num_steps=2)]], 1, 3)
+    assert [(*each.slots, *each.positions, *each.pages[0]) for each in steps[:2]] == [
+        (2, 7, 7),
+        (2, 8, 6),
+    ]
+    assert steps[2].slots.tolist() == [4]
     # Five positions from 7 on lie in three pages at most, and here in two.
     drafted = builder.verify([[DecodeRow(sequence, 7, (1, 2, 3, 4))]], 1, 5)
     assert drafted.pages.tolist() == [[7, 6, 0]]

@@ -68,8 +68,10 @@ class SimulatedStep:
         decodes = any(rank.decode for rank in self.scheduled)
         prefills = any(rank.prefill for rank in self.scheduled)
         ids: Any = np.ones(16 * len(self.scheduled), np.int32)
+        steps = max(rank.num_steps for rank in self.scheduled)
+        decoded = np.tile(ids[:, None], steps) if steps > 1 else ids
         return StepResults(
-            Sampled(ids, None, None) if decodes else None,
+            Sampled(decoded, None, None) if decodes else None,
             Sampled(ids, None, None) if prefills else None,
             decode_seconds=self.decoded - self.started,
             prefill_seconds=self.ended - self.decoded,
@@ -102,6 +104,7 @@ class SimulatedRunner:
     max_len = 30_000
     step_seconds = 60.0
     speculation = None
+    decode_steps: int = 1
 
     def __post_init__(self) -> None:
         self.config = EngineConfig(itl_budget=self.budget)
@@ -141,7 +144,8 @@ class SimulatedRunner:
         self.steps.append(scheduled)
         started = decoded = max(self._device_free, self.now)
         if any(rank.decode for rank in scheduled):
-            decoded += self.speed.decode * self.speed.noise()
+            steps = max(rank.num_steps for rank in scheduled)
+            decoded += steps * self.speed.decode * self.speed.noise()
         ended = decoded
         if shape := next((rank.shape for rank in scheduled if rank.shape), None):
             tokens = max(sum(chunk.length for chunk in rank.prefill) for rank in scheduled)

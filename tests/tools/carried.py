@@ -43,6 +43,7 @@ from tests.support.server_process import environment
 
 NAME, SLOTS = "instant", 256
 FOLDER, RATE, PROCESSES = "CARRIED_FOLDER", "CARRIED_RATE", "CARRIED_PROCESSES"
+DECODE_STEPS = "CARRIED_DECODE_STEPS"
 """Variables that tell the processes of a server what to do."""
 
 
@@ -55,13 +56,14 @@ class _Step:
 
     def wait(self) -> StepResults:
         time.sleep(max(0.0, self.ends - time.perf_counter()))
-        ids: Any = np.random.default_rng().integers(32, 127, SLOTS).astype(np.int32)
-        sampled = Sampled(ids, None, None)
+        steps = max(rank.num_steps for rank in self.scheduled)
+        shape = (SLOTS, steps) if steps > 1 else (SLOTS,)
+        ids: Any = np.random.default_rng().integers(32, 127, shape).astype(np.int32)
         decodes = any(rank.decode for rank in self.scheduled)
         prefills = any(rank.prefill for rank in self.scheduled)
         return StepResults(
-            sampled if decodes else None,
-            sampled if prefills else None,
+            Sampled(ids, None, None) if decodes else None,
+            Sampled(ids, None, None) if prefills else None,
             decode_seconds=1e-5 * decodes,
             prefill_seconds=1e-5 * prefills,
         )
@@ -76,7 +78,8 @@ class InstantRunner:
     prefill_times = PrefillTimes([(cost, 1e-5) for cost in (18.0, 32.0, 256.0, 2048.0)])
     config = EngineConfig()
 
-    def __init__(self, vocab_size: int, rate: float) -> None:
+    def __init__(self, vocab_size: int, rate: float, decode_steps: int) -> None:
+        self.decode_steps = decode_steps
         self.limits = RequestLimits(
             vocab_size=vocab_size,
             max_len=self.max_len,
@@ -90,16 +93,17 @@ class InstantRunner:
         return shape in self.shapes.shapes
 
     def run(self, scheduled: SchedulerOutputs) -> _Step:
-        rows = sum(len(rank.decode) for rank in scheduled)
+        tokens = sum(row.num_steps for rank in scheduled for row in rank.decode)
         began = max(self._free, time.perf_counter())
-        self._free = began + (rows / self._rate if self._rate else 0.0)
+        self._free = began + (tokens / self._rate if self._rate else 0.0)
         return _Step(scheduled, self._free)
 
 
 def load(*_: Any, **__: Any) -> LanguageModel:
     """A model on such a runner, whatever is asked for."""
     tokenizer = Tokenizer.from_directory(Path(os.environ[FOLDER]))
-    runner: Any = InstantRunner(tokenizer.vocab_size, float(os.environ[RATE]))
+    rate, decode_steps = float(os.environ[RATE]), int(os.environ[DECODE_STEPS])
+    runner: Any = InstantRunner(tokenizer.vocab_size, rate, decode_steps)
     info = ModelInfo(
         dtype="",
         quantization="",
@@ -152,13 +156,16 @@ class Carried:
 
 
 @contextlib.contextmanager
-def served(processes: int, rate: float, tokenizer: Path, keys: Path) -> Iterator[Child]:
+def served(
+    processes: int, rate: float, tokenizer: Path, keys: Path, decode_steps: int = 1
+) -> Iterator[Child]:
     """A server that is ready; ``tokenizer`` is a model's folder."""
     variables = environment(
         {
             FOLDER: str(tokenizer),
             RATE: str(rate),
             PROCESSES: str(processes),
+            DECODE_STEPS: str(decode_steps),
             "INFERNEO_KEYS_DB": str(keys / "keys.db"),
         }
     )
@@ -228,12 +235,14 @@ def main() -> None:
     parser.add_argument("--streams", default="64,256")
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rate", type=float, default=0.0, help="tokens per second of the device")
+    parser.add_argument("--decode-steps", type=int, default=1, help="dispatched together, at most")
     arguments = parser.parse_args()
     model = arguments.model or checkpoint_path(default_checkpoints_dir(), "smollm2-135m-instruct")
     print("processes  streams    tok/s  events/token  CPU us/token  gap p99 ms")
     with tempfile.TemporaryDirectory() as folder:
         for processes in (1, 2):
-            with served(processes, arguments.rate, model, Path(folder)) as child:
+            steps = arguments.decode_steps
+            with served(processes, arguments.rate, model, Path(folder), steps) as child:
                 for streams in map(int, arguments.streams.split(",")):
                     found = measure(child, streams, arguments.tokens)
                     cpu = " + ".join(f"{each:.0f}" for each in found.cpu)

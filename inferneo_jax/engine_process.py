@@ -19,6 +19,8 @@ from typing import Any
 
 import orjson
 
+from inferneo_jax.config import JobConfig
+from inferneo_jax.distributed.job import Job
 from inferneo_jax.distributed.transport import Frames
 from inferneo_jax.engine import wire
 from inferneo_jax.engine.embedder import Embedder
@@ -36,7 +38,7 @@ from inferneo_jax.model import load_model
 from inferneo_jax.platform.memory import malloc_trim
 from inferneo_jax.platform.progress import Progress
 from inferneo_jax.request import GenerationOutput, OutputSink
-from inferneo_jax.runner.model_info import device_memory
+from inferneo_jax.runner.model_info import DeviceMemory, device_memory
 from inferneo_jax.weights.convert import describe
 from inferneo_jax.weights.fetch import Offer, pull
 
@@ -61,29 +63,37 @@ class Served:
         self._ids: dict[tuple[int, int], str] = {}
         self._futures: dict[tuple[int, int], Future[Any]] = {}
         self._ended = threading.Event()
+        self._job: Job | None = None
+        self._memory: list[DeviceMemory] = []
+        self._stuck: dict[int, float] = {}
 
     def run(self) -> None:
-        """Serve until the connection is closed, then stop every model."""
+        """Serve until the other process says that this is the end, or is gone."""
         handler = _Handler(self._outbox)
         logger = logging.getLogger("inferneo_jax")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         threading.Thread(target=self._tell, name="state", daemon=True).start()
         try:
-            while True:
+            while not self._ended.is_set():
                 kind, payload = self._frames.receive()
                 self._take(kind, orjson.loads(payload))
         except JobError:
-            pass
+            return  # nobody waits for anything any more
         finally:
-            self._ended.set()
             logger.removeHandler(handler)
-            for model in self._models.values():
-                model.stop()
+        for model in self._models.values():
+            model.stop()
+        if self._job:
+            self._job.end()
 
     def _take(self, kind: Message, fields: list[Any]) -> None:
-        number, *rest = fields
-        if kind == Message.LOAD:
+        number, *rest = fields or [None]
+        if kind == Message.END:
+            self._ended.set()
+        elif kind == Message.JOB:
+            self._lead(number)
+        elif kind == Message.LOAD:
             threading.Thread(target=self._load, args=fields, name="load", daemon=True).start()
         elif kind == Message.OBTAIN:
             threading.Thread(target=self._obtain, args=fields, name="obtain", daemon=True).start()
@@ -103,15 +113,28 @@ class Served:
         else:
             raise JobError(f"sent {kind.name}, which only this process sends")
 
+    def _lead(self, config: dict[str, Any]) -> None:
+        def leave(reason: str) -> None:
+            self._outbox.put(Message.LEAVE, [reason])
+
+        def lost(reason: str) -> None:
+            self._outbox.put(Message.LOST, [reason])
+
+        self._job = Job(JobConfig(**config), leads=True, on_leave=leave)
+        self._job.on_lost(lost)
+
     def _load(
         self, number: int, path: str, name: str, config: dict[str, Any], draft: str | None
     ) -> None:
         with self._told(number) as progress:
+            if self._job:
+                self._job.join(progress)
             model = self._load_model(
                 Path(path),
                 wire.read_config(config),
                 name=name,
                 progress=progress,
+                job=self._job,
                 draft=Path(draft) if draft else None,
             )
             self._add(number, model)
@@ -154,7 +177,7 @@ class Served:
             "created": model.created,
             "max_len": model.max_len,
             "info": model.info,
-            "state": _state(model),
+            "state": _state(model, 0.0),
             "limits": self._engine(number).limits if generates else None,
             "hidden_size": None if generates else self._embedder(number).hidden_size,
         }
@@ -176,6 +199,8 @@ class Served:
 
         def sink(output: GenerationOutput) -> None:
             nonlocal first
+            if output.finish_reason:
+                self._tell_state()  # first: who sees the end of a request sees its place free
             written = wire.write_output(number, request, output, first=first)
             first = False
             self._outbox.put(Message.OUTPUTS, written)
@@ -205,19 +230,24 @@ class Served:
 
     def _stop(self, number: int) -> None:
         self._models[number].stop()
-        self._outbox.put(Message.STATE, self._states())
+        self._tell_state()
         self._outbox.put(Message.STOPPED, [number])
 
     def _tell(self) -> None:
+        """Tell the state of everything again and again."""
         while not self._ended.wait(STATE_SECONDS):
-            self._outbox.put(Message.STATE, self._states())
+            self._memory = device_memory() if self._models else []
+            self._stuck = {number: model.stuck() for number, model in list(self._models.items())}
+            self._tell_state()
 
-    def _states(self) -> list[Any]:
-        models = list(self._models.items())
-        return [
-            [[number, _state(model)] for number, model in models],
-            device_memory() if models else [],
+    def _tell_state(self) -> None:
+        # Called by sinks, which may be called by who watches over a step and holds its lock: how
+        # long the step has been stuck is not asked for here.
+        states = [
+            [number, _state(model, self._stuck.get(number, 0.0))]
+            for number, model in list(self._models.items())
         ]
+        self._outbox.put(Message.STATE, [states, self._memory])
 
     def _engine(self, number: int) -> Engine:
         model = self._models[number]
@@ -232,7 +262,7 @@ class Served:
         return model.embedder
 
 
-def _state(model: Model) -> dict[str, Any]:
+def _state(model: Model, stuck: float) -> dict[str, Any]:
     """What is told of a model; see :class:`~inferneo_jax.engine.remote.State`."""
     engine = model.engine if isinstance(model, LanguageModel) else None
     known: Any = [0.0, ()]
@@ -241,7 +271,7 @@ def _state(model: Model) -> dict[str, Any]:
         end, known = engine.end, engine.measured
     elif model.ended():
         end = EngineStoppedError("the embedding model was stopped")
-    return {"stats": model.stats(), "stuck": model.stuck(), "known": known, "end": end}
+    return {"stats": model.stats(), "stuck": stuck, "known": known, "end": end}
 
 
 class _Handler(logging.Handler):

@@ -67,8 +67,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     log.configure(settings.log_format)
     threads = StoreThreads(open_store(settings.keys_location(), settings.named("keys_db")))
     guard, limiter = Guard(settings, threads, access_of(ENDPOINTS)), Limiter(threads)
-    job = _lead(settings)
-    process = EngineProcess() if settings.engine_process == "true" else None
+    job, process = _engines(settings)
     load = loader or partial(load_from_disk, job=job, process=process)
     registry = Registry(settings, load, guard.check_model, job, process)
     permits = Permits(settings.capacity())
@@ -145,17 +144,21 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     return app
 
 
-def _lead(settings: Settings) -> "Job | None":
-    """The job of several processes that this one leads, if the settings name one."""
-    if (config := settings.job_config()) is None:
-        return None
-    from inferneo_jax import Job
+def _engines(settings: Settings) -> "tuple[Job | None, EngineProcess | None]":
+    """The job that this process leads, or the process that runs the engines and leads it."""
 
     def leave(reason: str) -> None:
         logger.warning("job_ends", reason=reason)
         end_orderly()
 
-    return Job(config, leads=True, on_leave=leave)
+    config = settings.job_config()
+    if settings.engine_process == "true":
+        return None, EngineProcess(job=config, on_leave=leave)
+    if config is None:
+        return None, None
+    from inferneo_jax import Job
+
+    return Job(config, leads=True, on_leave=leave), None
 
 
 async def _load(registry: Registry) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Texts
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 import orjson
 
-from inferneo_jax.config import EngineConfig
+from inferneo_jax.config import EngineConfig, JobConfig
 from inferneo_jax.distributed.transport import Frames
 from inferneo_jax.engine import wire
 from inferneo_jax.engine.forecast import Forecast, Measured
@@ -320,14 +321,24 @@ class EngineProcess:
 
     Args:
         command: starts the process.
+        job: of several processes that run a language model together, which the process leads.
+        on_leave: called when a follower of the job was told to end, with a sentence that says so.
 
     Attributes:
         lost: why it can serve nothing any more; None while it can.
+        job_lost: why the job cannot go on; None while it can, or there is none.
         device_memory: what it said last of its accelerators.
     """
 
-    def __init__(self, command: Texts[str] = COMMAND) -> None:
+    def __init__(
+        self,
+        command: Texts[str] = COMMAND,
+        job: JobConfig | None = None,
+        on_leave: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.lost: str | None = None
+        self.job_lost: str | None = None
+        self._job, self._on_leave = job, on_leave
         self.device_memory: list[DeviceMemory] = []
         self._command = tuple(command)
         self._lock = threading.Lock()
@@ -340,6 +351,11 @@ class EngineProcess:
         self._asked: dict[int, SimpleQueue[tuple[Message, list[Any]] | None]] = {}
         self._models: dict[int, RemoteEngine | RemoteEmbedder] = {}
         self._quiet = 0.0
+
+    @property
+    def in_job(self) -> bool:
+        """Whether other processes run a model together with this one."""
+        return self._job is not None
 
     @property
     def pid(self) -> int | None:
@@ -425,13 +441,14 @@ class EngineProcess:
             process = self._process
         if process is None:
             return
-        self._frames.close()
+        self.put(Message.END, [])
         try:
-            process.wait(_END_SECONDS)
+            process.wait(_END_SECONDS + (self._job.end_seconds if self._job else 0.0))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
         self._reader.join()
+        self._frames.close()
 
     def _start(self) -> None:
         if self._process:
@@ -449,6 +466,8 @@ class EngineProcess:
         self._reader = threading.Thread(target=self._read, name="engine process", daemon=True)
         self._reader.start()
         threading.Thread(target=self._watch, name="engine watch", daemon=True).start()
+        if self._job:
+            self.put(Message.JOB, [self._job])
 
     def _read(self) -> None:
         """The thread that reads from the process, until it is gone."""
@@ -488,6 +507,10 @@ class EngineProcess:
         elif kind == Message.LOG:
             level, name, text = fields
             logging.getLogger(name).log(level, "%s", text)
+        elif kind == Message.LEAVE:
+            self._on_leave(fields[0])
+        elif kind == Message.LOST:
+            self.job_lost = fields[0]
         elif kind == Message.STOPPED:
             self._models[fields[0]].stopped()
         elif kind == Message.FAILED and fields[1] is not None:

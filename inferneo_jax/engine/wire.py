@@ -38,6 +38,10 @@ class Message(enum.IntEnum):
     """To the engine: ``[model, path, name, config, draft path or null]``."""
     OBTAIN = 7
     """``[model, name, path of a source or null, folder of checkpoints]``."""
+    JOB = 8
+    """``[configuration]`` of the job that the engine's process leads; before any other message."""
+    END = 9
+    """``[]``: stop everything in order."""
     SUBMIT = 2
     """``[model, number, request]``."""
     CHANGE = 3
@@ -66,6 +70,10 @@ class Message(enum.IntEnum):
     """``[model]``: all its outputs have been sent."""
     LOG = 23
     """``[level, logger, text]``."""
+    LEAVE = 25
+    """``[reason]``: another process of the job was told to end."""
+    LOST = 26
+    """``[reason]``: the job cannot go on."""
 
 
 class Outbox:

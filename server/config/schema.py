@@ -169,7 +169,7 @@ class EngineSettings(BaseModel):
         default="false",
         description="Run the engine in a process of its own, so that it and HTTP each have a "
         "Python interpreter: for accelerators that generate more than some 10,000 tokens per "
-        "second. It cannot be used with a job of several processes.",
+        "second.",
     )
 
 

@@ -136,11 +136,6 @@ class Settings(SettingsSchema, BaseSettings):
             )
         if self.coordinator is None:
             return None
-        if self.engine_process == "true":
-            raise ConfigError(
-                f"{self.named('engine_process')} is true, which a job of several processes "
-                f"({self.named('coordinator')}) cannot use; set it to false"
-            )
         if self.job_token is None:
             raise ConfigError(
                 f"{self.named('coordinator')} needs INFERNEO_JOB_TOKEN, a secret that all "

@@ -97,7 +97,7 @@ class Registry:
     @property
     def in_job(self) -> bool:
         """Whether other processes run a model together with this one."""
-        return self._job is not None
+        return bool(self._job or (self._process and self._process.in_job))
 
     def lost(self) -> str | None:
         """Why some model will never serve again; None if none is lost."""
@@ -105,6 +105,8 @@ class Registry:
 
     def job_lost(self) -> str | None:
         """Why the job with other processes has ended; None if it has not, or there is none."""
+        if self._process:
+            return self._process.job_lost
         return self._job.lost if self._job else None
 
     def models(self) -> list["Model"]:
@@ -170,7 +172,7 @@ class Registry:
         """
         loop = asyncio.get_running_loop()
         entries = [[entry] for entry in self._entries.values()]
-        if self._job:
+        if self.in_job:
             entries = [list(self._entries.values())]
         loaded: list[asyncio.Future[None]] = [loop.create_future() for _ in entries]
 

@@ -29,6 +29,13 @@ LONG = 400
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
+ONE_OR_TWO = [
+    pytest.param({}, id="one process"),
+    pytest.param({"INFERNEO_ENGINE_PROCESS": "true"}, id="an engine process"),
+]
+"""Of the leader; the follower serves no HTTP and ignores it."""
+
+
 @dataclass
 class Job:
     """The leader is a server; the follower has no address."""
@@ -153,10 +160,11 @@ def test_a_server_on_a_mesh_answers_as_one_on_a_device(
         check_answers(server.address, expected)
 
 
+@pytest.mark.parametrize("leader", ONE_OR_TWO)
 def test_two_processes_answer_as_one_and_end_in_order(
-    tiny: dict[str, str], expected: list[Any], tmp_path: Path
+    tiny: dict[str, str], expected: list[Any], tmp_path: Path, leader: dict[str, str]
 ) -> None:
-    with job(tmp_path, tiny) as two:
+    with job(tmp_path, tiny | leader) as two:
         two.wait_ready()
         check_answers(two.leader.address, expected)
 
@@ -174,11 +182,12 @@ def test_two_processes_answer_as_one_and_end_in_order(
             assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.parametrize("leader", ONE_OR_TWO)
 def test_a_killed_follower_ends_requests_with_an_error_and_the_leader(
-    tiny: dict[str, str], tmp_path: Path, machine: Machine
+    tiny: dict[str, str], tmp_path: Path, machine: Machine, leader: dict[str, str]
 ) -> None:
     reason = "Process 1 of the job closed the connection."
-    with job(tmp_path, tiny) as two:
+    with job(tmp_path, tiny | leader) as two:
         two.wait_ready()
 
         async def cut() -> tuple[list[Ending], dict[str, Any], float]:
@@ -203,8 +212,8 @@ def test_a_killed_follower_ends_requests_with_an_error_and_the_leader(
         assert (ready["status"], message[: len(reason) - 1]) == ("failed", reason[:-1])
         assert seconds < machine.seconds(AT_MOST)
         print(f"all clients knew {seconds:.2f} s after the follower was killed")
-        leader, follower = two.codes()
-        assert leader != 0
+        ended, follower = two.codes()
+        assert ended != 0
         assert follower == -signal.SIGKILL
 
 

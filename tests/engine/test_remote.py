@@ -107,6 +107,14 @@ def test_vectors_equal_those_computed_here(folder: Path, encoder: EmbeddingModel
     np.testing.assert_allclose(there, ours, atol=1e-5)
 
 
+def test_figures_are_those_of_the_end_of_a_request(model: LanguageModel) -> None:
+    for _ in range(20):
+        before = model.engine.stats().output_tokens
+        submit(model.engine, prompt(8), 5).wait()
+        stats = model.engine.stats()
+        assert (stats.output_tokens, stats.slots_used) == (before + 5, 0)
+
+
 def test_an_aborted_request_ends_and_gives_its_place_back(model: LanguageModel) -> None:
     run = submit(model.engine, prompt(8), 400, id="long")
     run.wait_for_tokens(3)
@@ -114,7 +122,7 @@ def test_an_aborted_request_ends_and_gives_its_place_back(model: LanguageModel) 
     model.engine.abort("nobody's")
     assert run.finish_reason == "abort"
     assert run.count() < 400
-    until(lambda: model.engine.stats().slots_used == 0)
+    assert model.engine.stats().slots_used == 0
 
 
 def test_a_paused_request_waits_for_its_reader(model: LanguageModel) -> None:

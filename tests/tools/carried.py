@@ -52,6 +52,7 @@ class _Step:
     """A step whose results are there at a known time."""
 
     scheduled: SchedulerOutputs
+    seconds: float
     ends: float
 
     def wait(self) -> StepResults:
@@ -64,7 +65,7 @@ class _Step:
         return StepResults(
             Sampled(ids, None, None) if decodes else None,
             Sampled(ids, None, None) if prefills else None,
-            decode_seconds=1e-5 * decodes,
+            decode_seconds=self.seconds * decodes,
             prefill_seconds=1e-5 * prefills,
         )
 
@@ -95,8 +96,9 @@ class InstantRunner:
     def run(self, scheduled: SchedulerOutputs) -> _Step:
         tokens = sum(row.num_steps for rank in scheduled for row in rank.decode)
         began = max(self._free, time.perf_counter())
-        self._free = began + (tokens / self._rate if self._rate else 0.0)
-        return _Step(scheduled, self._free)
+        seconds = tokens / self._rate if self._rate else 0.0
+        self._free = began + seconds
+        return _Step(scheduled, max(seconds, 1e-5), self._free)
 
 
 def load(*_: Any, **__: Any) -> LanguageModel:
@@ -210,6 +212,7 @@ def measure(child: Child, streams: int, tokens: int) -> Carried:
             stream: Any = key.fileobj
             read, now = stream.recv(1 << 18), time.perf_counter()
             text = tails[stream] + read
+            assert stream in last or read.startswith(b"HTTP/1.1 200"), read
             events += text.count(b"data: {") - tails[stream].count(b"data: {")
             if stream in last:
                 gaps.append(now - last[stream])

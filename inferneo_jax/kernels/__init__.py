@@ -23,6 +23,9 @@ _TRITON_SINCE = (8, 0)
 _FP8_SINCE = (8, 9)
 """GPUs of this compute capability, Ada's, and later ones convert FP8."""
 
+_HOPPER = 9
+"""The compute capability of GPUs with warpgroup products, which later ones lack."""
+
 
 def attention_for(
     device: Any, kernels: Kernels, *, head_dim: int, page_len: int, fp8: bool = False
@@ -47,8 +50,10 @@ def attention_for(
         return TpuPagedAttention
     missing = f"there are none for {device.device_kind}"
     if device.platform in ("gpu", "cuda") and compute_capability(device) >= _TRITON_SINCE:
-        from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
+        from inferneo_jax.kernels.gpu.attention import GpuPagedAttention, HopperPagedAttention
 
+        if compute_capability(device)[0] == _HOPPER:
+            return HopperPagedAttention
         if not fp8 or compute_capability(device) >= _FP8_SINCE:
             return GpuPagedAttention
         missing = f"kv_dtype is fp8, which {device.device_kind} does not convert"

@@ -161,7 +161,13 @@ def test_split_over_two_devices_by_head_equals_the_whole() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "segment", "split"),
-    [(1, 1, 256, True), (32, 1, 1024, True), (32, 6, 1024, True), (8, 256, 8192, False)],
+    [
+        (1, 1, 256, True),
+        (32, 1, 1024, True),
+        (32, 6, 1024, True),
+        (1, 256, 1024, True),
+        (8, 256, 8192, False),
+    ],
 )
 def test_few_queries_split_long_sequences(
     rows: int, tokens: int, segment: int, split: bool

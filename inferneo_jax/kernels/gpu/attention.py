@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
-from inferneo_jax.kernels.gpu import triton
+from inferneo_jax.kernels.gpu import mosaic, triton
 from inferneo_jax.layers.cache import (
     PLAIN,
     AttentionMetadata,
@@ -37,3 +37,24 @@ class GpuPagedAttention(PagedAttention):
             # Up to 4 GiB an array is indexed by signed 32-bit integers, which such a one overflows.
             return super().attend(queries, cache, metadata, variant)
         return triton.attend(queries, cache, metadata, variant, interpret=self.interpret)
+
+
+@dataclass(frozen=True)
+class HopperPagedAttention(GpuPagedAttention):
+    """The same, from a kernel of warpgroup products where the cache is bfloat16.
+
+    A row's positions must be consecutive.
+    """
+
+    def attend(
+        self,
+        queries: Float[Array, "rows tokens kv_heads group head_dim"],
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        variant: AttentionVariant = PLAIN,
+    ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
+        """Softmax of scaled products over the keys that each token sees."""
+        query_rows = queries.shape[1] * queries.shape[3]
+        if not mosaic.fits(self.head_dim, self.page_len, cache.keys.dtype, query_rows):
+            return super().attend(queries, cache, metadata, variant)
+        return mosaic.attend(queries, cache, metadata, variant, interpret=self.interpret)

@@ -17,7 +17,7 @@ MULTIPROCESSORS = 132
 """Of an H100. Only how the work is shared out depends on it."""
 
 _LONG, _SHORT = 1024, 256
-"""Positions of a segment, where there are rows enough to keep all multiprocessors busy, and not."""
+"""Positions of a segment; the latter where few rows that decode leave multiprocessors idle."""
 _SPARE_ITEMS = 512
 """Items beyond one for each row: segments of 1,024 then hold half a million positions."""
 _PARTIAL_BYTES = 64 << 20
@@ -70,10 +70,11 @@ def share_out(
     rows, tokens, kv_heads, group, head_dim = queries
     span = max_len if window is None else min(max_len, window + tokens + _LONG)
     blocks = -(-tokens * group // block_queries)
-    if blocks > 1 and rows * kv_heads * blocks >= MULTIPROCESSORS:
+    busy = rows * kv_heads * blocks >= MULTIPROCESSORS
+    if blocks > 1 and busy:
         # Programs enough that compute: a segment's outputs would only be more to write.
         return Shares(rows, span, rows)
-    segment = _LONG if rows * kv_heads * blocks >= MULTIPROCESSORS else _SHORT
+    segment = _LONG if blocks > 1 or busy else _SHORT
     item_bytes = 4 * tokens * kv_heads * group * head_dim
     items = min(rows * -(-span // segment), rows + _SPARE_ITEMS, _PARTIAL_BYTES // item_bytes)
     if items <= rows:

@@ -95,27 +95,23 @@ class Sampler:
         random = params.temperature > 0
         drawn = lax.cond(random.any(), lambda: _draw(shaped, params, lengths), lambda: greedy)
         ids = jnp.where(random, drawn, greedy)
-        return ids, self.score(logits, ids, params.want_logprobs.any())
+        scores = lax.cond(
+            params.want_logprobs.any(),
+            lambda: self.score(logits, ids),
+            lambda: self._no_scores(logits.shape[0]),
+        )
+        return ids, scores
 
     def plain(self, logits: Float[Array, "rows vocab"]) -> tuple[Int[Array, " rows"], Scores]:
         """The result of ``__call__`` for rows that all want their most likely token only."""
         return argmax(logits), self._no_scores(logits.shape[0])
 
-    def score(
-        self,
-        logits: Float[Array, "rows vocab"],
-        ids: Int[Array, " rows"],
-        wanted: Bool[Array, ""],
-    ) -> Scores:
+    def score(self, logits: Float[Array, "rows vocab"], ids: Int[Array, " rows"]) -> Scores:
         """Log probabilities of the given ids and of the most likely tokens of each row."""
-
-        def compute() -> Scores:
-            normaliser = jax.nn.logsumexp(logits, axis=-1)
-            chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - normaliser
-            top, top_ids = lax.top_k(logits, self.num_top)
-            return Scores(chosen, top_ids, top - normaliser[:, None])
-
-        return lax.cond(wanted, compute, lambda: self._no_scores(logits.shape[0]))
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - normaliser
+        top, top_ids = lax.top_k(logits, self.num_top)
+        return Scores(chosen, top_ids, top - normaliser[:, None])
 
     def _no_scores(self, rows: int) -> Scores:
         top = jnp.zeros((rows, self.num_top), jnp.float32)

@@ -7,6 +7,7 @@ the host and back between steps: a step reads its input where the step before wr
 
 Sampling is a program of its own that follows every forward pass, compiled for a few numbers of
 rows. It takes several times as long to compile as all layers, which are compiled once and called.
+Scoring a prompt is another, which follows a prefill where a request asks for it.
 
 On a mesh, each device runs these functions on its part (see ``runner/programs.py``): its weights
 and KV heads, and the slots, pages and rows of its data parallel rank, counted from 0 within the
@@ -94,7 +95,7 @@ class PrefillInputs(NamedTuple):
         start: position of the row's first token.
         length: how many tokens the row computes.
         last: whether these end the prompt, so that a token is sampled after them.
-        scored: whether log probabilities of the prompt's tokens are wanted.
+        scored: whether log probabilities of the prompt's tokens are wanted. The host reads it.
     """
 
     slots: Int[Array, " rows"]
@@ -120,13 +121,25 @@ class SampleInputs(NamedTuple):
     targets: Int[Array, " rows"]
 
 
+class PromptStates(NamedTuple):
+    """What prefill leaves of the positions of its rows, one row after the other.
+
+    Attributes:
+        hidden: states after the last layer.
+        successors: the tokens that follow, as far as they are known.
+    """
+
+    hidden: Float[Array, "positions embed"]
+    successors: Int[Array, " positions"]
+
+
 class Sampled(NamedTuple):
     """What a step samples, for all rows of :class:`SampleInputs`, padding included.
 
     Attributes:
         ids: of the sampled tokens.
         scores: of these; None on the host unless a row wants them.
-        prompt_scores: of prompt tokens, in prefill steps; None on the host unless wanted.
+        prompt_scores: of all positions of a prefill; None unless a row wants them.
     """
 
     ids: Int[Array, "*rows"]
@@ -234,14 +247,14 @@ class Steps:
         tokens: Tokens,
         block_tables: BlockTables,
         inputs: PrefillInputs,
-    ) -> tuple[KVCache, Tokens, BlockTables, SampleInputs, Scores]:
+    ) -> tuple[KVCache, Tokens, BlockTables, SampleInputs, PromptStates]:
         """Run up to ``chunk`` (static) prompt tokens of each row.
 
         Padding lies after a row's tokens: what it writes goes to page 0, or to positions that are
         overwritten before anything reads them.
 
         Returns:
-            Also the scores of the prompt's own tokens; zeros unless a row wants them.
+            Also what ``score_prompt`` scores the prompt's own tokens from, if a row wants that.
         """
         model = self._model(weights)
         positions = inputs.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
@@ -251,13 +264,23 @@ class Steps:
 
         final = jnp.take_along_axis(hidden, inputs.length[:, None, None] - 1, axis=1)[:, 0]
         successors = tokens.at[inputs.slots[:, None], positions + 1].get(mode="clip")
-        prompt_scores = self._score_prompt(model, hidden, successors, inputs.scored.any())
+        states = PromptStates(hidden.reshape(-1, hidden.shape[-1]), successors.reshape(-1))
 
         targets = jnp.where(inputs.last, inputs.slots, tokens.shape[0])
         to_sample = self._sample_inputs(
             model, final, inputs.slots, inputs.start + inputs.length, targets
         )
-        return cache, tokens, block_tables, to_sample, _gather(prompt_scores)
+        return cache, tokens, block_tables, to_sample, states
+
+    def score_prompt(self, weights: Weights, states: PromptStates) -> Scores:
+        """Score each position's successor, a few positions at a time."""
+        model, (positions, embed) = self._model(weights), states.hidden.shape
+        at_once = math.gcd(_SCORED_AT_ONCE, positions)
+        parts = states.hidden.reshape(-1, at_once, embed), states.successors.reshape(-1, at_once)
+        scores = lax.map(
+            lambda part: self.sampler.score(self._logits(model, part[0]), part[1]), parts
+        )
+        return _gather(jax.tree.map(lambda x: x.reshape(positions, *x.shape[2:]), scores))
 
     def fill(
         self,
@@ -335,35 +358,6 @@ class Steps:
             jnp.pad(lengths, padding),
             jnp.pad(targets, padding, constant_values=beyond),
         )
-
-    def _score_prompt(
-        self,
-        model: Decoder,
-        hidden: Float[Array, "rows chunk embed"],
-        successors: Int[Array, "rows chunk"],
-        wanted: Bool[Array, ""],
-    ) -> Scores:
-        """Score each position's successor, a few positions at a time."""
-        rows, chunk, embed = hidden.shape
-        at_once = math.gcd(_SCORED_AT_ONCE, rows * chunk)
-        parts = (
-            hidden.reshape(-1, at_once, embed),
-            successors.reshape(-1, at_once),
-        )
-
-        def compute() -> Scores:
-            always = jnp.bool_(True)
-            return lax.map(
-                lambda part: self.sampler.score(self._logits(model, part[0]), part[1], always),
-                parts,
-            )
-
-        def skip() -> Scores:
-            shapes = jax.eval_shape(compute)
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-        scores = lax.cond(wanted, compute, skip)
-        return jax.tree.map(lambda x: x.reshape(rows, chunk, *x.shape[2:]), scores)
 
 
 def _metadata(

@@ -137,7 +137,7 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     if budget.missing:
         return dataclasses.replace(plan, remedies=tuple(remedies(wish)))
     programs = budget.programs()
-    kept = [*programs.sample_keys(), *programs.keys()]
+    kept = programs.all_keys()
     steps, code, temporary = [], 0, 0
     decode, prefill = Decode(programs.row_buckets[-1]), Prefill(1, wish.engine.prefill_chunks[-1])
     for key in (decode, prefill):

@@ -20,7 +20,7 @@ from inferneo_jax import models
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.layers.cache import KVCache, PagedAttention
 from inferneo_jax.layers.sampler import Sampler
-from inferneo_jax.models.steps import SampleInputs, SlotState, Steps, sample_bucket
+from inferneo_jax.models.steps import PromptStates, SampleInputs, SlotState, Steps, sample_bucket
 from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.inputs import InputBuilder
 from inferneo_jax.scheduler.prefill import PrefillShapes
@@ -80,11 +80,18 @@ class Sample:
     rows: int
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class ScorePrompt:
+    """Scores the tokens of prompts at ``positions`` positions, after a prefill of as many."""
+
+    positions: int
+
+
 Forward = Decode | Verify | Prefill | Draft
 """Programs that leave logits, from which tokens are sampled."""
 Called = Forward | Fill | Admit
 """Programs that the host calls with arguments of its own."""
-Key = Called | Sample
+Key = Called | Sample | ScorePrompt
 """Identifies a compiled program."""
 
 
@@ -211,6 +218,14 @@ class Programs:
         """The program that samples what a forward pass has computed."""
         return Sample(sample_bucket(num_sampled(key), self.config.row_buckets))
 
+    def scored_by(self, key: Prefill) -> ScorePrompt:
+        """The program that scores the prompts of a prefill."""
+        return ScorePrompt(num_tokens(key))
+
+    def score_keys(self) -> list[ScorePrompt]:
+        """The programs that follow a prefill where a request wants its prompt's scores."""
+        return sorted({self.scored_by(Prefill(*each)) for each in self.prefill_shapes.shapes})
+
     def sample_keys(self) -> list[Sample]:
         """The programs that follow a forward pass in every step."""
         return sorted({self.sampled_by(key) for key in self.forward_keys()})
@@ -251,12 +266,13 @@ class Programs:
         for bucket in self.draft_buckets[-1:]:
             forward += [Decode(bucket), Verify(bucket, self.config.draft_tokens + 1)]
             forward += [Draft(bucket)] if self.draft else []
-        needed = {*forward, *map(self.sampled_by, forward), *self.fill_keys()}
+        scored_by = {self.scored_by(key) for key in forward if isinstance(key, Prefill)}
+        needed = {*forward, *map(self.sampled_by, forward), *scored_by, *self.fill_keys()}
         return [key for key in self.all_keys() if key in needed or isinstance(key, Admit)]
 
     def all_keys(self) -> list[Key]:
         """All programs, those that take longest to compile first."""
-        return [*self.sample_keys(), *self.keys()]
+        return [*self.sample_keys(), *self.keys(), *self.score_keys()]
 
     def empty_cache(self) -> Callable[[], KVCache]:
         """A function that makes the cache of all ranks, where it belongs."""
@@ -385,6 +401,12 @@ class Programs:
                 sampled = self._split(self._sample_inputs(rows), "rows")
                 arguments = state.tokens, state.sampling, sampled
                 specs, out = (in_state, in_state, in_rows), (in_state, everywhere)
+            case ScorePrompt(positions):
+                step, donate = steps.score_prompt, ()
+                states = self._split(self._prompt_states(positions), "rows")
+                arguments = runs.weights, states
+                in_weights = [each.sharding.spec for each in runs.weights]
+                specs, out = (in_weights, in_rows), everywhere
             case Fill(_, chunk):
                 step, donate = partial(steps.fill, chunk), (1,)
                 inputs = self._split(self.host_arguments(key), "rows")
@@ -403,7 +425,7 @@ class Programs:
                     case Verify():
                         step = steps.verify
                     case Prefill(_, chunk):
-                        step, out = partial(steps.prefill, chunk), (*out, everywhere)
+                        step, out = partial(steps.prefill, chunk), (*out, in_rows)
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
 
@@ -413,6 +435,13 @@ class Programs:
         logits: Any = jax.ShapeDtypeStruct((rows, self.backend.model.vocab_size), np.float32)
         each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
         return SampleInputs(logits, each, each, each)
+
+    def _prompt_states(self, positions: int) -> PromptStates:
+        """Shapes of all ranks' positions to be scored."""
+        positions *= self.dp_size
+        hidden: Any = jax.ShapeDtypeStruct((positions, self.backend.model.hidden_size), np.float32)
+        successors: Any = jax.ShapeDtypeStruct((positions,), np.int32)
+        return PromptStates(hidden, successors)
 
     def _split(self, tree: Any, *axes: str) -> Any:
         """Shapes of a tree of arrays that are split by their leading logical axes."""

@@ -137,11 +137,7 @@ def _fetch(
     """Start copying the results to the host, without those that no request of ``rows`` needs."""
     requests = [row.sequence.request for row in rows]
     scored = any(request.logprobs is not None for request in requests)
-    prompt_scored = any(request.prompt_logprobs is not None for request in requests)
-    wanted = sampled._replace(
-        scores=sampled.scores if scored else None,
-        prompt_scores=sampled.prompt_scores if prompt_scored else None,
-    )
+    wanted = sampled._replace(scores=sampled.scores if scored else None)
     for array in jax.tree.leaves(wanted):
         array.copy_to_host_async()
     return key, wanted
@@ -160,8 +156,11 @@ def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
         by_rank = padded.reshape(dp_size, -1, *padded.shape[1:])
         return by_rank[:, : num_sampled(key)].reshape(*shape, *padded.shape[1:])
 
+    def by_row(array: Any) -> Any:
+        return np.asarray(array).reshape(rows, -1, *array.shape[1:])
+
     ids, scores = jax.tree.map(own, (sampled.ids, sampled.scores))
-    return Sampled(ids, scores, jax.tree.map(np.asarray, sampled.prompt_scores))
+    return Sampled(ids, scores, jax.tree.map(by_row, sampled.prompt_scores))
 
 
 class Runner:
@@ -326,8 +325,11 @@ class Runner:
         return self.wire is None and self._mesh.devices.flat[0].platform == "cpu"
 
     def _has(self, key: Forward) -> bool:
-        """Whether a forward pass, and the sampling after it, are compiled."""
-        return key in self._compiled and self._programs.sampled_by(key) in self._compiled
+        """Whether a forward pass, and what may follow it, are compiled."""
+        needed: set[Key] = {key, self._programs.sampled_by(key)}
+        if isinstance(key, Prefill):
+            needed.add(self._programs.scored_by(key))
+        return needed <= self._compiled.keys()
 
     def has_prefill(self, shape: Shape) -> bool:
         """Whether prefill of a shape is compiled. Once it is, it remains so."""
@@ -554,16 +556,19 @@ class Runner:
             self._draft_cache = program(weights, cache, tokens, block_tables, *placed)
             return None
         if isinstance(key, Draft):
-            self._draft_cache, tokens, block_tables, inputs, *prompt_scores = program(
+            self._draft_cache, tokens, block_tables, inputs = program(
                 self._draft_weights, self._draft_cache, tokens, block_tables, *placed
             )
         else:
-            self._cache, tokens, block_tables, inputs, *prompt_scores = program(
+            self._cache, tokens, block_tables, inputs, *states = program(
                 self._weights, self._cache, tokens, block_tables, *placed
             )
         tokens, sampled = self._compiled[self._programs.sampled_by(key)](tokens, sampling, inputs)
         self._state = SlotState(tokens, block_tables, sampling)
-        return Sampled(sampled.ids, sampled.scores, *prompt_scores)
+        prompt_scores = None
+        if isinstance(key, Prefill) and arguments[0].scored.any():
+            prompt_scores = self._compiled[self._programs.scored_by(key)](self._weights, *states)
+        return Sampled(sampled.ids, sampled.scores, prompt_scores)
 
     def _cache_budget(self) -> int:
         """Bytes of one device for the KV cache: the minimum over all processes."""

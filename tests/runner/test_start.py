@@ -18,7 +18,7 @@ from inferneo_jax import model as loading
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.served import LanguageModel
 from inferneo_jax.model import load_model
-from inferneo_jax.runner.programs import Decode, Prefill, Programs, Sample, Verify
+from inferneo_jax.runner.programs import Decode, Prefill, Programs, Sample, ScorePrompt, Verify
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.weights.convert import describe
 from tests.support.model_files import LLAMA, random_tensors, write_gguf
@@ -86,6 +86,7 @@ def test_a_start_compiles_what_can_stand_in_for_the_rest() -> None:
     runner.compile()
     first = set(runner._compiled)
     assert {Decode(4), Verify(4, 6), Prefill(1, 4), Prefill(1, 8), Sample(4)} <= first
+    assert {ScorePrompt(4), ScorePrompt(8)} <= first
     assert not first & {Decode(2), Verify(2, 6), Prefill(2, 4)}
     runner.warm_up()
     engine = Engine(runner)

@@ -45,7 +45,11 @@ class Engine:
         self._runner = runner
         self._itl_budget = runner.config.itl_budget / 1000
         self._planner = PrefillPlanner(
-            runner.shapes, runner.prefill_times, self._itl_budget, runner.has_prefill
+            runner.shapes,
+            runner.prefill_times,
+            self._itl_budget,
+            runner.has_prefill,
+            runner.decode_seconds,
         )
         self._scheduler = DataParallelScheduler(
             runner.dp_size,
@@ -226,7 +230,7 @@ class Engine:
     def _commit(self, step: PendingStep, results: StepResults) -> None:
         """Append a step's tokens to its sequences and deliver them to the sinks."""
         self._totals.steps += _num_steps(step)
-        self._scheduler.measured(step.scheduled, results.decode_seconds, results.prefill_seconds)
+        self._scheduler.measured(step.scheduled, results.decode_seconds, results.mixed_seconds)
         for result in read_results(step.scheduled, results):
             sequence = result.sequence
             self._totals.prompt_tokens += result.num_prefilled

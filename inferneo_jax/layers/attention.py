@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from inferneo_jax.config import DecoderConfig, EncoderConfig
-from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, PagedAttention
+from inferneo_jax.layers.cache import AttentionMetadata, LayerCache, MixedMetadata, PagedAttention
 from inferneo_jax.layers.linear import Linear
 from inferneo_jax.layers.norm import LayerNorm, RMSNorm
 from inferneo_jax.layers.quantization import QuantizationConfig
@@ -46,14 +46,14 @@ class CausalAttention(nnx.Module):
         rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         attention: PagedAttention,
         cache: LayerCache,
-        metadata: AttentionMetadata,
+        metadata: AttentionMetadata | MixedMetadata,
     ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
         """``x`` and what ``norm(x)`` finds in the context."""
         fused = self.qkv(x, prologue=norm)
         if hasattr(self, "q_norm"):
             queries, keys = self.q_norm(fused[..., :-2, :]), self.k_norm(fused[..., -2:-1, :])
             fused = jnp.concatenate([queries, keys, fused[..., -1:, :]], axis=-2)
-        mixed, cache = attention.step(fused, rope, cache, metadata)
+        mixed, cache = attention.run(fused, rope, cache, metadata)
         return self.out(mixed, residual=x), cache
 
 

@@ -6,13 +6,14 @@ positions, in order. The host decides which page belongs to which request
 (``scheduler/block_pool.py``). Page 0 belongs to none: padding writes there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.layers.quantization import quantize
@@ -91,6 +92,29 @@ class AttentionMetadata(NamedTuple):
         return jnp.arange(tokens, dtype=jnp.int32)[None, :] < self.lengths[:, None]
 
 
+class MixedMetadata(NamedTuple):
+    """The rows of several batches in one step: their tokens lie one after the other, in one row.
+
+    Attributes:
+        batches: each with its own numbers of rows and tokens.
+    """
+
+    batches: tuple[AttentionMetadata, ...]
+
+    @property
+    def positions(self) -> Int[Array, "1 tokens"]:
+        """Of each token in its sequence."""
+        return _in_one_row([batch.positions for batch in self.batches])
+
+    def live(self) -> Bool[Array, "1 tokens"]:
+        """Which tokens are not padding."""
+        return _in_one_row([batch.live() for batch in self.batches])
+
+
+def _in_one_row(each: Sequence[Shaped[Array, "_ _ ..."]]) -> Shaped[Array, "1 tokens ..."]:
+    return jnp.concatenate([x.reshape(1, -1, *x.shape[2:]) for x in each], axis=1)
+
+
 @dataclass(frozen=True)
 class PagedAttention:
     """Attention over paged keys and values in plain XLA operations: the reference on any platform.
@@ -121,6 +145,27 @@ class PagedAttention:
         return layer._replace(
             key_scales=jnp.zeros(scales, jnp.float32), value_scales=jnp.zeros(scales, jnp.float32)
         )
+
+    def run(
+        self,
+        fused: Float[Array, "rows tokens kv_heads entries head_dim"],
+        rope: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
+        cache: LayerCache,
+        metadata: AttentionMetadata | MixedMetadata,
+    ) -> tuple[Float[Array, "rows tokens kv_heads group head_dim"], LayerCache]:
+        """As ``step``; one batch after the other, where there are several."""
+        if isinstance(metadata, AttentionMetadata):
+            return self.step(fused, rope, cache, metadata)
+        mixed, start = [], 0
+        for batch in metadata.batches:
+            end = start + batch.positions.size
+            own = [
+                x[:, start:end].reshape(batch.positions.shape + x.shape[2:]) for x in (fused, *rope)
+            ]
+            each, cache = self.step(own[0], (own[1], own[2]), cache, batch)
+            mixed.append(each)
+            start = end
+        return _in_one_row(mixed), cache
 
     def step(
         self,

@@ -11,7 +11,13 @@ from jaxtyping import Array, Float, Int
 from inferneo_jax.config import DecoderConfig
 from inferneo_jax.layers import rope
 from inferneo_jax.layers.attention import CausalAttention
-from inferneo_jax.layers.cache import AttentionMetadata, KVCache, LayerCache, PagedAttention
+from inferneo_jax.layers.cache import (
+    AttentionMetadata,
+    KVCache,
+    LayerCache,
+    MixedMetadata,
+    PagedAttention,
+)
 from inferneo_jax.layers.linear import Embedding, Linear
 from inferneo_jax.layers.mlp import SwiGLU
 from inferneo_jax.layers.norm import RMSNorm
@@ -34,7 +40,7 @@ class DecoderLayer(nnx.Module):
         angles: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
         attention: PagedAttention,
         cache: LayerCache,
-        metadata: AttentionMetadata,
+        metadata: AttentionMetadata | MixedMetadata,
     ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
         x, cache = self.attention(x, self.attention_norm, angles, attention, cache, metadata)
         return self.mlp(x, self.mlp_norm), cache
@@ -48,7 +54,7 @@ def _run_layer(
     x: Float[Array, "rows tokens embed"],
     angles: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
     cache: LayerCache,
-    metadata: AttentionMetadata,
+    metadata: AttentionMetadata | MixedMetadata,
 ) -> tuple[Float[Array, "rows tokens embed"], LayerCache]:
     return nnx.merge(graphdef, weights)(x, angles, attention, cache, metadata)
 
@@ -78,7 +84,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "rows tokens"],
         attention: PagedAttention,
         cache: KVCache,
-        metadata: AttentionMetadata,
+        metadata: AttentionMetadata | MixedMetadata,
     ) -> tuple[Float[Array, "rows tokens embed"], KVCache]:
         """Run the layers over new tokens and add their keys and values to the cache.
 

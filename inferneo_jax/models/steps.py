@@ -26,7 +26,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from inferneo_jax.layers.cache import AttentionMetadata, KVCache, PagedAttention
+from inferneo_jax.layers.cache import AttentionMetadata, KVCache, MixedMetadata, PagedAttention
 from inferneo_jax.layers.sampler import Sampler, SamplingParamsBatch, Scores, needs_more
 from inferneo_jax.models.decoder import Decoder
 from inferneo_jax.sharding import mesh
@@ -103,6 +103,21 @@ class PrefillInputs(NamedTuple):
     length: Int[Array, " rows"]
     last: Bool[Array, " rows"]
     scored: Bool[Array, " rows"]
+
+
+class MixedInputs(NamedTuple):
+    """The rows of a step that decodes and prefills in one forward pass.
+
+    Attributes:
+        decode: rows that get their next token.
+        prefill: chunks of prompts.
+        sampled: the rows to sample, as many as the decode rows with padding: ``i`` is the decode
+            row ``i``, and what is beyond their number counts prefill rows; padding lies beyond all.
+    """
+
+    decode: DecodeInputs
+    prefill: PrefillInputs
+    sampled: Int[Array, " rows"]
 
 
 class SampleInputs(NamedTuple):
@@ -193,11 +208,8 @@ class Steps:
         """Run the newest token of each row."""
         model = self._model(weights)
         block_tables = self._append_pages(block_tables, inputs)
-        newest = tokens.at[inputs.slots, inputs.positions].get(mode="clip")
-        metadata = _metadata(
-            block_tables, inputs.slots, inputs.positions[:, None], jnp.ones_like(inputs.slots)
-        )
-        hidden, cache = model(newest[:, None], self.attention, cache, metadata)
+        newest, metadata = _newest(tokens, block_tables, inputs)
+        hidden, cache = model(newest, self.attention, cache, metadata)
         to_sample = self._sample_inputs(
             model, hidden[:, 0], inputs.slots, inputs.positions + 1, inputs.slots
         )
@@ -257,20 +269,10 @@ class Steps:
             Also what ``score_prompt`` scores the prompt's own tokens from, if a row wants that.
         """
         model = self._model(weights)
-        positions = inputs.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
-        token_ids = tokens.at[inputs.slots[:, None], positions].get(mode="clip")
-        metadata = _metadata(block_tables, inputs.slots, positions, inputs.length)
+        token_ids, metadata = _chunks(chunk, tokens, block_tables, inputs)
         hidden, cache = model(token_ids, self.attention, cache, metadata)
-
-        final = jnp.take_along_axis(hidden, inputs.length[:, None, None] - 1, axis=1)[:, 0]
-        successors = tokens.at[inputs.slots[:, None], positions + 1].get(mode="clip")
-        states = PromptStates(hidden.reshape(-1, hidden.shape[-1]), successors.reshape(-1))
-
-        targets = jnp.where(inputs.last, inputs.slots, tokens.shape[0])
-        to_sample = self._sample_inputs(
-            model, final, inputs.slots, inputs.start + inputs.length, targets
-        )
-        return cache, tokens, block_tables, to_sample, states
+        to_sample = self._sample_inputs(model, *_ends(hidden, tokens, inputs))
+        return cache, tokens, block_tables, to_sample, _prompt_states(hidden, tokens, inputs)
 
     def score_prompt(self, weights: Weights, states: PromptStates) -> Scores:
         """Score each position's successor, a few positions at a time."""
@@ -282,6 +284,44 @@ class Steps:
         )
         return _gather(jax.tree.map(lambda x: x.reshape(positions, *x.shape[2:]), scores))
 
+    def mixed(
+        self,
+        chunk: int,
+        weights: Weights,
+        cache: KVCache,
+        tokens: Tokens,
+        block_tables: BlockTables,
+        inputs: MixedInputs,
+    ) -> tuple[KVCache, Tokens, BlockTables, SampleInputs, PromptStates]:
+        """Run decode rows, and up to ``chunk`` (static) prompt tokens of each prefill row.
+
+        Every weight is read once for both.
+
+        Returns:
+            As ``prefill``, but the rows to sample are those that ``inputs.sampled`` names.
+        """
+        model = self._model(weights)
+        decode, prefill = inputs.decode, inputs.prefill
+        block_tables = self._append_pages(block_tables, decode)
+        newest, decoded = _newest(tokens, block_tables, decode)
+        token_ids, chunks = _chunks(chunk, tokens, block_tables, prefill)
+        both = jnp.concatenate([newest.reshape(1, -1), token_ids.reshape(1, -1)], axis=1)
+        hidden, cache = model(both, self.attention, cache, MixedMetadata((decoded, chunks)))
+
+        rows = len(decode.slots)
+        of_chunks = hidden[0, rows:].reshape(*token_ids.shape, -1)
+        beyond = np.iinfo(np.int32).max
+        decode_rows = hidden[0, :rows], decode.slots, decode.positions + 1, decode.slots
+        to_sample = [
+            jnp.concatenate(pair).at[inputs.sampled].get(mode="fill", fill_value=fill)
+            for *pair, fill in zip(
+                decode_rows, _ends(of_chunks, tokens, prefill), (0, beyond, 0, beyond), strict=True
+            )
+        ]
+        sample_inputs = self._sample_inputs(model, *to_sample)
+        states = _prompt_states(of_chunks, tokens, prefill)
+        return cache, tokens, block_tables, sample_inputs, states
+
     def fill(
         self,
         chunk: int,
@@ -292,9 +332,7 @@ class Steps:
         inputs: PrefillInputs,
     ) -> KVCache:
         """Compute keys and values of up to ``chunk`` (static) tokens of each row, nothing else."""
-        positions = inputs.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
-        token_ids = tokens.at[inputs.slots[:, None], positions].get(mode="clip")
-        metadata = _metadata(block_tables, inputs.slots, positions, inputs.length)
+        token_ids, metadata = _chunks(chunk, tokens, block_tables, inputs)
         _, cache = self._model(weights)(token_ids, self.attention, cache, metadata)
         return cache
 
@@ -372,6 +410,45 @@ def _metadata(
         positions,
         jnp.where(slots < block_tables.shape[0], lengths, 0),
     )
+
+
+def _newest(
+    tokens: Tokens, block_tables: BlockTables, inputs: DecodeInputs
+) -> tuple[Int[Array, "rows 1"], AttentionMetadata]:
+    """The newest token of each row."""
+    newest = tokens.at[inputs.slots, inputs.positions].get(mode="clip")
+    positions, ones = inputs.positions[:, None], jnp.ones_like(inputs.slots)
+    return newest[:, None], _metadata(block_tables, inputs.slots, positions, ones)
+
+
+def _chunks(
+    chunk: int, tokens: Tokens, block_tables: BlockTables, inputs: PrefillInputs
+) -> tuple[Int[Array, "rows {chunk}"], AttentionMetadata]:
+    """The prompt tokens of each row."""
+    positions = inputs.start[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
+    token_ids = tokens.at[inputs.slots[:, None], positions].get(mode="clip")
+    return token_ids, _metadata(block_tables, inputs.slots, positions, inputs.length)
+
+
+def _ends(
+    hidden: Float[Array, "rows chunk embed"], tokens: Tokens, inputs: PrefillInputs
+) -> tuple[
+    Float[Array, "rows embed"], Int[Array, " rows"], Int[Array, " rows"], Int[Array, " rows"]
+]:
+    """The last token of each chunk: hidden state, slot, length of its sequence, and target."""
+    final = jnp.take_along_axis(hidden, inputs.length[:, None, None] - 1, axis=1)[:, 0]
+    targets = jnp.where(inputs.last, inputs.slots, tokens.shape[0])
+    return final, inputs.slots, inputs.start + inputs.length, targets
+
+
+def _prompt_states(
+    hidden: Float[Array, "rows chunk embed"], tokens: Tokens, inputs: PrefillInputs
+) -> PromptStates:
+    """What the tokens of prompts are scored from."""
+    _, chunk, embed = hidden.shape
+    successors = inputs.start[:, None] + jnp.arange(1, chunk + 1, dtype=jnp.int32)[None, :]
+    ids = tokens.at[inputs.slots[:, None], successors].get(mode="clip")
+    return PromptStates(hidden.reshape(-1, embed), ids.reshape(-1))
 
 
 def _gather(results: T) -> T:

@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 
 from inferneo_jax.layers.sampler import SamplingParamsBatch
-from inferneo_jax.models.steps import DecodeInputs, PrefillInputs, SlotState, VerifyInputs
+from inferneo_jax.models.steps import (
+    DecodeInputs,
+    MixedInputs,
+    PrefillInputs,
+    SlotState,
+    VerifyInputs,
+)
 from inferneo_jax.request import GenerationRequest
 from inferneo_jax.scheduler.block_pool import NULL_BLOCK
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk
@@ -197,6 +203,27 @@ class InputBuilder:
                 start[i], length[i], sample[i] = chunk.start, chunk.length, chunk.sample
                 scored[i] = chunk.sequence.request.prompt_logprobs is not None
         return PrefillInputs(slots, start, length, sample, scored)
+
+    def mixed(
+        self,
+        decode: Iterable[Iterable[DecodeRow]],
+        bucket: int,
+        prefill: Iterable[Iterable[PrefillChunk]],
+        prefill_bucket: int,
+    ) -> MixedInputs:
+        """The inputs of a step that decodes and prefills at once.
+
+        The decode rows of a rank are sampled first, then its chunks. They fit in ``bucket`` rows,
+        because each has a slot.
+        """
+        rows = [tuple(each) for each in decode]
+        chunks = [tuple(each) for each in prefill]
+        sampled: Any = np.full(self.dp_size * bucket, bucket + prefill_bucket, np.int32)
+        for rank in range(self.dp_size):
+            ends = [*range(len(rows[rank])), *range(bucket, bucket + len(chunks[rank]))]
+            sampled[rank * bucket :][: len(ends)] = ends
+        (newest,) = self.decode(rows, bucket)
+        return MixedInputs(newest, self.prefill(chunks, prefill_bucket), sampled)
 
     def _sampling_row(self, request: GenerationRequest) -> SamplingParamsBatch:
         params = request.sampling

@@ -23,7 +23,7 @@ from inferneo_jax.layers.sampler import Sampler
 from inferneo_jax.models.steps import PromptStates, SampleInputs, SlotState, Steps, sample_bucket
 from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.inputs import InputBuilder
-from inferneo_jax.scheduler.prefill import PrefillShapes
+from inferneo_jax.scheduler.prefill import PrefillShapes, Shape
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
@@ -49,6 +49,14 @@ class Prefill:
 
     rows: int
     tokens: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Mixed:
+    """Computes the next token of ``rows`` rows, and in the same pass what ``prefill`` computes."""
+
+    rows: int
+    prefill: Prefill
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -87,7 +95,7 @@ class ScorePrompt:
     positions: int
 
 
-Forward = Decode | Verify | Prefill | Draft
+Forward = Decode | Verify | Prefill | Mixed | Draft
 """Programs that leave logits, from which tokens are sampled."""
 Called = Forward | Fill | Admit
 """Programs that the host calls with arguments of its own."""
@@ -97,7 +105,13 @@ Key = Called | Sample | ScorePrompt
 
 def num_tokens(key: Forward | Fill) -> int:
     """Tokens that a forward pass computes on one data-parallel rank."""
-    return key.rows if isinstance(key, Decode | Draft) else key.rows * key.tokens
+    match key:
+        case Decode(rows) | Draft(rows):
+            return rows
+        case Mixed(rows, prefill):
+            return rows + num_tokens(prefill)
+        case Verify(rows, tokens) | Prefill(rows, tokens) | Fill(rows, tokens):
+            return rows * tokens
 
 
 def num_sampled(key: Forward) -> int:
@@ -238,7 +252,12 @@ class Programs:
             *(Verify(bucket, tokens) for bucket in self.draft_buckets),
             *(Draft(bucket) for bucket in self.draft_buckets if self.draft),
             *(Prefill(rows, chunk) for rows, chunk in self.prefill_shapes.shapes),
+            *(self.mixed(shape) for shape in self.prefill_shapes.shapes),
         ]
+
+    def mixed(self, shape: Shape) -> Mixed:
+        """The program that prefills a shape beside the decode rows, however many there are."""
+        return Mixed(self.row_buckets[-1], Prefill(*shape))
 
     def fill_keys(self) -> list[Fill]:
         """The programs that compute what the draft model lacks, by rising numbers of tokens.
@@ -312,6 +331,8 @@ class Programs:
                 return (self.inputs.verify(nothing, rows, tokens - 1),)
             case Prefill(rows, _) | Fill(rows, _):
                 return (self.inputs.prefill(nothing, rows),)
+            case Mixed(rows, prefill):
+                return (self.inputs.mixed(nothing, rows, nothing, prefill.rows),)
             case Admit(rows):
                 return self.inputs.admit(nothing, rows)
 
@@ -331,6 +352,10 @@ class Programs:
         if isinstance(key, Admit):
             return arguments
         (nothing,) = arguments
+        if isinstance(key, Mixed):
+            (decode,) = self.busy_arguments(Decode(key.rows), rows=rows)
+            (prefill,) = self.busy_arguments(key.prefill, tokens)
+            return (nothing._replace(decode=decode, prefill=prefill),)
         slots = np.minimum(np.arange(key.rows, dtype=np.int32), self.inputs.slots - 1)
         slots[key.rows if rows is None else rows :] = self.inputs.slots
         busy = nothing._replace(slots=np.tile(slots, self.dp_size))
@@ -413,7 +438,7 @@ class Programs:
                 arguments = runs.weights, runs.cache(), state.tokens, state.block_tables, *inputs
                 in_weights = [each.sharding.spec for each in runs.weights]
                 specs, out = (in_weights, in_cache, in_state, in_state, in_rows), in_cache
-            case Decode() | Verify() | Prefill() | Draft():
+            case Decode() | Verify() | Prefill() | Mixed() | Draft():
                 inputs = self._split(self.host_arguments(key), "rows")
                 arguments = runs.weights, runs.cache(), state.tokens, state.block_tables, *inputs
                 in_weights = [each.sharding.spec for each in runs.weights]
@@ -426,6 +451,8 @@ class Programs:
                         step = steps.verify
                     case Prefill(_, chunk):
                         step, out = partial(steps.prefill, chunk), (*out, in_rows)
+                    case Mixed(_, Prefill(_, chunk)):
+                        step, out = partial(steps.mixed, chunk), (*out, in_rows)
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
 

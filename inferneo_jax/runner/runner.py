@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -42,6 +42,7 @@ from inferneo_jax.runner.programs import (
     Fill,
     Forward,
     Key,
+    Mixed,
     Prefill,
     Verify,
     num_sampled,
@@ -52,6 +53,8 @@ from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk, SchedulerO
 from inferneo_jax.scheduler.speculation import DraftModel, SpeculativeConfig, StepCosts
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
+
+F = TypeVar("F", bound=Forward)
 
 _TIMES = 3
 """Number of timed runs of a program when its time is compared with another's."""
@@ -69,15 +72,15 @@ class StepResults(NamedTuple):
         prefill: the same of prefill.
         drafts: the tokens that the draft model drafted for each decode row, ``[rows, tokens]``;
             None if it drafted none.
-        decode_seconds: the time that the device took to decode; 0.0 without decode rows.
-        prefill_seconds: the same of prefill.
+        decode_seconds: the time that the device took to decode; 0.0 if it did not, or not alone.
+        mixed_seconds: the time that it took to decode and prefill in one pass; 0.0 if it did not.
     """
 
     decode: Sampled | None = None
     prefill: Sampled | None = None
     drafts: np.ndarray[Any, np.dtype[np.int32]] | None = None
     decode_seconds: float = 0.0
-    prefill_seconds: float = 0.0
+    mixed_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -102,6 +105,7 @@ class PendingStep:
         decode: the results of its decode rows.
         ahead: the results of the decode steps that were dispatched together with it, in order.
         prefill: the results of its prefill.
+        mixed: the results of both in one pass, instead.
         drafts: the results of the draft model, one token of each draft after the other.
         dispatched: when its programs were dispatched, in seconds of ``time.perf_counter``.
         clock: that of the device.
@@ -111,6 +115,7 @@ class PendingStep:
     decode: tuple[Forward, Sampled] | None
     ahead: list[tuple[Forward, Sampled]]
     prefill: tuple[Forward, Sampled] | None
+    mixed: tuple[Mixed, Sampled] | None
     drafts: list[tuple[Forward, Sampled]]
     dispatched: float
     clock: DeviceClock
@@ -119,21 +124,23 @@ class PendingStep:
         """Wait for the results of decode and prefill, and return them as numpy arrays."""
         # The device runs one program after the other, and one step after the other.
         started = max(self.dispatched, self.clock.free)
+        if self.mixed:
+            decode, prefill = _split(*self.mixed, self.scheduled)
+            self.clock.free = time.perf_counter()
+            return StepResults(decode, prefill, mixed_seconds=self.clock.free - started)
         drafted = [_read(*each, len(self.scheduled)).ids for each in self.drafts]
         drafts = np.stack(drafted, axis=1) if drafted else None
-        decode = self.decode and _read(*self.decode, len(self.scheduled))
-        if decode and self.ahead:
-            steps = [decode, *(_read(*each, len(self.scheduled)) for each in self.ahead)]
-            decode = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *steps)
-        decoded = time.perf_counter() if decode else started
-        prefill = self.prefill and _read(*self.prefill, len(self.scheduled))
-        self.clock.free = time.perf_counter() if prefill else decoded
-        return StepResults(decode, prefill, drafts, decoded - started, self.clock.free - decoded)
+        decoded = self.decode and _read(*self.decode, len(self.scheduled))
+        if decoded and self.ahead:
+            steps = [decoded, *(_read(*each, len(self.scheduled)) for each in self.ahead)]
+            decoded = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *steps)
+        decode_seconds = time.perf_counter() - started if decoded else 0.0
+        prefilled = self.prefill and _read(*self.prefill, len(self.scheduled))
+        self.clock.free = time.perf_counter()
+        return StepResults(decoded, prefilled, drafts, decode_seconds)
 
 
-def _fetch(
-    key: Forward, sampled: Sampled, rows: Iterable[DecodeRow | PrefillChunk]
-) -> tuple[Forward, Sampled]:
+def _fetch(key: F, sampled: Sampled, rows: Iterable[DecodeRow | PrefillChunk]) -> tuple[F, Sampled]:
     """Start copying the results to the host, without those that no request of ``rows`` needs."""
     requests = [row.sequence.request for row in rows]
     scored = any(request.logprobs is not None for request in requests)
@@ -156,11 +163,36 @@ def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
         by_rank = padded.reshape(dp_size, -1, *padded.shape[1:])
         return by_rank[:, : num_sampled(key)].reshape(*shape, *padded.shape[1:])
 
-    def by_row(array: Any) -> Any:
-        return np.asarray(array).reshape(rows, -1, *array.shape[1:])
+    def by_prompt(array: Any) -> Any:
+        prompts = dp_size * (key.prefill.rows if isinstance(key, Mixed) else key.rows)
+        return np.asarray(array).reshape(prompts, -1, *array.shape[1:])
 
     ids, scores = jax.tree.map(own, (sampled.ids, sampled.scores))
-    return Sampled(ids, scores, jax.tree.map(by_row, sampled.prompt_scores))
+    return Sampled(ids, scores, jax.tree.map(by_prompt, sampled.prompt_scores))
+
+
+def _split(key: Mixed, sampled: Sampled, scheduled: SchedulerOutputs) -> tuple[Sampled, Sampled]:
+    """Return the results of decode and of prefill, each in the order of its own rows."""
+    both = _read(key, sampled, len(scheduled))
+    # A rank's chunks follow its decode rows.
+    chunks = np.arange(key.prefill.rows)
+    of_ranks = [
+        rank * key.rows + np.minimum(len(output.decode) + chunks, key.rows - 1)
+        for rank, output in enumerate(scheduled)
+    ]
+    index = np.concatenate(of_ranks)
+    ids, scores = jax.tree.map(lambda x: x[index], (both.ids, both.scores))
+    return Sampled(both.ids, both.scores), Sampled(ids, scores, both.prompt_scores)
+
+
+def _added(prefill: float, decode: float) -> float:
+    """The seconds that prefill adds to a step that decodes, and so reads every weight anyway.
+
+    Args:
+        prefill: seconds that it takes alone.
+        decode: seconds of decoding one row, which are those of reading the weights.
+    """
+    return max(prefill - decode, prefill / 10)
 
 
 class Runner:
@@ -180,7 +212,8 @@ class Runner:
     Attributes:
         step_seconds: the time after which a step counts as hanging; known after ``warm_up``.
         speculation: when to make drafts; None: never. Known after ``warm_up``.
-        prefill_times: how long prefill takes while nothing else runs. Known after ``warm_up``.
+        decode_seconds: how long it takes to decode one row. Known after ``warm_up``.
+        prefill_times: how much longer a step takes that prefills as well. Known after ``warm_up``.
         wire: encodes steps for the other processes; None: there are none.
 
     Raises:
@@ -219,6 +252,7 @@ class Runner:
         self._compiled: dict[Key, Any] = {}
         self.step_seconds = config.step_seconds
         self.speculation: SpeculativeConfig | None = None
+        self.decode_seconds = 0.0
         self.prefill_times = PrefillTimes()
         self._clock = DeviceClock()
         self._weights: list[Array]
@@ -351,7 +385,10 @@ class Runner:
             slowest = max(self._seconds(key) for key in keys)
             times = self._measure()
             times["slowest"] = max(slowest, times["slowest"])
-        self.prefill_times = PrefillTimes(times["prefill"])
+        self.decode_seconds = times["decode"]
+        self.prefill_times = PrefillTimes(
+            [(cost, _added(seconds, times["decode"])) for cost, seconds in times["prefill"]]
+        )
         self.step_seconds = max(self.config.step_seconds, PATIENCE * times["slowest"])
         if self._programs.draft_buckets:
             self.speculation = self._speculation(times)
@@ -361,7 +398,9 @@ class Runner:
         prefill = self._measure_prefill()
         drafts = self.config.speculation == "auto" and self._programs.draft_buckets
         ends = (1, min(drafts[-1], self.slots)) if drafts else ()
+        decode = Decode(self._programs.row_buckets[-1])
         return {
+            "decode": min(self._seconds(decode, rows=1) for _ in range(_TIMES)),
             "prefill": prefill,
             "slowest": max(seconds for _, seconds in prefill),
             "costs": [list(dataclasses.astuple(self._step_costs(rows))) for rows in ends],
@@ -454,21 +493,31 @@ class Runner:
             rows = 1 if most == 1 else self.shapes.max_rows
             admitted = self._inputs.admit((rank.admitted for rank in scheduled), rows)
             self._dispatch(Admit(rows), admitted)
-        decode = prefill = None
+        decode = prefill = mixed = None
         ahead: list[tuple[Forward, Sampled]] = []
         drafts: list[tuple[Forward, Sampled]] = []
-        if most := max(len(rank.decode) for rank in scheduled):
+        most = max(len(rank.decode) for rank in scheduled)
+        shape = next((rank.shape for rank in scheduled if rank.shape), None)
+        one_each = all(rank.num_steps <= 1 and not rank.drafted for rank in scheduled)
+        if most:
             drafts = self._run_draft_model(scheduled, most)
-            decode, *ahead = self._decode(scheduled, most)
-        if shape := next((rank.shape for rank in scheduled if rank.shape), None):
-            chunks = self._inputs.prefill((rank.prefill for rank in scheduled), shape[0])
-            prefill = self._forward(Prefill(*shape), chunks)
+        if most and shape and one_each and self._has(key := self._programs.mixed(shape)):
+            by_rank = [rank.decode for rank in scheduled], [rank.prefill for rank in scheduled]
+            inputs = self._inputs.mixed(by_rank[0], key.rows, by_rank[1], shape[0])
+            mixed = key, self._forward(key, inputs)[1]
+        else:
+            if most:
+                decode, *ahead = self._decode(scheduled, most)
+            if shape:
+                chunks = self._inputs.prefill((rank.prefill for rank in scheduled), shape[0])
+                prefill = self._forward(Prefill(*shape), chunks)
         decoding = [row for rank in scheduled for row in rank.decode]
         return PendingStep(
             scheduled,
             decode and _fetch(*decode, decoding),
             [_fetch(*each, decoding) for each in ahead],
             prefill and _fetch(*prefill, [row for rank in scheduled for row in rank.prefill]),
+            mixed and _fetch(*mixed, [row for each in scheduled for row in each.rows]),
             [_fetch(*each, ()) for each in drafts],
             time.perf_counter(),
             self._clock,
@@ -566,8 +615,16 @@ class Runner:
         tokens, sampled = self._compiled[self._programs.sampled_by(key)](tokens, sampling, inputs)
         self._state = SlotState(tokens, block_tables, sampling)
         prompt_scores = None
-        if isinstance(key, Prefill) and arguments[0].scored.any():
-            prompt_scores = self._compiled[self._programs.scored_by(key)](self._weights, *states)
+        match key:
+            case Prefill() as prefill:
+                scored = arguments[0].scored.any()
+            case Mixed(_, prefill):
+                scored = arguments[0].prefill.scored.any()
+            case _:
+                scored = False
+        if scored:
+            score = self._compiled[self._programs.scored_by(prefill)]
+            prompt_scores = score(self._weights, *states)
         return Sampled(sampled.ids, sampled.scores, prompt_scores)
 
     def _cache_budget(self) -> int:

@@ -5,9 +5,10 @@ running requests wait for the prefill. While there are any, a step prefills no m
 expected to do within the budget for inter-token latency, or, where that is longer, within the time
 of decoding. While nobody waits for a next token, it prefills as much as the largest shape holds.
 
-What prefill costs is measured for a few numbers of tokens when the engine starts. While it runs,
-every step that both decodes and prefills says how much slower or faster the machine is now, for
-whatever reason: other work, longer contexts, a lower clock.
+Both are one forward pass, which reads every weight once, so prefill costs what it adds to decoding.
+That is measured for a few numbers of tokens when the engine starts. While it runs, every step that
+both decodes and prefills says how much slower or faster the machine is now, for whatever reason:
+other work, longer contexts, a lower clock.
 """
 
 import math
@@ -31,6 +32,8 @@ _MULTIPLE = 8
 _LATEST = 15
 """Loads and decode times are medians of so many steps. A change is noticed after half of them, and
 what disturbs single steps changes nothing."""
+_LEAST_LOAD = 0.01
+"""The least that is believed: a step may take less than decoding did of late."""
 _MARGIN = 1.1
 """How much longer prefill is expected to take than at the median, so that most steps keep the
 budget. Steps on an idle machine differ by less."""
@@ -177,6 +180,7 @@ class PrefillPlanner:
         times: what they take, measured when the engine started.
         budget: seconds that prefill may add to a step that decodes, if decoding takes no longer.
         compiled: whether a shape can be used yet; some can from the start, and those remain.
+        decode_seconds: what decoding takes, until a step has shown it.
 
     Attributes:
         shapes: the compiled shapes.
@@ -188,6 +192,7 @@ class PrefillPlanner:
         times: PrefillTimes | None = None,
         budget: float = math.inf,
         compiled: Callable[[Shape], bool] = lambda shape: True,
+        decode_seconds: float = 0.0,
     ) -> None:
         self.shapes = shapes
         self._compiled = compiled
@@ -196,6 +201,7 @@ class PrefillPlanner:
         self._load = _MARGIN
         self._loads = deque([1.0] * _LATEST, _LATEST)
         self._decodes: deque[float] = deque(maxlen=_LATEST)
+        self._decode_at_start = decode_seconds
         self._earned = 0.0
         self._allowed = math.inf
         self._decoding = False
@@ -253,10 +259,15 @@ class PrefillPlanner:
         self._decodes.append(seconds)
         self._bound = max(self._budget, median(self._decodes))
 
+    def mixed(self, shape: Shape, tokens: int, seconds: float) -> None:
+        """Record that a step took so many seconds to decode and to prefill ``tokens`` tokens."""
+        decode = median(self._decodes or [self._decode_at_start])
+        self.prefilled(shape, tokens, seconds - decode)
+
     def prefilled(self, shape: Shape, tokens: int, seconds: float) -> None:
-        """Record that a step which decoded took so many seconds to prefill ``tokens`` tokens."""
+        """Record that prefill of ``tokens`` tokens added so many seconds to a step that decoded."""
         if at_start := self._times.seconds(self.shapes.cost(shape, tokens)):
-            self._loads.append(seconds / at_start)
+            self._loads.append(max(_LEAST_LOAD, seconds / at_start))
             self._load = _MARGIN * median(self._loads)
 
     def _expected(self, shape: Shape, tokens: int) -> float:

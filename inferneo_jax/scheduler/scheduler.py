@@ -94,6 +94,11 @@ class SchedulerOutput:
         """Number of decode steps that are dispatched together; 0 without decode rows."""
         return max((row.num_steps for row in self.decode), default=0)
 
+    @property
+    def rows(self) -> tuple[DecodeRow | PrefillChunk, ...]:
+        """Decode rows, then chunks."""
+        return (*self.decode, *self.prefill)
+
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)
 
@@ -338,6 +343,11 @@ class Scheduler:
         sequence.num_sampled += sample
         self._cache_blocks(sequence)
         return PrefillChunk(sequence, start, length, sample, ends)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether some running sequence lacks a part of its prompt."""
+        return bool(self._prefilling())
 
     def _prefilling(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.in_prefill]
@@ -584,15 +594,20 @@ class DataParallelScheduler:
         return rank.commit(sequence, tokens, num_drafted, by_model=by_model)
 
     def measured(
-        self, scheduled: SchedulerOutputs, decode_seconds: float, prefill_seconds: float
+        self, scheduled: SchedulerOutputs, decode_seconds: float, mixed_seconds: float
     ) -> None:
-        """Record how long a step took to decode and to prefill; 0.0 for what it did not do."""
-        if not decode_seconds:
-            return  # what the largest chunks take alone says little about small ones
-        self._planner.decoded(decode_seconds / max(output.num_steps for output in scheduled))
-        if shape := next((output.shape for output in scheduled if output.shape), None):
+        """Record how long a step took to decode, or to decode and prefill in one pass.
+
+        0.0 for what it did not do. What is prefilled alone is not recorded: what the largest chunks
+        take says little about small ones.
+        """
+        if decode_seconds:
+            self._planner.decoded(decode_seconds / max(each.num_steps for each in scheduled))
+        if mixed_seconds and (
+            shape := next((each.shape for each in scheduled if each.shape), None)
+        ):
             tokens = max(sum(chunk.length for chunk in output.prefill) for output in scheduled)
-            self._planner.prefilled(shape, tokens, prefill_seconds)
+            self._planner.mixed(shape, tokens, mixed_seconds)
 
     def counts(self) -> dict[str, int]:
         """Numbers for ``EngineStats``."""
@@ -605,4 +620,7 @@ class DataParallelScheduler:
         }
 
     def _allows_drafts(self) -> bool:
+        # Beside prompts, rows without drafts cost next to nothing: all is computed in one pass.
+        if any(rank.prefilling for rank in self._ranks):
+            return False
         return self._speculator.allows(max(rank.num_decoding() for rank in self._ranks))

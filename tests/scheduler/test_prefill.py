@@ -1,18 +1,24 @@
 """Prompts are prefilled several at a time, none twice, in the shape that is worth most."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
+from inferneo_jax.config import MeshShape
 from inferneo_jax.runner.capacity import make_programs
-from inferneo_jax.runner.programs import Admit, Prefill, Verify
+from inferneo_jax.runner.programs import Admit, Called, Decode, Mixed, Prefill, Verify
+from inferneo_jax.runner.runner import Runner
 from inferneo_jax.scheduler.prefill import PrefillShapes, Shape
 from tests.scheduler.house import House
 from tests.support.tiny_model import (
+    GREEDY,
     MIXED,
     TINY_ENGINE,
     MakeEngine,
     close,
+    close_all,
     prompt,
     submit,
     tiny_backend,
@@ -139,6 +145,35 @@ def test_prompts_that_begin_alike_and_arrive_together_are_computed_once(
     assert engine.stats().prompt_tokens == 24 + 3 * 4
 
 
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 1)], ids=str)
+def test_what_is_prefilled_in_the_pass_that_decodes_equals_what_is_alone(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, mesh: MeshShape
+) -> None:
+    used, execute = [], Runner.execute
+
+    def note(self: Runner, key: Any, arguments: Any) -> Any:
+        used.append(key)
+        return execute(self, key, arguments)
+
+    monkeypatch.setattr(Runner, "execute", note)
+    engine, alone = (
+        tiny_engine(mesh=mesh, slots=4 * mesh.data, prefill_chunks=(4, 16)),
+        tiny_engine(),
+    )
+    prompts = [prompt(1 + 3 * i, seed=i) for i in range(len(MIXED))]
+    expected = [
+        submit(alone, ids, **fields).wait() for ids, fields in zip(prompts, MIXED, strict=True)
+    ]
+    assert not any(isinstance(key, Mixed) for key in used)
+    streams = [submit(engine, prompt(2, seed=i), 60, sampling=GREEDY) for i in range(2)]
+    for stream in streams:
+        stream.wait_for_tokens(2)
+    beside = [submit(engine, ids, **fields) for ids, fields in zip(prompts, MIXED, strict=True)]
+    close_all(beside, expected)
+    close_all(streams, [submit(alone, prompt(2, seed=i), 60, sampling=GREEDY) for i in range(2)])
+    assert sum(isinstance(key, Mixed) for key in used) > 3
+
+
 def test_prompts_prefilled_together_equal_those_prefilled_alone(tiny_engine: MakeEngine) -> None:
     engine, alone = tiny_engine(prefill_chunks=(4, 16)), tiny_engine()
     prompts = [prompt(1 + 3 * i, seed=i) for i in range(len(MIXED))]
@@ -159,6 +194,11 @@ def test_prompts_prefilled_together_equal_those_prefilled_alone(tiny_engine: Mak
 
 def test_times_are_taken_with_all_rows_at_work() -> None:
     programs = make_programs(tiny_backend(), TINY_ENGINE, lambda: 0)
+
+    def busy_rows(key: Called) -> Any:
+        (busy,) = programs.busy_arguments(key)
+        return busy
+
     for key in programs.keys():  # noqa: SIM118  (no dictionary)
         busy = programs.busy_arguments(key)
         idle = programs.host_arguments(key)
@@ -166,6 +206,12 @@ def test_times_are_taken_with_all_rows_at_work() -> None:
         if isinstance(key, Admit):
             continue
         (busy,) = busy
+        if isinstance(key, Mixed):
+            assert jax.tree.all(
+                jax.tree.map(np.array_equal, busy.decode, busy_rows(Decode(key.rows)))
+            )
+            assert jax.tree.all(jax.tree.map(np.array_equal, busy.prefill, busy_rows(key.prefill)))
+            continue
         assert (busy.slots < TINY_ENGINE.slots).all()
         if not isinstance(key, Prefill):
             assert not busy.pages.any()  # nothing is written that anybody reads

@@ -37,7 +37,7 @@ class Speed:
 
     Attributes:
         decode: of a decode step.
-        fixed: of any prefill.
+        fixed: of any prefill, beside decoding as well.
         token: of each of its prompt tokens.
         noise: a factor for each step's times.
     """
@@ -73,8 +73,8 @@ class SimulatedStep:
         return StepResults(
             Sampled(decoded, None, None) if decodes else None,
             Sampled(ids, None, None) if prefills else None,
-            decode_seconds=self.decoded - self.started,
-            prefill_seconds=self.ended - self.decoded,
+            decode_seconds=0.0 if prefills else self.decoded - self.started,
+            mixed_seconds=self.ended - self.started if decodes and prefills else 0.0,
         )
 
 
@@ -110,6 +110,7 @@ class SimulatedRunner:
         self.config = EngineConfig(itl_budget=self.budget)
         times = [(cost, self.measured.prefill(cost)) for cost in START_COSTS]
         self.prefill_times = PrefillTimes(times)
+        self.decode_seconds = self.measured.decode
         self.limits = RequestLimits(
             vocab_size=100, max_len=self.max_len, max_logprobs=0, max_logit_bias=0, max_stop_ids=0
         )

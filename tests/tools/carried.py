@@ -65,8 +65,8 @@ class _Step:
         return StepResults(
             Sampled(ids, None, None) if decodes else None,
             Sampled(ids, None, None) if prefills else None,
-            decode_seconds=self.seconds * decodes,
-            prefill_seconds=1e-5 * prefills,
+            decode_seconds=0.0 if prefills else self.seconds,
+            mixed_seconds=self.seconds + 1e-5 if decodes and prefills else 0.0,
         )
 
 
@@ -74,7 +74,7 @@ class InstantRunner:
     """What the engine needs of a runner; ``rate`` is in tokens per second, 0: at once."""
 
     slots, num_pages, page_len, max_len, dp_size = SLOTS, 60_000, 16, 8192, 1
-    step_seconds, speculation = 60.0, None
+    step_seconds, speculation, decode_seconds = 60.0, None, 1e-5
     shapes = PrefillShapes.of((256, 2048), slots=SLOTS, overhead=32, padding=1.0)
     prefill_times = PrefillTimes([(cost, 1e-5) for cost in (18.0, 32.0, 256.0, 2048.0)])
     config = EngineConfig()

@@ -25,8 +25,8 @@ constexpr int kVectors = 4, kTileRows = 2;
 #else
 constexpr int kVectors = 1, kTileRows = 1;
 #endif
-// Bytes between what is multiplied and what is requested from memory.
-constexpr int64_t kReadAhead = 4096;
+// Bytes between what is multiplied and what is requested from memory, for one row and for several.
+constexpr int64_t kReadAhead = 4096, kReadFurtherAhead = 6144;
 
 // A span of weights as they are multiplied.
 template <int64_t kGroupInputs, int kMostOf, int kOffsetOf, bool kWithMinimum>
@@ -184,11 +184,13 @@ inline void add_span(const F& weights, int64_t span, const QuantizedRows& rows, 
   }
 }
 
-// Requests what follows a superblock from memory.
-template <class F>
-inline void read_ahead(const F& weights) {
-  const auto* const from = reinterpret_cast<const uint8_t*>(&weights) + kReadAhead;
-  for (size_t at = 0; at < sizeof(F); at += 64) prefetch(from + at);
+// Requests what follows a superblock from memory, or one of kParts equal parts of that. A core waits
+// when it has requested a few dozen lines, so what takes long to multiply is requested in parts.
+template <int64_t kParts = 1, class F>
+inline void read_ahead(const F& weights, int64_t distance, int64_t part = 0) {
+  constexpr int64_t kLines = (sizeof(F) + 64 * kParts - 1) / (64 * kParts);
+  const auto* const from = reinterpret_cast<const uint8_t*>(&weights) + distance + part * kLines * 64;
+  for (int64_t line = 0; line < kLines; ++line) prefetch(from + line * 64);
 }
 
 // One row times a block, whose weights are multiplied as they are stored.
@@ -198,7 +200,7 @@ void multiply_one(const uint8_t* block, const QuantizedRows& row, Totals totals)
   alignas(64) float sums[1][kBlock] = {};
   for (int64_t first = 0; first < row.spans; first += kSpans, block += sizeof(F)) {
     const F& weights = *reinterpret_cast<const F*>(block);
-    read_ahead(weights);
+    read_ahead(weights, kReadAhead);
     ROLLED for (int64_t pair = 0; pair < kSpans; pair += kUnrolled) {
       // Whether a span's number is odd is known to the compiler.
       UNROLL_DOT for (int64_t odd = 0; odd < kUnrolled; ++odd) {
@@ -292,7 +294,7 @@ void multiply(const uint8_t* block, const QuantizedRows& rows, int64_t count, To
     constexpr int64_t kSpans = F::kInputs / kSpan;
     for (int64_t span = 0; span < rows.spans; ++span) {
       const F& weights = reinterpret_cast<const F*>(block)[span / kSpans];
-      if (span % kSpans == 0) read_ahead(weights);
+      read_ahead<kSpans>(weights, kReadFurtherAhead, span % kSpans);
       alignas(64) Unpacked<F> unpacked;
       unpack(weights, span % kSpans, centred, unpacked);
       each(unpacked, span);

@@ -29,6 +29,7 @@ from inferneo_jax.engine.served import EmbeddingModel, LanguageModel, Model
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.platform import compiles
+from inferneo_jax.platform.flags import set_flags
 from inferneo_jax.platform.memory import oom_as_config_error, require
 from inferneo_jax.platform.progress import Progress, silent
 from inferneo_jax.runner.backends import (
@@ -77,6 +78,7 @@ def load_model(
         ConfigError: the model does not fit the configuration.
         JobError: another process is lost, or has another model or configuration.
     """
+    set_flags()
     if config.kernels != "xla" and jax.default_backend() == "cpu":
         start_building()  # seconds, at the first start on a machine
     checkpoint = read_info(path)

@@ -12,6 +12,7 @@ from inferneo_jax.config import JobConfig
 from inferneo_jax.distributed.process_group import Callback, TcpProcessGroup, agree
 from inferneo_jax.distributed.transport import Channel, Kind
 from inferneo_jax.errors import ConfigError, JobError
+from inferneo_jax.platform.flags import set_flags
 from inferneo_jax.version import __version__
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Job:
         watch = threading.Timer(seconds, self._lose, [late])
         watch.daemon = True
         watch.start()
+        set_flags()
         coordinator, client = _initialize(self._config)
         watch.cancel()
         import jax

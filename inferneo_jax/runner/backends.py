@@ -5,7 +5,7 @@ whether verifying drafts pays (``Runner.compile``).
 
 ``python -m inferneo_jax.runner.backends`` prints what this machine offers, for ``inferneo doctor``.
 It is a program of its own because a broken driver may never return. It prints one JSON object per
-line, so that what is known by then is known: first the kernels, then the devices.
+line, so that what is known by then is known: the kernels, the accelerator, then the devices.
 """
 
 import json
@@ -28,7 +28,7 @@ from inferneo_jax.layers.blocks import BlockPart
 from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import QuantizationConfig
 from inferneo_jax.layers.segments import SegmentAttention
-from inferneo_jax.platform import devices
+from inferneo_jax.platform import devices, flags
 from inferneo_jax.platform.memory import free_memory, total_memory
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.sharding.padding import pad_for_mesh
@@ -211,17 +211,34 @@ def _survey_kernels() -> dict[str, object]:
     return {"compiler": compiler, "compiled": compiled, "why": why, "help": build.HELP}
 
 
+def _survey_accelerator() -> dict[str, object] | None:
+    """The accelerator of this machine, its driver and the flags set for it; None: there is none."""
+    platform = flags.accelerator()
+    if platform is None:
+        return None
+    return {
+        "platform": platform,
+        "driver": flags.nvidia_driver(),
+        "flags": [flag._asdict() for flag in flags.set_flags()],
+    }
+
+
 def _survey_devices() -> dict[str, object]:
     """What JAX computes on, and its memory in bytes."""
     found = jax.devices()
     return {
         "platform": found[0].platform,
         "kinds": [device.device_kind for device in found],
+        "capability": ".".join(map(str, devices.compute_capability(found[0]))),
         "free_memory": free_memory(),
         "machine_memory": total_memory(),
     }
 
 
 if __name__ == "__main__":
-    for name, survey in (("kernels", _survey_kernels), ("devices", _survey_devices)):
+    for name, survey in (
+        ("kernels", _survey_kernels),
+        ("accelerator", _survey_accelerator),
+        ("devices", _survey_devices),
+    ):
         print(json.dumps({name: survey()}), flush=True)

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli.doctor import machine, setup
+from server.cli.doctor.accelerator import accelerator
 from server.cli.doctor.cli import examine
 from server.cli.doctor.finding import Finding
 from server.cli.doctor.machine import Survey
@@ -110,6 +111,77 @@ def test_an_accelerator_that_jax_does_not_see_is_pointed_out(tmp_path: Path) -> 
     assert found.state == "warning"
     assert "an NVIDIA GPU" in found.text
     assert found.fix == "pip install 'inferneo-jax[cuda12]'"
+
+
+def gpu_survey(driver: str | None, capability: str = "9.0") -> Survey:
+    """The survey of a machine with a GPU."""
+    flags = [{"variable": "A_FLAG", "value": "1", "why": "it is quick"}]
+    found = {"platform": "gpu", "driver": driver, "flags": flags}
+    return Survey({"accelerator": found, "devices": {"capability": capability}})
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The versions of the packages that a test says are installed, with JAX 0.10.2."""
+    versions = {"jax": "0.10.2"}
+    wanted = [f"jax-cuda{n}-plugin[with-cuda]==0.10.2; extra == 'cuda{n}'" for n in (12, 13)] + [
+        "libtpu==0.0.42.*; extra == 'tpu'"
+    ]
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "requires", lambda _: wanted)
+    monkeypatch.setattr(metadata, "version", version)
+    return versions
+
+
+def test_an_accelerator_is_described_with_its_flags(plugins: dict[str, str]) -> None:
+    assert not list(accelerator(Survey({"accelerator": None})))
+    assert not list(accelerator(gpu_survey("580.95.05")))  # told with the devices
+    plugins["jax-cuda12-plugin"] = "0.10.2"
+    found, flag = accelerator(gpu_survey("580.95.05"))
+    assert (found.state, flag.state) == ("ok", "ok")
+    assert "driver 580.95.05" in found.text
+    assert "compute capability 9.0" in found.text
+    assert flag.text == "A_FLAG: 1; it is quick"
+    tpu = Survey({"accelerator": {"platform": "tpu", "driver": None, "flags": []}})
+    plugins["libtpu"] = "0.0.42.1"
+    assert only(accelerator(tpu)).text == "libtpu 0.0.42.1"
+
+
+@pytest.mark.parametrize(
+    ("plugin", "version", "driver", "text", "fix"),
+    [
+        ("jax-cuda12-plugin", "0.10.1", "580.95.05", "is 0.10.1, not ==0.10.2", "[cuda12]"),
+        ("jax-cuda13-plugin", "0.10.2", "550.54.15", "580 or newer", "inferneo-jax[cuda12]"),
+        ("jax-cuda12-plugin", "0.10.2", "470.256.02", "525 or newer", "update the NVIDIA driver"),
+    ],
+)
+def test_a_plugin_must_fit_jax_and_the_driver(
+    plugins: dict[str, str], plugin: str, version: str, driver: str, text: str, fix: str
+) -> None:
+    plugins[plugin] = version
+    found = only(accelerator(gpu_survey(driver)))
+    assert found.state == "problem"
+    assert text in found.text
+    assert fix in str(found.fix)
+
+
+def test_a_libtpu_of_another_jax_is_a_problem(plugins: dict[str, str]) -> None:
+    plugins["libtpu"] = "0.0.41"
+    found = only(accelerator(Survey({"accelerator": {"platform": "tpu"}})))
+    assert found.state == "problem"
+    assert "which JAX 0.10.2 needs" in found.text
+    assert str(found.fix).endswith("'inferneo-jax[tpu]'")
+
+
+def test_a_gpu_without_kernels_is_a_warning(plugins: dict[str, str]) -> None:
+    plugins["jax-cuda12-plugin"] = "0.10.2"
+    found = only(accelerator(gpu_survey("580.95.05", "7.5")))
+    assert found.state == "warning"
 
 
 @pytest.mark.parametrize(("weights", "state"), [(1e9, "ok"), (5e9, "warning"), (9e9, "problem")])

@@ -40,6 +40,7 @@ def examine(flags: dict[str, Any]) -> Iterator[Finding]:
     """Yield the findings of all checks; ``flags`` are the settings of the command line."""
     # Imported here because they import numpy, which would delay every command.
     from server.cli.doctor import machine, setup
+    from server.cli.doctor.accelerator import accelerator
     from server.process.listening import listener_at
 
     with machine.start_survey() as process:  # slow, so it runs beside the others
@@ -52,6 +53,7 @@ def examine(flags: dict[str, Any]) -> Iterator[Finding]:
         finally:
             process.kill()
     yield from machine.devices(survey, served=bool(there and there.status))
+    yield from accelerator(survey)
     if read:
         yield from machine.memory(survey, sum(weights for _, weights, _ in models))
     yield from machine.kernels(survey, read.kernels if read else "auto")

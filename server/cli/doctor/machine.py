@@ -17,7 +17,7 @@ from server.cli.doctor.finding import Finding, State, existing, in_bytes
 
 SURVEY_SECONDS = 30.0
 """Time limit for JAX to find its devices; a broken driver may never answer."""
-_DISTRIBUTION = "inferneo-jax"
+DISTRIBUTION = "inferneo-jax"
 _FREE_BYTES = 1e9
 _UNPACKED = 2
 """Disk space that a pull takes at most, as a multiple of the model's size."""
@@ -68,7 +68,7 @@ def end_survey(process: subprocess.Popen[str], seconds: float = SURVEY_SECONDS) 
     return Survey(facts, failure)
 
 
-def packages(distribution: str = _DISTRIBUTION) -> Iterator[Finding]:
+def packages(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
     """Check the versions of packages against the bounds that this package declares."""
     version = ".".join(map(str, sys.version_info[:3]))
     try:
@@ -84,7 +84,7 @@ def packages(distribution: str = _DISTRIBUTION) -> Iterator[Finding]:
     wanted = [
         each for each in requirements if not each.marker or each.marker.evaluate({"extra": ""})
     ]
-    wrong = {each: found for each in wanted if (found := _wrong(each))}
+    wrong = {each: found for each in wanted if (found := wrong_version(each))}
     if wrong:
         bounds = " ".join(f"'{each.name}{each.specifier}'" for each in wrong)
         yield Finding("Python", "problem", "; ".join(wrong.values()), f"pip install {bounds}")
@@ -92,7 +92,8 @@ def packages(distribution: str = _DISTRIBUTION) -> Iterator[Finding]:
         yield Finding("Python", "ok", f"{version}, and {len(wanted)} packages within their bounds")
 
 
-def _wrong(requirement: Requirement) -> str | None:
+def wrong_version(requirement: Requirement) -> str | None:
+    """What is wrong with the version that is installed, if anything is."""
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
@@ -118,7 +119,7 @@ def devices(survey: Survey, *, served: bool, root: Path = Path("/")) -> Iterator
     unused = next((each for file, each in _ACCELERATORS.items() if (root / file).exists()), None)
     if unused and found["platform"] == "cpu" and not os.environ.get("JAX_PLATFORMS"):
         text += f", though this machine has {unused[0]}"
-        yield Finding("Devices", "warning", text, f"pip install '{_DISTRIBUTION}[{unused[1]}]'")
+        yield Finding("Devices", "warning", text, f"pip install '{DISTRIBUTION}[{unused[1]}]'")
         return
     yield Finding("Devices", "ok", text)
 

@@ -4,6 +4,7 @@
 #   make serve PORT=9000  the same on another port; HOST=0.0.0.0 accepts other machines
 #   make check            install, lint, check types, run the quick tests; run this before each commit
 #   make test             the same with every test
+#   make test-gpu         run the script of a GPU's first minutes at toy sizes, for some minutes
 #   make docs             regenerate docs/reference from the schemas
 #   make image            build a Docker image of the server; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
 #   make hooks            check every commit before it is made, by .pre-commit-config.yaml
@@ -30,7 +31,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve check test test-clients frameworks lint conflicts types docs screenshots install image hooks clean
+.PHONY: serve check test test-gpu test-clients frameworks lint conflicts types docs screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -41,8 +42,11 @@ check: lint types
 
 test: lint types
 	$(BIN)/inferneo pull $(MODELS)
-	$(BIN)/pytest -m "not alone" $(PARALLEL)
+	$(BIN)/pytest -m "not alone and not dry_run" $(PARALLEL)
 	$(BIN)/pytest -m alone
+
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/pytest -m dry_run tests/accelerators
 
 # The frameworks need an environment of their own: tests/clients/frameworks/requirements.txt says why.
 FRAMEWORKS := tests/clients/frameworks

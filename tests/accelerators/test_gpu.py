@@ -19,6 +19,7 @@ FIGURES = {
 """Some of what each stage has to find."""
 
 
+@pytest.mark.dry_run
 @pytest.mark.parametrize("stage", FIGURES)
 def test_a_stage_runs_to_its_end_at_toy_sizes(stage: str, tmp_path: Path) -> None:
     environment = {n: v for n, v in os.environ.items() if n != "XLA_FLAGS"}

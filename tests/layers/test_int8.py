@@ -18,7 +18,7 @@ from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import Int8, QuantizationConfig
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
-from inferneo_jax.runner.programs import Prefill
+from inferneo_jax.runner.programs import Prefill, ScorePrompt
 from inferneo_jax.sharding.mesh import make_mesh, parts
 from inferneo_jax.sharding.padding import pad_for_mesh
 from inferneo_jax.weights.placement import weight_shapes
@@ -109,8 +109,10 @@ def test_both_sides_of_a_product_have_their_inputs_last() -> None:
     model = dataclasses.replace(TINY, tie_embeddings=False)
     config = dataclasses.replace(EIGHT_SLOTS, mesh=ONE_DEVICE)
     backend = tiny_backend(config, model, QuantizationConfig.int8(F32, 1, "int8"))
-    lowered = make_programs(backend, config, lambda: 0).lower(Prefill(1, 8)).as_text()
-    products = [line for line in lowered.splitlines() if "dot_general" in line and "xi8>" in line]
+    programs = make_programs(backend, config, lambda: 0)
+    lowered = [programs.lower(key).as_text() for key in (Prefill(1, 8), ScorePrompt(8))]
+    lines = [line for each in lowered for line in each.splitlines()]
+    products = [line for line in lines if "dot_general" in line and "xi8>" in line]
     assert len(products) == 4 + 2  # a layer's matrices, and the head, of scored tokens too
     assert all("contracting_dims = [1] x [1]" in line for line in products)
 

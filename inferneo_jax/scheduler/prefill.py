@@ -180,7 +180,7 @@ class PrefillPlanner:
         times: what they take, measured when the engine started.
         budget: seconds that prefill may add to a step that decodes, if decoding takes no longer.
         compiled: whether a shape can be used yet; some can from the start, and those remain.
-        decode_seconds: what decoding takes, until a step has shown it.
+        decode_seconds: what decoding one row takes, measured when the engine started.
 
     Attributes:
         shapes: the compiled shapes.
@@ -201,6 +201,7 @@ class PrefillPlanner:
         self._load = _MARGIN
         self._loads = deque([1.0] * _LATEST, _LATEST)
         self._decodes: deque[float] = deque(maxlen=_LATEST)
+        self._decode_rows: deque[int] = deque(maxlen=_LATEST)
         self._decode_at_start = decode_seconds
         self._earned = 0.0
         self._allowed = math.inf
@@ -254,15 +255,28 @@ class PrefillPlanner:
             self._earned -= self._expected(shape, min(computed, limits[shape]))
         return self._plan
 
-    def decoded(self, seconds: float) -> None:
-        """Record that a step took so many seconds to decode."""
+    def decoded(self, seconds: float, rows: int) -> None:
+        """Record that a step took so many seconds to decode so many rows."""
         self._decodes.append(seconds)
+        self._decode_rows.append(rows)
         self._bound = max(self._budget, median(self._decodes))
 
-    def mixed(self, shape: Shape, tokens: int, seconds: float) -> None:
-        """Record that a step took so many seconds to decode and to prefill ``tokens`` tokens."""
-        decode = median(self._decodes or [self._decode_at_start])
-        self.prefilled(shape, tokens, seconds - decode)
+    def mixed(self, shape: Shape, tokens: int, rows: int, seconds: float) -> None:
+        """Record that a step took so long to decode ``rows`` rows and prefill ``tokens`` tokens."""
+        self.prefilled(shape, tokens, seconds - self._decode_seconds(rows))
+
+    def _decode_seconds(self, rows: int) -> float:
+        """What decoding so many rows takes: on a line through one row at start and those of late.
+
+        While prompts arrive, steps have fewer rows than those that only decoded before.
+        """
+        if not self._decodes:
+            return self._decode_at_start
+        seconds, many = median(self._decodes), median(self._decode_rows)
+        if many <= 1:
+            return seconds
+        one = min(self._decode_at_start, seconds)
+        return one + (seconds - one) * (rows - 1) / (many - 1)
 
     def prefilled(self, shape: Shape, tokens: int, seconds: float) -> None:
         """Record that prefill of ``tokens`` tokens added so many seconds to a step that decoded."""

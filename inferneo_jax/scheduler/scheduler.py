@@ -601,13 +601,15 @@ class DataParallelScheduler:
         0.0 for what it did not do. What is prefilled alone is not recorded: what the largest chunks
         take says little about small ones.
         """
+        rows = max(len(output.decode) for output in scheduled)
         if decode_seconds:
-            self._planner.decoded(decode_seconds / max(each.num_steps for each in scheduled))
+            steps = max(output.num_steps for output in scheduled)
+            self._planner.decoded(decode_seconds / steps, rows)
         if mixed_seconds and (
             shape := next((each.shape for each in scheduled if each.shape), None)
         ):
             tokens = max(sum(chunk.length for chunk in output.prefill) for output in scheduled)
-            self._planner.mixed(shape, tokens, mixed_seconds)
+            self._planner.mixed(shape, tokens, rows, mixed_seconds)
 
     def counts(self) -> dict[str, int]:
         """Numbers for ``EngineStats``."""

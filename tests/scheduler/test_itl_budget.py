@@ -232,6 +232,20 @@ def test_a_time_measured_while_something_else_ran_is_corrected_by_the_others() -
     assert all(a <= b for a, b in pairwise(seconds))
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8, 12])
+def test_what_rows_cost_is_not_taken_for_the_speed_of_prefill(rows: int) -> None:
+    """Streams that end together leave few rows beside the prompts of those that follow."""
+    times = PrefillTimes([(16, 0.02), (256, 0.2)])
+    planner = PrefillPlanner(SHAPES, times, BUDGET, decode_seconds=0.01)
+    for _ in range(15):
+        planner.decoded(0.01 + 0.005 * 7, 8)
+    before = planner.allowance
+    for _ in range(15):
+        added = times.seconds(SHAPES.cost((1, 128), 64))
+        planner.mixed((1, 128), 64, rows, 0.01 + 0.005 * (rows - 1) + added)
+    assert planner.allowance == before
+
+
 class Timed(Collected):
     """A sink that keeps the times of its outputs too."""
 

@@ -27,7 +27,11 @@ from inferneo_jax.request import (
 )
 from inferneo_jax.runner.runner import PendingStep, Runner, StepResults
 from inferneo_jax.scheduler.prefill import PrefillPlanner
-from inferneo_jax.scheduler.scheduler import DataParallelScheduler, SchedulerOutputs
+from inferneo_jax.scheduler.scheduler import (
+    DataParallelScheduler,
+    SchedulerOutputs,
+    num_decode_steps,
+)
 from inferneo_jax.scheduler.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -325,4 +329,4 @@ class Engine:
 
 def _num_steps(pending: PendingStep | None) -> int:
     """Number of steps that were dispatched together."""
-    return max(1, *(rank.num_steps for rank in pending.scheduled)) if pending else 0
+    return max(1, num_decode_steps(pending.scheduled)) if pending else 0

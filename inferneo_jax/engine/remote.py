@@ -16,7 +16,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Texts
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, cast
@@ -184,7 +184,7 @@ class RemoteEngine(_Remote):
         stats = self._state.stats
         assert stats
         if self.ended():
-            return EngineStats(**{n: getattr(stats, n) for n in stats.__slots__} | {"ready": False})
+            return replace(stats, ready=False)
         return stats
 
     def forecast(self, requests: list[GenerationRequest]) -> float | None:
@@ -294,28 +294,6 @@ class RemoteEmbedder(_Remote):
             self.answer(number, error)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RemoteLanguageModel(LanguageModel):
-    """A language model in another process."""
-
-    process: "EngineProcess" = field(repr=False)
-
-    def device_memory(self) -> list[DeviceMemory]:
-        """The memory of the process's accelerators."""
-        return self.process.device_memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RemoteEmbeddingModel(EmbeddingModel):
-    """An embedding model in another process."""
-
-    process: "EngineProcess" = field(repr=False)
-
-    def device_memory(self) -> list[DeviceMemory]:
-        """The memory of the process's accelerators."""
-        return self.process.device_memory
-
-
 class EngineProcess:
     """The process that runs the engines of all models. It is started for the first of them.
 
@@ -392,12 +370,12 @@ class EngineProcess:
             "tokenizer": tokenizer.result(),
             "max_len": found["max_len"],
             "info": ModelInfo(**found["info"]),
-            "process": self,
+            "device_memory": lambda: self.device_memory,
         }
         remote = self._models[number]
         if isinstance(remote, RemoteEngine):
-            return _RemoteLanguageModel(**shared, engine=remote)
-        return _RemoteEmbeddingModel(**shared, embedder=remote)
+            return LanguageModel(**shared, engine=remote)
+        return EmbeddingModel(**shared, embedder=remote)
 
     def obtain(
         self, name: str, source: Path | None, checkpoints: Path, progress: Progress | None = None

@@ -5,9 +5,9 @@ Nothing here needs jax: an engine may run in another process (``remote.py``).
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -90,6 +90,7 @@ class Model(ABC):
         tokenizer: of its texts.
         max_len: of the longest sequence in tokens: prompt and output, or a text to be embedded.
         info: what it is made of.
+        device_memory: tells the memory of the accelerators that it runs on, other models included.
     """
 
     kind: ClassVar[Literal["decoder", "encoder"]]
@@ -100,6 +101,7 @@ class Model(ABC):
     tokenizer: Tokenizer
     max_len: int
     info: ModelInfo
+    device_memory: Callable[[], list[DeviceMemory]] = field(default=device_memory, repr=False)
 
     @abstractmethod
     def ready(self) -> bool:
@@ -116,10 +118,6 @@ class Model(ABC):
     @abstractmethod
     def stats(self) -> EngineStats | None:
         """What a generating engine does now; None: the model generates nothing."""
-
-    def device_memory(self) -> list[DeviceMemory]:
-        """The memory of the accelerators that it runs on, other models included."""
-        return device_memory()
 
     @abstractmethod
     def stop(self) -> None:

@@ -4,7 +4,7 @@ Each array holds the same number of rows for every data-parallel rank, rank afte
 pages are numbered from 0 within a rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,21 +116,21 @@ class InputBuilder:
 
         Rows that have fewer steps are padding in the others. Rows have the same places in each.
         """
-        by_rank = [tuple(rows) for rows in ranks]
-        counts: Any = np.zeros(self.dp_size * bucket, np.int32)
-        for rank, rows in enumerate(by_rank):
-            counts[rank * bucket :][: len(rows)] = [row.num_steps for row in rows]
-        return self._ahead(by_rank, bucket, counts, num_steps)
+        return self._ahead(ranks, bucket, num_steps, lambda row: row.num_steps)
 
     def _ahead(
         self,
         ranks: Iterable[Iterable[DecodeRow]],
         bucket: int,
-        counts: np.ndarray[Any, np.dtype[np.int32]],
         num_steps: int,
+        count: Callable[[DecodeRow], int],
     ) -> list[DecodeInputs]:
-        """The inputs of steps one after the other; each row takes part in its first ``counts``."""
-        slots, positions, pages = self._positions(ranks, bucket, num_steps)
+        """The inputs of steps one after the other; each row takes part in its first ``count``."""
+        by_rank = [tuple(rows) for rows in ranks]
+        counts: Any = np.zeros(self.dp_size * bucket, np.int32)
+        for rank, rows in enumerate(by_rank):
+            counts[rank * bucket :][: len(rows)] = [count(row) for row in rows]
+        slots, positions, pages = self._positions(by_rank, bucket, num_steps)
         steps = []
         for ahead in range(num_steps):
             taking_part: Any = np.where(counts > ahead, slots, np.int32(self.slots))
@@ -182,12 +182,9 @@ class InputBuilder:
 
         Rows whose draft ends before are padding. Rows have the same places in each.
         """
-        by_rank = [tuple(rows) for rows in ranks]
-        counts: Any = np.zeros(self.dp_size * bucket, np.int32)
-        for rank, rows in enumerate(by_rank):
-            lengths = [row.num_drafted if row.by_model else 0 for row in rows]
-            counts[rank * bucket :][: len(rows)] = lengths
-        return self._ahead(by_rank, bucket, counts, num_tokens)
+        return self._ahead(
+            ranks, bucket, num_tokens, lambda row: row.num_drafted if row.by_model else 0
+        )
 
     def prefill(self, ranks: Iterable[Iterable[PrefillChunk]], bucket: int) -> PrefillInputs:
         """The inputs of a prefill step, padded like those of ``admit``."""

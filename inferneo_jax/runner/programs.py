@@ -114,6 +114,11 @@ def num_tokens(key: Forward | Fill) -> int:
             return rows * tokens
 
 
+def prefill_of(key: Key) -> Prefill | None:
+    """What a program prefills, alone or beside decode rows; None: it prefills nothing."""
+    return key.prefill if isinstance(key, Mixed) else key if isinstance(key, Prefill) else None
+
+
 def num_sampled(key: Forward) -> int:
     """Rows of logits that a forward pass leaves to be sampled on one data-parallel rank."""
     return key.rows * key.tokens if isinstance(key, Verify) else key.rows
@@ -410,6 +415,7 @@ class Programs:
         )
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
         in_state, everywhere = meshes.spec("slots"), PartitionSpec()
+        in_weights = [each.sharding.spec for each in runs.weights]
         state = self.state()
         step: Callable[..., Any]
         specs: tuple[Any, ...]
@@ -430,18 +436,15 @@ class Programs:
                 step, donate = steps.score_prompt, ()
                 states = self._split(self._prompt_states(positions), "rows")
                 arguments = runs.weights, states
-                in_weights = [each.sharding.spec for each in runs.weights]
                 specs, out = (in_weights, in_rows), everywhere
             case Fill(_, chunk):
                 step, donate = partial(steps.fill, chunk), (1,)
                 inputs = self._split(self.host_arguments(key), "rows")
                 arguments = runs.weights, runs.cache(), state.tokens, state.block_tables, *inputs
-                in_weights = [each.sharding.spec for each in runs.weights]
                 specs, out = (in_weights, in_cache, in_state, in_state, in_rows), in_cache
             case Decode() | Verify() | Prefill() | Mixed() | Draft():
                 inputs = self._split(self.host_arguments(key), "rows")
                 arguments = runs.weights, runs.cache(), state.tokens, state.block_tables, *inputs
-                in_weights = [each.sharding.spec for each in runs.weights]
                 specs = in_weights, in_cache, in_state, in_state, in_rows
                 out, donate = (in_cache, in_state, in_state, in_rows), (1, 2, 3)
                 match key:

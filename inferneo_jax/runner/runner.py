@@ -46,10 +46,17 @@ from inferneo_jax.runner.programs import (
     Prefill,
     Verify,
     num_sampled,
+    prefill_of,
 )
 from inferneo_jax.runner.wire import Wire
 from inferneo_jax.scheduler.prefill import LEAST_TOKENS, PrefillTimes, Shape
-from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk, SchedulerOutputs
+from inferneo_jax.scheduler.scheduler import (
+    DecodeRow,
+    PrefillChunk,
+    SchedulerOutputs,
+    num_decode_steps,
+    prefill_shape,
+)
 from inferneo_jax.scheduler.speculation import DraftModel, SpeculativeConfig, StepCosts
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
@@ -164,8 +171,9 @@ def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
         return by_rank[:, : num_sampled(key)].reshape(*shape, *padded.shape[1:])
 
     def by_prompt(array: Any) -> Any:
-        prompts = dp_size * (key.prefill.rows if isinstance(key, Mixed) else key.rows)
-        return np.asarray(array).reshape(prompts, -1, *array.shape[1:])
+        prompts = prefill_of(key)
+        assert prompts
+        return np.asarray(array).reshape(dp_size * prompts.rows, -1, *array.shape[1:])
 
     ids, scores = jax.tree.map(own, (sampled.ids, sampled.scores))
     return Sampled(ids, scores, jax.tree.map(by_prompt, sampled.prompt_scores))
@@ -361,8 +369,8 @@ class Runner:
     def _has(self, key: Forward) -> bool:
         """Whether a forward pass, and what may follow it, are compiled."""
         needed: set[Key] = {key, self._programs.sampled_by(key)}
-        if isinstance(key, Prefill):
-            needed.add(self._programs.scored_by(key))
+        if prefill := prefill_of(key):
+            needed.add(self._programs.scored_by(prefill))
         return needed <= self._compiled.keys()
 
     def has_prefill(self, shape: Shape) -> bool:
@@ -497,20 +505,20 @@ class Runner:
         ahead: list[tuple[Forward, Sampled]] = []
         drafts: list[tuple[Forward, Sampled]] = []
         most = max(len(rank.decode) for rank in scheduled)
-        shape = next((rank.shape for rank in scheduled if rank.shape), None)
-        one_each = all(rank.num_steps <= 1 and not rank.drafted for rank in scheduled)
+        shape = prefill_shape(scheduled)
+        one_each = num_decode_steps(scheduled) == 1 and not any(rank.drafted for rank in scheduled)
+        decode_rows = [rank.decode for rank in scheduled]
+        chunks = [rank.prefill for rank in scheduled]
         if most:
             drafts = self._run_draft_model(scheduled, most)
-        if most and shape and one_each and self._has(key := self._programs.mixed(shape)):
-            by_rank = [rank.decode for rank in scheduled], [rank.prefill for rank in scheduled]
-            inputs = self._inputs.mixed(by_rank[0], key.rows, by_rank[1], shape[0])
+        if shape and one_each and self._has(key := self._programs.mixed(shape)):
+            inputs = self._inputs.mixed(decode_rows, key.rows, chunks, shape[0])
             mixed = key, self._forward(key, inputs)[1]
         else:
             if most:
                 decode, *ahead = self._decode(scheduled, most)
             if shape:
-                chunks = self._inputs.prefill((rank.prefill for rank in scheduled), shape[0])
-                prefill = self._forward(Prefill(*shape), chunks)
+                prefill = self._forward(Prefill(*shape), self._inputs.prefill(chunks, shape[0]))
         decoding = [row for rank in scheduled for row in rank.decode]
         return PendingStep(
             scheduled,
@@ -559,8 +567,7 @@ class Runner:
         if not any(rank.drafted for rank in scheduled):
             buckets = self._programs.row_buckets
             bucket = next(b for b in buckets if b >= most and self._has(Decode(b)))
-            num_steps = max(rank.num_steps for rank in scheduled)
-            inputs = self._inputs.decode(ranks, bucket, num_steps)
+            inputs = self._inputs.decode(ranks, bucket, num_decode_steps(scheduled))
             return [self._forward(Decode(bucket), each) for each in inputs]
         length, bucket = self.config.draft_tokens, self._draft_bucket(most)
         drafted = self._inputs.verify(ranks, bucket, length)
@@ -615,16 +622,11 @@ class Runner:
         tokens, sampled = self._compiled[self._programs.sampled_by(key)](tokens, sampling, inputs)
         self._state = SlotState(tokens, block_tables, sampling)
         prompt_scores = None
-        match key:
-            case Prefill() as prefill:
-                scored = arguments[0].scored.any()
-            case Mixed(_, prefill):
-                scored = arguments[0].prefill.scored.any()
-            case _:
-                scored = False
-        if scored:
-            score = self._compiled[self._programs.scored_by(prefill)]
-            prompt_scores = score(self._weights, *states)
+        if prefill := prefill_of(key):
+            (chunks,) = arguments
+            if (chunks.prefill if isinstance(key, Mixed) else chunks).scored.any():
+                score = self._compiled[self._programs.scored_by(prefill)]
+                prompt_scores = score(self._weights, *states)
         return Sampled(sampled.ids, sampled.scores, prompt_scores)
 
     def _cache_budget(self) -> int:

@@ -107,6 +107,16 @@ SchedulerOutputs = tuple[SchedulerOutput, ...]
 """What one step runs, by data-parallel rank."""
 
 
+def prefill_shape(scheduled: SchedulerOutputs) -> Shape | None:
+    """The shape of a step's prefill, the same on every rank that has one; None without prefill."""
+    return next((output.shape for output in scheduled if output.shape), None)
+
+
+def num_decode_steps(scheduled: SchedulerOutputs) -> int:
+    """Number of decode steps that are dispatched together; 0 without decode rows."""
+    return max(output.num_steps for output in scheduled)
+
+
 class Scheduler:
     """Slots, blocks and the order of requests on one data-parallel rank."""
 
@@ -135,7 +145,7 @@ class Scheduler:
 
     def awaits_prompts(self) -> bool:
         """Whether a prompt lacks tokens, or could be admitted to a free slot."""
-        return bool(self._prefilling() or (self._waiting and self._free_slots))
+        return bool(self.prefilling() or (self._waiting and self._free_slots))
 
     def has_draft(self) -> bool:
         """Whether some sequence is likely to have a draft, once what is in flight is known."""
@@ -311,7 +321,7 @@ class Scheduler:
     def _may_fill(self, sequence: Sequence) -> bool:
         """Whether the draft model may compute what it lacks of a sequence: prompts come first."""
         missing = sequence.num_computed - sequence.num_draft_computed
-        return missing <= 1 or not self._prefilling()
+        return missing <= 1 or not self.prefilling()
 
     def _schedule_prefill(self) -> tuple[Shape | None, tuple[PrefillChunk, ...]]:
         """The next chunk of each prompt that fits the plan.
@@ -319,7 +329,7 @@ class Scheduler:
         Steps alternate between the order of admission and that of the tokens left: short prompts do
         not wait for long ones, and the first in line goes on in every other step.
         """
-        sequences = self._prefilling()
+        sequences = self.prefilling()
         if self._shortest_first:
             sequences.sort(key=lambda sequence: sequence.num_missing)
         plan = self._planner.plan([sequence.num_missing for sequence in sequences])
@@ -344,17 +354,13 @@ class Scheduler:
         self._cache_blocks(sequence)
         return PrefillChunk(sequence, start, length, sample, ends)
 
-    @property
-    def prefilling(self) -> bool:
-        """Whether some running sequence lacks a part of its prompt."""
-        return bool(self._prefilling())
-
-    def _prefilling(self) -> list[Sequence]:
+    def prefilling(self) -> list[Sequence]:
+        """The running sequences that lack a part of their prompt."""
         return [sequence for sequence in self.running if sequence.in_prefill]
 
     def _lacks_prompts(self) -> bool:
         """Whether a step could prefill more than the running sequences need."""
-        missing = [sequence.num_missing for sequence in self._prefilling()]
+        missing = [sequence.num_missing for sequence in self.prefilling()]
         shapes = self._planner.shapes
         return len(missing) < shapes.max_rows and sum(missing) < shapes.max_tokens
 
@@ -390,10 +396,10 @@ class Scheduler:
         """Allocate slots and blocks to those whose turn it is, as many as one step can prefill."""
         admitted: list[Sequence] = []
         put_off: set[Sequence] = set()
-        coming = {each for sequence in self._prefilling() for each in self._uncached(sequence)}
+        coming = {each for sequence in self.prefilling() for each in self._uncached(sequence)}
         while (
             self._free_slots
-            and len(self._prefilling()) < self._planner.shapes.max_rows
+            and len(self.prefilling()) < self._planner.shapes.max_rows
             and len(put_off) < self._planner.shapes.max_rows
             and (sequence := candidate or self._next_waiting(put_off))
         ):
@@ -603,11 +609,8 @@ class DataParallelScheduler:
         """
         rows = max(len(output.decode) for output in scheduled)
         if decode_seconds:
-            steps = max(output.num_steps for output in scheduled)
-            self._planner.decoded(decode_seconds / steps, rows)
-        if mixed_seconds and (
-            shape := next((each.shape for each in scheduled if each.shape), None)
-        ):
+            self._planner.decoded(decode_seconds / num_decode_steps(scheduled), rows)
+        if mixed_seconds and (shape := prefill_shape(scheduled)):
             tokens = max(sum(chunk.length for chunk in output.prefill) for output in scheduled)
             self._planner.mixed(shape, tokens, rows, mixed_seconds)
 
@@ -623,6 +626,6 @@ class DataParallelScheduler:
 
     def _allows_drafts(self) -> bool:
         # Beside prompts, rows without drafts cost next to nothing: all is computed in one pass.
-        if any(rank.prefilling for rank in self._ranks):
+        if any(rank.prefilling() for rank in self._ranks):
             return False
         return self._speculator.allows(max(rank.num_decoding() for rank in self._ranks))

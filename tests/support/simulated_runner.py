@@ -23,7 +23,7 @@ from inferneo_jax.request import (
 )
 from inferneo_jax.runner.runner import StepResults
 from inferneo_jax.scheduler.prefill import PrefillShapes, PrefillTimes, Shape
-from inferneo_jax.scheduler.scheduler import SchedulerOutputs
+from inferneo_jax.scheduler.scheduler import SchedulerOutputs, num_decode_steps, prefill_shape
 
 PADDING = 0.125
 SHAPES = PrefillShapes.of((32, 128, 256), slots=16, overhead=32, padding=PADDING)
@@ -68,7 +68,7 @@ class SimulatedStep:
         decodes = any(rank.decode for rank in self.scheduled)
         prefills = any(rank.prefill for rank in self.scheduled)
         ids: Any = np.ones(16 * len(self.scheduled), np.int32)
-        steps = max(rank.num_steps for rank in self.scheduled)
+        steps = num_decode_steps(self.scheduled)
         decoded = np.tile(ids[:, None], steps) if steps > 1 else ids
         return StepResults(
             Sampled(decoded, None, None) if decodes else None,
@@ -145,10 +145,10 @@ class SimulatedRunner:
         self.steps.append(scheduled)
         started = decoded = max(self._device_free, self.now)
         if any(rank.decode for rank in scheduled):
-            steps = max(rank.num_steps for rank in scheduled)
+            steps = num_decode_steps(scheduled)
             decoded += steps * self.speed.decode * self.speed.noise()
         ended = decoded
-        if shape := next((rank.shape for rank in scheduled if rank.shape), None):
+        if shape := prefill_shape(scheduled):
             tokens = max(sum(chunk.length for chunk in rank.prefill) for rank in scheduled)
             cost = self.shapes.cost(shape, tokens)
             ended += self.speed.prefill(cost) * self.speed.noise()

@@ -1,5 +1,6 @@
 """Paged attention on NVIDIA GPUs: only live pages are read, and in place."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxtyping import Array, Float
@@ -33,10 +34,15 @@ class GpuPagedAttention(PagedAttention):
         variant: AttentionVariant = PLAIN,
     ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
         """Softmax of scaled products over the keys that each token sees."""
-        if cache.keys.dtype.itemsize == 1 and cache.keys.size >= 2**31:
-            # Up to 4 GiB an array is indexed by signed 32-bit integers, which such a one overflows.
-            return super().attend(queries, cache, metadata, variant)
-        return triton.attend(queries, cache, metadata, variant, interpret=self.interpret)
+        if kernel := self._kernel(queries.shape[1] * queries.shape[3], cache):
+            return kernel(queries, cache, metadata, variant, interpret=self.interpret)
+        return super().attend(queries, cache, metadata, variant)
+
+    def _kernel(self, query_rows: int, cache: LayerCache) -> Callable[..., Array] | None:
+        """The kernel for so many query rows of a KV head; None: there is none."""
+        # Up to 4 GiB an array is indexed by signed 32-bit integers, which such a one overflows.
+        overflows = cache.keys.dtype.itemsize == 1 and cache.keys.size >= 2**31
+        return None if overflows else triton.attend
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,7 @@ class HopperPagedAttention(GpuPagedAttention):
     A row's positions must be consecutive.
     """
 
-    def attend(
-        self,
-        queries: Float[Array, "rows tokens kv_heads group head_dim"],
-        cache: LayerCache,
-        metadata: AttentionMetadata,
-        variant: AttentionVariant = PLAIN,
-    ) -> Float[Array, "rows tokens kv_heads group head_dim"]:
-        """Softmax of scaled products over the keys that each token sees."""
-        query_rows = queries.shape[1] * queries.shape[3]
-        if not mosaic.fits(self.head_dim, self.page_len, cache.keys.dtype, query_rows):
-            return super().attend(queries, cache, metadata, variant)
-        return mosaic.attend(queries, cache, metadata, variant, interpret=self.interpret)
+    def _kernel(self, query_rows: int, cache: LayerCache) -> Callable[..., Array] | None:
+        if mosaic.fits(self.head_dim, self.page_len, cache.keys.dtype, query_rows):
+            return mosaic.attend
+        return super()._kernel(query_rows, cache)

@@ -23,6 +23,7 @@ from inferneo_jax.weights.convert import convert
 from server.process.child import OURS, Child
 from tests.accelerators.gpu import Report
 from tests.accelerators.gpu_steps import LLAMA_8B, TOY
+from tests.support.model_files import llama_config
 from tests.support.paths import FAMILIES, ROOT
 
 _BLOCK = 2**22
@@ -39,14 +40,7 @@ def write_random_model(folder: Path, model: DecoderConfig) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(source / name, folder / name)
     config = json.loads((source / "config.json").read_text())
-    config |= {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.mlp_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
+    config |= llama_config(model) | {
         "max_position_embeddings": 8192,
         "rope_theta": model.rope_theta,
         "rope_scaling": None,

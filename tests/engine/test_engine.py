@@ -27,6 +27,7 @@ from tests.support.tiny_model import (
     MakeEngine,
     close,
     close_all,
+    close_when_preempted,
     mixed,
     prompt,
     running_engine,
@@ -108,14 +109,7 @@ def test_seeds_repeat_and_differ(tiny_engine: MakeEngine) -> None:
 
 @with_kernels
 def test_preempted_equals_undisturbed(tiny_engine: MakeEngine, kernels: str) -> None:
-    roomy, cramped = (tiny_engine(kernels=kernels, kv_tokens=tokens) for tokens in (160, 64))
-    prompts = [prompt(8 + i, seed=i) for i in range(4)]
-    fields = [{"sampling": SamplingParams(seed=i), "logprobs": 1} for i in range(4)]
-    expected = [submit(roomy, p, 30, **f).wait() for p, f in zip(prompts, fields, strict=True)]
-    squeezed = [submit(cramped, p, 30, **f) for p, f in zip(prompts, fields, strict=True)]
-    for a, b in zip(expected, squeezed, strict=True):
-        close(a, b)
-    assert cramped.stats().preemptions > 0
+    close_when_preempted(*(tiny_engine(kernels=kernels, kv_tokens=tokens) for tokens in (160, 64)))
 
 
 def test_the_least_urgent_is_preempted(tiny_engine: MakeEngine) -> None:

@@ -25,6 +25,7 @@ from inferneo_jax.planner.planner import make_plan
 from inferneo_jax.runner.capacity import cache_budget
 from inferneo_jax.sharding.mesh import make_mesh
 from server.cli.main import app
+from tests.support.model_files import llama_config
 from tests.support.paths import ROOT
 from tests.support.tiny_model import TINY
 
@@ -41,19 +42,8 @@ def _cli(*arguments: str) -> dict[str, Any]:
 
 def _config(folder: Path, model: DecoderConfig, **changes: Any) -> Path:
     """The config.json of a model of these sizes."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.mlp_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "max_position_embeddings": model.context_length,
-    }
     file = folder / "config.json"
-    file.write_text(json.dumps(config | changes))
+    file.write_text(json.dumps(llama_config(model) | changes))
     return file
 
 

@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 
 from inferneo_jax.config import MeshShape
-from inferneo_jax.request import SamplingParams
 from inferneo_jax.runner.runner import PendingStep, Runner
 from inferneo_jax.scheduler.scheduler import SchedulerOutputs
 from tests.support.simulated_runner import Simulation, Speed
 from tests.support.tiny_model import (
     MakeEngine,
-    close,
     close_all,
+    close_when_preempted,
     mixed,
     prompt,
     submit,
@@ -73,14 +72,7 @@ def test_a_stop_token_among_them_ends_the_request(together: MakeEngine) -> None:
 def test_where_blocks_are_short_steps_are_fewer_and_tokens_the_same(
     tiny_engine: MakeEngine, together: MakeEngine
 ) -> None:
-    prompts = [prompt(8 + i, seed=i) for i in range(4)]
-    fields = [{"sampling": SamplingParams(seed=i), "logprobs": 1} for i in range(4)]
-    roomy, cramped = tiny_engine(), together(kv_tokens=64)
-    expected = [submit(roomy, p, 30, **f).wait() for p, f in zip(prompts, fields, strict=True)]
-    squeezed = [submit(cramped, p, 30, **f) for p, f in zip(prompts, fields, strict=True)]
-    for a, b in zip(expected, squeezed, strict=True):
-        close(a, b)
-    assert cramped.stats().preemptions > 0
+    close_when_preempted(tiny_engine(), together(kv_tokens=64))
 
 
 def test_an_abort_among_them_leaves_no_trace(together: MakeEngine) -> None:

@@ -17,12 +17,24 @@ from inferneo_jax import (
     EngineStoppedError,
     GenerationOutput,
     GenerationRequest,
+    ModelInfo,
     RequestError,
     Tokenizer,
     TokenLogprob,
 )
 
 TIMEOUT = 10.0
+INFO = ModelInfo(
+    dtype="float32",
+    quantization="none",
+    kv_dtype="float32",
+    kernels="xla",
+    mesh="data=1,model=1",
+    device="cpu",
+    weight_bytes=1024,
+    cache_bytes=4096,
+)
+"""Of the models that a fake stands for."""
 Script = Callable[[GenerationRequest], Sequence[int]]
 
 

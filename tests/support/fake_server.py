@@ -13,11 +13,11 @@ import tokenizers
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
-from inferneo_jax import EmbeddingModel, LanguageModel, ModelInfo, Tokenizer
+from inferneo_jax import EmbeddingModel, LanguageModel, Tokenizer
 from server.app import create_app
 from server.config.settings import Settings
 from server.models.sources import Loader
-from tests.support.fake_engine import TIMEOUT, FakeEmbedder, FakeEngine, writes
+from tests.support.fake_engine import INFO, TIMEOUT, FakeEmbedder, FakeEngine, writes
 from tests.support.raw_http import parse_stream
 
 CHAT, EMBED = "org/tiny-chat", "tiny-embed"
@@ -115,16 +115,6 @@ class Rig:
 def models_of(
     engine: FakeEngine, embedder: FakeEmbedder, tokenizer: Tokenizer
 ) -> dict[str, Callable[[], Any]]:
-    info = ModelInfo(
-        dtype="float32",
-        quantization="none",
-        kv_dtype="float32",
-        kernels="xla",
-        mesh="data=1,model=1",
-        device="cpu",
-        weight_bytes=1024,
-        cache_bytes=4096,
-    )
     return {
         CHAT: lambda: LanguageModel(
             name=CHAT,
@@ -132,7 +122,7 @@ def models_of(
             tokenizer=tokenizer,
             engine=engine,
             max_len=engine.max_len,
-            info=info,
+            info=INFO,
         ),
         EMBED: lambda: EmbeddingModel(
             name=EMBED,
@@ -140,7 +130,7 @@ def models_of(
             tokenizer=tokenizer,
             embedder=embedder,
             max_len=embedder.max_tokens,
-            info=dataclasses.replace(info, kv_dtype="", cache_bytes=0),
+            info=dataclasses.replace(INFO, kv_dtype="", cache_bytes=0),
         ),
     }
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from inferneo_jax.config import DecoderConfig
 from inferneo_jax.models.families import find_family
 from tests.support.block_files import rows_like
 
@@ -112,6 +113,21 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     """The order in which llama.cpp's converter writes the rows of queries and keys."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def llama_config(model: DecoderConfig) -> dict[str, Any]:
+    """What a Llama's config.json says of these sizes."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.mlp_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.context_length,
+    }
 
 
 def write_gguf(

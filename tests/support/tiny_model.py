@@ -255,6 +255,15 @@ def mixed(engine: Engine, *, together: bool = True) -> list[Collected]:
     return [each.wait() for each in found]
 
 
+def close_when_preempted(roomy: Engine, cramped: Engine) -> None:
+    """Requests that give way to each other are answered as those that have room."""
+    prompts = [prompt(8 + i, seed=i) for i in range(4)]
+    fields = [{"sampling": SamplingParams(seed=i), "logprobs": 1} for i in range(4)]
+    expected = [submit(roomy, p, 30, **f).wait() for p, f in zip(prompts, fields, strict=True)]
+    close_all(expected, [submit(cramped, p, 30, **f) for p, f in zip(prompts, fields, strict=True)])
+    assert cramped.stats().preemptions > 0
+
+
 def close_all(some: list[Collected], others: list[Collected]) -> None:
     """Each of them equals its counterpart."""
     for a, b in zip(some, others, strict=True):

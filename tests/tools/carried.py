@@ -26,7 +26,6 @@ import psutil
 from inferneo_jax import (
     EngineProcess,
     LanguageModel,
-    ModelInfo,
     Tokenizer,
     checkpoint_path,
     default_checkpoints_dir,
@@ -37,8 +36,9 @@ from inferneo_jax.models.steps import Sampled
 from inferneo_jax.request import RequestLimits
 from inferneo_jax.runner.runner import StepResults
 from inferneo_jax.scheduler.prefill import PrefillShapes, PrefillTimes, Shape
-from inferneo_jax.scheduler.scheduler import SchedulerOutputs
+from inferneo_jax.scheduler.scheduler import SchedulerOutputs, num_decode_steps
 from server.process.child import LISTENER, Child
+from tests.support.fake_engine import INFO
 from tests.support.server_process import environment
 
 NAME, SLOTS = "instant", 256
@@ -57,7 +57,7 @@ class _Step:
 
     def wait(self) -> StepResults:
         time.sleep(max(0.0, self.ends - time.perf_counter()))
-        steps = max(rank.num_steps for rank in self.scheduled)
+        steps = num_decode_steps(self.scheduled)
         shape = (SLOTS, steps) if steps > 1 else (SLOTS,)
         ids: Any = np.random.default_rng().integers(32, 127, shape).astype(np.int32)
         decodes = any(rank.decode for rank in self.scheduled)
@@ -106,22 +106,12 @@ def load(*_: Any, **__: Any) -> LanguageModel:
     tokenizer = Tokenizer.from_directory(Path(os.environ[FOLDER]))
     rate, decode_steps = float(os.environ[RATE]), int(os.environ[DECODE_STEPS])
     runner: Any = InstantRunner(tokenizer.vocab_size, rate, decode_steps)
-    info = ModelInfo(
-        dtype="",
-        quantization="",
-        kv_dtype="",
-        kernels="",
-        mesh="",
-        device="",
-        weight_bytes=0,
-        cache_bytes=0,
-    )
     return LanguageModel(
         name=NAME,
         created=0,
         tokenizer=tokenizer,
         max_len=runner.max_len,
-        info=info,
+        info=INFO,
         engine=Engine(runner),
     )
 

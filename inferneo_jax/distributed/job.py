@@ -287,6 +287,7 @@ def accept(listener: socket.socket, config: JobConfig, count: int) -> dict[int, 
                     raise JobError(f"says that it is process {number}, which is not missing")
                 channel.welcome()
                 found[number] = channel
+                pending.remove(channel)  # with the lock held: what is pending at the end is closed
         except JobError as error:
             if not closed:
                 log.warning("refused a connection from %s, which %s", address, error)

@@ -126,7 +126,8 @@ def download(
         futures = [pool.submit(_download, *each, folder, tally) for each in ordered]
         try:
             for future in as_completed(futures):
-                future.result()
+                with contextlib.suppress(CancelledError):  # by the one that ended it, yet to come
+                    future.result()
         except BaseException:
             tally.cancel()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -2,11 +2,16 @@
 
 import dataclasses
 import socket
+import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from inferneo_jax.distributed import job
 from inferneo_jax.distributed.job import Job, accept, connect
+from inferneo_jax.distributed.transport import Kind
 from inferneo_jax.errors import ConfigError, JobError
 from tests.distributed.process_groups import CONFIG, SOON, TOKEN, Threads
 
@@ -37,6 +42,38 @@ def test_followers_join_and_strangers_do_not(
         each.close()
 
 
+class Slow(threading.Condition):
+    """The thread that accepts takes the lock late, and the one that admits takes it again later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._takes: dict[int, int] = {}
+
+    def __enter__(self) -> bool:
+        thread = threading.get_ident()
+        self._takes[thread] = self._takes.get(thread, 0) + 1
+        if thread == threading.main_thread().ident:
+            time.sleep(0.1)
+        elif self._takes[thread] == 2:
+            time.sleep(0.3)
+        return super().__enter__()
+
+
+def test_who_is_admitted_before_anybody_waits_for_it_stays_connected(
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        joining = threads.start(connect, *listener.getsockname(), CONFIG, 1)
+        slow = SimpleNamespace(Condition=Slow, Thread=threading.Thread)
+        monkeypatch.setattr(job, "threading", slow)
+        found = accept(listener, CONFIG, 1)
+        follower = joining.result(SOON)
+    follower.send(Kind.BEAT)
+    assert found[1].receive() == (Kind.BEAT, b"")
+    for each in (found[1], follower):
+        each.close()
+
+
 def test_who_does_not_come_is_named() -> None:
     config = dataclasses.replace(CONFIG, connect_seconds=0.1)
     with (
@@ -54,12 +91,12 @@ def test_only_process_0_serves(leads: bool, number: int) -> None:
 
 
 def test_a_job_runs_one_language_model() -> None:
-    job = Job(CONFIG, leads=True)
-    job.take("one")
+    one = Job(CONFIG, leads=True)
+    one.take("one")
     with pytest.raises(ConfigError, match="runs one language model: one or two"):
-        job.take("two")
-    assert job.lost is None
-    job.end()
+        one.take("two")
+    assert one.lost is None
+    one.end()
 
 
 @pytest.mark.parametrize(

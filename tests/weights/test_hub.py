@@ -3,6 +3,7 @@ import hashlib
 import json
 import random
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from inferneo_jax.weights.catalog import (
     remove_checkpoint,
 )
 from inferneo_jax.weights.checkpoint import read_info
+from inferneo_jax.weights.download import RemoteFile, Tally, download
 from inferneo_jax.weights.fetch import pull
 from inferneo_jax.weights.hub import HubFile
 from tests.support.fake_hub import hub
@@ -350,3 +352,31 @@ def test_files_are_downloaded_several_at_a_time_and_end_together(made, hub, tmp_
     assert kept >= counts[-1]
     hub.seconds_per_piece = 0.0
     read_info(pull("org/name", tmp_path / "store"))
+
+
+def test_a_download_ends_with_the_error_of_whoever_ended_it(tmp_path):
+    ended = threading.Event()
+
+    class Waits:
+        """A source whose first file takes a while to be closed, and whose second ends meanwhile."""
+
+        def cached(self, file):
+            return None
+
+        def read(self, file, offset, scratch, arrived):
+            try:
+                if file.path == "second":
+                    ended.wait(5)
+                yield bytes(file.size)
+            finally:
+                if file.path == "first":
+                    ended.set()
+                    time.sleep(0.2)
+
+    def watch(stage, done, total):
+        raise KeyboardInterrupt
+
+    names = ("first", "second")
+    files = [(RemoteFile(path=name, size=10, digest=""), [Waits()]) for name in names]
+    with pytest.raises(KeyboardInterrupt):
+        download(files, tmp_path, Tally(watch, 20))

@@ -30,7 +30,7 @@ from tests.accelerators.bench_cpu_steps import Steps, load, median
 
 _STEPS = 20
 _CALL = re.compile(
-    r'%(\S+) = .*? custom-call\(.*custom_call_target="\w*?_(linear|feed|attention|take)_'
+    r'%(\S+) = .*? custom-call\(.*custom_call_target="\w*?_(linear|feed|attention|take)[_"]'
 )
 _OPERATION = re.compile(r"%(\S+) = ")
 _CONTAINERS = re.compile(r"^(call|while|conditional|cond)\b")

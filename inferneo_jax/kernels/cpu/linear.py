@@ -24,15 +24,13 @@ from inferneo_jax.layers.quantization import (
     RowFunction,
     Stored,
 )
+from inferneo_jax.platform import huge_pages
 
 _BLOCK = 32
 """Outputs that are stored side by side."""
 
 _SPAN = 64
 """Inputs that kernels read at a time."""
-
-_ALIGNMENT = 64
-"""Bytes. From an address that is a multiple of it, jax takes an array without a copy."""
 
 
 class Superblock(NamedTuple):
@@ -120,7 +118,7 @@ class BlockQuantized(QuantizationMethod):
             matrix = matrix.astype(np.float32)
         inputs, outputs = matrix.shape
         (part,) = self._parts(outputs)
-        encoded = _aligned(_shape(part, inputs))
+        encoded = _allocate(_shape(part, inputs))
         self._encode(
             "encode_floats",
             _FLOATS[matrix.dtype.name],
@@ -156,7 +154,7 @@ class BlockQuantized(QuantizationMethod):
             ]
         )
         size = FORMATS[rows.part.format]
-        encoded = _aligned(_shape(rows.part, row_bytes * size.inputs // size.file_bytes))
+        encoded = _allocate(_shape(rows.part, row_bytes * size.inputs // size.file_bytes))
         self._encode(
             "encode_rows",
             _NUMBERS[rows.part.format],
@@ -294,9 +292,5 @@ def _places(*matrices: tuple[BlockPart, ...]) -> dict[str, np.ndarray]:
     return {"formats": np.array(formats, np.int64), "runs": np.array(runs, np.int64).reshape(-1)}
 
 
-def _aligned(shape: tuple[int, ...]) -> HostArray:
-    """An array of bytes that jax takes as it is."""
-    size = math.prod(shape)
-    room = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    return room[start : start + size].reshape(shape)
+def _allocate(shape: tuple[int, ...]) -> HostArray:
+    return huge_pages.allocate(math.prod(shape)).reshape(shape)

@@ -1,0 +1,50 @@
+"""Memory of weights, in huge pages."""
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from inferneo_jax.platform import huge_pages
+
+
+@pytest.mark.parametrize("has_huge_pages", [True, False])
+def test_what_several_threads_take_is_aligned_and_apart(
+    has_huge_pages: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages, "_HUGE_PAGES", has_huge_pages and huge_pages._HUGE_PAGES)
+    monkeypatch.setattr(huge_pages, "_REGION", 1 << 16)
+    regions = huge_pages._Regions()
+    sizes = [1, 63, 64, 65, 5000, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 3_000_000] * 20
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(regions.take, sizes))
+    for number, part in enumerate(parts):
+        part[:] = number % 251
+    for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        assert part.shape == (size,)
+        assert part.ctypes.data % huge_pages.ALIGNMENT == 0
+        assert (part == number % 251).all()
+
+
+def test_a_region_is_given_back_with_its_last_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = []
+
+    def keep(size: int) -> np.ndarray:
+        room = np.empty(size, np.uint8)
+        mapped.append(weakref.ref(room))
+        return room[:]
+
+    monkeypatch.setattr(huge_pages, "_map", keep)
+    monkeypatch.setattr(huge_pages, "_REGION", 100)
+    regions = huge_pages._Regions()
+    parts = [regions.take(size) for size in (30, 30, 90)]
+    assert len(mapped) == 2
+    del parts[0]
+    gc.collect()
+    assert mapped[0]() is not None
+    del parts[0]
+    gc.collect()
+    assert mapped[0]() is None
+    assert mapped[1]() is not None

@@ -1,10 +1,10 @@
 # The server as an image: docs/deploy/README.md. `make image` builds it with the labels filled in.
 #
-#   EXTRAS    extras of pyproject.toml, with commas between: cuda12 | tpu, ray, ...
+#   EXTRAS    extras of pyproject.toml, with commas between: cuda12 | cuda13 | tpu, ray, ...
 #   PACKAGES  further Debian packages, with blanks between: wget for KubeRay's probes
 #   VERSION   of inferneo_jax/version.py, REVISION of git: for the labels
-#   PYTHON    tag of the base image: the Python and the Debian that the tests run on
-ARG PYTHON=3.11-slim-bookworm
+#   PYTHON    tag of the base image: the Debian that the tests run on, and a Python for which JAX has its newest version
+ARG PYTHON=3.12-slim-bookworm
 
 FROM python:${PYTHON} AS build
 ARG EXTRAS="" VERSION=dev

@@ -5,7 +5,7 @@ every head size and dtype, that the cache is updated in place and how many regis
 Nothing is run. In an environment of its own, with the repository's root as working directory:
 
     python3 -m venv /tmp/h100
-    /tmp/h100/bin/pip install -e . "jax-cuda12-plugin>=0.10.2,<0.11" nvidia-cuda-nvcc-cu12
+    /tmp/h100/bin/pip install -e '.[plan-cuda]'
     /tmp/h100/bin/python tests/accelerators/compile_h100.py
 
 jax-cuda12-pjrt comes with the plugin. Arguments choose among dtypes: ``bfloat16 int8 float32``.

@@ -82,6 +82,12 @@ sys.exit(asked.returncode)
     assert (done.returncode == 0) is healthy
 
 
+def test_the_image_has_a_python_that_has_the_newest_jax() -> None:
+    (tag,) = re.findall(r"^ARG PYTHON=(.*)$", DOCKERFILE, re.MULTILINE)
+    major, minor = map(int, re.findall(r"^(\d+)\.(\d+)-slim-", tag)[0])
+    assert (major, minor) >= (3, 12)
+
+
 def test_an_image_is_not_built_under_another_version() -> None:
     (written,) = re.findall(r"^RUN (written=.*)$", DOCKERFILE, re.MULTILINE)
     for version, good in ((__version__, True), ("dev", True), ("0.0.0", False)):

@@ -138,6 +138,22 @@ def test_collectives_are_found_with_what_they_send() -> None:
     assert found[0].sent_bytes == 2 * 3 / 4 * 4 * 256 * 4
 
 
+@pytest.mark.parametrize(
+    ("groups", "participants"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,4]<=[8]", 4),
+        ("mesh['data'=2,'model'=4] {'model'}", 4),
+        ("mesh['data'=2,'model'=4], device_ids=([4,2]T(1,0)) {'data','model'}", 8),
+        ("mesh['data'=2,'model'=4] {'data','model':(2)2}", 4),
+    ],
+)
+def test_groups_of_a_collective_are_read_in_every_form(groups: str, participants: int) -> None:
+    operation = f"all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add"
+    program = Program(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %r = f32[8]{{0}} {operation}\n}}")
+    assert [each.participants for each in program.collectives()] == [participants]
+
+
 @pytest.mark.parametrize("text", ["v5e", "v5e:", "v9:2x2", "v5e:2x", "v5e:0x2", "v5e:2x2x2x2"])
 def test_what_is_no_topology_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="write chip:shape, as v5e:2x4"):

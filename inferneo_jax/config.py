@@ -239,22 +239,22 @@ class EngineConfig:
     page_len: int | None = None
     kv_tokens: int | None = None
     prefill_chunks: tuple[int, ...] = (32, 128, 256)
-    # No program depends on it, and what is compiled is found again by this ``repr``.
+    # No program depends on a field without ``repr``; by the others a compiled one is found again.
     itl_budget: float = field(default=50.0, repr=False)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Literal["auto", "xla", "native"] = "auto"
     quantization: Literal["auto", "none", "int8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
     speculation: Literal["auto", "off", "ngram", "model"] = "auto"
-    # As for ``itl_budget``: no program depends on it.
     decode_steps: int | None = field(default=None, repr=False)
     draft_tokens: int = 5
     draft_rows: int = 4
     max_logprobs: int = 20
     max_logit_bias: int = 1024
-    step_seconds: float = 3.0
-    compilation_cache: str | None = None
-    mesh: MeshShape = field(default_factory=MeshShape)
+    step_seconds: float = field(default=3.0, repr=False)
+    compilation_cache: str | None = field(default=None, repr=False)
+    # The mesh that it becomes is known with its devices.
+    mesh: MeshShape = field(default_factory=MeshShape, repr=False)
     row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
 
     def __post_init__(self) -> None:

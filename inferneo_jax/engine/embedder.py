@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ from inferneo_jax.platform.progress import Progress
 from inferneo_jax.platform.watchdog import PATIENCE, Heartbeat
 from inferneo_jax.runner.backends import EncoderBackend
 from inferneo_jax.runner.compile_cache import ExecutableStore
+from inferneo_jax.runner.manifest import compiled_ahead, encoder_facts
 from inferneo_jax.scheduler.packing import Packer
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, weight_shapes
@@ -60,9 +61,22 @@ class Embedder:
     Within a batch, texts are packed one after another, so that no shape depends on their lengths.
     Each data-parallel rank has its own texts. Owners take turns, and so do the requests of each
     owner, so that neither many requests nor a large one delay the others.
+
+    Args:
+        backend: how the encoder runs.
+        weights: of it; their shapes, if only its programs are wanted.
+        config: of the engine.
+
+    Attributes:
+        facts: what its programs depend on.
     """
 
-    def __init__(self, backend: EncoderBackend, weights: list[Array], config: EngineConfig) -> None:
+    def __init__(
+        self,
+        backend: EncoderBackend,
+        weights: list[Array] | list[jax.ShapeDtypeStruct],
+        config: EngineConfig,
+    ) -> None:
         model, quantization, mesh = backend.model, backend.quantization, backend.mesh
         self._step_seconds = config.step_seconds
         self.vocab_size = model.vocab_size
@@ -75,7 +89,9 @@ class Embedder:
         self._packer = Packer(
             self.max_tokens, meshes.parts(mesh, "rows"), quantization.linear.padding_cost
         )
-        self._store = ExecutableStore(config.compilation_cache, mesh, backend)
+        self.facts = encoder_facts(backend, self._packer.sizes)
+        compiled_ahead(config.compilation_cache, self.facts)  # says what does not fit
+        self._store = ExecutableStore(config.compilation_cache, mesh, self.facts)
         self._weight_specs = [
             each.sharding.spec for each in flat(weight_shapes(backend.padded, mesh, quantization))
         ]
@@ -86,17 +102,19 @@ class Embedder:
         self._stopped = self._hung = False
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
 
-    def start(self, progress: Progress | None = None) -> None:
-        """Compile every batch size, then start the thread that serves requests."""
+    def programs(self) -> dict[int, Callable[[], jax.stages.Lowered]]:
+        """The program of every batch size, to be lowered; shapes of the weights are enough."""
         step = self._step()
 
         def lower(size: int) -> jax.stages.Lowered:
             batch = self._packer.empty(size)
             return step.lower(self._weights, batch.tokens, batch.cu_seqlens)
 
-        self._compiled = self._store.compile_all(
-            {size: partial(lower, size) for size in self._packer.sizes}, progress
-        )
+        return {size: partial(lower, size) for size in self._packer.sizes}
+
+    def start(self, progress: Progress | None = None) -> None:
+        """Compile every batch size, then start the thread that serves requests."""
+        self._compiled = self._store.compile_all(self.programs(), progress)
         self._heartbeat = Heartbeat("embedder", self._warm_up(), self._give_up_round)
         self._thread.start()
 

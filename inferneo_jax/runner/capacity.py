@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.platform.memory import free_memory, total_memory
 from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding import mesh as meshes
@@ -62,6 +63,15 @@ def cache_budget(platform: str, *, total: int, free: int) -> int:
         free: bytes that are left once the weights are placed.
     """
     return total // 16 if platform == "cpu" else int(0.9 * free)
+
+
+def measured_cache_budget(mesh: Mesh, weight_bytes: int) -> int:
+    """Bytes of one device here for the KV cache, before ``weight_bytes`` are placed on it."""
+    return cache_budget(
+        mesh.devices.flat[0].platform,
+        total=total_memory() // devices_sharing_memory(mesh),
+        free=free_memory() - weight_bytes,
+    )
 
 
 def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int]:

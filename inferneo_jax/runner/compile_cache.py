@@ -4,15 +4,15 @@ JAX's own persistent cache identifies a program by its lowered form, so each sta
 trace and lower every program to find it. This cache identifies a program by its inputs: the source
 of this package that runs on devices, the versions of JAX and of the device's compiler, the machine,
 the mesh, and the configuration. A program whose inputs are unchanged is loaded as it is.
+
+All of these are known without the devices, so a folder can be filled ahead for devices that are
+elsewhere (``planner/ahead.py``). Such a folder has a ``Manifest``.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import pickle
-import platform
-import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -22,20 +22,22 @@ from typing import Any, TypeVar
 
 import jax
 import jax.monitoring
-import jaxlib.version
 import orjson
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from inferneo_jax.errors import ConfigError
+from inferneo_jax.files import one_line
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.atomic import PARTIAL, write_whole
-from inferneo_jax.platform.devices import cpu_description
 from inferneo_jax.platform.progress import Progress
-from inferneo_jax.platform.source import DEVICE_ROOMS, source_hash
+from inferneo_jax.platform.trusted import distrust
+from inferneo_jax.runner.manifest import digest, manifests
 
 log = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 _from_jax = threading.local()
 """Whether JAX's own cache, if enabled, contained the latest program of this thread."""
@@ -46,26 +48,30 @@ _VALID_SECONDS = 7 * 86_400.0
 """Figures that are older are measured again."""
 _UNUSED_SECONDS = 30 * 86_400.0
 """A file that no start has used for this long is removed."""
-_ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
-"""Environment variables that affect compilation."""
+_FOLDER_MODE = 0o755
 
 
 class ExecutableStore:
     """The executables of one model on one mesh.
 
-    Anyone who can write to the folder can run code in this process, as with JAX's own cache.
+    Anyone who can write to the folder can run code in this process, as with JAX's own cache. So
+    what others than the user and root could have written is compiled anew, not loaded.
 
     Args:
         folder: created if it does not exist; None: nothing is kept.
         mesh: the devices that the programs run on.
-        facts: everything else that the programs depend on. Different facts must have different
-            ``repr``, which must be the same in every process.
+        facts: everything that the programs depend on, as ``manifest.facts_of`` gives it.
     """
 
-    def __init__(self, folder: str | Path | None, mesh: Mesh, *facts: object) -> None:
+    def __init__(self, folder: str | Path | None, mesh: Mesh, facts: Mapping[str, str]) -> None:
         self._folder = Path(folder) if folder else None
         self._devices = [*mesh.devices.flat]
-        self._made_of = "\n".join(map(repr, (*_surroundings(mesh), *facts)))
+        self._facts = dict(facts)
+        self._ahead = {name for each in manifests(folder) for name in each.programs}
+        self._trusted = True
+        if self._folder and self._folder.is_dir() and (why := distrust(self._folder.stat())):
+            self._trusted = False
+            log.warning("no program is loaded from %s, %s", self._folder, why)
 
     def compile_all(
         self, programs: Mapping[K, Callable[[], jax.stages.Lowered]], progress: Progress | None
@@ -73,17 +79,32 @@ class ExecutableStore:
         """Load every program from disk, or else lower and compile it, several at a time."""
 
         def build(key: K) -> jax.stages.Compiled:
-            with compiles.expected():
-                return self._load(key) or self._compile(key, programs[key])
+            return self._load(key) or self._compile(key, programs[key])
 
-        made = {}
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for key, program in zip(programs, pool.map(build, programs), strict=True):
-                made[key] = program
-                if progress:
-                    progress("compile", len(made), len(programs))
+        made = _for_each(programs, build, progress)
         self._remove_unused()
         return made
+
+    def make_all(
+        self, programs: Mapping[K, Callable[[], jax.stages.Lowered]], progress: Progress | None
+    ) -> dict[str, str]:
+        """Compile every program, load none, and keep all; for devices that need not be present.
+
+        Returns:
+            Each program by the name of its file.
+
+        Raises:
+            ConfigError: one of them cannot be kept.
+        """
+
+        def build(key: K) -> str:
+            compiled = programs[key]().compile()
+            try:
+                return self._keep(key, compiled).name
+            except Exception as error:
+                raise ConfigError(f"{key} cannot be kept: {one_line(error)}") from error
+
+        return {file: repr(key) for key, file in _for_each(programs, build, progress).items()}
 
     def measured(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Figures of these programs, in JSON's types, as an earlier start has measured them.
@@ -106,17 +127,29 @@ class ExecutableStore:
         # If XLA:CPU has read a program from a file, it serializes it without its functions.
         if self._folder and not _from_jax.hit:
             try:
-                content = pickle.dumps(serialize_executable.serialize(compiled))
-                write_whole(self._file(key), [content])
+                self._keep(key, compiled)
             except Exception as error:  # noqa: BLE001  (not all platforms can; it is recompiled)
                 log.info("a compiled program is not kept: %s", error)
         return compiled
 
+    def _keep(self, key: Hashable, compiled: jax.stages.Compiled) -> Path:
+        file = self._file(key)
+        # Whatever the umask is, nobody else can write to it.
+        file.parent.mkdir(_FOLDER_MODE, parents=True, exist_ok=True)
+        write_whole(file, [pickle.dumps(serialize_executable.serialize(compiled))])
+        return file
+
     def _load(self, key: Hashable) -> Any:
         """Load the executable from disk; None if there is none, or if it cannot be used."""
+        if not self._trusted:
+            return None
         try:
             file = self._file(key)
-            content = file.read_bytes()
+            with file.open("rb") as opened:
+                if why := distrust(os.fstat(opened.fileno())):
+                    log.warning("%s is not loaded, %s", file, why)
+                    return None
+                content = opened.read()
             with contextlib.suppress(PermissionError):  # the file belongs to another user
                 os.utime(file)
             program, inputs, outputs = pickle.loads(content)  # noqa: S301  (as safe as the folder)
@@ -136,14 +169,13 @@ class ExecutableStore:
     def _file(self, key: Hashable, suffix: str = _SUFFIX) -> Path:
         if self._folder is None:
             raise FileNotFoundError
-        name = hashlib.sha256(f"{self._made_of}\n{key!r}".encode()).hexdigest()
-        return self._folder / f"{name[:40]}{suffix}"
+        return self._folder / f"{digest(self._facts, repr(key))}{suffix}"
 
     def _remove_unused(self) -> None:
         if not self._folder or not self._folder.is_dir():
             return
         for file in self._folder.glob("*"):
-            if file.suffix not in _OURS:
+            if file.suffix not in _OURS or file.name in self._ahead:
                 continue
             try:
                 if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
@@ -152,19 +184,22 @@ class ExecutableStore:
                 continue
 
 
-def _surroundings(mesh: Mesh) -> list[object]:
-    """Everything except the model that the programs depend on."""
-    device = mesh.devices.flat[0]
-    return [
-        source_hash(*DEVICE_ROOMS),
-        (jax.__version__, jaxlib.version.__version__, sys.version),
-        (device.platform, device.device_kind, device.client.platform_version),
-        # Code that was compiled for another CPU may not run on this one.
-        cpu_description() if device.platform == "cpu" else platform.machine(),
-        [os.environ.get(name) for name in _ENVIRONMENT],
-        (mesh.axis_names, mesh.devices.shape, [each.id for each in mesh.devices.flat]),
-        (jax.process_index(), jax.process_count(), jax.device_count()),
-    ]
+def _for_each(
+    programs: Mapping[K, object], build: Callable[[K], T], progress: Progress | None
+) -> dict[K, T]:
+    """What ``build`` makes of every key, several at a time."""
+
+    def announced(key: K) -> T:
+        with compiles.expected():
+            return build(key)
+
+    made = {}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for key, program in zip(programs, pool.map(announced, programs), strict=True):
+            made[key] = program
+            if progress:
+                progress("compile", len(made), len(programs))
+    return made
 
 
 def _note_hit(event: str, **_: object) -> None:

@@ -95,11 +95,18 @@ class ScorePrompt:
     positions: int
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class EmptyCache:
+    """Makes the KV cache of the model, or of the draft model."""
+
+    draft: bool
+
+
 Forward = Decode | Verify | Prefill | Mixed | Draft
 """Programs that leave logits, from which tokens are sampled."""
 Called = Forward | Fill | Admit
 """Programs that the host calls with arguments of its own."""
-Key = Called | Sample | ScorePrompt
+Key = Called | Sample | ScorePrompt | EmptyCache
 """Identifies a compiled program."""
 
 
@@ -175,6 +182,11 @@ class Programs:
     def page_len(self) -> int:
         """Tokens of one page."""
         return self.attention.page_len
+
+    @property
+    def sizes(self) -> dict[str, str]:
+        """What the programs depend on beside the backends and the configuration, by name."""
+        return {"max_len": str(self.max_len), "num_pages": str(self.num_pages)}
 
     @property
     def dp_size(self) -> int:
@@ -292,15 +304,16 @@ class Programs:
             forward += [Draft(bucket)] if self.draft else []
         scored_by = {self.scored_by(key) for key in forward if isinstance(key, Prefill)}
         needed = {*forward, *map(self.sampled_by, forward), *scored_by, *self.fill_keys()}
-        return [key for key in self.all_keys() if key in needed or isinstance(key, Admit)]
+        always = (Admit, EmptyCache)
+        return [key for key in self.all_keys() if key in needed or isinstance(key, always)]
 
     def all_keys(self) -> list[Key]:
         """All programs, those that take longest to compile first."""
-        return [*self.sample_keys(), *self.keys(), *self.score_keys()]
+        return [*self.sample_keys(), *self.keys(), *self.score_keys(), *self.cache_keys()]
 
-    def empty_cache(self) -> Callable[[], KVCache]:
-        """A function that makes the cache of all ranks, where it belongs."""
-        return jax.jit(self._init_cache())
+    def cache_keys(self) -> list[EmptyCache]:
+        """The programs that make the caches."""
+        return [EmptyCache(draft=False), *([EmptyCache(draft=True)] if self.draft else [])]
 
     def _init_cache(self) -> Callable[[], KVCache]:
         parts = meshes.parts(self.mesh, "kv_heads")
@@ -400,9 +413,11 @@ class Programs:
 
     def lower(self, key: Key) -> Any:
         """A program lowered for the mesh's devices; ``compile()`` it."""
-        drafts = isinstance(key, Draft | Fill)
+        drafts = isinstance(key, Draft | Fill) or key == EmptyCache(draft=True)
         runs = self.drafter if drafts else self
         assert runs, "there is no draft model"
+        if isinstance(key, EmptyCache):
+            return jax.jit(runs._init_cache()).lower()
         graphdef, treedef = models.graphdef(runs.backend.padded, runs.backend.quantization)
         sampler = Sampler(num_top=min(self.config.max_logprobs, self.backend.model.vocab_size))
         steps = Steps(

@@ -1,6 +1,7 @@
 """Owns the weights, the cache and the compiled steps of a decoder; only this module runs them."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,18 +21,21 @@ from inferneo_jax.layers.cache import KVCache
 from inferneo_jax.models.steps import Sampled, SlotState
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import (
-    free_memory,
     malloc_trim,
     oom_as_config_error,
     require,
-    total_memory,
 )
 from inferneo_jax.platform.progress import Progress
 from inferneo_jax.platform.watchdog import PATIENCE
 from inferneo_jax.request import RequestLimits
 from inferneo_jax.runner.backends import DecoderBackend, decode_steps
-from inferneo_jax.runner.capacity import cache_budget, devices_sharing_memory, make_programs
+from inferneo_jax.runner.capacity import (
+    devices_sharing_memory,
+    make_programs,
+    measured_cache_budget,
+)
 from inferneo_jax.runner.compile_cache import ExecutableStore
+from inferneo_jax.runner.manifest import compiled_ahead, decoder_facts
 from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.programs import (
     MAX_STOP_IDS,
@@ -60,6 +64,8 @@ from inferneo_jax.scheduler.scheduler import (
 from inferneo_jax.scheduler.speculation import DraftModel, SpeculativeConfig, StepCosts
 from inferneo_jax.sharding import mesh as meshes
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
+
+log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Forward)
 
@@ -243,6 +249,8 @@ class Runner:
             local_bytes(flat(weight_shapes(each.padded, each.mesh, each.quantization)))
             for each in backends
         )
+        facts = decoder_facts(backend, config, draft)
+        self._ahead = compiled_ahead(config.compilation_cache, facts)
         self._programs = make_programs(backend, config, self._cache_budget, draft)
         agree(self._processes, "programs", self._programs.described())
         self.wire = Wire(self._programs) if processes else None
@@ -253,10 +261,10 @@ class Runner:
         self.slots = config.slots // self.dp_size
         self.decode_steps = decode_steps(config, self._mesh)
         self.shapes = self._programs.prefill_shapes
-        self._store = ExecutableStore(config.compilation_cache, self._mesh, self._programs)
+        self._store = ExecutableStore(
+            config.compilation_cache, self._mesh, facts | self._programs.sizes
+        )
         self._inputs = self._programs.inputs
-        drafter = self._programs.drafter
-        self._make_caches = [each.empty_cache() for each in (self._programs, drafter) if each]
         self._compiled: dict[Key, Any] = {}
         self.step_seconds = config.step_seconds
         self.speculation: SpeculativeConfig | None = None
@@ -309,7 +317,7 @@ class Runner:
         what = f"the KV cache of {self.dp_size * tokens} tokens"
         require(self._programs.token_bytes * tokens * devices_sharing_memory(self._mesh), what)
         with compiles.expected(), oom_as_config_error(f"{what} was allocated"):
-            self._cache, *drafter = (make() for make in self._make_caches)
+            self._cache, *drafter = (self._compiled[key]() for key in self._programs.cache_keys())
             self._draft_cache = drafter[0] if drafter else []
             sharding = NamedSharding(self._mesh, meshes.spec("slots"))
             empty = self._programs.place(self._inputs.empty_state(), "slots")
@@ -331,6 +339,8 @@ class Runner:
             ConfigError: there is not enough memory for the cache.
         """
         self._weights, self._draft_weights = weights, list(draft_weights)
+        with compiles.expected():
+            self._compile(self._programs.cache_keys())
         self._allocate()
 
     def compile(self, progress: Progress | None = None) -> None:
@@ -631,9 +641,14 @@ class Runner:
 
     def _cache_budget(self) -> int:
         """Bytes of one device for the KV cache: the minimum over all processes."""
-        mine = cache_budget(
-            self._mesh.devices.flat[0].platform,
-            total=total_memory() // devices_sharing_memory(self._mesh),
-            free=free_memory() - self._weight_bytes,  # not placed yet
-        )
+        mine = measured_cache_budget(self._mesh, self._weight_bytes)
+        if self._ahead and self._ahead.cache_bytes <= mine:
+            mine = self._ahead.cache_bytes
+        elif self._ahead:
+            log.warning(
+                "the programs compiled ahead are for a KV cache of %d bytes on a device, and %d "
+                "are left: programs are compiled anew",
+                self._ahead.cache_bytes,
+                mine,
+            )
         return min(self._processes.exchange("cache budget", mine))

@@ -10,16 +10,25 @@ from server.config.schema import SettingDoc, setting_docs
 
 
 def with_flags(
-    command: Callable[..., None], groups: Collection[str] | None = None
+    command: Callable[..., None], chosen: Collection[str] | None = None
 ) -> Callable[..., None]:
-    """Give a command that takes a ``typer.Context`` the flags of all settings, or of some groups.
+    """Give a command that takes a ``typer.Context`` the flags of all settings, or of some.
 
     Typer reads the flags from the command's signature.
+
+    Args:
+        command: its own parameters come first.
+        chosen: the groups or names of settings; None: all.
     """
+    own = inspect.signature(command, eval_str=True).parameters.values()
     vars(command)["__signature__"] = inspect.Signature(
         [
-            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-            *_parameters(groups),
+            *(
+                each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+                for each in own
+                if each.kind is not inspect.Parameter.VAR_KEYWORD
+            ),
+            *_parameters(chosen),
         ]
     )
     return command
@@ -34,10 +43,10 @@ def given(context: typer.Context) -> dict[str, Any]:
     }
 
 
-def _parameters(groups: Collection[str] | None) -> Iterator[inspect.Parameter]:
+def _parameters(chosen: Collection[str] | None) -> Iterator[inspect.Parameter]:
     for setting in setting_docs():
         has_place = setting.flag or setting.name == "models"
-        if has_place and (groups is None or setting.group in groups):
+        if has_place and (chosen is None or {setting.group, setting.name} & {*chosen}):
             yield _parameter(setting)
 
 

@@ -1,23 +1,21 @@
 """The `inferneo` command."""
 
-import contextlib
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from inferneo_jax import InferneoError, __version__
-from server.cli import keys_cli, plan_cli
+from server.cli import compile_cli, keys_cli, plan_cli
 from server.cli.bench import cli as bench_cli
 from server.cli.chat.cli import chat
 from server.cli.doctor.cli import doctor
 from server.cli.flags import with_flags
 from server.cli.follow import GROUPS, follow
-from server.cli.progress import ModelProgress, TimeLeft, amount
+from server.cli.progress import model_progress
 from server.cli.serve import EPILOG, serve
 from server.config.settings import Settings
 from server.observe.terminal import clean
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 MODELS, SERVE, MEASURE = "Models", "Serve", "Plan and measure"
 
-_LINE_SECONDS = 10.0
 _PIPED_WIDTH = 200  # where no terminal says how wide it is
 _FORMATS = {"orbax": "Orbax", "gguf": "GGUF", "safetensors": "safetensors"}
 
@@ -96,7 +93,7 @@ def pull(
 
     folder = _folder(checkpoints)
     for name in names:
-        with _progress(name) as progress:
+        with model_progress(err, name) as progress:
             path = pull_model(name, folder, progress, announce=_announce)
         out.print(f"{name}: {path}", soft_wrap=True)
 
@@ -135,7 +132,7 @@ def convert(
     source = path.absolute()
     name = name or (source.stem if source.is_file() else source.name)
     destination = checkpoint_path(_folder(checkpoints), name)
-    with _progress(name) as progress:
+    with model_progress(err, name) as progress:
         convert_model(source, destination, progress, quantization=quantization)
     out.print(f"{name}: {destination}", soft_wrap=True)
 
@@ -228,6 +225,9 @@ def rm(
 
 
 # Added here so that help shows them last.
+app.command("compile", epilog=compile_cli.EPILOG, rich_help_panel=MODELS)(
+    with_flags(compile_cli.compile_programs, compile_cli.SETTINGS)
+)
 app.command(rich_help_panel=MEASURE)(plan_cli.plan)
 app.add_typer(bench_cli.app, name="bench", rich_help_panel=MEASURE)
 
@@ -262,28 +262,6 @@ def _announce(offer: "Offer") -> None:
 def _folder(checkpoints: str | None) -> Path:
     """Return the folder of converted models."""
     return Settings.load({"checkpoints": checkpoints} if checkpoints else {}).checkpoints_dir()
-
-
-@contextlib.contextmanager
-def _progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show the progress of one model on stderr: live on a terminal, elsewhere a line each 10 s."""
-    row: dict[str, Any] = {"id": name, "stage": "waiting", "done": 0, "total": 0}
-    left, shown = TimeLeft(), time.monotonic()
-
-    def report(stage: str, done: int, total: int) -> None:
-        nonlocal shown
-        row.update(stage=stage, done=done, total=total)
-        if err.is_terminal:
-            return
-        words = left.after(stage, done, total)
-        if (now := time.monotonic()) > shown + _LINE_SECONDS:
-            shown = now
-            parts = [part for part in (amount(done, total), words) if part]
-            text = clean(f"{name}: {stage} {', '.join(parts)}".rstrip())
-            err.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    with ModelProgress(err, lambda: [row]):
-        yield report
 
 
 def main(command: Callable[[], object] = app) -> None:

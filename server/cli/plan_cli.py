@@ -13,7 +13,7 @@ from rich.text import Text
 from inferneo_jax import ConfigError
 
 if TYPE_CHECKING:
-    from inferneo_jax.config import DecoderConfig
+    from inferneo_jax.config import DecoderConfig, ModelConfig
     from inferneo_jax.planner.planner import Plan, Step
 
 _BAR = 60
@@ -91,6 +91,19 @@ def find_model(name: str) -> "DecoderConfig":
         ConfigError: there is no such model, or it does not generate text.
     """
     from inferneo_jax.config import DecoderConfig
+
+    config = find_config(name)
+    if not isinstance(config, DecoderConfig):
+        raise ConfigError(f"{name} makes embeddings; plans are of models that generate")
+    return config
+
+
+def find_config(name: str) -> "ModelConfig":
+    """Return the configuration of a model by the name that the user gives.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     from inferneo_jax.models.families import find_family
     from inferneo_jax.planner.known import KNOWN
     from inferneo_jax.weights.checkpoint import INFO_FILE, read_info
@@ -100,23 +113,19 @@ def find_model(name: str) -> "DecoderConfig":
         return KNOWN[name]
     path = Path(name)
     if (path / INFO_FILE).is_file():
-        config: Any = read_info(path).config
-    elif path.is_file() and path.suffix.lower() == ".gguf":
-        config = read_model(path).config
-    else:
-        file = path / "config.json" if path.is_dir() else path
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            known = "\n  ".join(KNOWN)
-            raise ConfigError(
-                f"{name} is neither a model that plans know nor the GGUF file, config.json or "
-                f"folder of one ({type(error).__name__}). Known are\n  {known}"
-            ) from None
-        config = find_family(values).read_config(values)
-    if not isinstance(config, DecoderConfig):
-        raise ConfigError(f"{name} makes embeddings; plans are of models that generate")
-    return config
+        return read_info(path).config
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return read_model(path).config
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        known = "\n  ".join(KNOWN)
+        raise ConfigError(
+            f"{name} is neither a model that plans know nor the GGUF file, config.json or "
+            f"folder of one ({type(error).__name__}). Known are\n  {known}"
+        ) from None
+    return find_family(values).read_config(values)
 
 
 def _print(console: Console, model: str, made: "Plan") -> None:

@@ -1,7 +1,8 @@
 """Progress of models on a terminal: a row with a stage and a bar for each."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
@@ -14,6 +15,7 @@ from server.observe.terminal import clean
 
 _BAR, _NAME, _REFRESHES_PER_SECOND = 16, 26, 8
 _MEASURED_SECONDS = 2.0
+_LINE_SECONDS = 10.0
 _MINUTES_FROM, _HOURS_FROM = 90, 5400  # seconds
 _BYTES_FROM = 1_000_000
 _WORDS = {
@@ -57,6 +59,28 @@ def amount(done: int, total: int) -> str:
         return ""
     unit, word = (1_000_000, " MB") if total >= _BYTES_FROM else (1, "")
     return f"{done // unit:,} of {total // unit:,}{word}"
+
+
+@contextmanager
+def model_progress(console: Console, name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress of one model: live on a terminal, elsewhere a line each 10 s."""
+    row: dict[str, Any] = {"id": name, "stage": "waiting", "done": 0, "total": 0}
+    left, shown = TimeLeft(), time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal shown
+        row.update(stage=stage, done=done, total=total)
+        if console.is_terminal:
+            return
+        words = left.after(stage, done, total)
+        if (now := time.monotonic()) > shown + _LINE_SECONDS:
+            shown = now
+            parts = [part for part in (amount(done, total), words) if part]
+            text = clean(f"{name}: {stage} {', '.join(parts)}".rstrip())
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with ModelProgress(console, lambda: [row]):
+        yield report
 
 
 class ModelProgress:

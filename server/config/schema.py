@@ -87,8 +87,9 @@ class ModelSettings(BaseModel):
     )
     compilation_cache: Path | None = Field(
         default=None,
-        description="Folder that keeps compiled programs for the next start. "
-        "Anyone who can write to it can run code in the server.",
+        description="Folder that keeps compiled programs for the next start, or that "
+        "`inferneo compile` made. Anyone who can write to it can run code in the server, so "
+        "nothing is loaded from it if others than the server's user and root can.",
         json_schema_extra=_shown("FOLDER", ".compiled among the checkpoints"),
     )
 

@@ -28,7 +28,7 @@ from inferneo_jax.model import load_weights
 from inferneo_jax.models.steps import SlotState
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
-from inferneo_jax.runner.programs import Decode, Forward, Prefill, Programs
+from inferneo_jax.runner.programs import Decode, EmptyCache, Forward, Prefill, Programs
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
 from inferneo_jax.weights.checkpoint import open_weights, read_info
@@ -76,7 +76,8 @@ class Steps:
 
     def __init__(self, programs: Programs, weights: list[jax.Array]) -> None:
         self.programs, self.weights = programs, weights
-        self.cache, empty = programs.empty_cache()(), programs.inputs.empty_state()
+        self.cache = programs.lower(EmptyCache(draft=False)).compile()()
+        empty = programs.inputs.empty_state()
         shape, size = empty.block_tables.shape, empty.block_tables.size
         self.block_tables = np.arange(1, 1 + size, dtype=np.int32).reshape(shape)
         self.state = empty._replace(block_tables=self.block_tables.copy())

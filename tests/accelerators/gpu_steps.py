@@ -22,7 +22,7 @@ from inferneo_jax.models.steps import SlotState
 from inferneo_jax.planner.budget import work_of
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
-from inferneo_jax.runner.programs import Decode, Forward, Prefill
+from inferneo_jax.runner.programs import Decode, EmptyCache, Forward, Prefill
 from inferneo_jax.sharding import mesh as meshes
 from tests.accelerators.gpu import Report
 
@@ -98,7 +98,7 @@ class Steps:
             _draw(key, each.shape, each.dtype)
             for key, each in zip(keys, self.programs.weights, strict=True)
         ]
-        self.cache = self.programs.empty_cache()()
+        self.cache = self.programs.lower(EmptyCache(draft=False)).compile()()
         empty = self.programs.inputs.empty_state()
         self.tables = np.zeros_like(empty.block_tables)
         rest = np.random.default_rng(0).permutation(np.arange(1, sum(pages) + 1))

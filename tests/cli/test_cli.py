@@ -127,7 +127,17 @@ def test_help_names_every_command_in_its_group(inferneo):
     shown = inferneo("--help").output
     places = [shown.index(f"─ {group} ─") for group in ("Serve", "Models", "Plan and measure")]
     assert places == sorted(places)
-    for command in ("serve", "doctor", "keys", "follow", "pull", "convert", "plan", "bench"):
+    for command in (
+        "serve",
+        "doctor",
+        "keys",
+        "follow",
+        "pull",
+        "convert",
+        "compile",
+        "plan",
+        "bench",
+    ):
         assert f"│ {command} " in shown
 
 

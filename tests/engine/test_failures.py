@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +25,7 @@ from inferneo_jax.model import load_model
 from inferneo_jax.platform import memory
 from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import GenerationOutput, GenerationRequest
+from inferneo_jax.runner.programs import Key
 from inferneo_jax.runner.runner import PendingStep, Runner
 from inferneo_jax.scheduler.scheduler import SchedulerOutputs
 from inferneo_jax.weights.convert import convert
@@ -309,7 +310,10 @@ def test_memory_that_runs_out_is_explained(
     def allocate(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("inferneo_jax.runner.programs.Programs.empty_cache", lambda _: allocate)
+    def compile_all(self: Runner, keys: Iterable[Key], _: object = None) -> None:
+        self._compiled |= dict.fromkeys(keys, allocate)
+
+    monkeypatch.setattr(Runner, "_compile", compile_all)
     with pytest.raises(ConfigError, match=r"memory ran out while the KV cache of"):
         runner()
 

@@ -15,6 +15,7 @@ import pytest
 
 from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.runner.compile_cache import ExecutableStore
+from inferneo_jax.runner.manifest import Manifest, facts_of
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.support.tiny_model import EIGHT_SLOTS, ONE_DEVICE, mixed, running_engine
@@ -28,8 +29,11 @@ def _never() -> jax.stages.Lowered:
     raise AssertionError("lowered again")
 
 
-def _store(folder: Path, *facts: object) -> ExecutableStore:
-    return ExecutableStore(folder, make_mesh(ONE_DEVICE), *facts)
+def _store(
+    folder: Path | None, settings: object = None, shape: MeshShape = ONE_DEVICE
+) -> ExecutableStore:
+    mesh = make_mesh(shape)
+    return ExecutableStore(folder, mesh, facts_of(mesh, settings=settings))
 
 
 def _made_again(store: ExecutableStore, key: str = "double") -> bool:
@@ -66,20 +70,21 @@ def test_what_a_program_is_made_of_tells_it_apart(
     assert not _made_again(_store(tmp_path, EngineConfig(slots=1)))
     assert _made_again(_store(tmp_path, large))
     assert _made_again(_store(tmp_path, small), "another")
-    assert _made_again(ExecutableStore(tmp_path, make_mesh(MeshShape(1, 2)), small))
+    assert _made_again(_store(tmp_path, small, MeshShape(1, 2)))
     monkeypatch.setenv("XLA_FLAGS", "--xla_other")
     assert _made_again(_store(tmp_path, small))
-    monkeypatch.setattr("inferneo_jax.runner.compile_cache.source_hash", lambda *_: "changed")
+    monkeypatch.setattr("inferneo_jax.runner.manifest.source_hash", lambda *_: "changed")
     assert _made_again(_store(tmp_path, small))
 
 
 def test_the_same_is_known_in_another_process(tmp_path: Path) -> None:
     code = (
         "from inferneo_jax.config import *; from inferneo_jax.sharding.mesh import make_mesh; "
-        "from inferneo_jax.runner.compile_cache import ExecutableStore as S;"
+        "from inferneo_jax.runner.manifest import digest, facts_of;"
         "from tests.support.tiny_model import TINY;"
         "from inferneo_jax.models import REFERENCE as R;"
-        "print(S('x', make_mesh(MeshShape(1, 1)), TINY, EngineConfig(), R)._file('key').name)"
+        "facts = facts_of(make_mesh(MeshShape(1, 1)), model=TINY, config=EngineConfig(), other=R);"
+        "print(digest(facts))"
     )
 
     def run(seed: str) -> str:
@@ -116,6 +121,29 @@ def test_what_cannot_be_loaded_is_compiled_again(
     assert [file] == list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("of", ["folder", "file"])
+def test_what_others_could_have_written_is_compiled_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, of: str
+) -> None:
+    assert _made_again(_store(tmp_path))
+    (file,) = tmp_path.iterdir()
+    opened = file if of == "file" else tmp_path
+    opened.chmod(0o777)
+    assert _made_again(_store(tmp_path))
+    assert "to which every user may write; chmod o-w" in caplog.text
+    opened.chmod(0o700)
+    assert not _made_again(_store(tmp_path))
+
+
+def test_a_new_folder_is_for_nobody_else_to_write(tmp_path: Path) -> None:
+    mask = os.umask(0)
+    try:
+        assert _made_again(_store(tmp_path / "new"))
+    finally:
+        os.umask(mask)
+    assert not _made_again(_store(tmp_path / "new"))
+
+
 def test_what_jax_read_from_its_own_cache_is_not_kept(tmp_path: Path) -> None:
     class Known:
         def compile(self) -> jax.stages.Compiled:
@@ -134,14 +162,20 @@ def test_what_nobody_asks_for_is_removed(tmp_path: Path) -> None:
     other = tmp_path / "not-ours"
     other.touch()
     long_ago = time.time() - 40 * 86_400
-    for file in (old, other):
+    assert _made_again(_store(tmp_path, "ahead"))
+    (ahead,) = {*tmp_path.glob("*.executable")} - {old}
+    Manifest(
+        model="", made="", facts={}, libtpu="", cache_bytes=0, programs={ahead.name: "double"}
+    ).write(tmp_path)
+    for file in (old, other, ahead):
         os.utime(file, (long_ago, long_ago))
     assert _made_again(_store(tmp_path, "new"))
     assert not old.exists()
     assert other.exists()
+    assert ahead.exists()
     assert not _made_again(_store(tmp_path, "new"))
 
 
 @pytest.mark.parametrize("folder", [None, Path("/dev/null/nowhere")], ids=["none", "unwritable"])
 def test_programs_are_compiled_where_none_can_be_kept(folder: Path | None) -> None:
-    assert _made_again(ExecutableStore(folder, make_mesh(ONE_DEVICE)))
+    assert _made_again(_store(folder))

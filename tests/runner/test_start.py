@@ -163,7 +163,7 @@ def test_what_was_measured_is_kept_for_a_week(tmp_path: Path) -> None:
     changed = dataclasses.replace(config, prefill_chunks=(8,))
     with pytest.raises(AssertionError, match="measured again"):
         _times_of(make_runner(changed), _never)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.times")
     for damage in (
         b"",
         file.read_bytes()[:-3],

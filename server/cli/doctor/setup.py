@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inferneo_jax import ConfigError, InferneoError
+from inferneo_jax.platform.trusted import distrust
 from inferneo_jax.weights.catalog import checkpoint_path, load_catalog, look
 from server.cli.doctor.finding import Finding, State, existing, in_bytes, size_of
 from server.config.settings import Settings, unknown_variables
@@ -19,7 +20,6 @@ from server.models.sources import Source, draft_source, sources_of
 from server.process.listening import Listener, is_local, listen, url_of
 
 _STALE_SECONDS = 30 * 86_400.0  # as in runner/compile_cache.py, which imports jax
-_OTHERS_WRITE = 0o022
 _OTHERS_READ = 0o077
 
 
@@ -81,9 +81,9 @@ def compiled(read: Settings) -> Iterator[Finding]:
     if place != folder:
         yield Finding(name, "ok", f"{folder} is made at the first start, which takes a minute")
         return
-    if folder.stat().st_mode & _OTHERS_WRITE:
-        text = f"others may write to {folder}, and so run code in the server"
-        yield Finding(name, "problem", text, f"chmod go-w {folder}")
+    if why := distrust(folder.stat()):
+        text = f"no program is loaded from {folder}, {why}: every start compiles all of them"
+        yield Finding(name, "problem", text, "choose another with INFERNEO_COMPILATION_CACHE")
     ages = [time.time() - file.stat().st_mtime for file in folder.iterdir() if file.is_file()]
     stale = sum(age > _STALE_SECONDS for age in ages)
     text = f"{len(ages)} files of {in_bytes(size_of(folder))} at {folder}"

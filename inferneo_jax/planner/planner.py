@@ -6,6 +6,7 @@ the bounds on speed, follow from shapes.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,18 @@ from inferneo_jax.config import MeshShape
 from inferneo_jax.planner.advice import advise, remedies
 from inferneo_jax.planner.budget import Budget, Wish, bound, work_of
 from inferneo_jax.planner.hlo import Collective, Program
-from inferneo_jax.runner.programs import Decode, Forward, Prefill, Programs, num_tokens
+from inferneo_jax.runner.programs import (
+    Decode,
+    Draft,
+    Fill,
+    Forward,
+    Key,
+    Mixed,
+    Prefill,
+    Programs,
+    Verify,
+    num_tokens,
+)
 from inferneo_jax.sharding import mesh as meshes
 
 
@@ -68,6 +80,9 @@ class Plan:
         state_bytes: size of tokens and sampling parameters.
         temporary_bytes: temporary memory of the step that needs the most.
         code_bytes: size of all programs, each counted like the largest of its kind.
+        num_programs: number of programs that a server has there; 0 if the model does not fit.
+        compile_seconds: how long compiling all of them would take on this machine, one after the
+            other, each counted like the one of those compiled here that it resembles most.
         kv_bytes: maximum size of the KV cache; a server takes less if its slots need no more.
         kv_tokens: number of tokens that this KV cache holds, on all chips together.
         steps: the decode and prefill steps; empty if the model does not fit.
@@ -89,6 +104,8 @@ class Plan:
     state_bytes: int
     temporary_bytes: int
     code_bytes: int
+    num_programs: int
+    compile_seconds: float
     kv_bytes: int
     kv_tokens: int
     steps: tuple[Step, ...]
@@ -126,6 +143,8 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         state_bytes=budget.state,
         temporary_bytes=0,
         code_bytes=0,
+        num_programs=0,
+        compile_seconds=0.0,
         kv_bytes=0,
         kv_tokens=0,
         steps=(),
@@ -139,12 +158,18 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     programs = budget.programs()
     kept = programs.all_keys()
     steps, code, temporary = [], 0, 0
+    seconds: dict[type[Key], float] = {}
     decode, prefill = Decode(programs.row_buckets[-1]), Prefill(1, wish.engine.prefill_chunks[-1])
     for key in (decode, prefill):
         progress(f"compiling {_kind(key)} for {wish.topology}")
         parts = key, programs.sampled_by(key)
-        with jax.set_mesh(mesh):
-            compiled = [programs.lower(part).compile() for part in parts]
+        compiled = []
+        for part in parts:
+            started = time.perf_counter()
+            with jax.set_mesh(mesh):
+                compiled.append(programs.lower(part).compile())
+            took = time.perf_counter() - started
+            seconds[type(part)] = max(took, seconds.get(type(part), 0.0))
         steps.append(_read_step(wish, programs, key, compiled))
         for part, program in zip(parts, compiled, strict=True):
             memory = program.memory_analysis()
@@ -160,12 +185,25 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         state_bytes=programs.state_bytes,
         temporary_bytes=temporary,
         code_bytes=code,
+        num_programs=len(kept),
+        compile_seconds=sum(seconds.get(_resembled(each), min(seconds.values())) for each in kept),
         kv_bytes=budget.kv,
         kv_tokens=budget.kv // budget.token_bytes * data,
         missing_bytes=max(0, taken - plan.memory_bytes),
         steps=tuple(steps),
         tokens_per_second=steps[0].tokens / steps[0].seconds,
     )
+
+
+def _resembled(key: Key) -> type[Key]:
+    """The kind of program that takes as long to compile."""
+    match key:
+        case Verify() | Draft():
+            return Decode
+        case Mixed() | Fill():
+            return Prefill
+        case _:
+            return type(key)
 
 
 def _kind(key: Forward) -> str:

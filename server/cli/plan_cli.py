@@ -146,6 +146,10 @@ def _print(console: Console, model: str, made: "Plan") -> None:
         f"KV cache: {made.kv_tokens:,} tokens in all, {made.kv_tokens // made.slots:,} for each of "
         f"{made.slots} requests."
     )
+    console.print(
+        f"{made.num_programs} programs: about {made.compile_seconds:,.0f} s of compiling on this "
+        "machine, one at a time."
+    )
     for step in made.steps:
         console.print(_step(step, made))
     console.print(

@@ -69,6 +69,9 @@ def test_a_plan_counts_two_reductions_a_layer_and_one_for_the_lookup() -> None:
         assert each.participants == 8
     assert counted == {"all-reduce": 2 * TINY.num_layers + 1, "all-gather": 1}
     assert decode.aliased_bytes >= decode.cache_bytes
+    # One each that samples, decodes, prefills, does both, admits, scores and makes the cache.
+    assert plan.num_programs == 7
+    assert plan.compile_seconds > 0.1
     assert (plan.mesh, plan.missing_bytes, plan.dtype) == (MeshShape(1, 8), 0, "float32")
     assert plan.kv_bytes == cache_budget("cpu", total=plan.memory_bytes, free=0)
     assert plan.kv_tokens > 10**6
@@ -200,6 +203,7 @@ def test_the_command_prints_memory_and_a_bound(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     for words in (
         "one chip, 17.18 GB",
+        " programs: about ",
         "weights",
         "KV cache:",
         "5 x all-reduce",

@@ -5,6 +5,7 @@
 #   make check            install, lint, check types, run the quick tests; run this before each commit
 #   make test             the same with every test
 #   make test-gpu         run the script of a GPU's first minutes at toy sizes, for some minutes
+#   make test-newest      run the engine's, kernels' and plan's tests with the newest JAX, on a Python that has it
 #   make docs             regenerate docs/reference from the schemas
 #   make image            build a Docker image of the server; EXTRAS=cuda12 for NVIDIA GPUs: docs/deploy
 #   make hooks            check every commit before it is made, by .pre-commit-config.yaml
@@ -31,7 +32,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; \
 	done)
 
-.PHONY: serve check test test-gpu test-clients frameworks lint conflicts types docs screenshots install image hooks clean
+.PHONY: serve check test test-gpu test-newest test-clients frameworks lint conflicts types docs screenshots install image hooks clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -47,6 +48,28 @@ test: lint types
 
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/pytest -m dry_run tests/accelerators
+
+# JAX's newest version needs a newer Python than ours must. Where the Python above is that new, `make test` has it already.
+NEWEST_SINCE := (3, 12)
+NEWEST := .venv-newest
+PYTHON_NEWEST ?= $(shell for p in python3.12 python3.13 python3.14 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3; do \
+	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < $(NEWEST_SINCE))' >/dev/null 2>&1 && echo $$p && break; \
+	done)
+# What a version of JAX may change: numbers, what is compiled and kept, what is read off it. The CPU's kernels are C++ that the
+# engine's tests run too, and the others' windows and soft caps are left to `make test`.
+NEWEST_TESTS := tests/engine/test_engine.py tests/kernels tests/layers tests/planner \
+	tests/runner/test_dispatch.py tests/runner/test_executables.py tests/runner/test_flags.py
+NEWEST_NOT := every_variant or dtype_and_variant or test_kernels_cpu
+
+test-newest:
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < $(NEWEST_SINCE))' 2>/dev/null; then \
+		echo "test-newest: skipped, because $(PYTHON) has the newest JAX, and make test runs with it"; \
+	elif [ -z "$(PYTHON_NEWEST)" ]; then \
+		echo "test-newest: skipped, because no Python 3.12 or newer was found; name one with PYTHON_NEWEST=..."; \
+	else \
+		$(MAKE) VENV=$(NEWEST) PYTHON=$(PYTHON_NEWEST) $(NEWEST)/.installed-test && \
+		$(NEWEST)/bin/pytest -k "not ($(NEWEST_NOT))" $(PARALLEL) $(NEWEST_TESTS); \
+	fi
 
 # The frameworks need an environment of their own: tests/clients/frameworks/requirements.txt says why.
 FRAMEWORKS := tests/clients/frameworks
@@ -117,4 +140,4 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(FRAMEWORKS)/.venv
+	rm -rf $(VENV) $(NEWEST) $(FRAMEWORKS)/.venv

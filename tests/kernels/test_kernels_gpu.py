@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 from inferneo_jax.kernels.gpu.attention import GpuPagedAttention
 from inferneo_jax.kernels.gpu.work import Shares, Work, list_work, share_out
@@ -238,8 +238,12 @@ def test_lowers_to_triton_without_a_gpu(head_dim: int, dtype: np.dtype) -> None:
         attend = partial(
             attention.attend, variant=VARIANTS["all"]._replace(sinks=jnp.zeros((3, 3)))
         )
-        traced = jax.jit(attend).trace(queries, LayerCache(pages, pages), metadata)
-        assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        # Since jax 0.11, this must be told which GPU it is for.
+        ada = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA L4", None, "gpu"))
+        with use_abstract_mesh(ada):
+            traced = jax.jit(attend).trace(queries, LayerCache(pages, pages), metadata)
+            lowered = traced.lower(lowering_platforms=("cuda",))
+        assert "xla.gpu.triton" in lowered.as_text()
 
 
 def test_an_array_whose_offsets_overflow_is_left_to_the_reference() -> None:

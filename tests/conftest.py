@@ -62,8 +62,18 @@ REAL_SERVER = (
 """Files whose tests share a server of the real models: one worker takes them all and starts it."""
 LONG = (
     *REAL_SERVER,
-    "tests/kernels/test_kernels_tpu.py",
+    "tests/runner/test_start.py",
     "tests/sharding/test_meshes.py",
+    "tests/scheduler/test_draft_model.py",
+    "tests/models/test_real_models.py",
+    "tests/scheduler/test_decode_steps.py",
+    "tests/process/test_engine_process.py",
+    "tests/runner/test_executables.py",
+    "tests/kernels/test_kernels_gpu_hopper.py",
+    "tests/engine/test_engine.py",
+    "tests/models/test_block_formats.py",
+    "tests/kernels/test_kernels_cpu_emulated.py",
+    "tests/kernels/test_kernels_tpu.py",
     "tests/docs/test_notebooks.py",
     "tests/distributed/test_multihost.py",
     "tests/web/test_page_hostile.py",
@@ -112,8 +122,10 @@ def tiny_runner() -> Callable[..., Runner]:
     made: dict[EngineConfig, Runner] = {}
 
     def make(**changes: object) -> Runner:
-        native = changes.get("kernels") == "native"
-        config = dataclasses.replace(NATIVE_ENGINE if native else TINY_ENGINE, **changes)
+        # Programs are found again by what is asked for: "auto", which is the same, would be others.
+        kernels = {"kernels": "xla"} | changes
+        native = kernels["kernels"] == "native"
+        config = dataclasses.replace(NATIVE_ENGINE if native else TINY_ENGINE, **kernels)
         if config not in made:
             model = NATIVE if native else TINY
             made[config] = compiled(make_runner(config, model))

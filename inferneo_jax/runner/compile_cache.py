@@ -44,6 +44,11 @@ _from_jax = threading.local()
 
 _SUFFIX, _TIMES_SUFFIX = ".executable", ".times"
 _OURS = (_SUFFIX, _TIMES_SUFFIX, PARTIAL)
+_WHICH = {
+    f"settings.{name}" for name in ("speculation", "draft_tokens", "draft_rows", "prefill_chunks")
+}
+"""Settings that decide which programs there are. No program depends on them but by its key, so that
+a start with others loads what it has in common with an earlier one; what is measured does."""
 _VALID_SECONDS = 7 * 86_400.0
 """Figures that are older are measured again."""
 _UNUSED_SECONDS = 30 * 86_400.0
@@ -169,7 +174,10 @@ class ExecutableStore:
     def _file(self, key: Hashable, suffix: str = _SUFFIX) -> Path:
         if self._folder is None:
             raise FileNotFoundError
-        return self._folder / f"{digest(self._facts, repr(key))}{suffix}"
+        facts = self._facts
+        if suffix == _SUFFIX:
+            facts = {name: fact for name, fact in facts.items() if name not in _WHICH}
+        return self._folder / f"{digest(facts, repr(key))}{suffix}"
 
     def _remove_unused(self) -> None:
         if not self._folder or not self._folder.is_dir():

@@ -8,17 +8,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from inferneo_jax.config import EngineConfig, MeshShape
+from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.manifest import Manifest, facts_of
 from inferneo_jax.runner.programs import Programs
 from inferneo_jax.sharding.mesh import make_mesh
-from tests.support.tiny_model import EIGHT_SLOTS, ONE_DEVICE, mixed, running_engine
+from tests.support.tiny_model import (
+    EIGHT_SLOTS,
+    ONE_DEVICE,
+    TINY_ENGINE,
+    mixed,
+    running_engine,
+    tiny_backend,
+)
 
 
 def _lower() -> jax.stages.Lowered:
@@ -75,6 +84,17 @@ def test_what_a_program_is_made_of_tells_it_apart(
     assert _made_again(_store(tmp_path, small))
     monkeypatch.setattr("inferneo_jax.runner.manifest.source_hash", lambda *_: "changed")
     assert _made_again(_store(tmp_path, small))
+
+
+def test_no_program_depends_on_the_settings_that_decide_which_there_are(tmp_path: Path) -> None:
+    few = dataclasses.replace(TINY_ENGINE, speculation="ngram", prefill_chunks=(8,))
+    changes: dict[str, Any] = {"draft_tokens": 3, "draft_rows": 2, "prefill_chunks": (4, 8)}
+    other = dataclasses.replace(few, speculation="off", **changes)
+    one, two = (make_programs(tiny_backend(each), each, lambda: 0) for each in (few, other))
+    for key in one.all_keys():
+        assert one.lower(key).as_text() == two.lower(key).as_text(), key
+    assert _made_again(_store(tmp_path, few))
+    assert not _made_again(_store(tmp_path, other))
 
 
 def test_the_same_is_known_in_another_process(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from tests.support.tiny_model import (
     tiny_draft,
 )
 
-PLAIN = dataclasses.replace(TINY_ENGINE, prefill_chunks=(8,))
+PLAIN = dataclasses.replace(TINY_ENGINE, prefill_chunks=(8,), kernels="xla")
 DRAFTED = dataclasses.replace(PLAIN, speculation="model")
 OTHER = dataclasses.replace(TINY, num_layers=1, hidden_size=16, num_heads=2, num_kv_heads=1)
 SHORT_TABLE = dataclasses.replace(OTHER, vocab_size=90)

@@ -33,8 +33,17 @@ def number(page: Page, title: str, line: int = 0) -> str:
 
 def value(page: Page, title: str, line: int = 0) -> float:
     """The same as a number; -1 while it is not known."""
-    text = number(page, title, line).split()[0].replace(",", "").rstrip("%")
-    return -1.0 if text == "\N{EN DASH}" else float(text)
+    return _number(number(page, title, line))
+
+
+def values(page: Page, title: str) -> list[float]:
+    """Those of all lines of a tile at one moment; figures move from one reading to the next."""
+    return [_number(text) for text in tile(page, title).locator("dd").all_inner_texts()]
+
+
+def _number(text: str) -> float:
+    word = text.split()[0].replace(",", "").rstrip("%")
+    return -1.0 if word == "\N{EN DASH}" else float(word)
 
 
 def wait_for(what: Callable[[], object]) -> None:

@@ -22,7 +22,6 @@ from inferneo_jax.layers.linear import Embedding, Linear
 from inferneo_jax.layers.mlp import SwiGLU
 from inferneo_jax.layers.norm import RMSNorm
 from inferneo_jax.layers.quantization import QuantizationConfig, Unquantized
-from inferneo_jax.sharding import mesh
 
 
 class DecoderLayer(nnx.Module):
@@ -102,8 +101,7 @@ class Decoder(nnx.Module):
             written.append(new)
         return x, written
 
-    def logits(self, hidden: Float[Array, "rows embed"]) -> Float[Array, "rows vocab"]:
-        """The float32 logits of the next token over the whole vocabulary, on every device."""
+    def logits(self, hidden: Float[Array, "rows embed"]) -> Float[Array, "rows part"]:
+        """The float32 logits of the next token over this device's part of the vocabulary."""
         x = self.final_norm(hidden)
-        scores = self.head(x) if hasattr(self, "head") else self.embed.attend(x)
-        return mesh.gather(scores, "vocab", 1)
+        return self.head(x) if hasattr(self, "head") else self.embed.attend(x)

@@ -7,7 +7,8 @@ the host and back between steps: a step reads its input where the step before wr
 
 Sampling is a program of its own that follows every forward pass, compiled for a few numbers of
 rows. It takes several times as long to compile as all layers, which are compiled once and called.
-Scoring a prompt is another, which follows a prefill where a request asks for it.
+Scoring a prompt is another, which follows a prefill where a request asks for it. The host chooses
+how much of sampling a step needs, and whether log probabilities are computed after it.
 
 On a mesh, each device runs these functions on its part (see ``runner/programs.py``): its weights
 and KV heads, and the slots, pages and rows of its data parallel rank, counted from 0 within the
@@ -27,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from inferneo_jax.layers.cache import AttentionMetadata, KVCache, MixedMetadata, PagedAttention
-from inferneo_jax.layers.sampler import Sampler, SamplingParamsBatch, Scores, needs_more
+from inferneo_jax.layers.sampler import Sampler, Sampling, SamplingParamsBatch, Scores
 from inferneo_jax.models.decoder import Decoder
 from inferneo_jax.sharding import mesh
 
@@ -124,7 +125,7 @@ class SampleInputs(NamedTuple):
     """What a forward pass hands to sampling. Padding rows have a slot beyond the last.
 
     Attributes:
-        logits: float32.
+        logits: float32, of the vocabulary with the padding that divides it among devices.
         slots: whose parameters and tokens apply.
         lengths: tokens so far, and so the position of the one that is sampled.
         targets: the slot that the sampled token is written to; one beyond the last for none.
@@ -153,7 +154,7 @@ class Sampled(NamedTuple):
 
     Attributes:
         ids: of the sampled tokens.
-        scores: of these; None on the host unless a row wants them.
+        scores: of these; None unless a row wants them.
         prompt_scores: of all positions of a prefill; None unless a row wants them.
     """
 
@@ -182,7 +183,9 @@ class Steps:
         treedef: of its weights.
         attention: over the KV cache.
         sampler: of tokens.
-        vocab_size: of the logits to be sampled; padding of the model's vocabulary is cut off.
+        vocab_size: tokens of the model's vocabulary.
+        num_logits: of a row, over all devices. A draft model has as many as the model it drafts
+            for.
         buckets: numbers of rows that sampling is compiled for, rising.
     """
 
@@ -191,6 +194,7 @@ class Steps:
     attention: PagedAttention
     sampler: Sampler
     vocab_size: int
+    num_logits: int
     buckets: tuple[int, ...]
 
     def admit(self, state: SlotState, slots: Int[Array, " rows"], admitted: SlotState) -> SlotState:
@@ -337,28 +341,26 @@ class Steps:
         return cache
 
     def sample(
-        self, tokens: Tokens, sampling: SamplingParamsBatch, inputs: SampleInputs
-    ) -> tuple[Tokens, Sampled]:
+        self, kind: Sampling, tokens: Tokens, sampling: SamplingParamsBatch, inputs: SampleInputs
+    ) -> tuple[Tokens, Int[Array, " all_rows"]]:
         """Sample a token for each row, and write it to where the next step reads it.
 
-        ``sampling`` is of all slots.
+        Args:
+            kind: what the rows need at most; static.
+            tokens: of all slots.
+            sampling: of all slots.
+            inputs: the rows.
         """
-
-        def of_rows(params: SamplingParamsBatch) -> SamplingParamsBatch:
-            return jax.tree.map(lambda x: x.at[inputs.slots].get(mode="clip"), params)
-
-        def sample() -> tuple[Int[Array, " rows"], Scores]:
-            params = of_rows(sampling)
-            return self.sampler(inputs.logits, params, tokens, inputs.slots, inputs.lengths)
-
-        # Usually all rows are greedy. The rest would cost them copies of the logits, and tables
-        # of a thousand biases.
-        first = jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x, sampling)
-        live = inputs.slots < tokens.shape[0]
-        more = live & needs_more(of_rows(first), inputs.lengths, self.vocab_size)
-        ids, scores = lax.cond(more.any(), sample, lambda: self.sampler.plain(inputs.logits))
+        params = jax.tree.map(lambda x: x.at[inputs.slots].get(mode="clip"), sampling)
+        ids = self.sampler(kind, inputs.logits, params, tokens, inputs.slots, inputs.lengths)
         tokens = tokens.at[inputs.targets, inputs.lengths].set(ids, mode="drop")
-        return tokens, _gather(Sampled(ids, scores))
+        return tokens, _gather(ids)
+
+    def score(self, inputs: SampleInputs, ids: Int[Array, " all_rows"]) -> Scores:
+        """The log probabilities of what ``sample`` has sampled from the same inputs."""
+        rows = inputs.logits.shape[0]
+        own = lax.dynamic_slice_in_dim(ids, mesh.first_index("rows", rows), rows)
+        return _gather(self.sampler.score(inputs.logits, own))
 
     def _model(self, weights: Weights) -> Decoder:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
@@ -373,11 +375,20 @@ class Steps:
 
     def _logits(
         self, model: Decoder, hidden: Float[Array, "rows embed"]
-    ) -> Float[Array, "rows vocab"]:
-        logits = model.logits(hidden)[:, : self.vocab_size]
-        # A draft model's table may be shorter than the target's, whose last tokens nobody uses.
-        shorter = self.vocab_size - logits.shape[1]
-        return jnp.pad(logits, ((0, 0), (0, shorter)), constant_values=-jnp.inf)
+    ) -> Float[Array, "rows part"]:
+        """Logits of this device's part of the vocabulary; minus infinity for its padding."""
+        logits = model.logits(hidden)
+        size = mesh.local_size("vocab", self.num_logits)
+        first = mesh.first_index("vocab", size)
+        if logits.shape[1] != size:
+            # A draft model whose table has another size is split at other tokens.
+            whole = mesh.gather(logits, "vocab", 1)[:, : self.num_logits]
+            whole = jnp.pad(whole, ((0, 0), (0, self.num_logits - whole.shape[1])))
+            logits = lax.dynamic_slice_in_dim(whole, first, size, axis=1)
+        if self.vocab_size < self.num_logits:
+            ids = jnp.arange(size, dtype=jnp.int32) + first
+            logits = jnp.where((ids < self.vocab_size)[None, :], logits, -jnp.inf)
+        return logits
 
     def _sample_inputs(
         self,

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from inferneo_jax.config import MeshShape
+from inferneo_jax.layers.sampler import Sampling
 from inferneo_jax.planner.advice import advise, remedies
 from inferneo_jax.planner.budget import Budget, Wish, bound, work_of
 from inferneo_jax.planner.hlo import Collective, Program
@@ -26,6 +27,8 @@ from inferneo_jax.runner.programs import (
     Mixed,
     Prefill,
     Programs,
+    Sample,
+    Score,
     Verify,
     num_tokens,
 )
@@ -157,12 +160,14 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         return dataclasses.replace(plan, remedies=tuple(remedies(wish)))
     programs = budget.programs()
     kept = programs.all_keys()
-    steps, code, temporary = [], 0, 0
+    steps, temporary = [], 0
+    largest: dict[type[Key], int] = {}
     seconds: dict[type[Key], float] = {}
     decode, prefill = Decode(programs.row_buckets[-1]), Prefill(1, wish.engine.prefill_chunks[-1])
     for key in (decode, prefill):
         progress(f"compiling {_kind(key)} for {wish.topology}")
-        parts = key, programs.sampled_by(key)
+        rows = programs.sampled_rows(key)
+        parts = key, Sample(rows, min(Sampling)), Sample(rows, max(Sampling)), Score(rows)
         compiled = []
         for part in parts:
             started = time.perf_counter()
@@ -170,14 +175,15 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
                 compiled.append(programs.lower(part).compile())
             took = time.perf_counter() - started
             seconds[type(part)] = max(took, seconds.get(type(part), 0.0))
-        steps.append(_read_step(wish, programs, key, compiled))
+        steps.append(_read_step(wish, programs, key, compiled[:2]))
         for part, program in zip(parts, compiled, strict=True):
             memory = program.memory_analysis()
-            alike = sum(type(each) is type(part) for each in kept)
-            code += memory.generated_code_size_in_bytes * alike
+            size = memory.generated_code_size_in_bytes
+            largest[type(part)] = max(size, largest.get(type(part), 0))
             # Some compilers state a peak that exceeds the temporaries.
             beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
             temporary = max(temporary, beside, memory.temp_size_in_bytes)
+    code = sum(largest.get(type(each), 0) for each in kept)
     cache = programs.token_bytes * programs.num_pages * programs.page_len
     taken = budget.weights + cache + programs.state_bytes + temporary + code
     return dataclasses.replace(

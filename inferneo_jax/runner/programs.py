@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from inferneo_jax import models
 from inferneo_jax.config import EngineConfig
 from inferneo_jax.layers.cache import KVCache, PagedAttention
-from inferneo_jax.layers.sampler import Sampler
+from inferneo_jax.layers.sampler import Sampler, Sampling
 from inferneo_jax.models.steps import PromptStates, SampleInputs, SlotState, Steps, sample_bucket
 from inferneo_jax.runner.backends import DecoderBackend
 from inferneo_jax.runner.inputs import InputBuilder
@@ -83,7 +83,18 @@ class Admit:
 
 @dataclass(frozen=True, order=True, slots=True)
 class Sample:
-    """Samples tokens from the logits of ``rows`` rows, after one of the forward passes."""
+    """Samples tokens from the logits of ``rows`` rows, after one of the forward passes.
+
+    Every program is compiled for each kind, and the host runs the least that the rows need.
+    """
+
+    rows: int
+    kind: Sampling
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Score:
+    """Computes log probabilities of what was sampled from the logits of ``rows`` rows."""
 
     rows: int
 
@@ -106,7 +117,9 @@ Forward = Decode | Verify | Prefill | Mixed | Draft
 """Programs that leave logits, from which tokens are sampled."""
 Called = Forward | Fill | Admit
 """Programs that the host calls with arguments of its own."""
-Key = Called | Sample | ScorePrompt | EmptyCache
+Following = Sample | Score | ScorePrompt
+"""Programs that are given what a forward pass leaves on the device."""
+Key = Called | Following | EmptyCache
 """Identifies a compiled program."""
 
 
@@ -129,6 +142,31 @@ def prefill_of(key: Key) -> Prefill | None:
 def num_sampled(key: Forward) -> int:
     """Rows of logits that a forward pass leaves to be sampled on one data-parallel rank."""
     return key.rows * key.tokens if isinstance(key, Verify) else key.rows
+
+
+def dispatch_step(
+    program: Any, sample: Any, weights: Any, cache: Any, state: SlotState, inputs: Any
+) -> tuple[Any, ...]:
+    """Dispatch a compiled forward pass, and the sampling of what it computes.
+
+    Args:
+        program: the forward pass.
+        sample: a ``Sample`` program for as many rows.
+        weights: of its model.
+        cache: of its model. It is consumed.
+        state: of all slots. Its tokens and block tables are consumed.
+        inputs: of the forward pass.
+
+    Returns:
+        The new cache and state, what was sampled from, the sampled ids, and what else the forward
+        pass returns, all on the device.
+    """
+    tokens, block_tables, sampling = state
+    cache, tokens, block_tables, to_sample, *rest = program(
+        weights, cache, tokens, block_tables, inputs
+    )
+    tokens, ids = sample(tokens, sampling, to_sample)
+    return cache, SlotState(tokens, block_tables, sampling), to_sample, ids, *rest
 
 
 MAX_STOP_IDS = 32
@@ -245,9 +283,9 @@ class Programs:
         padding = self.backend.quantization.linear.padding_cost
         return PrefillShapes.of(self.config.prefill_chunks, slots, overhead, padding)
 
-    def sampled_by(self, key: Forward) -> Sample:
-        """The program that samples what a forward pass has computed."""
-        return Sample(sample_bucket(num_sampled(key), self.config.row_buckets))
+    def sampled_rows(self, key: Forward) -> int:
+        """The rows of the programs that sample and score what a forward pass has computed."""
+        return sample_bucket(num_sampled(key), self.config.row_buckets)
 
     def scored_by(self, key: Prefill) -> ScorePrompt:
         """The program that scores the prompts of a prefill."""
@@ -257,9 +295,11 @@ class Programs:
         """The programs that follow a prefill where a request wants its prompt's scores."""
         return sorted({self.scored_by(Prefill(*each)) for each in self.prefill_shapes.shapes})
 
-    def sample_keys(self) -> list[Sample]:
-        """The programs that follow a forward pass in every step."""
-        return sorted({self.sampled_by(key) for key in self.forward_keys()})
+    def sample_keys(self) -> list[Sample | Score]:
+        """The programs that follow a forward pass."""
+        rows = sorted({self.sampled_rows(key) for key in self.forward_keys()})
+        kinds = sorted(Sampling, reverse=True)
+        return [*(Sample(each, kind) for kind in kinds for each in rows), *map(Score, rows)]
 
     def forward_keys(self) -> list[Forward]:
         """The forward passes, in the same order in all processes."""
@@ -294,7 +334,8 @@ class Programs:
     def first_keys(self) -> list[Key]:
         """The few programs that all work can be done with, and those that are timed at start.
 
-        The largest ones stand in for all others, and prefill of one row for that of several.
+        The largest ones stand in for all others, and prefill of one row for that of several. So
+        does the kind of sampling that does all; most requests need the least.
         """
         chunks = [chunk for rows, chunk in self.prefill_shapes.shapes if rows == 1]
         forward: list[Forward] = [Decode(self.row_buckets[-1])]
@@ -302,10 +343,17 @@ class Programs:
         for bucket in self.draft_buckets[-1:]:
             forward += [Decode(bucket), Verify(bucket, self.config.draft_tokens + 1)]
             forward += [Draft(bucket)] if self.draft else []
+        rows = {self.sampled_rows(key) for key in forward}
+        sampling = {Sample(each, kind) for each in rows for kind in (min(Sampling), max(Sampling))}
         scored_by = {self.scored_by(key) for key in forward if isinstance(key, Prefill)}
-        needed = {*forward, *map(self.sampled_by, forward), *scored_by, *self.fill_keys()}
+        scoring = {*map(Score, rows), *scored_by}
+        needed = {*forward, *sampling, *scoring, *self.fill_keys()}
         always = (Admit, EmptyCache)
         return [key for key in self.all_keys() if key in needed or isinstance(key, always)]
+
+    def following_keys(self) -> list[Following]:
+        """The programs that follow a forward pass, in the same order in all processes."""
+        return [*self.sample_keys(), *self.score_keys()]
 
     def all_keys(self) -> list[Key]:
         """All programs, those that take longest to compile first."""
@@ -419,16 +467,20 @@ class Programs:
         if isinstance(key, EmptyCache):
             return jax.jit(runs._init_cache()).lower()
         graphdef, treedef = models.graphdef(runs.backend.padded, runs.backend.quantization)
-        sampler = Sampler(num_top=min(self.config.max_logprobs, self.backend.model.vocab_size))
+        vocab_size = self.backend.model.vocab_size
         steps = Steps(
             graphdef,
             treedef,
             runs.attention,
-            sampler,
-            self.backend.model.vocab_size,
+            Sampler(vocab_size, num_top=min(self.config.max_logprobs, vocab_size)),
+            min(vocab_size, runs.backend.model.vocab_size),
+            self.backend.padded.vocab_size,
             self.config.row_buckets,
         )
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
+        in_logits: Any = meshes.spec("rows", "vocab")
+        of_rows: Any = in_rows
+        to_sample = SampleInputs(in_logits, of_rows, of_rows, of_rows)
         in_state, everywhere = meshes.spec("slots"), PartitionSpec()
         in_weights = [each.sharding.spec for each in runs.weights]
         state = self.state()
@@ -442,15 +494,17 @@ class Programs:
                 step, donate = steps.admit, (0,)
                 arguments = state, *self._split(self.host_arguments(key), "rows")
                 specs, out = (in_state, in_rows, in_rows), in_state
-            case Sample(rows):
-                step, donate = steps.sample, (0,)
-                sampled = self._split(self._sample_inputs(rows), "rows")
-                arguments = state.tokens, state.sampling, sampled
-                specs, out = (in_state, in_state, in_rows), (in_state, everywhere)
-            case ScorePrompt(positions):
+            case Sample(_, kind):
+                step, donate = partial(steps.sample, kind), (0,)
+                arguments = state.tokens, state.sampling, *self._left_for(key)
+                specs, out = (in_state, in_state, to_sample), (in_state, everywhere)
+            case Score():
+                step, donate = steps.score, ()
+                arguments = self._left_for(key)
+                specs, out = (to_sample, everywhere), everywhere
+            case ScorePrompt():
                 step, donate = steps.score_prompt, ()
-                states = self._split(self._prompt_states(positions), "rows")
-                arguments = runs.weights, states
+                arguments = runs.weights, *self._left_for(key)
                 specs, out = (in_weights, in_rows), everywhere
             case Fill(_, chunk):
                 step, donate = partial(steps.fill, chunk), (1,)
@@ -461,7 +515,7 @@ class Programs:
                 inputs = self._split(self.host_arguments(key), "rows")
                 arguments = runs.weights, runs.cache(), state.tokens, state.block_tables, *inputs
                 specs = in_weights, in_cache, in_state, in_state, in_rows
-                out, donate = (in_cache, in_state, in_state, in_rows), (1, 2, 3)
+                out, donate = (in_cache, in_state, in_state, to_sample), (1, 2, 3)
                 match key:
                     case Decode() | Draft():
                         step = steps.decode
@@ -474,19 +528,35 @@ class Programs:
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
 
+    def _left_for(self, key: Following) -> tuple[Any, ...]:
+        """Shapes of what all ranks' forward passes leave for a program that follows."""
+        match key:
+            case Sample(rows):
+                return (self._sample_inputs(rows),)
+            case Score(rows):  # every device has the ids that were sampled
+                ids = jax.ShapeDtypeStruct((rows * self.dp_size,), np.int32)
+                return self._sample_inputs(rows), self._split(ids)
+            case ScorePrompt(positions):
+                shape = positions * self.dp_size, self.backend.model.hidden_size
+                hidden: Any = jax.ShapeDtypeStruct(shape, np.float32)
+                successors: Any = jax.ShapeDtypeStruct(shape[:1], np.int32)
+                return (self._split(PromptStates(hidden, successors), "rows"),)
+
     def _sample_inputs(self, rows: int) -> SampleInputs:
         """Shapes of all ranks' rows to be sampled."""
-        rows *= self.dp_size
-        logits: Any = jax.ShapeDtypeStruct((rows, self.backend.model.vocab_size), np.float32)
-        each: Any = jax.ShapeDtypeStruct((rows,), np.int32)
-        return SampleInputs(logits, each, each, each)
+        shape = rows * self.dp_size, self.backend.padded.vocab_size
+        logits = jax.ShapeDtypeStruct(shape, np.float32)
+        each = self._split(jax.ShapeDtypeStruct(shape[:1], np.int32), "rows")
+        return SampleInputs(self._split(logits, "rows", "vocab"), each, each, each)
 
-    def _prompt_states(self, positions: int) -> PromptStates:
-        """Shapes of all ranks' positions to be scored."""
-        positions *= self.dp_size
-        hidden: Any = jax.ShapeDtypeStruct((positions, self.backend.model.hidden_size), np.float32)
-        successors: Any = jax.ShapeDtypeStruct((positions,), np.int32)
-        return PromptStates(hidden, successors)
+    def nothing_for(self, key: Following) -> tuple[Any, ...]:
+        """Zeros instead of what a forward pass leaves for a program that follows, on the device."""
+
+        def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+            array = np.zeros(shape.shape, shape.dtype)
+            return jax.make_array_from_callback(array.shape, shape.sharding, array.__getitem__)
+
+        return jax.tree.map(zeros, self._left_for(key))
 
     def _split(self, tree: Any, *axes: str) -> Any:
         """Shapes of a tree of arrays that are split by their leading logical axes."""

@@ -18,6 +18,7 @@ from inferneo_jax.config import EngineConfig
 from inferneo_jax.distributed.process_group import ProcessGroup, SingleProcess, agree
 from inferneo_jax.distributed.transport import Kind
 from inferneo_jax.layers.cache import KVCache
+from inferneo_jax.layers.sampler import Sampling
 from inferneo_jax.models.steps import Sampled, SlotState
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.memory import (
@@ -48,15 +49,18 @@ from inferneo_jax.runner.programs import (
     Key,
     Mixed,
     Prefill,
+    Sample,
+    Score,
+    ScorePrompt,
     Verify,
+    dispatch_step,
     num_sampled,
     prefill_of,
 )
+from inferneo_jax.runner.slot_sampling import SlotSampling
 from inferneo_jax.runner.wire import Wire
 from inferneo_jax.scheduler.prefill import LEAST_TOKENS, PrefillTimes, Shape
 from inferneo_jax.scheduler.scheduler import (
-    DecodeRow,
-    PrefillChunk,
     SchedulerOutputs,
     num_decode_steps,
     prefill_shape,
@@ -146,21 +150,30 @@ class PendingStep:
         decoded = self.decode and _read(*self.decode, len(self.scheduled))
         if decoded and self.ahead:
             steps = [decoded, *(_read(*each, len(self.scheduled)) for each in self.ahead)]
-            decoded = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *steps)
+            decoded = _stack(steps)
         decode_seconds = time.perf_counter() - started if decoded else 0.0
         prefilled = self.prefill and _read(*self.prefill, len(self.scheduled))
         self.clock.free = time.perf_counter()
         return StepResults(decoded, prefilled, drafts, decode_seconds)
 
 
-def _fetch(key: F, sampled: Sampled, rows: Iterable[DecodeRow | PrefillChunk]) -> tuple[F, Sampled]:
-    """Start copying the results to the host, without those that no request of ``rows`` needs."""
-    requests = [row.sequence.request for row in rows]
-    scored = any(request.logprobs is not None for request in requests)
-    wanted = sampled._replace(scores=sampled.scores if scored else None)
-    for array in jax.tree.leaves(wanted):
+def _fetch(key: F, sampled: Sampled) -> tuple[F, Sampled]:
+    """Start copying the results to the host."""
+    for array in jax.tree.leaves(sampled):
         array.copy_to_host_async()
-    return key, wanted
+    return key, sampled
+
+
+def _stack(steps: list[Sampled]) -> Sampled:
+    """Return the results of decode steps that were dispatched together, step by step on axis 1.
+
+    A step in which no row that wants scores takes part has none. It gets those of the first step,
+    which has all rows; nobody reads them.
+    """
+    first = steps[0].scores
+    whole = [each._replace(scores=each.scores or first) for each in steps]
+    stacked: Sampled = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *whole)
+    return stacked
 
 
 def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
@@ -276,6 +289,7 @@ class Runner:
         self._cache: KVCache
         self._draft_cache: KVCache
         self._state: SlotState
+        self._sampling: SlotSampling
 
     @property
     def limits(self) -> RequestLimits:
@@ -322,6 +336,7 @@ class Runner:
             sharding = NamedSharding(self._mesh, meshes.spec("slots"))
             empty = self._programs.place(self._inputs.empty_state(), "slots")
             self._state = jax.device_put(empty, sharding)
+            self._sampling = SlotSampling(self.dp_size, self.slots, self.model.vocab_size)
             self._wait()
 
     def _wait(self) -> None:
@@ -377,8 +392,9 @@ class Runner:
         return self.wire is None and self._mesh.devices.flat[0].platform == "cpu"
 
     def _has(self, key: Forward) -> bool:
-        """Whether a forward pass, and what may follow it, are compiled."""
-        needed: set[Key] = {key, self._programs.sampled_by(key)}
+        """Whether a forward pass, and what may have to follow it, are compiled."""
+        rows = self._programs.sampled_rows(key)
+        needed: set[Key] = {key, Sample(rows, max(Sampling)), Score(rows)}
         if prefill := prefill_of(key):
             needed.add(self._programs.scored_by(prefill))
         return needed <= self._compiled.keys()
@@ -403,6 +419,7 @@ class Runner:
             slowest = max(self._seconds(key) for key in keys)
             times = self._measure()
             times["slowest"] = max(slowest, times["slowest"])
+            self._run_following()
         self.decode_seconds = times["decode"]
         self.prefill_times = PrefillTimes(
             [(cost, _added(seconds, times["decode"])) for cost, seconds in times["prefill"]]
@@ -410,6 +427,21 @@ class Runner:
         self.step_seconds = max(self.config.step_seconds, PATIENCE * times["slowest"])
         if self._programs.draft_buckets:
             self.speculation = self._speculation(times)
+
+    def _run_following(self) -> None:
+        """Run the programs that follow a forward pass: no request waits for their first run."""
+        for key in self._programs.following_keys():
+            program, nothing = self._compiled[key], self._programs.nothing_for(key)
+            match key:
+                case Sample():
+                    tokens, block_tables, sampling = self._state
+                    tokens, _ = program(tokens, sampling, *nothing)
+                    self._state = SlotState(tokens, block_tables, sampling)
+                case Score():
+                    program(*nothing)
+                case ScorePrompt():
+                    program(self._weights, *nothing)
+        self._wait()
 
     def _measure(self) -> dict[str, Any]:
         """Measure what ``warm_up`` wants to know, in JSON's types."""
@@ -529,14 +561,13 @@ class Runner:
                 decode, *ahead = self._decode(scheduled, most)
             if shape:
                 prefill = self._forward(Prefill(*shape), self._inputs.prefill(chunks, shape[0]))
-        decoding = [row for rank in scheduled for row in rank.decode]
         return PendingStep(
             scheduled,
-            decode and _fetch(*decode, decoding),
-            [_fetch(*each, decoding) for each in ahead],
-            prefill and _fetch(*prefill, [row for rank in scheduled for row in rank.prefill]),
-            mixed and _fetch(*mixed, [row for each in scheduled for row in each.rows]),
-            [_fetch(*each, ()) for each in drafts],
+            decode and _fetch(*decode),
+            [_fetch(*each) for each in ahead],
+            prefill and _fetch(*prefill),
+            mixed and _fetch(*mixed),
+            [_fetch(*each) for each in drafts],
             time.perf_counter(),
             self._clock,
         )
@@ -615,29 +646,35 @@ class Runner:
         program, placed = self._compiled[key], self._programs.place(arguments)
         if isinstance(key, Admit):
             self._state = program(self._state, *placed)
+            self._sampling.admit(*arguments)
             return None
-        tokens, block_tables, sampling = self._state
         if isinstance(key, Fill):
             weights, cache = self._draft_weights, self._draft_cache
+            tokens, block_tables, _ = self._state
             self._draft_cache = program(weights, cache, tokens, block_tables, *placed)
             return None
+        rows, (inputs,) = self._programs.sampled_rows(key), arguments
+        kind = self._sampling.kind(inputs)
+        able = (Sample(rows, each) for each in Sampling if each >= kind)
+        sample = next(self._compiled[each] for each in able if each in self._compiled)
         if isinstance(key, Draft):
-            self._draft_cache, tokens, block_tables, inputs = program(
-                self._draft_weights, self._draft_cache, tokens, block_tables, *placed
+            weights, cache = self._draft_weights, self._draft_cache
+            self._draft_cache, self._state, _, ids = dispatch_step(
+                program, sample, weights, cache, self._state, *placed
             )
-        else:
-            self._cache, tokens, block_tables, inputs, *states = program(
-                self._weights, self._cache, tokens, block_tables, *placed
-            )
-        tokens, sampled = self._compiled[self._programs.sampled_by(key)](tokens, sampling, inputs)
-        self._state = SlotState(tokens, block_tables, sampling)
-        prompt_scores = None
+            return Sampled(ids, None)
+        self._cache, self._state, to_sample, ids, *states = dispatch_step(
+            program, sample, self._weights, self._cache, self._state, *placed
+        )
+        scores = prompt_scores = None
+        if self._sampling.scored(inputs):
+            scores = self._compiled[Score(rows)](to_sample, ids)
         if prefill := prefill_of(key):
-            (chunks,) = arguments
-            if (chunks.prefill if isinstance(key, Mixed) else chunks).scored.any():
+            chunks = inputs.prefill if isinstance(key, Mixed) else inputs
+            if chunks.scored.any():
                 score = self._compiled[self._programs.scored_by(prefill)]
                 prompt_scores = score(self._weights, *states)
-        return Sampled(sampled.ids, sampled.scores, prompt_scores)
+        return Sampled(ids, scores, prompt_scores)
 
     def _cache_budget(self) -> int:
         """Bytes of one device for the KV cache: the minimum over all processes."""

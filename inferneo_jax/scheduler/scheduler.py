@@ -94,11 +94,6 @@ class SchedulerOutput:
         """Number of decode steps that are dispatched together; 0 without decode rows."""
         return max((row.num_steps for row in self.decode), default=0)
 
-    @property
-    def rows(self) -> tuple[DecodeRow | PrefillChunk, ...]:
-        """Decode rows, then chunks."""
-        return (*self.decode, *self.prefill)
-
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)
 

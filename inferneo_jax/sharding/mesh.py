@@ -6,7 +6,8 @@ are split over ``data``, so that groups of chips serve different requests. ``RUL
 table of these splits.
 
 Steps run inside ``jax.shard_map``. Every function sees the part that its device holds, and calls
-``reduce`` or ``gather`` where it needs the parts of others. Outside of a mesh, both do nothing.
+``reduce``, ``maximum`` or ``gather`` where it needs the parts of others. Outside of a mesh, these
+do nothing.
 """
 
 import math
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from inferneo_jax.config import MeshShape
 
@@ -67,10 +68,15 @@ def is_split(axis: str | None) -> bool:
     return axis in RULES and jax.sharding.get_abstract_mesh().shape.get(RULES[axis], 1) > 1
 
 
-def reduce(partial: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
+def reduce(partial: Num[Array, "..."], *axes: str | None) -> Num[Array, "..."]:
     """Sum the partial results of all devices over the contracted logical axes."""
     split = {RULES[axis] for axis in axes if axis and is_split(axis)}
     return lax.psum(partial, tuple(sorted(split))) if split else partial
+
+
+def maximum(part: Num[Array, "..."], axis: str) -> Num[Array, "..."]:
+    """The largest of what all devices have along a logical axis, element by element."""
+    return lax.pmax(part, RULES[axis]) if is_split(axis) else part
 
 
 def gather(part: Array, axis: str, dim: int) -> Array:

@@ -24,11 +24,19 @@ import numpy as np
 
 from inferneo_jax import models
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
+from inferneo_jax.layers.sampler import Sampling
 from inferneo_jax.model import load_weights
-from inferneo_jax.models.steps import SlotState
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
-from inferneo_jax.runner.programs import Decode, EmptyCache, Forward, Prefill, Programs
+from inferneo_jax.runner.programs import (
+    Decode,
+    EmptyCache,
+    Forward,
+    Prefill,
+    Programs,
+    Sample,
+    dispatch_step,
+)
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
 from inferneo_jax.weights.checkpoint import open_weights, read_info
@@ -93,21 +101,17 @@ class Steps:
         return inputs._replace(slots=slots, **fields)
 
     def compiled(self, key: Forward) -> tuple[Any, Any]:
-        """A program, and the one that samples what it computes."""
-        sampled_by = self.programs.sampled_by(key)
-        return self.programs.lower(key).compile(), self.programs.lower(sampled_by).compile()
+        """A program, and the one that samples the most likely tokens of what it computes."""
+        sample = Sample(self.programs.sampled_rows(key), Sampling.GREEDY)
+        return self.programs.lower(key).compile(), self.programs.lower(sample).compile()
 
     def run(self, compiled: tuple[Any, Any], *arguments: Any) -> Any:
         """One call for each of the arguments."""
-        program, sample = compiled
         for each in arguments:
-            tokens, block_tables, sampling = self.state
-            self.cache, tokens, block_tables, inputs, *_ = program(
-                self.weights, self.cache, tokens, block_tables, each
+            self.cache, self.state, _, ids, *_ = dispatch_step(
+                *compiled, self.weights, self.cache, self.state, each
             )
-            tokens, sampled = sample(tokens, sampling, inputs)
-            self.state = SlotState(tokens, block_tables, sampling)
-        return sampled
+        return ids
 
     def decode(self, rows: int, live: int, seconds: float) -> float:
         """Milliseconds of a step that gives each row its next token."""

@@ -18,11 +18,19 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from inferneo_jax.config import DecoderConfig, EngineConfig, MeshShape
+from inferneo_jax.layers.sampler import Sampling, sampling_of
 from inferneo_jax.models.steps import SlotState
 from inferneo_jax.planner.budget import work_of
 from inferneo_jax.runner.backends import resolve_decoder
 from inferneo_jax.runner.capacity import make_programs
-from inferneo_jax.runner.programs import Decode, EmptyCache, Forward, Prefill
+from inferneo_jax.runner.programs import (
+    Decode,
+    EmptyCache,
+    Forward,
+    Prefill,
+    Sample,
+    dispatch_step,
+)
 from inferneo_jax.sharding import mesh as meshes
 from tests.accelerators.gpu import Report
 
@@ -117,6 +125,7 @@ class Steps:
         for name, value in parameters.items():
             array = np.full_like(getattr(sampling, name), value)
             sampling = sampling._replace(**{name: array})
+        self._kind = Sampling(sampling_of(sampling, self.programs.inputs.vocab_size).max())
         self.state = jax.device_put(self._empty._replace(sampling=sampling), self._sharding)
 
     def _program(self, key: Any) -> Any:
@@ -135,14 +144,14 @@ class Steps:
 
     def run(self, key: Forward, inputs: Any) -> Any:
         """Dispatch one step: the forward pass, and sampling after it."""
-        program, sample = self._program(key), self._program(self.programs.sampled_by(key))
-        tokens, block_tables, sampling = self.state
-        self.cache, tokens, block_tables, logits, *_ = program(
-            self.weights, self.cache, tokens, block_tables, inputs
+        program, sample = map(self._program, self._keys(key))
+        self.cache, self.state, _, ids, *_ = dispatch_step(
+            program, sample, self.weights, self.cache, self.state, inputs
         )
-        tokens, sampled = sample(tokens, sampling, logits)
-        self.state = SlotState(tokens, block_tables, sampling)
-        return sampled
+        return ids
+
+    def _keys(self, key: Forward) -> tuple[Forward, Sample]:
+        return key, Sample(self.programs.sampled_rows(key), self._kind)
 
     def decode(self, lengths: list[int]) -> tuple[Decode, Any]:
         """A decode step and its inputs: a row for each number of live tokens."""
@@ -188,7 +197,7 @@ class Steps:
         tokens = key.tokens if isinstance(key, Prefill) else 1
         work = work_of(self.programs.backend, live, self.programs.token_bytes, key.rows, tokens)
         num_bytes = work.weights + work.live_kv
-        parts = [self.facts[each] for each in (key, self.programs.sampled_by(key))]
+        parts = [self.facts[each] for each in self._keys(key)]
         return {
             "ms": 1e3 * seconds,
             "host_ms": 1e3 * host,

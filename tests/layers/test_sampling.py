@@ -10,12 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
-from inferneo_jax.layers.sampler import Sampler, SamplingParamsBatch, argmax
+from inferneo_jax.config import MeshShape
+from inferneo_jax.layers.sampler import (
+    Sampler,
+    Sampling,
+    SamplingParamsBatch,
+    Scores,
+    argmax,
+    sampling_of,
+)
+from inferneo_jax.planner.hlo import Program
 from inferneo_jax.request import GenerationRequest, SamplingParams
 from inferneo_jax.runner.inputs import InputBuilder
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
+from inferneo_jax.sharding import mesh as meshes
 
 VOCAB, MAX_LEN = 300, 16
 BUILDER = InputBuilder(
@@ -24,13 +35,35 @@ BUILDER = InputBuilder(
 
 
 @cache
-def _sampler() -> Any:
-    return jax.jit(Sampler(num_top=5).__call__)
+def _sampler(kind: Sampling, shape: MeshShape | None = None, vocab: int = VOCAB) -> Any:
+    """Sample and score; on a mesh with the vocabulary split, in parts with padding."""
+    sampler = Sampler(vocab, num_top=5)
+
+    def step(logits: Any, *arguments: Any) -> tuple[jax.Array, Scores]:
+        ids = sampler(kind, logits, *arguments)
+        return ids, sampler.score(logits, ids)
+
+    if shape is None:
+        return jax.jit(step)
+    mesh = meshes.make_mesh(shape)
+    padding = -vocab % meshes.parts(mesh, "vocab")
+    split = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(meshes.spec(None, "vocab"), *[PartitionSpec()] * 4),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    )
+    return lambda logits, *arguments: split(
+        jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf), *arguments
+    )
 
 
 def _rows(requests: list[GenerationRequest]) -> SamplingParamsBatch:
     rows = [BUILDER.slot_row(Sequence(r, lambda _: None, 0)).sampling for r in requests]
-    return jax.tree.map(lambda *parts: jnp.stack([jnp.asarray(p) for p in parts]), *rows)
+    return jax.tree.map(lambda *parts: np.stack([np.asarray(p) for p in parts]), *rows)
 
 
 def _request(prompt: tuple[int, ...] = (1,), **fields: Any) -> GenerationRequest:
@@ -41,15 +74,22 @@ def _request(prompt: tuple[int, ...] = (1,), **fields: Any) -> GenerationRequest
 
 
 def _sample(
-    logits: np.ndarray, requests: list[GenerationRequest], histories: list[list[int]]
+    logits: np.ndarray,
+    requests: list[GenerationRequest],
+    histories: list[list[int]],
+    kind: Sampling | None = None,
+    shape: MeshShape | None = None,
 ) -> tuple[np.ndarray, Any]:
+    """Tokens and scores, from the least kind of sampling that all requests need, or another."""
     history = np.zeros((len(requests), MAX_LEN), np.int32)
     for row, tokens in enumerate(histories):
         history[row, : len(tokens)] = tokens
     lengths = np.array([len(tokens) for tokens in histories], np.int32)
     slots = np.arange(len(requests), dtype=np.int32)
-    ids, scores = _sampler()(
-        jnp.asarray(logits, jnp.float32), _rows(requests), jnp.asarray(history), slots, lengths
+    params = _rows(requests)
+    least = Sampling(sampling_of(params, VOCAB).max())
+    ids, scores = _sampler(least if kind is None else kind, shape)(
+        jnp.asarray(logits, jnp.float32), params, jnp.asarray(history), slots, lengths
     )
     return np.asarray(ids), jax.tree.map(np.asarray, scores)
 
@@ -202,6 +242,82 @@ def test_a_row_is_truncated_alike_alone_and_beside_others() -> None:
         together, _ = _sample(logits, requests, [[1]] * 4)
         alone = [_sample(logits[i : i + 1], [requests[i]], [[1]])[0][0] for i in range(4)]
         assert together.tolist() == alone
+
+
+KINDS: dict[Sampling, list[dict[str, Any]]] = {
+    Sampling.GREEDY: [{"temperature": 0.0}, {"temperature": 0.0, "top_k": 3, "top_p": 0.5}],
+    Sampling.DRAWN: [{"temperature": 1.0}, {"temperature": 0.3}],
+    Sampling.TRUNCATED: [{"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.7}],
+    Sampling.SHAPED: [
+        {"temperature": 0.0, "frequency_penalty": 0.5},
+        {"temperature": 1.0, "top_k": 20, "presence_penalty": 0.5, "repetition_penalty": 1.3},
+        {"temperature": 0.0, "logit_bias": {3: 4.0, 299: 4.0}},
+        {"temperature": 1.0, "stop_token_ids": frozenset({7, 299}), "min_tokens": 2},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_finds_the_least_that_a_request_needs(kind: Sampling) -> None:
+    for fields in KINDS[kind]:
+        assert sampling_of(_rows([_request(**fields)]), VOCAB).tolist() == [kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_sampled_alike_by_every_program_that_can(kind: Sampling) -> None:
+    requests = [_request((7, 8), seed=i, **each) for i, each in enumerate(KINDS[kind])]
+    for seed in range(10):
+        logits = _logits(len(requests), seed)
+        found = [
+            _sample(logits, requests, [[7, 8, 9]] * len(requests), other)[0].tolist()
+            for other in Sampling
+            if other >= kind
+        ]
+        assert found == [found[0]] * len(found)
+
+
+@pytest.mark.parametrize("shape", [MeshShape(1, 2), MeshShape(1, 8)], ids=str)
+def test_a_split_vocabulary_is_sampled_as_a_whole_one(shape: MeshShape) -> None:
+    every = [(kind, fields) for kind, many in KINDS.items() for fields in many]
+    requests = [_request((7, 8), seed=i, **each) for i, (_, each) in enumerate(every)]
+    histories = [[7, 8, 9, 299]] * len(requests)
+    for seed in range(20):
+        logits = _logits(len(requests), seed)
+        logits[:, 200] = logits.max(axis=-1)  # ties go to the first token, whoever has it
+        for kind in (Sampling.GREEDY, Sampling.SHAPED):
+            whole, scores = _sample(logits, requests, histories, kind)
+            split, same = _sample(logits, requests, histories, kind, shape)
+            assert split.tolist() == whole.tolist()
+            np.testing.assert_array_equal(same.top_ids, scores.top_ids)
+            np.testing.assert_allclose(same.top, scores.top, atol=1e-5)
+            np.testing.assert_allclose(same.chosen, scores.chosen, atol=1e-5)
+
+
+def test_no_row_of_logits_leaves_its_device() -> None:
+    """What devices exchange for a row does not grow with the vocabulary."""
+    rows, vocab = 4, 96_000
+    params = _rows([_request(top_k=5, top_p=0.9, frequency_penalty=0.5)] * rows)
+    logits = np.zeros((rows, vocab), np.float32)
+    step = _sampler(Sampling.SHAPED, MeshShape(1, 8), vocab)
+    slots = np.arange(rows, dtype=np.int32)
+    history = np.zeros((rows, MAX_LEN), np.int32)
+    text = jax.jit(step).lower(logits, params, history, slots, slots).compile().as_text()
+    exchanged = Program(text).collectives()
+    assert exchanged
+    assert max(each.num_bytes for each in exchanged) <= 4 * rows * 8 * 7
+
+
+def test_a_search_gives_the_exact_weight_of_top_k() -> None:
+    """Of weights that differ in the last bit only, those beyond ``top_k`` are never drawn."""
+    logits = np.full((16, VOCAB), -30.0, np.float32)
+    close = np.log(np.float32(0.5) + np.arange(8, dtype=np.float32) * np.float32(2**-22))
+    logits[:, 100:108] = close
+    logits[:, 5] = 0.0
+    drawn = set()
+    for seed in range(8):
+        requests = [_request(seed=16 * seed + i, temperature=1.0, top_k=5) for i in range(16)]
+        drawn |= set(_sample(logits, requests, [[1]] * 16)[0].tolist())
+    assert drawn == {5, 104, 105, 106, 107}
 
 
 def test_inputs_of_a_step_are_padded_with_no_slot() -> None:

@@ -17,8 +17,18 @@ import pytest
 from inferneo_jax import model as loading
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.served import LanguageModel
+from inferneo_jax.layers.sampler import Sampling
 from inferneo_jax.model import load_model
-from inferneo_jax.runner.programs import Decode, Prefill, Programs, Sample, ScorePrompt, Verify
+from inferneo_jax.runner.programs import (
+    Decode,
+    Key,
+    Prefill,
+    Programs,
+    Sample,
+    Score,
+    ScorePrompt,
+    Verify,
+)
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.weights.convert import describe
 from tests.support.model_files import LLAMA, random_tensors, write_gguf
@@ -85,9 +95,10 @@ def test_a_start_compiles_what_can_stand_in_for_the_rest() -> None:
     runner = make_runner(MANY)
     runner.compile()
     first = set(runner._compiled)
-    assert {Decode(4), Verify(4, 6), Prefill(1, 4), Prefill(1, 8), Sample(4)} <= first
+    sampling = {Sample(4, Sampling.GREEDY), Sample(4, Sampling.SHAPED), Score(4)}
+    assert {Decode(4), Verify(4, 6), Prefill(1, 4), Prefill(1, 8), *sampling} <= first
     assert {ScorePrompt(4), ScorePrompt(8)} <= first
-    assert not first & {Decode(2), Verify(2, 6), Prefill(2, 4)}
+    assert not first & {Decode(2), Verify(2, 6), Prefill(2, 4), Sample(4, Sampling.DRAWN)}
     runner.warm_up()
     engine = Engine(runner)
     try:
@@ -101,6 +112,29 @@ def test_a_start_compiles_what_can_stand_in_for_the_rest() -> None:
         assert engine.stats().compiles_after_ready == 0
     finally:
         engine.stop()
+
+
+def test_where_all_are_compiled_first_all_have_run_before_the_first_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Runner, "_defers", False)
+    runner = make_runner(MANY)
+    runner.compile()
+    ran = []
+
+    def noted(key: Key) -> Callable[..., Any]:
+        program = runner._compiled[key]
+
+        def run(*arguments: Any) -> Any:
+            ran.append(key)
+            return program(*arguments)
+
+        return run
+
+    runner._compiled = {key: noted(key) for key in runner._compiled}
+    runner.warm_up()
+    programs = runner._programs
+    assert set(ran) == set(programs.all_keys()) - set(programs.cache_keys())
 
 
 def test_a_request_does_not_wait_for_a_program_that_is_being_compiled(

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from inferneo_jax.config import MeshShape
+from inferneo_jax.engine.engine import Engine
 from inferneo_jax.runner.runner import PendingStep, Runner
 from inferneo_jax.scheduler.scheduler import SchedulerOutputs
 from tests.support.simulated_runner import Simulation, Speed
 from tests.support.tiny_model import (
+    Collected,
     MakeEngine,
     close_all,
     close_when_preempted,
@@ -58,6 +60,19 @@ def test_no_more_tokens_come_than_were_asked_for(together: MakeEngine, most: int
     long = submit(engine, prompt(9), 30)
     assert len(submit(engine, prompt(5), most).tokens) == most
     assert len(long.tokens) == 30
+
+
+@pytest.mark.parametrize("most", [2, 3, 7])
+def test_log_probabilities_end_with_the_request_that_wants_them(
+    tiny_engine: MakeEngine, together: MakeEngine, most: int
+) -> None:
+    def answers(engine: Engine) -> list[Collected]:
+        long = submit(engine, prompt(9), 30)
+        return [submit(engine, prompt(5), most, logprobs=2).wait(), long.wait()]
+
+    scored, plain = answers(together())
+    assert len(scored.logprobs) == most
+    close_all([scored, plain], answers(tiny_engine()))
 
 
 def test_a_stop_token_among_them_ends_the_request(together: MakeEngine) -> None:

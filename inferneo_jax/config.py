@@ -209,9 +209,10 @@ class EngineConfig:
         dtype: type of the weights and matrix products; auto: bfloat16 where it is fast.
         kernels: implementation of attention, and on CPUs of matrix products; xla: the reference,
             native: the kernels for the device, auto: native where such kernels exist.
-        quantization: quantization of the weights, int8 or none; auto: none, except that a CPU with
-            native kernels, if dtype is auto, multiplies blocks of ggml's formats as the checkpoint
-            has them, and rounds other matrices to blocks of 8 bits.
+        quantization: quantization of the weights; int8 and fp8 have a scale for each output, none
+            are of ``dtype``; auto: none, except that a CPU with native kernels, if dtype is auto,
+            multiplies blocks of ggml's formats as the checkpoint has them, and rounds other
+            matrices to blocks of 8 bits.
         kv_dtype: type of keys and values; int8 has a scale for each token and head, fp8 is E4M3
             without scales, in which larger numbers than 448 become 448; auto: bfloat16, except
             float32 if dtype is float32 and on a CPU without native kernels.
@@ -243,7 +244,7 @@ class EngineConfig:
     itl_budget: float = field(default=50.0, repr=False)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Literal["auto", "xla", "native"] = "auto"
-    quantization: Literal["auto", "none", "int8"] = "auto"
+    quantization: Literal["auto", "none", "int8", "fp8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
     speculation: Literal["auto", "off", "ngram", "model"] = "auto"
     decode_steps: int | None = field(default=None, repr=False)

@@ -11,17 +11,13 @@ from inferneo_jax.layers.blocks import BlockPart
 from inferneo_jax.layers.cache import PagedAttention
 from inferneo_jax.layers.quantization import QuantizationConfig, Unquantized
 from inferneo_jax.layers.segments import SegmentAttention
-from inferneo_jax.platform.devices import compute_capability
+from inferneo_jax.platform.devices import compute_capability, multiplies
 
 Kernels = Literal["auto", "xla", "native"]
 """``xla`` is the reference; ``native`` is made for the device; ``auto`` is native if available."""
 
 _TRITON_SINCE = (8, 0)
 """Pallas compiles for GPUs of this compute capability, Ampere's, and later ones."""
-
-
-_FP8_SINCE = (8, 9)
-"""GPUs of this compute capability, Ada's, and later ones convert FP8."""
 
 _HOPPER = 9
 """The compute capability of GPUs with warpgroup products, which later ones lack."""
@@ -54,7 +50,7 @@ def attention_for(
 
         if compute_capability(device)[0] == _HOPPER:
             return HopperPagedAttention
-        if not fp8 or compute_capability(device) >= _FP8_SINCE:
+        if not fp8 or multiplies(device, "fp8"):
             return GpuPagedAttention
         missing = f"kv_dtype is fp8, which {device.device_kind} does not convert"
     if device.platform == "cpu":

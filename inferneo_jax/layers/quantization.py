@@ -195,6 +195,31 @@ class QuantizationMethod(ABC):
         return None
 
 
+class Numbers(NamedTuple):
+    """Numbers of 8 bits.
+
+    Attributes:
+        name: what they are called.
+        dtype: theirs.
+        largest: the largest of them.
+        whole: whether they are integers.
+        sums: the dtype in which products are added.
+    """
+
+    name: str
+    dtype: jnp.dtype
+    largest: float
+    whole: bool
+    sums: jnp.dtype
+
+
+INT8 = Numbers("int8", jnp.dtype("int8"), 127, True, jnp.dtype("int32"))
+FP8 = Numbers("fp8", jnp.dtype("float8_e4m3fn"), 448, False, jnp.dtype("float32"))
+
+_LEAST = 1e-30
+"""A row of zeros would have the scale 0."""
+
+
 @dataclass(frozen=True)
 class Unquantized(QuantizationMethod):
     """Stores numbers of ``dtype``, multiplies in ``dtype`` and accumulates in float32."""
@@ -220,13 +245,13 @@ class Unquantized(QuantizationMethod):
 
 
 @dataclass(frozen=True)
-class Int8(QuantizationMethod):
-    """Symmetric int8 with a float32 scale for each output.
+class EightBit(QuantizationMethod):
+    """Symmetric numbers of 8 bits with a float32 scale for each output.
 
-    The rows of ``x`` are quantized too, each with its own scale, so that products are int8 and sums
-    are exact in int32: LLM.int8() (arXiv:2208.07339) without its outliers, or W8A8 with dynamic
-    per-token scales in the terms of SmoothQuant (arXiv:2211.10438). Devices that do not multiply
-    int8 convert the weights to ``dtype`` on the fly and multiply in that.
+    The rows of ``x`` are quantized too, each with its own scale, so that products are of 8 bits:
+    LLM.int8() (arXiv:2208.07339) without its outliers, or W8A8 with dynamic per-token scales in the
+    terms of SmoothQuant (arXiv:2211.10438). Devices without such products convert the weights to
+    ``dtype`` on the fly and multiply in that.
 
     Where the inputs are split over devices, each shard has its own scales, so that no device needs
     to see the values of another.
@@ -236,37 +261,42 @@ class Int8(QuantizationMethod):
 
     Attributes:
         shards: the number of shards of a matrix whose inputs are split.
-        products: ``int8``, or ``float`` to multiply in ``dtype``.
+        products: ``native``, or ``float`` to multiply in ``dtype``.
     """
 
     shards: int = 1
-    products: Literal["int8", "float"] = "int8"
+    products: Literal["native", "float"] = "native"
+    numbers: ClassVar[Numbers]
 
     @property
     def name(self) -> str:
-        """Always ``int8``."""
-        return "int8"
+        """The name of the numbers."""
+        return self.numbers.name
 
     def parameters(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], *, table: bool
     ) -> tuple[ParameterSpec, ...]:
-        """Int8 values, ``[outputs, inputs]``, and their outputs' scales, ``[shards, outputs]``."""
+        """The numbers, ``[outputs, inputs]``, and their outputs' scales, ``[shards, outputs]``."""
         (outputs, inputs), (axis, inputs_axis) = (
             (shape, axes) if table else (shape[::-1], axes[::-1])
         )
         shards = self.shards if inputs_axis in mesh.RULES else 1
         return (
-            ParameterSpec((outputs, inputs), jnp.dtype("int8"), (axis, inputs_axis)),
+            ParameterSpec((outputs, inputs), self.numbers.dtype, (axis, inputs_axis)),
             ParameterSpec((shards, outputs), jnp.dtype("float32"), (inputs_axis, axis)),
         )
 
     def encode(self, shard: HostArray, *, table: bool) -> tuple[HostArray, ...]:
-        """Round each output to multiples of its scale, ``absmax / 127``."""
+        """Divide each output by its scale, and round it."""
         shard = shard.astype(np.float32, copy=False)
-        inputs = int(table)
-        scales = np.maximum(np.abs(shard).max(axis=inputs, keepdims=True), 1e-30) / 127
-        values = np.rint(shard / scales).astype(np.int8)
-        return np.ascontiguousarray(values if table else values.T), scales.reshape(1, -1)
+        rows = shard if table else shard.T
+        largest = np.abs(rows).max(axis=1, keepdims=True)
+        scales = np.maximum(largest, _LEAST) / np.float32(self.numbers.largest)
+        scaled = rows / scales
+        if self.numbers.whole:
+            scaled = np.rint(scaled, out=scaled)
+        values = np.ascontiguousarray(scaled.astype(self.numbers.dtype))
+        return values, scales.reshape(1, -1)
 
     def product(
         self, x: Float[Array, "rows inputs"], stored: Stored, *, table: bool
@@ -275,14 +305,28 @@ class Int8(QuantizationMethod):
         if self.products == "float":
             wide = values.astype(self.dtype)
             return _dot(x.astype(self.dtype), wide, jnp.dtype("float32"), table=True) * scales
-        quantized, row_scales = quantize(x)
-        sums = _dot(quantized, values, jnp.dtype("int32"), table=True)
+        rows, row_scales = quantize(x, self.numbers)
+        sums = _dot(rows, values, self.numbers.sums, table=True)
         return sums.astype(jnp.float32) * row_scales[:, None] * scales
 
     def take(self, stored: Stored, ids: Int[Array, "*ids"]) -> Float[Array, "*ids inputs"]:
         values, scales = stored
         rows = jnp.take(values, ids, axis=0, mode="clip").astype(jnp.float32)
         return (rows * jnp.take(scales[0], ids, mode="clip")[..., None]).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Int8(EightBit):
+    """Whole numbers of 8 bits. Sums of their products are exact."""
+
+    numbers: ClassVar[Numbers] = INT8
+
+
+@dataclass(frozen=True)
+class Fp8(EightBit):
+    """Floats of 8 bits, E4M3 (arXiv:2209.05433). Small weights keep more of their digits."""
+
+    numbers: ClassVar[Numbers] = FP8
 
 
 @dataclass(frozen=True)
@@ -330,22 +374,29 @@ class QuantizationConfig:
         return cls(Unquantized(jnp.dtype(dtype)), Unquantized(jnp.dtype(dtype)))
 
     @classmethod
-    def int8(
-        cls, dtype: Any, shards: int, products: Literal["int8", "float"]
+    def eight_bit(
+        cls,
+        name: Literal["int8", "fp8"],
+        dtype: Any,
+        shards: int,
+        products: Literal["native", "float"],
     ) -> "QuantizationConfig":
-        """Stores every matrix of the layers and the head in int8; see ``Int8``."""
-        method = Int8(jnp.dtype(dtype), shards, products)
+        """Stores every matrix of the layers and the head in 8 bits; see ``EightBit``."""
+        kind = Int8 if name == "int8" else Fp8
+        method = kind(jnp.dtype(dtype), shards, products)
         return cls(method, method)
 
 
 def quantize(
-    x: Float[Array, "*batch n"],
-) -> tuple[Int[Array, "*batch n"], Float[Array, "*batch"]]:
-    """Round ``x`` to int8 multiples of a scale per row, ``absmax / 127``; return both."""
+    x: Float[Array, "*batch n"], numbers: Numbers = INT8
+) -> tuple[Num[Array, "*batch n"], Float[Array, "*batch"]]:
+    """Round ``x`` to multiples of a scale per row, such that its largest is theirs; return both."""
     x = x.astype(jnp.float32)
-    # A row of zeros would have the scale 0.
-    scales = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
-    return jnp.round(x / scales).astype(jnp.int8), scales.squeeze(-1)
+    largest = jnp.abs(x).max(axis=-1, keepdims=True)
+    scales = jnp.maximum(largest, _LEAST) / numbers.largest
+    scaled = x / scales
+    rounded = jnp.round(scaled) if numbers.whole else scaled
+    return rounded.astype(numbers.dtype), scales.squeeze(-1)
 
 
 def _dot(

@@ -112,7 +112,8 @@ def bound(chip: Chip, work: Work, sent: float, quantization: str) -> tuple[float
 
     Memory and compute overlap, but the network does not overlap with them.
     """
-    rate = chip.int8_rate if quantization == "int8" else chip.float_rate
+    rates = {"int8": chip.int8_rate, "fp8": chip.fp8_rate}
+    rate = rates.get(quantization, chip.float_rate)
     parts = {
         "memory": (work.weights + work.live_kv) / chip.memory_rate,
         "compute": work.operations / rate,

@@ -20,6 +20,7 @@ class Chip:
         memory_rate: bytes per second from and to that memory.
         float_rate: bfloat16 operations per second; a multiply-add counts as two.
         int8_rate: int8 operations per second, counted in the same way.
+        fp8_rate: the same of fp8; that of bfloat16 where fp8 is converted.
         link_rate: bytes per second that a chip can send to the other chips of its mesh, over all
             links together.
         host_chips: maximum number of chips per host.
@@ -30,6 +31,7 @@ class Chip:
     memory_rate: float
     float_rate: float
     int8_rate: float
+    fp8_rate: float
     link_rate: float
     host_chips: int
 
@@ -46,6 +48,7 @@ CHIPS = {
             memory_rate=819e9,
             float_rate=197e12,
             int8_rate=394e12,
+            fp8_rate=197e12,
             link_rate=200e9,
             host_chips=8,
         ),
@@ -55,6 +58,7 @@ CHIPS = {
             memory_rate=1640e9,
             float_rate=918e12,
             int8_rate=1836e12,
+            fp8_rate=918e12,
             link_rate=448e9,
             host_chips=8,
         ),
@@ -64,6 +68,7 @@ CHIPS = {
             memory_rate=2765e9,
             float_rate=459e12,
             int8_rate=918e12,
+            fp8_rate=459e12,
             link_rate=600e9,
             host_chips=4,
         ),
@@ -74,6 +79,7 @@ CHIPS = {
             memory_rate=3350e9,
             float_rate=989e12,
             int8_rate=1979e12,
+            fp8_rate=1979e12,
             link_rate=450e9,
             host_chips=8,
         ),
@@ -85,6 +91,7 @@ CHIPS = {
             memory_rate=20e9,
             float_rate=100e9,
             int8_rate=400e9,
+            fp8_rate=100e9,
             link_rate=10e9,
             host_chips=64,
         ),

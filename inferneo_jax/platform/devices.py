@@ -3,15 +3,16 @@
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CPUINFO_LINES = ("model name", "flags", "Features", "CPU part")
 """Prefixes of the lines, on x86 and on Arm, that determine which code may run."""
 
 _TPUS_WITHOUT_INT8 = ("TPU v2", "TPU v3")
-_INT8_SINCE = (7, 5)
-"""GPUs of this compute capability, Turing's, and later ones multiply int8."""
+_TPUS_WITHOUT_FP8 = ("TPU v2", "TPU v3", "TPU v4", "TPU v5", "TPU v6")
+_INT8_SINCE, _FP8_SINCE = (7, 5), (8, 9)
+"""GPUs of these compute capabilities, Turing's and Ada's, and later ones multiply them."""
 
 
 @cache
@@ -31,13 +32,15 @@ def multiplies_bfloat16(device: Any) -> bool:
     return any(name in cpu_description() for name in ("avx512_bf16", "amx_bf16"))
 
 
-def multiplies_int8(device: Any) -> bool:
-    """Whether the device has instructions for products of int8."""
+def multiplies(device: Any, numbers: Literal["int8", "fp8"]) -> bool:
+    """Whether the device has instructions for products of these numbers of 8 bits."""
     if device.platform == "tpu":
-        return device.device_kind not in _TPUS_WITHOUT_INT8
+        kinds = _TPUS_WITHOUT_INT8 if numbers == "int8" else _TPUS_WITHOUT_FP8
+        return not device.device_kind.startswith(kinds)
     if device.platform in ("gpu", "cuda"):
-        return compute_capability(device) >= _INT8_SINCE
-    return True
+        since = _INT8_SINCE if numbers == "int8" else _FP8_SINCE
+        return compute_capability(device) >= since
+    return numbers == "int8"
 
 
 def compute_capability(device: Any) -> tuple[int, ...]:

@@ -197,10 +197,10 @@ def _decoder_quantization(
         blocks = block_quantization(mesh, config.kernels, dtype, formats)
         if blocks:
             return blocks
-    if config.quantization == "int8":
-        int8 = devices.multiplies_int8(mesh.devices.flat[0])
-        return QuantizationConfig.int8(
-            dtype, meshes.parts(mesh, "mlp"), "int8" if int8 else "float"
+    if config.quantization in ("int8", "fp8"):
+        native = devices.multiplies(mesh.devices.flat[0], config.quantization)
+        return QuantizationConfig.eight_bit(
+            config.quantization, dtype, meshes.parts(mesh, "mlp"), "native" if native else "float"
         )
     return QuantizationConfig.unquantized(dtype)
 

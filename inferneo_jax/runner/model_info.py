@@ -16,7 +16,8 @@ class ModelInfo:
 
     Attributes:
         dtype: of products.
-        quantization: the formats of the matrices: none, int8, or those of ggml, such as q4_k+q6_k.
+        quantization: the formats of the matrices: none, int8, fp8, or those of ggml, such as
+            q4_k+q6_k.
         kv_dtype: of keys and values; empty if it keeps none.
         kernels: of its layers: xla, the reference, or native, made for the device.
         mesh: axes and their sizes, as ``data=1,model=8``.

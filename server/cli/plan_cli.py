@@ -45,7 +45,7 @@ def plan(
     ] = None,
     context: Annotated[int, typer.Option(help="Live tokens each request is reckoned with.")] = 1024,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    quantization: Annotated[str, typer.Option(help="Of the weights: none or int8.")] = "auto",
+    quantization: Annotated[str, typer.Option(help="Of the weights: none, int8 or fp8.")] = "auto",
     kv_dtype: Annotated[
         str, typer.Option(help="Of keys and values: auto, float32, bfloat16, int8 or fp8.")
     ] = "auto",

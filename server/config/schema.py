@@ -102,12 +102,14 @@ class NumericSettings(BaseModel):
         description="Type of weights and matrix products; auto is bfloat16 where the hardware "
         "multiplies it natively.",
     )
-    quantization: Literal["auto", "none", "int8"] = Field(
+    quantization: Literal["auto", "none", "int8", "fp8"] = Field(
         default="auto",
-        description="Quantization of the weights. none: matrices of the type dtype; int8: "
-        "8 bits with a scale for each output. auto is none, except on a CPU with native "
-        "kernels and no explicit dtype: there the blocks of a GGUF are multiplied as the file "
-        "has them, and all other matrices are rounded to blocks of 8 bits.",
+        description="Quantization of the weights. none: matrices of the type dtype; int8, fp8: "
+        "8 bits with a scale for each output, integers or floats (E4M3), multiplied natively where "
+        "the hardware can: fp8 on NVIDIA GPUs since Ada, int8 since Turing and on TPUs. auto is "
+        "none, except on a CPU with native kernels and no explicit dtype: there the blocks of a "
+        "GGUF are multiplied as the file has them, and all other matrices are rounded to blocks "
+        "of 8 bits.",
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = Field(
         default="auto",

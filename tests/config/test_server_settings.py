@@ -62,7 +62,7 @@ def test_variables_win_over_the_file(monkeypatch: pytest.MonkeyPatch, file: Path
         ("MAX_LEN", "1", "at least 2"),
         ("MESH", "model=many", "write it as data=1,model=8"),
         ("DTYPE", "int4", "'auto', 'float32' or 'bfloat16'"),
-        ("QUANTIZATION", "int3", "'auto', 'none' or 'int8'"),
+        ("QUANTIZATION", "int3", "'auto', 'none', 'int8' or 'fp8'"),
         ("KERNELS", "magic", "'auto', 'xla' or 'native'"),
         ("LOG_FORMAT", "xml", "'auto', 'json' or 'console'"),
         ("ALIASES", "gpt", "alias=model"),

@@ -10,7 +10,7 @@ from threading import Event, Thread
 
 import jinja2.defaults
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from inferneo_jax.errors import TemplateError, TokenizerError
@@ -28,6 +28,10 @@ SECONDS = 0.05
 AT_START_BYTES = 40 << 20
 PARENT_GROWTH_BYTES = 200 << 20
 """Two of the longest answers at once, as bytes and as texts of four bytes a character."""
+
+HUNGRY = "{{ ('x' * 150000000) | length }}"
+BUSY = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+"""These come near the limits whatever is drawn, so that they are seen to be looked at."""
 
 MESSAGES = [
     {"role": "user", "content": "Hello <b>world</b> " * 50},
@@ -300,7 +304,7 @@ def check():
             assert resident() - at_first < PARENT_GROWTH_BYTES
 
         yield checked
-        assert watch.peak_bytes > MEMORY_BYTES // 2, "no template has tried"
+        assert watch.peak_bytes > MEMORY_BYTES // 2, "HUNGRY was not seen"
         assert watch.request_seconds > SECONDS / 2
 
 
@@ -309,9 +313,10 @@ def check():
     derandomize=True,
     database=None,
     deadline=None,
-    phases=(Phase.generate, Phase.shrink),
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
 @given(sources=st.lists(templates, min_size=BATCH, max_size=BATCH))
+@example(sources=[HUNGRY, BUSY])
 def test_no_hostile_template_leaves_its_limits(check, sources):
     check(sources)

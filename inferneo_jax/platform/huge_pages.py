@@ -7,6 +7,7 @@ MiB. So what is small shares regions.
 
 import mmap
 import threading
+from contextlib import suppress
 
 import numpy as np
 from jaxtyping import UInt8
@@ -30,10 +31,12 @@ class _Regions:
         self._used = 0
 
     def take(self, size: int) -> UInt8[np.ndarray, " size"]:
+        if size >= _REGION:
+            return _map(size)  # the last region is kept, so it must not be a large one
         with self._lock:
             start = self._used + -self._used % ALIGNMENT
             if start + size > len(self._region):
-                self._region, start = _map(max(size, _REGION)), 0
+                self._region, start = _map(_REGION), 0
             self._used = start + size
             return self._region[start : start + size]
 
@@ -43,8 +46,12 @@ def _map(size: int) -> UInt8[np.ndarray, " size"]:
     if not _HUGE_PAGES:
         room = np.empty(size + ALIGNMENT, np.uint8)
         return room[-room.ctypes.data % ALIGNMENT :][:size]
-    mapped = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapped.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        mapped = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes cannot be mapped: {error}") from error
+    with suppress(OSError):  # a kernel without huge pages
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     room = np.frombuffer(mapped, np.uint8)  # unmapped with the last array of it
     return room[-room.ctypes.data % _PAGE :][:size]
 

@@ -1,6 +1,8 @@
 """Memory of weights, in huge pages."""
 
+import errno
 import gc
+import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,3 +50,24 @@ def test_a_region_is_given_back_with_its_last_part(monkeypatch: pytest.MonkeyPat
     gc.collect()
     assert mapped[0]() is None
     assert mapped[1]() is not None
+
+
+@pytest.mark.skipif(not huge_pages._HUGE_PAGES, reason="this system has none")
+def test_without_them_there_is_memory_and_without_memory_a_memory_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refused(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "no huge pages")
+
+    monkeypatch.setattr(mmap, "mmap", Refused)
+    assert huge_pages._map(100).shape == (100,)
+    with pytest.raises(MemoryError, match="cannot be mapped"):
+        huge_pages._map(1 << 60)
+
+
+def test_what_is_as_large_as_a_region_is_given_back_at_once() -> None:
+    regions = huge_pages._Regions()
+    part = regions.take(huge_pages._REGION)
+    assert regions._region.size == 0
+    assert part.shape == (huge_pages._REGION,)

@@ -44,6 +44,7 @@ from inferneo_jax.runner.programs import (
     Called,
     Decode,
     Draft,
+    EmptyCache,
     Fill,
     Forward,
     Key,
@@ -354,8 +355,7 @@ class Runner:
             ConfigError: there is not enough memory for the cache.
         """
         self._weights, self._draft_weights = weights, list(draft_weights)
-        with compiles.expected():
-            self._compile(self._programs.cache_keys())
+        self._compile(self._programs.cache_keys())
         self._allocate()
 
     def compile(self, progress: Progress | None = None) -> None:
@@ -365,9 +365,9 @@ class Runner:
         first run when it is compiled, and in a job all processes must have the same ones at any
         time: there all are compiled now.
         """
-        self._compile(
-            self._programs.first_keys() if self._defers else self._programs.all_keys(), progress
-        )
+        keys = self._programs.first_keys() if self._defers else self._programs.all_keys()
+        # Those that make the caches are compiled by ``place``, which runs beside this.
+        self._compile([key for key in keys if not isinstance(key, EmptyCache)], progress)
 
     def compile_rest(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Compile the programs that ``compile`` has left, one by one, until ``stopped``.

@@ -19,6 +19,7 @@ from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.served import LanguageModel
 from inferneo_jax.layers.sampler import Sampling
 from inferneo_jax.model import load_model
+from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.programs import (
     Decode,
     Key,
@@ -91,7 +92,15 @@ def test_a_failed_load_leaves_the_programs_that_are_not_begun(
     assert len(lowered) <= 2
 
 
-def test_a_start_compiles_what_can_stand_in_for_the_rest() -> None:
+def test_a_start_compiles_what_can_stand_in_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Key] = []
+    compile_all = ExecutableStore.compile_all
+
+    def counted(store: ExecutableStore, programs: Any, progress: Any) -> Any:
+        asked.extend(programs)
+        return compile_all(store, programs, progress)
+
+    monkeypatch.setattr(ExecutableStore, "compile_all", counted)
     runner = make_runner(MANY)
     runner.compile()
     first = set(runner._compiled)
@@ -108,6 +117,7 @@ def test_a_start_compiles_what_can_stand_in_for_the_rest() -> None:
         assert set(runner._compiled) == first  # nobody compiled what was not there
         runner.compile_rest()
         assert set(runner._compiled) == set(runner._programs.all_keys())
+        assert len(asked) == len(runner._compiled)  # each once
         assert [(each.tokens, each.logprobs) for each in mixed(engine)] == before
         assert engine.stats().compiles_after_ready == 0
     finally:

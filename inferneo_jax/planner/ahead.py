@@ -27,6 +27,7 @@ from inferneo_jax.runner.backends import DecoderBackend, resolve_decoder, resolv
 from inferneo_jax.runner.capacity import cache_budget, make_programs, measured_cache_budget
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.manifest import Manifest, decoder_facts
+from inferneo_jax.runner.programs import depends
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
@@ -85,7 +86,7 @@ def compile_ahead(
         made = _decoder(model, draft, engine, mesh, memory)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(partial_of(destination)) as folder:
-        store = ExecutableStore(folder, mesh, made.facts | made.sizes)
+        store = ExecutableStore(folder, mesh, made.facts | made.sizes, made.depends)
         manifest = Manifest(
             model=name,
             made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -109,6 +110,7 @@ class _Programs(NamedTuple):
     facts: dict[str, str]
     sizes: dict[str, str]
     cache_bytes: int
+    depends: Callable[[Any, str], bool] = lambda *_: True
 
 
 def _encoder(model: EncoderConfig, engine: EngineConfig, mesh: Mesh) -> _Programs:
@@ -150,6 +152,7 @@ def _decoder(
         decoder_facts(backend, engine, drafter),
         programs.sizes,
         cache_bytes,
+        depends,
     )
 
 

@@ -44,11 +44,6 @@ _from_jax = threading.local()
 
 _SUFFIX, _TIMES_SUFFIX = ".executable", ".times"
 _OURS = (_SUFFIX, _TIMES_SUFFIX, PARTIAL)
-_WHICH = {
-    f"settings.{name}" for name in ("speculation", "draft_tokens", "draft_rows", "prefill_chunks")
-}
-"""Settings that decide which programs there are. No program depends on them but by its key, so that
-a start with others loads what it has in common with an earlier one; what is measured does."""
 _VALID_SECONDS = 7 * 86_400.0
 """Figures that are older are measured again."""
 _UNUSED_SECONDS = 30 * 86_400.0
@@ -66,12 +61,21 @@ class ExecutableStore:
         folder: created if it does not exist; None: nothing is kept.
         mesh: the devices that the programs run on.
         facts: everything that the programs depend on, as ``manifest.facts_of`` gives it.
+        depends: whether a program, given by its key, depends on a fact, given by its name. What is
+            measured depends on all of them.
     """
 
-    def __init__(self, folder: str | Path | None, mesh: Mesh, facts: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        mesh: Mesh,
+        facts: Mapping[str, str],
+        depends: Callable[[Any, str], bool] = lambda *_: True,
+    ) -> None:
         self._folder = Path(folder) if folder else None
         self._devices = [*mesh.devices.flat]
         self._facts = dict(facts)
+        self._depends = depends
         self._ahead = {name for each in manifests(folder) for name in each.programs}
         self._trusted = True
         if self._folder and self._folder.is_dir() and (why := distrust(self._folder.stat())):
@@ -117,13 +121,13 @@ class ExecutableStore:
         After a week they are measured again, so that what disturbed them once is not kept.
         """
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = orjson.loads(self._file(name, _TIMES_SUFFIX).read_bytes())
+            kept = orjson.loads(self._named(name, self._facts, _TIMES_SUFFIX).read_bytes())
             if 0 <= time.time() - kept["measured"] < _VALID_SECONDS:
                 return dict(kept["figures"])
         figures = measure()
         content = orjson.dumps({"measured": time.time(), "figures": figures})
         with contextlib.suppress(OSError):  # then they are measured at each start
-            write_whole(self._file(name, _TIMES_SUFFIX), [content])
+            write_whole(self._named(name, self._facts, _TIMES_SUFFIX), [content])
         return figures
 
     def _compile(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Any:
@@ -171,12 +175,13 @@ class ExecutableStore:
             log.warning("a kept program cannot be loaded and is compiled again: %s", error)
             return None
 
-    def _file(self, key: Hashable, suffix: str = _SUFFIX) -> Path:
+    def _file(self, key: Hashable) -> Path:
+        facts = {name: fact for name, fact in self._facts.items() if self._depends(key, name)}
+        return self._named(key, facts, _SUFFIX)
+
+    def _named(self, key: Hashable, facts: Mapping[str, str], suffix: str) -> Path:
         if self._folder is None:
             raise FileNotFoundError
-        facts = self._facts
-        if suffix == _SUFFIX:
-            facts = {name: fact for name, fact in facts.items() if name not in _WHICH}
         return self._folder / f"{digest(facts, repr(key))}{suffix}"
 
     def _remove_unused(self) -> None:

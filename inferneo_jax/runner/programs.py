@@ -123,6 +123,36 @@ Key = Called | Following | EmptyCache
 """Identifies a compiled program."""
 
 
+_VOCABULARY = {"model.model.vocab_size", "model.padded.vocab_size"}
+_SLOTS = {"settings.slots", "max_len"}
+_PARAMETERS = _SLOTS | {"settings.max_logit_bias"}
+_PAGED = _SLOTS | {"settings.row_buckets", "num_pages"}
+
+
+def depends(key: Key, fact: str) -> bool:
+    """Whether a program depends on a fact of those of ``decoder_facts`` and ``Programs.sizes``.
+
+    By this, starts with other settings load what they have in common, and so do models of one
+    vocabulary. Most settings only decide which programs there are, or how backends are resolved,
+    and these have facts of their own.
+    """
+    whose = fact.partition(".")[0]
+    if whose not in ("model", "draft_model", "settings") and fact not in _PAGED:
+        return True
+    match key:
+        case Sample():
+            return fact in _VOCABULARY | _PARAMETERS
+        case Score():
+            return fact in _VOCABULARY | {"settings.max_logprobs"}
+        case Admit():
+            return fact in _PARAMETERS | {"model.attention.page_len"}
+        case ScorePrompt():
+            return whose == "model" or fact == "settings.max_logprobs"
+        case Draft() | Fill() | EmptyCache(draft=True):
+            return whose == "draft_model" or fact in _VOCABULARY | _PAGED
+    return whose == "model" or fact in _PAGED
+
+
 def num_tokens(key: Forward | Fill) -> int:
     """Tokens that a forward pass computes on one data-parallel rank."""
     match key:

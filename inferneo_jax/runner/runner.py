@@ -54,6 +54,7 @@ from inferneo_jax.runner.programs import (
     Score,
     ScorePrompt,
     Verify,
+    depends,
     dispatch_step,
     num_sampled,
     prefill_of,
@@ -213,16 +214,6 @@ def _split(key: Mixed, sampled: Sampled, scheduled: SchedulerOutputs) -> tuple[S
     return Sampled(both.ids, both.scores), Sampled(ids, scores, both.prompt_scores)
 
 
-def _added(prefill: float, decode: float) -> float:
-    """The seconds that prefill adds to a step that decodes, and so reads every weight anyway.
-
-    Args:
-        prefill: seconds that it takes alone.
-        decode: seconds of decoding one row, which are those of reading the weights.
-    """
-    return max(prefill - decode, prefill / 10)
-
-
 class Runner:
     """Runs the scheduled steps of one decoder.
 
@@ -276,7 +267,7 @@ class Runner:
         self.decode_steps = decode_steps(config, self._mesh)
         self.shapes = self._programs.prefill_shapes
         self._store = ExecutableStore(
-            config.compilation_cache, self._mesh, facts | self._programs.sizes
+            config.compilation_cache, self._mesh, facts | self._programs.sizes, depends
         )
         self._inputs = self._programs.inputs
         self._compiled: dict[Key, Any] = {}
@@ -421,9 +412,7 @@ class Runner:
             times["slowest"] = max(slowest, times["slowest"])
             self._run_following()
         self.decode_seconds = times["decode"]
-        self.prefill_times = PrefillTimes(
-            [(cost, _added(seconds, times["decode"])) for cost, seconds in times["prefill"]]
-        )
+        self.prefill_times = PrefillTimes(times["prefill"], times["decode"])
         self.step_seconds = max(self.config.step_seconds, PATIENCE * times["slowest"])
         if self._programs.draft_buckets:
             self.speculation = self._speculation(times)
@@ -448,7 +437,8 @@ class Runner:
         prefill = self._measure_prefill()
         drafts = self.config.speculation == "auto" and self._programs.draft_buckets
         ends = (1, min(drafts[-1], self.slots)) if drafts else ()
-        decode = Decode(self._programs.row_buckets[-1])
+        # Of the smallest program that is there: in a larger one, most is the work of padding.
+        decode = min(key for key in self._compiled if isinstance(key, Decode))
         return {
             "decode": min(self._seconds(decode, rows=1) for _ in range(_TIMES)),
             "prefill": prefill,

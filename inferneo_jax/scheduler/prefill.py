@@ -115,15 +115,20 @@ class PrefillShapes:
 
 
 class PrefillTimes:
-    """The time that a step's prefill takes, by its cost in tokens (``PrefillShapes.cost``).
+    """The time that prefill adds to a step, by its cost in tokens (``PrefillShapes.cost``).
 
     Between the costs that were measured it is interpolated.
 
     Args:
-        measured: pairs of a cost in tokens and the seconds that it took; empty: it takes no time.
+        measured: pairs of a cost in tokens and the seconds that prefill alone took; empty: it takes
+            no time.
+        decode_seconds: what of these a step that decodes takes anyway, to read every weight. A
+            tenth of the time counts as prefill's whatever was measured.
     """
 
-    def __init__(self, measured: Tokens[tuple[float, float]] = ()) -> None:
+    def __init__(
+        self, measured: Tokens[tuple[float, float]] = (), decode_seconds: float = 0.0
+    ) -> None:
         tokens, seconds = [0.0], [0.0]
         for each, took in sorted(measured):
             # More tokens take no less time, and no more for each of them. So a time that was taken
@@ -132,7 +137,8 @@ class PrefillTimes:
                 took = min(max(took, seconds[-1]), seconds[-1] * each / tokens[-1])
             tokens.append(each)
             seconds.append(took)
-        self._tokens, self._seconds = tokens, seconds
+        self._tokens = tokens
+        self._seconds = [max(took - decode_seconds, took / 10) for took in seconds]
 
     def seconds(self, tokens: float) -> float:
         """The seconds that prefill of this cost takes; the least measured ones, if it is less."""

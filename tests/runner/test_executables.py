@@ -17,12 +17,13 @@ import pytest
 from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.runner.capacity import make_programs
 from inferneo_jax.runner.compile_cache import ExecutableStore
-from inferneo_jax.runner.manifest import Manifest, facts_of
-from inferneo_jax.runner.programs import Programs
+from inferneo_jax.runner.manifest import Manifest, decoder_facts, facts_of
+from inferneo_jax.runner.programs import Programs, depends
 from inferneo_jax.sharding.mesh import make_mesh
 from tests.support.tiny_model import (
     EIGHT_SLOTS,
     ONE_DEVICE,
+    TINY,
     TINY_ENGINE,
     mixed,
     running_engine,
@@ -86,15 +87,62 @@ def test_what_a_program_is_made_of_tells_it_apart(
     assert _made_again(_store(tmp_path, small))
 
 
-def test_no_program_depends_on_the_settings_that_decide_which_there_are(tmp_path: Path) -> None:
-    few = dataclasses.replace(TINY_ENGINE, speculation="ngram", prefill_chunks=(8,))
-    changes: dict[str, Any] = {"draft_tokens": 3, "draft_rows": 2, "prefill_chunks": (4, 8)}
-    other = dataclasses.replace(few, speculation="off", **changes)
-    one, two = (make_programs(tiny_backend(each), each, lambda: 0) for each in (few, other))
-    for key in one.all_keys():
+_PLAIN = dataclasses.replace(
+    TINY_ENGINE, prefill_chunks=(8,), speculation="ngram", draft_rows=4, draft_tokens=2
+)
+_FORWARD = {"Decode", "Verify", "Prefill", "Mixed"}
+_SAMPLING = {"Sample", "Score"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        pytest.param(
+            {"speculation": "off", "prefill_chunks": (4, 8)},
+            {*_FORWARD - {"Verify"}, "Admit", *_SAMPLING, "ScorePrompt", "EmptyCache"},
+            id="which programs there are",
+        ),
+        pytest.param(
+            {"kv_tokens": 320}, {"Admit", *_SAMPLING, "ScorePrompt"}, id="size of the cache"
+        ),
+        pytest.param({"kv_dtype": "int8"}, {"Admit", *_SAMPLING}, id="type of the cache"),
+        pytest.param({"max_len": 32}, {"Score", "ScorePrompt"}, id="length"),
+        pytest.param({"slots": 2}, {"Score", "ScorePrompt"}, id="slots"),
+        pytest.param(
+            {"max_logit_bias": 3},
+            {*_FORWARD, "Score", "ScorePrompt", "EmptyCache"},
+            id="number of biases",
+        ),
+        pytest.param(
+            {"max_logprobs": 3}, {*_FORWARD, "Admit", "Sample", "EmptyCache"}, id="alternatives"
+        ),
+        pytest.param({"hidden_size": 48}, {"Admit", *_SAMPLING}, id="another model"),
+        pytest.param(
+            {"draft": 48},
+            {*_FORWARD, "Admit", *_SAMPLING, "ScorePrompt", "EmptyCache"},
+            id="a draft model",
+        ),
+    ],
+)
+def test_programs_of_one_name_are_the_same(changes: dict[str, Any], shared: set[str]) -> None:
+    def made(changes: dict[str, Any]) -> tuple[Programs, dict[str, str]]:
+        sizes = {"hidden_size": changes.pop("hidden_size", TINY.hidden_size)}
+        width = changes.pop("draft", None)
+        config = dataclasses.replace(_PLAIN, **changes)
+        model = tiny_backend(config, dataclasses.replace(TINY, **sizes))
+        draft = (
+            tiny_backend(config, dataclasses.replace(TINY, hidden_size=width)) if width else None
+        )
+        programs = make_programs(model, config, lambda: 0, draft)
+        return programs, decoder_facts(model, config, draft) | programs.sizes
+
+    (one, facts), (two, others) = made({}), made(changes)
+    differ = {name for name in facts.keys() | others.keys() if facts.get(name) != others.get(name)}
+    both = set(one.all_keys()) & set(two.all_keys())
+    same = {key for key in both if not any(depends(key, name) for name in differ)}
+    assert {type(key).__name__ for key in same} == shared
+    for key in same:
         assert one.lower(key).as_text() == two.lower(key).as_text(), key
-    assert _made_again(_store(tmp_path, few))
-    assert not _made_again(_store(tmp_path, other))
 
 
 def test_the_same_is_known_in_another_process(tmp_path: Path) -> None:

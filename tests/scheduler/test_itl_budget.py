@@ -232,6 +232,16 @@ def test_a_time_measured_while_something_else_ran_is_corrected_by_the_others() -
     assert all(a <= b for a, b in pairwise(seconds))
 
 
+@pytest.mark.parametrize("decode", [0.04, 0.09, 0.2])
+def test_a_decode_step_that_was_measured_too_slow_lets_no_prompt_through(decode: float) -> None:
+    """Prefill of few tokens then seems to add nothing; that says nothing about many tokens."""
+    measured = [(16.0, 0.1), (32.0, 0.11), (128.0, 0.4), (256.0, 0.8)]
+    times = PrefillTimes(measured, decode)
+    for cost, took in measured:
+        assert times.seconds(cost) == pytest.approx(max(took - decode, took / 10))
+    assert times.tokens(BUDGET) < 128
+
+
 @pytest.mark.parametrize("rows", [1, 4, 8, 12])
 def test_what_rows_cost_is_not_taken_for_the_speed_of_prefill(rows: int) -> None:
     """Streams that end together leave few rows beside the prompts of those that follow."""

@@ -27,6 +27,7 @@ class ChatTemplate:
     """A compiled chat template, which can render in several threads at once.
 
     Attributes:
+        text: the Jinja text.
         variables: the names that the template reads but that not every rendering provides.
     """
 
@@ -42,6 +43,7 @@ class ChatTemplate:
             EngineError: the process that compiles templates cannot be started.
         """
         self._named_tokens = dict(named_tokens)
+        self.text = source
         self._source = source.encode("utf-8", "surrogatepass")
         POOL.start()
         try:

@@ -1,6 +1,7 @@
 """Decoding of token ids to text while they are being generated."""
 
 import codecs
+from collections.abc import Set as AbstractSet
 
 from inferneo_jax.errors import TokenizerError
 from inferneo_jax.text.tokenizer import Tokenizer
@@ -17,12 +18,30 @@ class IncrementalDecoder:
     tokens, of which a stream has already shown the valid ones.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        keep: AbstractSet[int] = frozenset(),
+    ) -> None:
+        """Begin a sequence.
+
+        Args:
+            tokenizer: the model's.
+            skip_special_tokens: whether special tokens are no part of the text.
+            keep: special tokens that are a part of it all the same.
+
+        Raises:
+            TokenizerError: the tokenizer's words cannot be joined one by one.
+        """
         if tokenizer.kind == "words":
             raise TokenizerError(
                 "this tokenizer joins words by rules that look ahead; it cannot decode a stream"
             )
         self._pieces = tokenizer.pieces(skip_special_tokens=skip_special_tokens)
+        self._keep = keep
+        self._all_pieces = tokenizer.pieces(skip_special_tokens=False)
         self._decode = _utf8_decoder("replace").decode
         self._strip = tokenizer.strips_leading_space
 
@@ -30,6 +49,8 @@ class IncrementalDecoder:
         """Return the characters that this token completes; "" while a character is incomplete."""
         try:
             piece = self._pieces[token_id]
+            if not piece and token_id in self._keep:
+                piece = self._all_pieces[token_id]
         except IndexError:  # models pad their logits beyond the vocabulary
             return ""
         text = self._decode(piece)

@@ -133,6 +133,11 @@ class Tokenizer:
         return self._template is not None
 
     @property
+    def chat_template(self) -> str:
+        """The Jinja text of the chat template; empty if there is none."""
+        return self._template.text if self._template else ""
+
+    @property
     def template_variables(self) -> frozenset[str]:
         """The names of the variables that the chat template reads besides the messages."""
         return self._template.variables if self._template else frozenset()

@@ -17,6 +17,25 @@ from pydantic_settings import NoDecode
 from inferneo_jax import ConfigError, EngineConfig, MeshShape
 
 PREFIX = "INFERNEO_"
+ParserName = Literal[
+    "auto",
+    "none",
+    "deepseek",
+    "deepseek-dsml",
+    "function-gemma",
+    "gemma4",
+    "glm",
+    "harmony",
+    "hermes",
+    "kimi-k2",
+    "kimi-k3",
+    "llama3",
+    "llama4",
+    "mistral",
+    "phi4",
+    "qwen3-coder",
+]
+"""How models write tool calls and reasoning: the formats of server/parsers, by family."""
 KEY_VARIABLE = PREFIX + "API_KEY"
 """The key that `inferneo chat` sends: no setting of a server."""
 _NO_FLAG = ("models", "job_token")
@@ -79,6 +98,12 @@ class ModelSettings(BaseModel):
         default_factory=dict,
         description="Additional names under which clients may ask for these models.",
         json_schema_extra=_shown("ALIAS=MODEL,...", "none"),
+    )
+    output_parser: ParserName = Field(
+        default="auto",
+        description="The format in which the models write tool calls and reasoning, which chat "
+        "answers are parsed by; auto finds it by each model's chat template, none leaves all text "
+        "as it is.",
     )
     checkpoints: Path | None = Field(
         default=None,

@@ -13,6 +13,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from inferneo_jax import InferneoError
+from server.config.schema import ParserName
 from server.config.settings import Settings
 from server.http.errors import RETRY_LOADING_SECONDS, ApiError, bad_request, unavailable
 from server.http.schema import Count
@@ -83,6 +84,11 @@ class Registry:
         self._entries = {source.id: _Entry(source) for source in sources_of(settings)}
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
+
+    @property
+    def output_parser(self) -> ParserName:
+        """The format of calls and reasoning that the settings name for all models, or ``auto``."""
+        return self._settings.output_parser
 
     @property
     def ready(self) -> bool:

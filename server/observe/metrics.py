@@ -193,7 +193,8 @@ class Meter:
         if self._trace is not None:
             self._trace.sequence(index, reason, times)
         metrics, model = self._metrics, self._model
-        metrics._finished.labels(model, reason).inc()
+        counted = "stop" if reason == "tool_calls" else reason  # as vLLM counts them
+        metrics._finished.labels(model, counted).inc()
         metrics._output_sizes.labels(model).observe(times.tokens)
         if times.first is None or reason in ("abort", "error"):
             return

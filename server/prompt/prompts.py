@@ -1,9 +1,12 @@
 """Prompts as token ids: texts, infilling, conversations, and the limits of the context."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from inferneo_jax import TemplateError
 from server.http.errors import ApiError, bad_request
 
 if TYPE_CHECKING:
@@ -116,28 +119,28 @@ def infill_tokens(tokenizer: "Tokenizer") -> tuple[int, int, int] | None:
     return None
 
 
-def conversation_ids(
+def conversation_text(
     tokenizer: "Tokenizer",
     messages: list[dict[str, Any]],
     variables: Mapping[str, Any],
     warnings: list[str],
     *,
+    tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool,
     continue_final_message: bool,
     strict: bool,
-    add_special_tokens: bool = False,
-) -> list[int]:
-    """Return the token ids of a conversation. Rendering the template may block.
+) -> str:
+    """Return the text of a conversation. Rendering the template may block.
 
     Args:
         tokenizer: the model's.
         messages: the conversation.
         variables: additional variables for the template.
         warnings: receives a warning for each variable that the template does not read.
+        tools: the tools that the model is told of.
         add_generation_prompt: whether to open a new assistant message.
         continue_final_message: whether to leave the last message open.
         strict: whether to raise an error instead of warning.
-        add_special_tokens: whether to add the special tokens that the model expects around a text.
 
     Raises:
         ApiError, TemplateError: the template cannot render the conversation.
@@ -147,14 +150,43 @@ def conversation_ids(
             "This model has no chat template; send a prompt to /v1/completions.", "model"
         )
     known = _known_variables(tokenizer, variables, warnings, strict=strict)
-    written = tokenizer.render_chat(
-        messages,
+    if tools:
+        if "tools" in tokenizer.template_variables:
+            known["tools"] = list(tools)
+        else:
+            unread = "tools is not read by the model's chat template, so the model has none"
+            if strict:
+                raise bad_request(
+                    f"{unread}. Choose a model that was trained to call tools.", "tools"
+                )
+            warnings.append(f"{unread}.")
+    render = partial(
+        tokenizer.render_chat,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         **known,
     )
-    # Templates write the special tokens themselves.
-    return tokenizer.encode(written, add_special_tokens=add_special_tokens)
+    try:
+        return render(messages)
+    except TemplateError:
+        # Most templates read the arguments of calls as an object, a few as its text.
+        texts = [_with_texts(message) for message in messages]
+        if texts == messages:
+            raise
+        return render(texts)
+
+
+def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its calls as texts."""
+    if not (calls := message.get("tool_calls")):
+        return message
+    written = []
+    for call in calls:
+        function = call["function"]
+        if not isinstance(arguments := function["arguments"], str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        written.append(call | {"function": function | {"arguments": arguments}})
+    return message | {"tool_calls": written}
 
 
 def _known_variables(

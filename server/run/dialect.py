@@ -9,7 +9,7 @@ from server.http.errors import ApiError
 from server.http.pieces import JsonList
 from server.http.sse import Event
 from server.keys.store.store import Usage
-from server.run.output import FinishReason, TextPart, TokenInfo
+from server.run.output import FinishReason, TextPart, TokenInfo, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class Choice:
     """
 
     text: str
+    reasoning: str
+    calls: Sequence[ToolCall]
     logprobs: Mapping[str, JsonList[Any]]
     finish_reason: FinishReason
 

@@ -35,7 +35,7 @@ from server.prompt.prompts import Prompt
 from server.run.admission import Admission
 from server.run.context import Context
 from server.run.dialect import Choice, Dialect, End, Part, Result, Start, Text
-from server.run.output import OutputProcessor, TextOptions, TextPart
+from server.run.output import OutputProcessor, TextOptions, TextPart, ToolCall
 
 if TYPE_CHECKING:
     from inferneo_jax import GenerationEngine, LanguageModel
@@ -290,6 +290,7 @@ class Generation:
         self._mailbox = mailbox = _Mailbox(self._engine)
         running: dict[int, str] = {}
         clock = self._expire_in_time(mailbox, deadline, running)
+        told = time.monotonic()
         try:
             await self._submit(mailbox, running, meter)
             while running:
@@ -300,8 +301,14 @@ class Generation:
                 for i, portion in enumerate(portions(outputs)):
                     if i:
                         await asyncio.sleep(0)  # other requests are served between two portions
-                    for part in self._commit(portion, running, meter):
+                    parts = self._commit(portion, running, meter)
+                    for part in parts:
                         yield Text(part, self.usage)
+                    if parts:
+                        told = time.monotonic()
+                    elif time.monotonic() - told > SILENCE_SECONDS:
+                        told = time.monotonic()
+                        yield None  # a long call is held back until it is complete
                     if self._failure is not None:
                         raise self._failure
         finally:
@@ -376,6 +383,7 @@ class Generation:
             prompt=self.usage.prompt,
             completion=sum(each.num_tokens for each in self.processors),
             cached=sum(each.cached_tokens for each in first),
+            reasoning=sum(each.num_reasoning for each in self.processors),
         )
 
 
@@ -383,12 +391,15 @@ class _Collected:
     """What has been collected for a choice of a whole answer."""
 
     def __init__(self, dialect: Dialect) -> None:
-        self.text = StringIO()
+        self.text, self.reasoning = StringIO(), StringIO()
+        self.calls: list[ToolCall] = []
         self.logprobs = {name: JsonList[Any]() for name in dialect.logprobs(())}
         self._dialect = dialect
 
     def add(self, part: TextPart) -> None:
         self.text.write(part.text)
+        self.reasoning.write(part.reasoning)
+        self.calls += part.calls
         for name, values in self._dialect.logprobs(part.tokens).items():
             self.logprobs[name].extend(values)
 
@@ -437,7 +448,9 @@ class Answer:
         for i in self._best():
             reason = processors[i].finish_reason
             assert reason is not None, "the generation is over"
-            choices.append(Choice(collected[i].text.getvalue(), collected[i].logprobs, reason))
+            each = collected[i]
+            texts = each.text.getvalue(), each.reasoning.getvalue()
+            choices.append(Choice(*texts, each.calls, each.logprobs, reason))
         return self.dialect.whole(Result(choices, self.generation.usage))
 
     def _parts(self, context: Context, admission: Admission) -> AsyncGenerator[Part, None]:

@@ -1,19 +1,24 @@
-"""Output of one sequence as text: decoding, stop strings, echo, log probabilities. No I/O."""
+"""Output of one sequence: decoding, stop strings, echo, log probabilities, parsing. No I/O."""
 
+import secrets
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from inferneo_jax import GenerationOutput, IncrementalDecoder, StopMatcher, TokenLogprob
+from server.parsers.calls import Call, Tools
+from server.parsers.parser import Format, OutputParser
 from server.prompt.prompts import Prompt
 
 if TYPE_CHECKING:
     from inferneo_jax import Tokenizer
 
 
-FinishReason = Literal["stop", "length", "abort"]
-"""Why a choice ended: a stop or end token, its maximum length, or a cancellation by the client."""
+FinishReason = Literal["stop", "length", "abort", "tool_calls"]
+"""Why a choice ended: a stop or end token, its maximum length, a cancellation by the client, or an
+end token after calls of tools.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +40,55 @@ class TokenInfo(NamedToken):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool; ``index`` counts the calls of its choice, ``arguments`` is JSON."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextPart:
-    """The new part of a choice; the texts of all parts, joined, are its text."""
+    """The new part of a choice; the texts of all parts, joined, are its text.
+
+    Attributes:
+        index: of the choice.
+        text: its text; if it is parsed, without reasoning and calls.
+        tokens: the tokens whose text is certain, of whatever they are a part.
+        finish_reason: why it has ended; None until then.
+        reasoning: what comes before the text.
+        calls: calls that have become complete.
+    """
 
     index: int
     text: str
     tokens: list[TokenInfo]
     finish_reason: FinishReason | None
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parsing:
+    """How the text of a choice is parsed.
+
+    Attributes:
+        format: how the model writes.
+        tools: the tools that are offered; None looks for no calls.
+        thinking: whether the prompt has begun the reasoning.
+        single: whether the first call ends the choice.
+        first_call: number of calls in the conversation so far, for ids that count them.
+        keep: special tokens that markers are made of.
+    """
+
+    format: Format
+    tools: Tools | None
+    thinking: bool
+    single: bool = False
+    first_call: int = 0
+    keep: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +103,7 @@ class TextOptions:
     logprobs: bool = False
     echo: bool = False
     suffix: str = ""
+    parsing: Parsing | None = None
 
 
 class OutputProcessor:
@@ -67,6 +115,7 @@ class OutputProcessor:
     Attributes:
         finish_reason: None while the sequence runs.
         num_tokens: number of tokens sampled so far, not counting those after a stop string.
+        num_reasoning: number of them that are reasoning, markers included.
         logprob_sum: the sum of their log probabilities, if the request computes them.
         cached_tokens: number of prompt tokens found in the prefix cache.
     """
@@ -77,13 +126,21 @@ class OutputProcessor:
         self.index = index
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
+        self.num_reasoning = 0
         self.logprob_sum = 0.0
         self.cached_tokens = 0
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._options = options
+        parsing = options.parsing
+        self._parser: OutputParser | None = None
+        self._keep: frozenset[int] = frozenset()
+        if parsing is not None:
+            self._parser = OutputParser(parsing.format, parsing.tools, thinking=parsing.thinking)
+            self._keep = parsing.keep
+        self._num_calls = 0
         self._decoder = IncrementalDecoder(
-            tokenizer, skip_special_tokens=options.skip_special_tokens
+            tokenizer, skip_special_tokens=options.skip_special_tokens, keep=self._keep
         )
         self._matcher = StopMatcher(options.stops, include=options.include_stop)
         self._echoes = options.echo  # whether the prompt, or the rest of it, is still to be shown
@@ -108,6 +165,9 @@ class OutputProcessor:
             if self._matcher.matched is not None:
                 self._finish("stop")
                 return
+            if self._parser is not None and self._parser.num_calls and self._single:
+                self._finish("stop")
+                return
         if (reason := output.finish_reason) is not None:
             assert reason != "error", "a failure ends the whole request"
             self._flush(reason)
@@ -119,16 +179,40 @@ class OutputProcessor:
 
     def take(self) -> TextPart | None:
         """Return the new part since the last call; None if nothing is new."""
-        if not (self._text or self._tokens or self.finish_reason):
+        text, reasoning = "".join(self._text), ""
+        calls: tuple[ToolCall, ...] = ()
+        if self._parser is not None:
+            text, reasoning, found = self._parser.take()
+            calls = tuple(map(self._identified, found[:1] if self._single else found))
+        if not (text or reasoning or calls or self._tokens or self.finish_reason):
             return None
-        event = TextPart(self.index, "".join(self._text), self._tokens, self.finish_reason)
+        part = TextPart(self.index, text, self._tokens, self.finish_reason, reasoning, calls)
         self._text, self._tokens = [], []
-        return event
+        return part
 
     @property
     def mean_logprob(self) -> float:
         """The mean log probability of the sampled tokens, in nats."""
         return self.logprob_sum / max(1, self.num_tokens)
+
+    @property
+    def _single(self) -> bool:
+        parsing = self._options.parsing
+        return parsing is not None and parsing.single
+
+    def _identified(self, call: Call) -> ToolCall:
+        """Give a call its place and an id, in the form that the model's template expects."""
+        parsing = self._options.parsing
+        assert parsing is not None, "only a parser finds calls"
+        index, self._num_calls = self._num_calls, self._num_calls + 1
+        match parsing.format.ids:
+            case "short":
+                name = secrets.token_hex(5)[:9]
+            case "numbered":
+                name = f"functions.{call.name}:{parsing.first_call + index}"
+            case "long":
+                name = f"call_{secrets.token_hex(12)}"
+        return ToolCall(index, name, call.name, call.arguments)
 
     def _push(self, token: int, logprob: TokenLogprob | None) -> None:
         options = self._options
@@ -142,17 +226,25 @@ class OutputProcessor:
             self._held.append(self._info(token, logprob, len(text) or self._opens(token)))
         self._decoded += len(text)
         # Before min_tokens, a stop string is ordinary text.
-        self._show(self._matcher.push(text) if self.num_tokens > options.min_tokens else text)
+        shown = self._matcher.push(text) if self.num_tokens > options.min_tokens else text
+        thinking = self._parser is not None and self._parser.thinking
+        self._show(shown)
+        if self._parser is not None and (thinking or self._parser.thinking):
+            self.num_reasoning += 1
 
     def _opens(self, token: int) -> bool:
         """Return whether a token that completed no character began one, and so owns it."""
         tokenizer = self._tokenizer
-        skipped = self._options.skip_special_tokens and token in tokenizer.special_ids
+        special = token in tokenizer.special_ids and token not in self._keep
+        skipped = self._options.skip_special_tokens and special
         return not skipped and bool(tokenizer.token_bytes(token))
 
     def _show(self, text: str) -> None:
         if text:
-            self._text.append(text)
+            if self._parser is None:
+                self._text.append(text)
+            else:
+                self._parser.push(text)
             self._shown += len(text)
         while self._held and self._held[0].end <= self._shown:
             self._tokens.append(self._held.popleft())
@@ -173,6 +265,10 @@ class OutputProcessor:
         self._held.clear()
         if self._options.suffix:
             self._text.append(self._options.suffix)
+        if self._parser is not None:
+            self._parser.finish(cut=reason != "stop")
+            if self._parser.num_calls and reason == "stop":
+                reason = "tool_calls"
         self.finish_reason = reason
 
     def _echo(self, logprobs: Sequence[TokenLogprob | None] | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from inferneo_jax import Tokenizer
-from tests.support.asking import CHATS, ask, prompt_text, stream
+from tests.support.asking import CHATS, ask, prompt_text, refused, stream
 from tests.support.fake_engine import writes
 from tests.support.fake_server import CHAT, REPLY, Rig
 
@@ -74,3 +74,13 @@ def test_length_ends_it(rig: Rig, tokenizer: Tokenizer) -> None:
     assert got["finish_reason"] == "length"
     events = stream(rig, CHATS, max_tokens=3)
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == "\u00e9\ufffd"
+
+
+def test_what_the_template_does_not_read_is_said(rig: Rig) -> None:
+    tool = {"type": "function", "function": {"name": "now"}}
+    options: dict[str, Any] = {"enable_thinking": True, "reasoning_effort": "low", "tools": [tool]}
+    warnings = ask(rig, CHATS, **options)["warnings"]
+    assert [warning.split()[0].strip(":") for warning in warnings] == [*options, "tools"]
+    strict = {"X-Inferneo-Strict": "true"}
+    for field, value in options.items():
+        assert refused(rig, CHATS, headers=strict, **{field: value})["param"] == field

@@ -34,6 +34,7 @@ def test_answer_has_the_shape_of_the_page(rig: Rig) -> None:
         "completion_tokens": sampled,
         "total_tokens": 2 + sampled,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -208,9 +208,9 @@ def test_what_has_no_effect_here_is_said(rig: Rig, path: str) -> None:
 
 @BOTH
 def test_unknown_names_are_said_or_refused(rig: Rig, path: str) -> None:
-    asked: dict[str, Any] = {"tools": [], "beam_width": 2, "stream": False}
+    asked: dict[str, Any] = {"functions": [], "beam_width": 2, "stream": False}
     said = ask(rig, path, **asked)["warnings"]
-    assert [warning.split()[0] for warning in said] == ["beam_width", "tools"]
+    assert [warning.split()[0] for warning in said] == ["beam_width", "functions"]
     assert refused(rig, path, STRICT, **asked)["param"] == "beam_width"
     assert "warnings" not in ask(rig, path, STRICT)
     assert ask(rig, path, beam_width=None, Temperature=2)["warnings"][0].startswith("Temperature ")

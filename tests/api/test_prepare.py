@@ -28,7 +28,7 @@ def context(*, strict: bool = False) -> Context:
 
 def registry(tokenizer: Tokenizer) -> Any:
     model = SimpleNamespace(tokenizer=tokenizer, engine=None, max_len=100, kind="decoder")
-    return SimpleNamespace(language_model=lambda name, caller: model)
+    return SimpleNamespace(language_model=lambda name, caller: model, output_parser="auto")
 
 
 @pytest.mark.parametrize("style", ["<|fim_{}|>", "<fim_{}>"])

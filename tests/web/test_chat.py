@@ -1,5 +1,6 @@
 """The chat page over the fake engine: what is shown is what the API gives, and what is sent."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -305,3 +306,22 @@ def test_a_control_changes_what_is_asked_for_and_is_remembered(rig: Rig, chat: C
     assert rig.engine.submitted[-1].sampling.temperature == 0.7
     chat.expect_done()
     assert chat.said()[1] == REPLY
+
+
+def test_reasoning_is_folded_above_the_answer(chat: Chat) -> None:
+    deltas = [{"reasoning_content": "Hm, <b>"}, {"reasoning_content": "why?"}, {"content": "So."}]
+    chunks = [
+        {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
+    ]
+    events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    body = "".join([*events, "data: [DONE]\n\n"])
+    chat.page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=body),
+    )
+    chat.ask("Hello")
+    reasoning = chat.answers.locator(".reasoning")
+    expect(reasoning.locator("p")).to_be_hidden()
+    reasoning.get_by_text("Reasoning").click()
+    expect(reasoning.locator("p")).to_have_text("Hm, <b>why?")
+    assert chat.said() == ["Hello", "So."]

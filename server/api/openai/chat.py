@@ -1,6 +1,6 @@
 """``/v1/chat/completions``: the request body, the wire format of answers, and the endpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
@@ -26,15 +26,34 @@ from server.api.openai.generation import (
     prepare,
     streamed,
 )
+from server.api.openai.tools import (
+    MAX_CALLS,
+    MAX_TOOL_BYTES,
+    MAX_TOOLS,
+    TOOL_NAME,
+    Tool,
+    calls_of,
+    tool_choice_of,
+    tools_of,
+)
 from server.api.websocket import serve_socket
+from server.config.schema import ParserName
 from server.config.validation import FieldError, json_kind
 from server.http.errors import bad_request
 from server.http.schema import Null
-from server.prompt.prompts import Prompt, conversation_ids, fit
+from server.parsers.families import begins_thinking, continues_thinking, format_of, thinks
+from server.prompt.prompts import Prompt, conversation_text, fit
 from server.run.context import Context
 from server.run.dialect import Choice
 from server.run.generation import Answer
-from server.run.output import FinishReason, NamedToken, TokenInfo
+from server.run.output import (
+    FinishReason,
+    NamedToken,
+    Parsing,
+    TextPart,
+    TokenInfo,
+    ToolCall,
+)
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -42,6 +61,10 @@ if TYPE_CHECKING:
     from server.models.registry import Registry
 
 MAX_MESSAGES = 10_000
+ARGUMENTS_PIECE = 1024
+"""Maximum number of characters of a call's arguments in one chunk of a stream."""
+_SWITCHES = ("enable_thinking", "thinking")
+"""The variables by which chat templates turn reasoning on and off."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -68,10 +91,12 @@ def _message(value: Any, name: str) -> dict[str, Any]:
     # Templates know the name that "developer" replaced.
     message = value | {"role": "system" if role == "developer" else role}
     content, calls = value.get("content"), value.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and set(map(type, calls)) <= {dict}):
-        raise FieldError(
-            f"{name}.tool_calls", f"is {json_kind(calls)}; it must be a list of objects."
-        )
+    if calls is not None:
+        calls = calls_of(calls, f"{name}.tool_calls")
+        message = message | {"tool_calls": calls}
+    for key in ("reasoning_content", "reasoning", "tool_call_id"):
+        if not isinstance(given := value.get(key), str | None):
+            raise FieldError(f"{name}.{key}", f"is {json_kind(given)}; it must be a string.")
     if content is None and role == "assistant" and calls:
         return message
     return message | {"content": _text(content, f"{name}.content")}
@@ -104,7 +129,25 @@ _TEXT_PART = {
     "required": ["type", "text"],
 }
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}
-_TOOL_CALLS = {"type": "array", "items": {"type": "object"}}
+_FUNCTION = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "arguments": {"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]},
+    },
+    "required": ["name"],
+}
+_TOOL_CALL = {
+    "type": "object",
+    "properties": {
+        "id": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "function": _FUNCTION,
+    },
+    "required": ["function"],
+}
+_TOOL_CALLS = {"type": "array", "items": _TOOL_CALL, "maxItems": MAX_CALLS}
+_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_OTHERS = dict.fromkeys(("reasoning_content", "reasoning", "tool_call_id"), _TEXT_OR_NULL)
 _MESSAGE = {
     "anyOf": [
         {
@@ -113,6 +156,7 @@ _MESSAGE = {
                 "role": {"enum": [*ROLES]},
                 "content": _CONTENT,
                 "tool_calls": {"anyOf": [_TOOL_CALLS, {"type": "null"}]},
+                **_OTHERS,
             },
             "required": ["role", "content"],
         },
@@ -122,13 +166,45 @@ _MESSAGE = {
                 "role": {"const": "assistant"},
                 "content": {"anyOf": [*_CONTENT["anyOf"], {"type": "null"}]},
                 "tool_calls": _TOOL_CALLS | {"minItems": 1},
+                **_OTHERS,
             },
             "required": ["role", "tool_calls"],
         },
     ]
 }
 _MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": MAX_MESSAGES}
-_TAKEN = ("add_generation_prompt", "continue_final_message", "messages")
+_TAKEN = ("add_generation_prompt", "continue_final_message", "messages", "tools")
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": TOOL_NAME},
+                "description": _TEXT_OR_NULL,
+                "parameters": {"anyOf": [{"type": "object"}, {"type": "null"}]},
+                "strict": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+_TOOLS = {"type": "array", "items": _TOOL, "maxItems": MAX_TOOLS}
+_NAMED_CHOICE = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string", "pattern": TOOL_NAME}},
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+_CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED_CHOICE]}
 _VARIABLES = {"type": "object", "propertyNames": {"not": {"enum": [*_TAKEN]}}}
 
 
@@ -140,7 +216,14 @@ class Conversation(Body):
     ] = Field(
         description="The conversation so far. Each message has a role (system, developer, "
         "user, assistant, tool or function; developer is treated as system) and "
-        "content: a string, or a list of text parts, which are joined by newlines."
+        "content: a string, or a list of text parts, which are joined by newlines. A message "
+        "of the assistant may have tool_calls, and reasoning_content (or reasoning)."
+    )
+    tools: Annotated[list[Tool], PlainValidator(tools_of), WithJsonSchema(_TOOLS)] = Field(
+        default_factory=list,
+        description=f"The tools that the model may call, at most {MAX_TOOLS}. Each has a name, "
+        "and perhaps a description and a JSON schema of its arguments (parameters), of at most "
+        f"{MAX_TOOL_BYTES} bytes together.",
     )
     chat_template_kwargs: Annotated[dict[str, Any], WithJsonSchema(_VARIABLES)] = Field(
         default_factory=dict, description="Additional variables for the model's chat template."
@@ -153,26 +236,59 @@ class Conversation(Body):
         description="Whether to open a new assistant message; by default true, unless "
         "continue_final_message is true.",
     )
+    enable_thinking: bool | None = Field(
+        None,
+        description="Whether the model reasons before it answers, for chat templates that read "
+        "enable_thinking or thinking.",
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None,
+        description="How much the model reasons, for chat templates that read it; for those that "
+        "read enable_thinking only, none turns reasoning off and all others turn it on.",
+    )
 
-    def token_ids(
-        self,
-        tokenizer: "Tokenizer",
-        warnings: list[str],
-        *,
-        strict: bool,
-        add_special_tokens: bool = False,
-    ) -> list[int]:
-        """Return the token ids of the conversation; see :func:`conversation_ids`."""
-        return conversation_ids(
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return self.tools
+
+    def text(self, tokenizer: "Tokenizer", warnings: list[str], *, strict: bool) -> str:
+        """Return the text of the conversation; see :func:`conversation_text`."""
+        return conversation_text(
             tokenizer,
             self.messages,
-            self.chat_template_kwargs,
+            self._variables(tokenizer, warnings, strict=strict),
             warnings,
+            tools=self.offered,
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=self.continue_final_message,
             strict=strict,
-            add_special_tokens=add_special_tokens,
         )
+
+    def _variables(
+        self, tokenizer: "Tokenizer", warnings: list[str], *, strict: bool
+    ) -> dict[str, Any]:
+        """Return the variables for the template; those in chat_template_kwargs take precedence."""
+        known, wanted = tokenizer.template_variables, dict[str, Any]()
+        switch = next((name for name in _SWITCHES if name in known), None)
+        effort = self.reasoning_effort
+        for field, value, name in (
+            ("enable_thinking", self.enable_thinking, switch),
+            ("reasoning_effort", effort, "reasoning_effort" if "reasoning_effort" in known else ""),
+        ):
+            if value is None:
+                continue
+            if name:
+                wanted[name] = value
+            elif field == "reasoning_effort" and switch:
+                wanted.setdefault(switch, effort != "none")
+            elif strict:
+                raise bad_request(
+                    f"{field} is not read by the model's chat template. Leave it out.", field
+                )
+            else:
+                warnings.append(f"{field} is not read by the model's chat template; ignored.")
+        return wanted | self.chat_template_kwargs
 
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:
@@ -207,6 +323,16 @@ class ChatBody(Conversation, GenerationBody):
         description="The number of likely alternatives to return for each token; requires "
         "logprobs.",
     )
+    tool_choice: Annotated[
+        str | dict[str, Any], PlainValidator(tool_choice_of), WithJsonSchema(_CHOICE)
+    ] = Field(
+        "auto",
+        description="Whether the model calls tools: auto lets it choose, none offers it none, "
+        "required makes it call at least one, and an object that names one makes it call that.",
+    )
+    parallel_tool_calls: bool = Field(
+        True, description="Whether a message may hold several calls; false ends it with the first."
+    )
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
@@ -214,7 +340,22 @@ class ChatBody(Conversation, GenerationBody):
             raise FieldError("top_logprobs", "needs logprobs to be true.")
         if self.token_limit == 0:
             raise FieldError("max_tokens", "is 0; it must be at least 1.")
+        choice = self.tool_choice
+        if choice not in ("none", "auto") and not self.tools:
+            raise FieldError("tool_choice", "asks for a call, which needs tools.")
+        if isinstance(choice, dict):
+            name, known = choice["function"]["name"], [t["function"]["name"] for t in self.tools]
+            if name not in known:
+                raise FieldError(
+                    "tool_choice.function.name",
+                    f"is {name!r}, which is not among tools: {', '.join(known)[:200]}.",
+                )
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
 
 
 class Alternative(TypedDict):
@@ -251,12 +392,43 @@ class ChatLogprobs(TypedDict):
     refusal: Null
 
 
+class CalledFunction(TypedDict):
+    """The tool that is called."""
+
+    name: Annotated[str, Field(description="The name of the tool.")]
+    arguments: Annotated[str, Field(description="The arguments, a JSON object as text.")]
+
+
+class MessageToolCall(TypedDict):
+    """A call of a tool; its result is sent as a message of the role `tool` with its id."""
+
+    id: Annotated[str, Field(description="The id of the call.")]
+    type: Literal["function"]
+    function: Annotated[CalledFunction, Field(description="The tool and its arguments.")]
+
+
+_REASONING = Field(description="The reasoning before the answer; absent if there is none.")
+
+
 class AnswerMessage(TypedDict):
     """The message that the assistant generated."""
 
     role: Literal["assistant"]
-    content: Annotated[str, Field(description="The text of the message.")]
+    content: Annotated[
+        str | None,
+        Field(description="The text of the message; null if it only calls tools."),
+    ]
     refusal: Null
+    reasoning_content: NotRequired[Annotated[str, _REASONING]]
+    reasoning: NotRequired[
+        Annotated[str, Field(description="The same, by the name that newer clients read.")]
+    ]
+    tool_calls: NotRequired[
+        Annotated[
+            list[MessageToolCall],
+            Field(min_length=1, description="The calls of tools; absent if there are none."),
+        ]
+    ]
 
 
 class ChatChoice(TypedDict):
@@ -279,11 +451,38 @@ class ChatCompletion(Generated):
     usage: Annotated[Usage, Field(description="The number of tokens that the request used.")]
 
 
+class FunctionDelta(TypedDict):
+    """The new part of a called tool; the name is sent once, in the first chunk of the call."""
+
+    name: NotRequired[Annotated[str, Field(description="The name of the tool.")]]
+    arguments: Annotated[str, Field(description="The text to append to the arguments.")]
+
+
+class ToolCallDelta(TypedDict):
+    """The new part of a call; id and type are sent once, in its first chunk."""
+
+    index: Annotated[int, Field(ge=0, description="The index of the call in its message.")]
+    id: NotRequired[Annotated[str, Field(description="The id of the call.")]]
+    type: NotRequired[Literal["function"]]
+    function: Annotated[FunctionDelta, Field(description="The new part of the called tool.")]
+
+
 class MessageDelta(TypedDict):
     """The new part of a message; the role is sent once, in the first chunk."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[Annotated[str, Field(description="The text to append to the message.")]]
+    reasoning_content: NotRequired[
+        Annotated[str, Field(description="The text to append to the reasoning.")]
+    ]
+    reasoning: NotRequired[
+        Annotated[str, Field(description="The same, by the name that newer clients read.")]
+    ]
+    tool_calls: NotRequired[
+        Annotated[
+            list[ToolCallDelta], Field(description="The new part of a call, when it is complete.")
+        ]
+    ]
 
 
 class ChatDelta(TypedDict):
@@ -337,9 +536,25 @@ class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
 
     def choice(self, index: int, choice: Choice) -> ChatChoice:
         """Build a choice of a whole answer."""
+        message: AnswerMessage = {
+            "role": "assistant",
+            "content": choice.text or (None if choice.calls else ""),
+            "refusal": None,
+        }
+        if choice.reasoning:
+            message["reasoning_content"] = message["reasoning"] = choice.reasoning
+        if choice.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in choice.calls
+            ]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
@@ -349,14 +564,25 @@ class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
         delta: MessageDelta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> ChatDelta:
-        """Build a delta with new text of a choice and the log probabilities of its tokens."""
-        return {
-            "index": index,
-            "delta": {"content": text},
-            "logprobs": self._logprobs(logprobs),
-            "finish_reason": None,
-        }
+    def deltas(self, new: TextPart) -> list[ChatDelta]:
+        """Build the deltas of what is new of a choice; the first has the log probabilities."""
+        deltas: list[MessageDelta] = []
+        if new.reasoning:
+            deltas.append({"reasoning_content": new.reasoning, "reasoning": new.reasoning})
+        if new.text or (new.tokens and not deltas and not new.calls):
+            deltas.append({"content": new.text})
+        for call in new.calls:
+            deltas += _call_deltas(call)
+        logprobs = self._logprobs(self.logprobs(new.tokens))
+        return [
+            {
+                "index": new.index,
+                "delta": delta,
+                "logprobs": None if i else logprobs,
+                "finish_reason": None,
+            }
+            for i, delta in enumerate(deltas)
+        ]
 
     def ending(self, index: int, reason: FinishReason) -> ChatDelta:
         """Build the last delta of a choice."""
@@ -374,6 +600,23 @@ class ChatDialect(OpenAIDialect[ChatChoice, ChatDelta]):
         return {"content": lists["content"], "refusal": None} if self.with_logprobs else None
 
 
+def _call_deltas(call: ToolCall) -> Iterator[MessageDelta]:
+    """Yield the deltas of a call: its name and id, then its arguments in pieces."""
+    yield {
+        "tool_calls": [
+            {
+                "index": call.index,
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": ""},
+            }
+        ]
+    }
+    for start in range(0, len(call.arguments), ARGUMENTS_PIECE):
+        piece = call.arguments[start : start + ARGUMENTS_PIECE]
+        yield {"tool_calls": [{"index": call.index, "function": {"arguments": piece}}]}
+
+
 def _entry(token: NamedToken) -> Alternative:
     assert token.logprob is not None, "only the first token of a prompt has none"
     return {"token": token.name, "logprob": token.logprob, "bytes": list(token.bytes)}
@@ -387,7 +630,14 @@ def prepare_chat(registry: "Registry", context: Context, fields: dict[str, Any])
     """
     body, warnings = validate(ChatBody, fields, strict=context.strict)
     model = registry.language_model(body.model, context.caller)
-    ids = tuple(body.token_ids(model.tokenizer, warnings, strict=context.strict))
+    if body.tool_choice not in ("none", "auto"):
+        raise bad_request(
+            "tool_choice asks for a call, which this server cannot force. Send auto, and say in a "
+            "message that a tool is to be called.",
+            "tool_choice",
+        )
+    text = body.text(model.tokenizer, warnings, strict=context.strict)
+    ids = tuple(model.tokenizer.encode(text, add_special_tokens=False))
     if not ids:
         raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
     max_tokens = fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
@@ -402,6 +652,50 @@ def prepare_chat(registry: "Registry", context: Context, fields: dict[str, Any])
         num_choices=body.n,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_field="top_logprobs" if body.top_logprobs else "logprobs",
+        parsing=_parsing(registry.output_parser, model.tokenizer, body, text, warnings),
+    )
+
+
+def _parsing(
+    name: ParserName, tokenizer: "Tokenizer", body: ChatBody, prompt: str, warnings: list[str]
+) -> Parsing | None:
+    """Return how the answer is parsed; None if it holds nothing but text.
+
+    Args:
+        name: the family's name in the settings.
+        tokenizer: the model's.
+        body: the request.
+        prompt: the text that the model continues.
+        warnings: receives a warning if calls cannot be found.
+    """
+    template, tools = tokenizer.chat_template, body.offered
+    format = format_of(name, template)
+    if format is None:
+        if tools:
+            warnings.append(
+                "tools: it is not known how this model writes calls, so they stay in the text."
+            )
+        return None
+    if not tools and name == "auto" and not thinks(format, template):
+        return None
+    if body.continue_final_message:
+        thinking = continues_thinking(format, body.messages[-1]["content"])
+    else:
+        thinking = begins_thinking(format, prompt)
+    texts = {token: tokenizer.token_text(token) for token in tokenizer.special_ids}
+    return Parsing(
+        format=format,
+        tools={tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+        if tools
+        else None,
+        thinking=thinking,
+        single=not body.parallel_tool_calls,
+        first_call=sum(len(message.get("tool_calls") or ()) for message in body.messages),
+        keep=frozenset(
+            token
+            for token, text in texts.items()
+            if text and any(text in literal for literal in format.literals)
+        ),
     )
 
 

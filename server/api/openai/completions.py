@@ -35,7 +35,7 @@ from server.prompt.prompts import PromptInput, completion_prompt, infill_tokens
 from server.run.context import Context
 from server.run.dialect import Choice
 from server.run.generation import Answer
-from server.run.output import FinishReason, TokenInfo
+from server.run.output import FinishReason, TextPart, TokenInfo
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -266,14 +266,12 @@ class CompletionDialect(OpenAIDialect[CompletionChoice, CompletionDelta]):
             "finish_reason": choice.finish_reason,
         }
 
-    def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> CompletionDelta:
-        """Build a delta with new text of a choice and the log probabilities of its tokens."""
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._logprobs(logprobs),
-            "finish_reason": None,
-        }
+    def deltas(self, new: TextPart) -> list[CompletionDelta]:
+        """Build the delta with new text of a choice and the log probabilities of its tokens."""
+        if not (new.text or new.tokens):
+            return []
+        logprobs = self._logprobs(self.logprobs(new.tokens))
+        return [{"index": new.index, "text": new.text, "logprobs": logprobs, "finish_reason": None}]
 
     def ending(self, index: int, reason: FinishReason) -> CompletionDelta:
         """Build the last delta of a choice."""

@@ -3,7 +3,7 @@
 import secrets
 import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from server.prompt.prompts import Prompt, check_scores
 from server.run.context import Context
 from server.run.dialect import Choice, Dialect, End, Part, Result, Start, Text
 from server.run.generation import Answer, Generation, Plan, Prepare
-from server.run.output import FinishReason, TextOptions
+from server.run.output import FinishReason, Parsing, TextOptions, TextPart
 from server.services import Services
 
 if TYPE_CHECKING:
@@ -304,6 +304,14 @@ class CachedTokens(TypedDict):
     ]
 
 
+class ReasoningTokens(TypedDict):
+    """Details about the sampled tokens."""
+
+    reasoning_tokens: Annotated[
+        Count, Field(description="The number of sampled tokens that are reasoning; chat only.")
+    ]
+
+
 class Usage(TypedDict):
     """The number of tokens that a request used, including choices that ``best_of`` discarded."""
 
@@ -314,6 +322,9 @@ class Usage(TypedDict):
     total_tokens: Annotated[Count, Field(description="The sum of prompt and completion tokens.")]
     prompt_tokens_details: Annotated[
         CachedTokens, Field(description="A breakdown of the prompt tokens.")
+    ]
+    completion_tokens_details: Annotated[
+        ReasoningTokens, Field(description="A breakdown of the sampled tokens.")
     ]
 
 
@@ -348,7 +359,8 @@ Finish = Annotated[
     FinishReason,
     Field(
         description="Why the choice ended: `stop` for an end token or a stop, `length` for "
-        "max_tokens, `abort` if it was cancelled over its WebSocket."
+        "max_tokens, `tool_calls` for the end of a chat message that calls tools, `abort` if it "
+        "was cancelled over its WebSocket."
     ),
 ]
 LOGPROBS = Field(
@@ -420,8 +432,8 @@ class OpenAIDialect(Dialect, Generic[AnyChoice, AnyDelta]):
         """A choice of a whole answer."""
 
     @abstractmethod
-    def delta(self, index: int, text: str, logprobs: Mapping[str, Any]) -> AnyDelta:
-        """Build a delta with new text of a choice and the log probabilities of its tokens."""
+    def deltas(self, new: TextPart) -> list[AnyDelta]:
+        """Build the deltas of what is new of a choice."""
 
     @abstractmethod
     def ending(self, index: int, reason: FinishReason) -> AnyDelta:
@@ -463,8 +475,8 @@ class OpenAIDialect(Dialect, Generic[AnyChoice, AnyDelta]):
                             if (opening := self.opening(index)) is not None:
                                 yield event(opening)
                     case Text(new, usage):
-                        if new.text or new.tokens:
-                            yield event(self.delta(new.index, new.text, self.logprobs(new.tokens)))
+                        for delta in self.deltas(new):
+                            yield event(delta)
                         if new.finish_reason is not None:
                             yield event(self.ending(new.index, new.finish_reason))
                     case End(usage, cancelled):
@@ -484,6 +496,7 @@ def _usage(usage: TokenUsage) -> Usage:
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
 
 
@@ -501,6 +514,7 @@ def prepare(
     logprobs_field: str = "logprobs",
     echo: bool = False,
     suffix: str = "",
+    parsing: Parsing | None = None,
 ) -> Answer:
     """Prepare the answer to a request to either endpoint; it only remains to be run.
 
@@ -518,6 +532,7 @@ def prepare(
         logprobs_field: the field of the request that sets ``logprobs``, for errors.
         echo: whether the answer repeats the prompts.
         suffix: text to append to the answer.
+        parsing: how reasoning and calls are found in the text.
 
     Raises:
         ApiError: the log probabilities would take too much memory.
@@ -545,6 +560,7 @@ def prepare(
             logprobs=logprobs is not None,
             echo=echo,
             suffix=suffix,
+            parsing=parsing,
         ),
         logprobs=logprobs,
         ranked=num_choices > body.n,

@@ -153,12 +153,8 @@ def _tokenize(registry: "Registry", context: Context, fields: dict[str, Any]) ->
             raise bad_request(message, "prompt")
         chat, warnings = validate(TokenizeChatBody, fields, strict=context.strict)
         model, spelled = _model(registry, context.caller, chat.model), chat.return_token_strs
-        tokens = chat.token_ids(
-            model.tokenizer,
-            warnings,
-            strict=context.strict,
-            add_special_tokens=chat.add_special_tokens,
-        )
+        written = chat.text(model.tokenizer, warnings, strict=context.strict)
+        tokens = model.tokenizer.encode(written, add_special_tokens=chat.add_special_tokens)
     ids, pieces = JsonList[int](), JsonList[str]()
     spell = model.tokenizer.token_piece
     for start in range(0, len(tokens), _SLICE):

@@ -45,11 +45,16 @@ class Reservation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """Tokens that a request took; ``cached`` of the prompt's were found in the prefix cache."""
+    """Tokens that a request took.
+
+    Of the prompt's, ``cached`` were found in the prefix cache; of the completion's, ``reasoning``
+    were reasoning, which stores do not keep.
+    """
 
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ const ENDINGS = new Map([
 export class AnswerView {
   #answer;
   #body;
+  #reasoning;
   #counter;
   #failure;
   #note;
@@ -37,6 +38,8 @@ export class AnswerView {
     this.again = again;
     const label = name ? `${name} \u00b7 ${answer.model}` : answer.model;
     this.#body = h("div", { class: "text" });
+    const reasoning = h("p", {});
+    this.#reasoning = h("details", { class: "reasoning", hidden: true }, h("summary", {}, "Reasoning"), reasoning);
     this.#counter = h("p", { class: "counter" });
     this.#note = h("p", { class: "note hint", hidden: true });
     this.#failure = h("div", {});
@@ -50,6 +53,7 @@ export class AnswerView {
       "article",
       { class: "answer", "aria-label": `Answer of ${label}` },
       h("h2", { class: name ? "who" : "unseen" }, label),
+      this.#reasoning,
       this.#body,
       this.#note,
       this.#failure,
@@ -107,8 +111,10 @@ export class AnswerView {
   }
 
   #update() {
-    const { finish, warnings } = this.#answer;
+    const { finish, warnings, reasoning } = this.#answer;
     this.#draw();
+    this.#reasoning.hidden = !reasoning;
+    this.#reasoning.lastChild.textContent = inOrder(reasoning ?? "");
     const ending = this.#running ? null : (ENDINGS.get(finish) ?? (finish ? null : "interrupted"));
     this.#counter.textContent = [...counts(this.#answer), ...(ending ? [ending] : [])].join(" \u00b7 ");
     this.#actions.hidden = this.#running || (finish === "failed" && !this.#answer.text);

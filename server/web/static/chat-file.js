@@ -82,6 +82,7 @@ const COLUMN = { model: text, system: long, sampling: SAMPLING };
 const USAGE = { prompt: number, cached: number, completion: number };
 const ANSWER = {
   ...COLUMN,
+  reasoning: may(long),
   text: long,
   finish: may(text),
   usage: may(USAGE),
@@ -103,7 +104,7 @@ const CHAT_FILE = {
 function checkSize(turns) {
   const answers = turns.flatMap((turn) => turn.answers);
   const sum = (sizes) => sizes.reduce((a, b) => a + b, 0);
-  const characters = sum([...turns.map(({ user }) => user.length), ...answers.map((answer) => answer.text.length)]);
+  const characters = sum([...turns.map(({ user }) => user.length), ...answers.map(({ text, reasoning }) => text.length + (reasoning?.length ?? 0))]);
   const tokens = sum(answers.map((answer) => answer.tokens?.length ?? 0));
   for (const [what, count, most] of [
     ["characters in messages and answers", characters, MOST_CHARACTERS],

@@ -9,7 +9,7 @@ export const ALTERNATIVES = 5;
 /** An answer of which nothing is there yet. */
 export function newAnswer({ model, system, sampling }) {
   const settings = { model, system, sampling: structuredClone(sampling) };
-  return { ...settings, text: "", finish: null, usage: null, times: null, tokens: [], error: null, warnings: [] };
+  return { ...settings, reasoning: "", text: "", finish: null, usage: null, times: null, tokens: [], error: null, warnings: [] };
 }
 
 /** The messages that precede the answer of this turn and column, as the page shows them. */
@@ -74,8 +74,10 @@ async function read(answer, body, signal, changed) {
     if (chunk.usage) answer.usage = toUsage(chunk.usage);
     const choice = chunk.choices[0];
     if (choice) {
-      if (choice.delta.content) answer.times.first ??= seconds();
-      answer.text += choice.delta.content ?? "";
+      const { content, reasoning_content: reasoning } = choice.delta;
+      if (content || reasoning) answer.times.first ??= seconds();
+      answer.reasoning += reasoning ?? "";
+      answer.text += content ?? "";
       for (const token of choice.logprobs?.content ?? []) answer.tokens.push(toToken(token));
       if (choice.finish_reason) answer.finish = choice.finish_reason;
     }

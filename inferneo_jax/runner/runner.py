@@ -21,6 +21,7 @@ from inferneo_jax.layers.cache import KVCache
 from inferneo_jax.layers.sampler import Sampling
 from inferneo_jax.models.steps import Sampled, SlotState
 from inferneo_jax.platform import compiles
+from inferneo_jax.platform.huge_pages import use_small_pages
 from inferneo_jax.platform.memory import (
     malloc_trim,
     oom_as_config_error,
@@ -325,6 +326,9 @@ class Runner:
         with compiles.expected(), oom_as_config_error(f"{what} was allocated"):
             self._cache, *drafter = (self._compiled[key]() for key in self._programs.cache_keys())
             self._draft_cache = drafter[0] if drafter else []
+            if self._mesh.devices.flat[0].platform == "cpu":
+                for each in jax.tree.leaves((self._cache, self._draft_cache)):
+                    use_small_pages(each)
             sharding = NamedSharding(self._mesh, meshes.spec("slots"))
             empty = self._programs.place(self._inputs.empty_state(), "slots")
             self._state = jax.device_put(empty, sharding)

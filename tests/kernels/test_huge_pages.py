@@ -1,11 +1,14 @@
-"""Memory of weights, in huge pages."""
+"""Memory of weights, in huge pages, and of the KV cache, in small ones."""
 
 import errno
 import gc
 import mmap
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,3 +74,26 @@ def test_what_is_as_large_as_a_region_is_given_back_at_once() -> None:
     part = regions.take(huge_pages._REGION)
     assert regions._region.size == 0
     assert part.shape == (huge_pages._REGION,)
+
+
+def _flags(address: int) -> list[str]:
+    """The flags of the mapping that an address of this process lies in."""
+    mappings = re.split(
+        r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M
+    )
+    for mapping in filter(None, mappings):
+        start, end = (int(each, 16) for each in mapping.split()[0].split("-"))
+        if start <= address < end:
+            return mapping.rpartition("VmFlags:")[2].split()
+    raise AssertionError("the address is not mapped")
+
+
+@pytest.mark.skipif(not huge_pages._HUGE_PAGES, reason="the system has no huge pages")
+def test_a_cache_comes_in_small_pages_whatever_its_size() -> None:
+    for size in (0, 1, 5000, 3 << 22):
+        array = jnp.full(size, 3.0)
+        huge_pages.use_small_pages(array)
+        assert (np.asarray(array) == 3.0).all()
+    flags = _flags(array.unsafe_buffer_pointer() + array.nbytes // 2)
+    assert "nh" in flags
+    assert "hg" not in flags

@@ -73,6 +73,11 @@ _DRAFTS: dict[str, tuple[str, dict[str, Callable[[EngineStats], float]]]] = {
 }
 """Counters with a series for each method of drafting."""
 
+_CACHE_CONFIG: dict[str, Callable[[EngineStats], int]] = {
+    "block_size": lambda s: s.page_len,
+    "num_gpu_blocks": lambda s: s.pages,
+}
+"""Labels from which a router learns how large a prefix cache is and where it cuts prompts."""
 
 _INFO = ("dtype", "quantization", "kv_dtype", "kernels", "mesh", "device", "draft_model")
 _OF_MODELS: dict[str, tuple[str, Callable[["Model"], float]]] = {
@@ -169,6 +174,14 @@ def _of_engines(models: Sequence["Model"]) -> Iterator[Metric]:
             for method, read in methods.items():
                 counter.add_metric([model, method], float(read(found)))
         yield counter
+    cache = GaugeMetricFamily(
+        "vllm:cache_config_info",
+        "Always 1; the labels are the tokens of a page and the number of pages.",
+        labels=[MODEL, *_CACHE_CONFIG],
+    )
+    for model, found in stats.items():
+        cache.add_metric([model, *(str(read(found)) for read in _CACHE_CONFIG.values())], 1)
+    yield cache
 
 
 def _of_devices(models: Sequence["Model"]) -> Iterator[Metric]:

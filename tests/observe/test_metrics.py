@@ -194,3 +194,19 @@ def test_the_manual_names_every_figure_and_no_other(rig: Rig) -> None:
         f"{family.name}_total" if family.type == "counter" else family.name for family in families
     }
     assert named == {name for name in served if not name.startswith("process_")}
+
+
+def test_a_router_finds_what_the_manual_tells_it_to_read(rig: Rig) -> None:
+    page = (ROOT / "docs" / "deploy" / "README.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^ +- (vllm:\w+)$", page, re.MULTILINE)
+    assert len(asked) == 4
+    text = rig.client.get("/metrics").text
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    for name in asked:
+        assert found[name].type == "gauge"
+        assert [sample.labels["model_name"] for sample in found[name].samples] == [CHAT]
+    stats = rig.engine.stats()
+    (cache,) = found["vllm:cache_config_info"].samples
+    assert cache.value == 1
+    assert int(cache.labels["block_size"]) == stats.page_len
+    assert int(cache.labels["num_gpu_blocks"]) == stats.pages

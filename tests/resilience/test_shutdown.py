@@ -46,6 +46,10 @@ def test_sigterm_under_load_ends_everything_with_a_word(
             server.popen.terminate()
             await until_async(lambda: draining(server, client))
             assert time.monotonic() - told < machine.seconds(2)
+            # A router asks on new connections, and sends no more before those it has are closed.
+            async with httpx.AsyncClient() as router:
+                assert (await router.get(server.url + "/ready")).status_code == 503
+            assert not any(job.done() for job in jobs[LONG])
             refused = await plain(server, body(5))
             assert (refused.status, refused.error) == (503, "overloaded")
         for ending in await asyncio.gather(*jobs[SHORT]):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from inferneo_jax.model import follow_model, load_model
+    from inferneo_jax.platform.flags import expected_platform
     from inferneo_jax.platform.memory import malloc_trim
     from inferneo_jax.request import (
         EngineStats,
@@ -94,6 +95,7 @@ _HOMES = {
     ),
     "runner.model_info": ("DeviceMemory", "ModelInfo", "device_memory"),
     "distributed.job": ("Job",),
+    "platform.flags": ("expected_platform",),
     "platform.memory": ("malloc_trim",),
     "model": ("follow_model", "load_model"),
     "request": (
@@ -155,6 +157,7 @@ __all__ = [
     "default_checkpoints_dir",
     "describe",
     "device_memory",
+    "expected_platform",
     "follow_model",
     "load_catalog",
     "load_model",

@@ -191,18 +191,50 @@ class MeshShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How a model is run. Every setting has a default that suits a laptop.
+class BatchSizes:
+    """What the engine computes at once, and the shapes that this is compiled in.
 
     Attributes:
         slots: number of requests that run at once; each is a row of the decode batch.
+        prefill_chunks: the sizes of the chunks for which prefill is compiled, ascending.
+        row_buckets: the numbers of rows for which a decode step is compiled, ascending.
+    """
+
+    slots: int
+    prefill_chunks: tuple[int, ...]
+    row_buckets: tuple[int, ...]
+
+
+CPU_SIZES = BatchSizes(
+    slots=32,
+    prefill_chunks=(32, 128, 256),
+    row_buckets=(2, 4, 8, 16, 32, 64, 128, 256),
+)
+"""A row or a token more takes a CPU longer, so shapes are close together."""
+ACCELERATOR_SIZES = BatchSizes(
+    slots=256,
+    prefill_chunks=(256, 1024, 2048),
+    row_buckets=(4, 16, 64, 128, 256),
+)
+"""Up to about 256 rows, products take an accelerator as long as reading the weights. So few shapes
+are enough, and a step with fewer tokens of prompts than that would be no faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is run. What is None is chosen for the device.
+
+    Attributes:
+        slots: number of requests that run at once; each is a row of the decode batch. None: 32 on
+            CPUs and 256 elsewhere, divided evenly among the data-parallel ranks.
         max_len: maximum number of tokens (prompt and output) of a request; None: the model's
             context.
         page_len: number of tokens per KV page; None: 64 on TPUs, which read few large pages faster
             than many small ones, and 16 elsewhere.
         kv_tokens: size of the KV cache in tokens, shared by all requests; None: chosen by memory.
-        prefill_chunks: the sizes of the chunks for which prefill is compiled. A step prefills at
-            most one chunk, or as many of a shorter size as fit into the longest chunk's tokens.
+        prefill_chunks: the sizes of the chunks for which prefill is compiled, ascending. A step
+            prefills at most one chunk, or as many of a shorter size as fit into the longest chunk's
+            tokens. None: up to 256 tokens on CPUs and 2,048 elsewhere.
         itl_budget: milliseconds by which prefill may delay the next token of running requests; if
             decoding takes longer, prefill may take as long. A step that decodes prefills as many
             prompt tokens as fit by the times measured; others as many as the longest chunk has.
@@ -232,14 +264,16 @@ class EngineConfig:
             the slowest step measured at start.
         compilation_cache: folder that keeps compiled programs for the next start; None: off.
         mesh: how the devices are divided; by default, all of them along ``model``.
-        row_buckets: the numbers of rows for which a decode step is compiled, in ascending order.
+        row_buckets: the numbers of rows for which a decode step is compiled, ascending. None: the
+            powers of two up to 256 on CPUs, and some of them elsewhere.
     """
 
-    slots: int = 32
+    # Without ``repr``: compiled programs are found again by the sizes that these become.
+    slots: int | None = field(default=None, repr=False)
     max_len: int | None = None
     page_len: int | None = None
     kv_tokens: int | None = None
-    prefill_chunks: tuple[int, ...] = (32, 128, 256)
+    prefill_chunks: tuple[int, ...] | None = field(default=None, repr=False)
     # No program depends on a field without ``repr``; by the others a compiled one is found again.
     itl_budget: float = field(default=50.0, repr=False)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -256,7 +290,7 @@ class EngineConfig:
     compilation_cache: str | None = field(default=None, repr=False)
     # The mesh that it becomes is known with its devices.
     mesh: MeshShape = field(default_factory=MeshShape, repr=False)
-    row_buckets: tuple[int, ...] = field(default=(2, 4, 8, 16, 32, 64, 128, 256))
+    row_buckets: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("slots", "page_len", "max_logit_bias", "decode_steps", "draft_tokens"):
@@ -266,12 +300,25 @@ class EngineConfig:
             raise ConfigError(f"itl_budget is {self.itl_budget}; it must be above 0")
         if not self.step_seconds > 0:
             raise ConfigError(f"step_seconds is {self.step_seconds}; it must be above 0")
-        if self.slots > (most := max(self.row_buckets) * self.mesh.data):
+        for name in ("prefill_chunks", "row_buckets"):
+            sizes = getattr(self, name)
+            if sizes is not None and (not sizes or list(sizes) != sorted({*sizes})):
+                raise ConfigError(f"{name} {sizes} must be rising sizes")
+        most = max(self.row_buckets or CPU_SIZES.row_buckets) * self.mesh.data
+        if (self.slots or 1) > most:
             raise ConfigError(f"slots is {self.slots}; the most is {most}")
         if self.max_len is not None and self.max_len < 2:
             raise ConfigError(f"max_len is {self.max_len}; it must be at least 2")
-        if list(self.prefill_chunks) != sorted(set(self.prefill_chunks)) or not self.prefill_chunks:
-            raise ConfigError(f"prefill_chunks {self.prefill_chunks} must be rising sizes")
+
+    def batch_sizes(self, platform: str) -> BatchSizes:
+        """The sizes on devices of a platform, which JAX calls ``cpu``, ``gpu`` or ``tpu``."""
+        usual = CPU_SIZES if platform == "cpu" else ACCELERATOR_SIZES
+        buckets, ranks = self.row_buckets or usual.row_buckets, self.mesh.data
+        return BatchSizes(
+            slots=self.slots or max(1, min(usual.slots // ranks, buckets[-1])) * ranks,
+            prefill_chunks=self.prefill_chunks or usual.prefill_chunks,
+            row_buckets=buckets,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

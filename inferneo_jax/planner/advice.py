@@ -13,22 +13,22 @@ def advise(wish: Wish, devices: list[Any]) -> MeshShape:
     """The mesh with the fastest decode step by roofline, among those on which the model fits."""
     best, fastest = wish.engine.mesh, 0.0
     for data in range(1, len(devices) + 1):
-        if len(devices) % data or wish.engine.slots % data:
+        if len(devices) % data or (wish.engine.slots or data) % data:
             continue
         shape = MeshShape(data, len(devices) // data)
         mesh = meshes.make_mesh(shape, devices)
         changed = dataclasses.replace(wish, engine=dataclasses.replace(wish.engine, mesh=shape))
-        rows = wish.engine.slots // data
         budget = Budget(changed, mesh)
-        if budget.missing or budget.token_bytes * rows * wish.context > budget.kv:
+        rows = budget.rows
+        if budget.missing or not rows:
             continue
         model = len(devices) // data
         reduced = 2 * (2 * wish.model.num_layers + 1) * (model - 1) / model
         sent = reduced * rows * wish.model.hidden_size * budget.backend.quantization.dtype.itemsize
-        work = work_of(budget.backend, wish.context, budget.token_bytes, rows, 1)
+        work = work_of(budget.backend, wish.context, budget.token_bytes, (rows, 1))
         seconds, _ = bound(wish.topology.chip, work, sent, wish.engine.quantization)
-        if wish.engine.slots / seconds > fastest:
-            best, fastest = shape, wish.engine.slots / seconds
+        if data * rows / seconds > fastest:
+            best, fastest = shape, data * rows / seconds
     data, model = best.over(len(devices))
     return MeshShape(data, model)
 

@@ -45,6 +45,8 @@ class Budget:
         backend: how the model runs on the chip.
         token_bytes: size of one token in the KV cache, and in that of the draft model.
         weights: size of the weights, those of the draft model included.
+        rows: number of requests of ``wish.context`` tokens that run at once on a data-parallel
+            rank: as many as it has slots, if the KV cache holds them.
         state: size of the slots' tokens and sampling parameters.
         kv: maximum size of the KV cache.
         missing: the memory that is lacking for the weights and one request of ``wish.context``
@@ -55,7 +57,7 @@ class Budget:
         self._wish = wish
         self.backend = resolve_decoder(wish.model, wish.engine, mesh, {})
         self._draft = resolve_decoder(wish.draft, wish.engine, mesh, {}) if wish.draft else None
-        one = self.programs(kv_tokens=wish.engine.slots * 256, max_len=2)
+        one = self.programs(kv_tokens=meshes.parts(mesh, "slots") * 256, max_len=2)
         self.token_bytes = one.token_bytes
         self.weights = local_bytes(one.weights)
         if one.drafter:
@@ -65,9 +67,9 @@ class Budget:
         self.state = dataclasses.replace(one, max_len=max_len).state_bytes
         chip = wish.topology.chip
         free = max(0, chip.memory_bytes - self.weights)
-        platform = mesh.devices.flat[0].platform
-        self.kv = cache_budget(platform, total=chip.memory_bytes, free=free)
+        self.kv = cache_budget(self.backend.platform, total=chip.memory_bytes, free=free)
         least = self.token_bytes * wish.context
+        self.rows = min(one.slots, self.kv // least)
         self.missing = max(0, least - self.kv, self.weights + least - chip.memory_bytes)
 
     def programs(self, **changes: Any) -> Programs:
@@ -86,9 +88,12 @@ class Work:
 
 
 def work_of(
-    backend: DecoderBackend, context: int, token_bytes: int, rows: int, tokens: int
+    backend: DecoderBackend, context: int, token_bytes: int, *parts: tuple[int, int]
 ) -> Work:
-    """The work of a rank with ``rows`` rows of ``tokens`` new tokens each, after ``context``."""
+    """The work of a rank in one pass over some parts, after ``context`` tokens of each row.
+
+    A part is a number of rows, and of new tokens of each.
+    """
     padded = backend.padded
     model = meshes.parts(backend.mesh, "kv_heads")
     shapes = weight_shapes(padded, backend.mesh, backend.quantization)
@@ -101,10 +106,11 @@ def work_of(
         for spec in specs.values()
         if spec.inputs
     )
-    live = context * rows
+    live = context * sum(rows for rows, _ in parts)
+    computed = sum(rows * tokens for rows, tokens in parts)
     heads = padded.num_layers * padded.num_heads // model
-    attention = 4 * heads * padded.head_dim * live * tokens
-    return Work(weights, token_bytes * live, 2 * elements * rows * tokens + attention)
+    attention = 4 * heads * padded.head_dim * context
+    return Work(weights, token_bytes * live, (2 * elements + attention) * computed)
 
 
 def bound(chip: Chip, work: Work, sent: float, quantization: str) -> tuple[float, str]:

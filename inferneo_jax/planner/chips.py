@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferneo_jax.errors import ConfigError
+from inferneo_jax.platform.flags import GPU_MEMORY_PART
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,10 @@ CHIPS = {
             link_rate=600e9,
             host_chips=4,
         ),
-        # NVIDIA H100 SXM datasheet, without sparsity. jax leaves a tenth of the memory to CUDA.
+        # NVIDIA H100 SXM datasheet, without sparsity; the memory is that of H100_TARGET.
         Chip(
             name="h100",
-            memory_bytes=int(0.9 * 80e9),
+            memory_bytes=int(GPU_MEMORY_PART * 84_929_347_584),
             memory_rate=3350e9,
             float_rate=989e12,
             int8_rate=1979e12,

@@ -22,7 +22,6 @@ from inferneo_jax.runner.programs import (
     Decode,
     Draft,
     Fill,
-    Forward,
     Key,
     Mixed,
     Prefill,
@@ -30,17 +29,18 @@ from inferneo_jax.runner.programs import (
     Sample,
     Score,
     Verify,
-    num_tokens,
+    prefill_of,
 )
+from inferneo_jax.scheduler.prefill import Shape
 from inferneo_jax.sharding import mesh as meshes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One program on one chip, over every row with ``context`` live positions.
+    """One forward pass on one chip, over rows with ``context`` live positions, and its sampling.
 
     Attributes:
-        kind: ``decode`` or ``prefill``.
+        kind: ``decode``, or ``mixed``, which also prefills the longest chunk.
         tokens: the number of tokens computed on all chips together.
         temporary_bytes: memory needed in addition to the arguments.
         aliased_bytes: bytes of the cache that are updated in place.
@@ -76,8 +76,11 @@ class Plan:
         dtype: type of the weights and matrix products.
         quantization: quantization of the weights.
         kv_dtype: type of keys and values.
-        slots: number of requests that run at once, on all chips.
+        slots: maximum number of requests that run at once, on all chips.
         context: number of live positions assumed for each request.
+        rows: number of such requests that run at once: all slots, if the KV cache holds as many.
+        row_buckets: the numbers of rows of a data-parallel rank for which decode is compiled.
+        prefill_shapes: numbers of rows, and of tokens of each, for which prefill is compiled.
         memory_bytes: memory of the chip that is available to programs.
         weight_bytes: size of the weights, those of a draft model included.
         state_bytes: size of tokens and sampling parameters.
@@ -88,7 +91,7 @@ class Plan:
             other, each counted like the one of those compiled here that it resembles most.
         kv_bytes: maximum size of the KV cache; a server takes less if its slots need no more.
         kv_tokens: number of tokens that this KV cache holds, on all chips together.
-        steps: the decode and prefill steps; empty if the model does not fit.
+        steps: a step that decodes, and one that also prefills; empty if the model does not fit.
         tokens_per_second: upper bound of the output tokens per second, on all chips.
         missing_bytes: memory that is lacking for the model to fit; 0 if it fits.
         remedies: changes that would make the model fit.
@@ -102,6 +105,9 @@ class Plan:
     kv_dtype: str
     slots: int
     context: int
+    rows: int
+    row_buckets: tuple[int, ...]
+    prefill_shapes: tuple[Shape, ...]
     memory_bytes: int
     weight_bytes: int
     state_bytes: int
@@ -139,8 +145,11 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         dtype=budget.backend.quantization.dtype.name,
         quantization=wish.engine.quantization,
         kv_dtype=budget.backend.kv_dtype,
-        slots=wish.engine.slots,
+        slots=wish.engine.batch_sizes(budget.backend.platform).slots,
         context=wish.context,
+        rows=data * budget.rows,
+        row_buckets=(),
+        prefill_shapes=(),
         memory_bytes=wish.topology.chip.memory_bytes,
         weight_bytes=budget.weights,
         state_bytes=budget.state,
@@ -159,35 +168,47 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
     if budget.missing:
         return dataclasses.replace(plan, remedies=tuple(remedies(wish)))
     programs = budget.programs()
-    kept = programs.all_keys()
-    steps, temporary = [], 0
-    largest: dict[type[Key], int] = {}
+    kept, shapes = programs.all_keys(), programs.prefill_shapes.shapes
+    decode = Decode(next(each for each in programs.row_buckets if each >= budget.rows))
+    mixed = programs.mixed(max(shapes, key=lambda shape: shape[1]))
+    compiled: dict[Key, Any] = {}
     seconds: dict[type[Key], float] = {}
-    decode, prefill = Decode(programs.row_buckets[-1]), Prefill(1, wish.engine.prefill_chunks[-1])
-    for key in (decode, prefill):
+    passes: list[tuple[Decode | Mixed, Sample]] = []
+    wanted: tuple[Decode | Mixed, ...] = decode, mixed
+    for key in wanted:
         progress(f"compiling {_kind(key)} for {wish.topology}")
         rows = programs.sampled_rows(key)
-        parts = key, Sample(rows, min(Sampling)), Sample(rows, max(Sampling)), Score(rows)
-        compiled = []
+        least, most = Sample(rows, min(Sampling)), Sample(rows, max(Sampling))
+        passes.append((key, least))
+        parts: tuple[Key, ...] = key, least, most, Score(rows)
         for part in parts:
+            if part in compiled:
+                continue
             started = time.perf_counter()
             with jax.set_mesh(mesh):
-                compiled.append(programs.lower(part).compile())
+                compiled[part] = programs.lower(part).compile()
             took = time.perf_counter() - started
             seconds[type(part)] = max(took, seconds.get(type(part), 0.0))
-        steps.append(_read_step(wish, programs, key, compiled[:2]))
-        for part, program in zip(parts, compiled, strict=True):
-            memory = program.memory_analysis()
-            size = memory.generated_code_size_in_bytes
-            largest[type(part)] = max(size, largest.get(type(part), 0))
-            # Some compilers state a peak that exceeds the temporaries.
-            beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
-            temporary = max(temporary, beside, memory.temp_size_in_bytes)
-    code = sum(largest.get(type(each), 0) for each in kept)
+    temporary = 0
+    largest: dict[type[Key], int] = {}
+    for part, program in compiled.items():
+        memory = program.memory_analysis()
+        size = memory.generated_code_size_in_bytes
+        largest[type(part)] = max(size, largest.get(type(part), 0))
+        # Some compilers state a peak that exceeds the temporaries.
+        beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+        temporary = max(temporary, beside, memory.temp_size_in_bytes)
+    steps = [
+        _read_step(wish, programs, key, budget.rows, [compiled[key], compiled[sample]])
+        for key, sample in passes
+    ]
+    code = sum(largest.get(_resembled(each), 0) for each in kept)
     cache = programs.token_bytes * programs.num_pages * programs.page_len
     taken = budget.weights + cache + programs.state_bytes + temporary + code
     return dataclasses.replace(
         plan,
+        row_buckets=tuple(programs.row_buckets),
+        prefill_shapes=shapes,
         state_bytes=programs.state_bytes,
         temporary_bytes=temporary,
         code_bytes=code,
@@ -197,33 +218,38 @@ def make_plan(wish: Wish, progress: Callable[[str], None] = lambda _: None) -> P
         kv_tokens=budget.kv // budget.token_bytes * data,
         missing_bytes=max(0, taken - plan.memory_bytes),
         steps=tuple(steps),
-        tokens_per_second=steps[0].tokens / steps[0].seconds,
+        tokens_per_second=data * budget.rows / steps[0].seconds,
     )
 
 
 def _resembled(key: Key) -> type[Key]:
-    """The kind of program that takes as long to compile."""
+    """The kind of program that is as large, and takes as long to compile."""
     match key:
         case Verify() | Draft():
             return Decode
-        case Mixed() | Fill():
-            return Prefill
+        case Prefill() | Fill():
+            return Mixed
         case _:
             return type(key)
 
 
-def _kind(key: Forward) -> str:
+def _kind(key: Decode | Mixed) -> str:
     return type(key).__name__.lower()
 
 
-def _read_step(wish: Wish, programs: Programs, key: Forward, compiled: list[Any]) -> Step:
-    rows, tokens = key.rows, num_tokens(key) // key.rows
+def _read_step(
+    wish: Wish, programs: Programs, key: Decode | Mixed, rows: int, compiled: list[Any]
+) -> Step:
+    """Read a step off its forward pass and its sampling, of which ``rows`` rows decode."""
+    parts = [(rows, 1)]
+    if prefill := prefill_of(key):
+        parts.append((prefill.rows, prefill.tokens))
     memory = compiled[0].memory_analysis()
     read = [Program(each.as_text()) for each in compiled]
     shards = {each.sharding.shard_shape(each.shape) for each in jax.tree.leaves(programs.cache())}
     chip = wish.topology.chip
     token_bytes = programs.cache_bytes // (programs.num_pages * programs.page_len)
-    work = work_of(programs.backend, wish.context, token_bytes, rows, tokens)
+    work = work_of(programs.backend, wish.context, token_bytes, *parts)
     collectives = tuple(each for program in read for each in program.collectives())
     moved = None
     if chip.name != "cpu":
@@ -233,7 +259,7 @@ def _read_step(wish: Wish, programs: Programs, key: Forward, compiled: list[Any]
     )
     return Step(
         kind=_kind(key),
-        tokens=programs.dp_size * rows * tokens,
+        tokens=programs.dp_size * sum(rows * tokens for rows, tokens in parts),
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         cache_bytes=programs.cache_bytes,

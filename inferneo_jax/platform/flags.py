@@ -6,16 +6,24 @@ environment sets already stays as it is. For TPUs and CPUs nothing is set.
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 _XLA_FLAGS = "XLA_FLAGS"
 _DEVICE_FILES = {
     "gpu": ("dev/nvidiactl", "dev/nvidia0", "dev/dxg"),
-    "tpu": ("dev/accel0", "dev/vfio/0"),
+    "tpu": ("dev/accel[0-9]*", "dev/vfio/[0-9]*"),
 }
-"""By platform, files that only a machine with such a device has; WSL has ``/dev/dxg``."""
+"""By platform, patterns of files that only a machine with such a device has. WSL has ``/dev/dxg``;
+TPUs since v5e are in numbered groups of VFIO."""
+_PACKAGES = {"gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
+"""By platform, packages of which JAX needs one to use it."""
+_NAMES = {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}
+"""By platform, its names in ``JAX_PLATFORMS``."""
+GPU_MEMORY_PART = 0.92
+"""Of a GPU's memory, what JAX takes."""
 
 
 class Flag(NamedTuple):
@@ -35,7 +43,7 @@ class Flag(NamedTuple):
 GPU_FLAGS = (
     Flag(
         "XLA_CLIENT_MEM_FRACTION",
-        "0.92",
+        str(GPU_MEMORY_PART),
         "JAX takes this part of a GPU's memory at once, three quarters by default: the rest would "
         "be lost to the KV cache",
     ),
@@ -57,9 +65,25 @@ _OLD_NAMES = {"XLA_CLIENT_MEM_FRACTION": "XLA_PYTHON_CLIENT_MEM_FRACTION"}
 def accelerator(root: Path = Path("/")) -> str | None:
     """``gpu`` or ``tpu``, by what the machine has, whether JAX can use it or not; None: neither."""
     for platform, files in _DEVICE_FILES.items():
-        if any((root / file).exists() for file in files):
+        if any(found for file in files for found in root.glob(file)):
             return platform
     return None
+
+
+def expected_platform(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str:
+    """What JAX will compute on here: ``gpu``, ``tpu`` or ``cpu``, without loading JAX to ask it.
+
+    A device whose driver fails is not noticed.
+    """
+    found = accelerator(root)
+    usable = found and _wanted(found, environment) and any(map(find_spec, _PACKAGES[found]))
+    return found if found and usable else "cpu"
+
+
+def _wanted(platform: str, environment: Mapping[str, str]) -> bool:
+    """Whether the environment lets JAX use a platform."""
+    wanted = environment.get("JAX_PLATFORMS", "")
+    return not wanted or any(name in wanted for name in _NAMES[platform])
 
 
 def nvidia_driver(root: Path = Path("/")) -> str | None:
@@ -80,8 +104,7 @@ def set_flags(
     Returns:
         What was set, or was set like that before.
     """
-    wanted = environment.get("JAX_PLATFORMS", "")
-    if accelerator(root) != "gpu" or (wanted and "cuda" not in wanted and "gpu" not in wanted):
+    if accelerator(root) != "gpu" or not _wanted("gpu", environment):
         return []
     return [flag for flag in GPU_FLAGS if _set(environment, flag)]
 

@@ -57,6 +57,11 @@ class DecoderBackend:
     attention: PagedAttention
 
     @property
+    def platform(self) -> str:
+        """Of the devices, as JAX calls it."""
+        return str(self.mesh.devices.flat[0].platform)
+
+    @property
     def native(self) -> bool:
         """Whether attention is made for the device."""
         return type(self.attention) is not PagedAttention

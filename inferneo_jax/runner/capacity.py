@@ -37,9 +37,9 @@ def make_programs(
             slots.
     """
     dp_size = meshes.parts(backend.mesh, "slots")
-    if config.slots % dp_size:
-        raise ConfigError(f"slots is {config.slots}; it must be a multiple of data={dp_size}")
     one_page = Programs(backend, config, 1, 1, draft)
+    if (slots := one_page.batch.slots) % dp_size:
+        raise ConfigError(f"slots is {slots}; it must be a multiple of data={dp_size}")
     max_len, pages = _cache_size(one_page, cache_budget)
     return dataclasses.replace(one_page, max_len=max_len, num_pages=pages + 1)
 
@@ -92,7 +92,7 @@ def _cache_size(programs: Programs, budget: Callable[[], int]) -> tuple[int, int
     if config.kv_tokens:
         tokens = config.kv_tokens // dp_size
     else:
-        tokens = min(config.slots // dp_size * longest, budget() // token_bytes)
+        tokens = min(programs.batch.slots // dp_size * longest, budget() // token_bytes)
     pages = tokens // page_len
     max_len = longest if config.max_len else min(longest, pages * page_len)
     if max_len > pages * page_len or max_len < 2:

@@ -123,7 +123,8 @@ def decoder_facts(
     backend: DecoderBackend, config: EngineConfig, draft: DecoderBackend | None
 ) -> dict[str, str]:
     """What the programs of a decoder depend on, but for the sizes that follow from the memory."""
-    return facts_of(backend.mesh, model=backend, draft_model=draft, settings=config)
+    batch = config.batch_sizes(backend.platform)
+    return facts_of(backend.mesh, model=backend, draft_model=draft, settings=config, batch=batch)
 
 
 def encoder_facts(backend: EncoderBackend, sizes: tuple[int, ...]) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inferneo_jax import models
-from inferneo_jax.config import EngineConfig
+from inferneo_jax.config import BatchSizes, EngineConfig
 from inferneo_jax.layers.cache import KVCache, PagedAttention
 from inferneo_jax.layers.sampler import Sampler, Sampling
 from inferneo_jax.models.steps import PromptStates, SampleInputs, SlotState, Steps, sample_bucket
@@ -124,9 +124,9 @@ Key = Called | Following | EmptyCache
 
 
 _VOCABULARY = {"model.model.vocab_size", "model.padded.vocab_size"}
-_SLOTS = {"settings.slots", "max_len"}
+_SLOTS = {"batch.slots", "max_len"}
 _PARAMETERS = _SLOTS | {"settings.max_logit_bias"}
-_PAGED = _SLOTS | {"settings.row_buckets", "num_pages"}
+_PAGED = _SLOTS | {"batch.row_buckets", "num_pages"}
 
 
 def depends(key: Key, fact: str) -> bool:
@@ -137,7 +137,7 @@ def depends(key: Key, fact: str) -> bool:
     and these have facts of their own.
     """
     whose = fact.partition(".")[0]
-    if whose not in ("model", "draft_model", "settings") and fact not in _PAGED:
+    if whose not in ("model", "draft_model", "settings", "batch") and fact not in _PAGED:
         return True
     match key:
         case Sample():
@@ -237,6 +237,11 @@ class Programs:
         return self.backend.attention
 
     @cached_property
+    def batch(self) -> BatchSizes:
+        """What is computed at once, on all data-parallel ranks."""
+        return self.config.batch_sizes(self.backend.platform)
+
+    @cached_property
     def weights(self) -> list[jax.ShapeDtypeStruct]:
         """The shapes of the weights."""
         return flat(weight_shapes(self.backend.padded, self.mesh, self.backend.quantization))
@@ -261,12 +266,17 @@ class Programs:
         """Number of data-parallel ranks, each of which serves requests of its own."""
         return meshes.parts(self.mesh, "slots")
 
+    @property
+    def slots(self) -> int:
+        """Number of slots of one data-parallel rank."""
+        return self.batch.slots // self.dp_size
+
     @cached_property
     def inputs(self) -> InputBuilder:
         """Builds what the host passes to the programs."""
         return InputBuilder(
             dp_size=self.dp_size,
-            slots=self.config.slots // self.dp_size,
+            slots=self.slots,
             max_len=self.max_len,
             page_len=self.page_len,
             vocab_size=self.backend.model.vocab_size,
@@ -293,9 +303,8 @@ class Programs:
     @property
     def row_buckets(self) -> list[int]:
         """Rows of one data-parallel rank for which decode is compiled, rising."""
-        slots = self.config.slots // self.dp_size
-        buckets = [b for b in self.config.row_buckets if b < slots]
-        return [*buckets, next(b for b in self.config.row_buckets if b >= slots)]
+        buckets = self.batch.row_buckets
+        return [*(b for b in buckets if b < self.slots), sample_bucket(self.slots, buckets)]
 
     @property
     def draft_buckets(self) -> list[int]:
@@ -307,15 +316,13 @@ class Programs:
     @property
     def prefill_shapes(self) -> PrefillShapes:
         """For which prefill is compiled."""
-        slots = self.config.slots // self.dp_size
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        overhead = _CPU_OVERHEAD if on_cpu else _OVERHEAD
+        overhead = _CPU_OVERHEAD if self.backend.platform == "cpu" else _OVERHEAD
         padding = self.backend.quantization.linear.padding_cost
-        return PrefillShapes.of(self.config.prefill_chunks, slots, overhead, padding)
+        return PrefillShapes.of(self.batch.prefill_chunks, self.slots, overhead, padding)
 
     def sampled_rows(self, key: Forward) -> int:
         """The rows of the programs that sample and score what a forward pass has computed."""
-        return sample_bucket(num_sampled(key), self.config.row_buckets)
+        return sample_bucket(num_sampled(key), self.batch.row_buckets)
 
     def scored_by(self, key: Prefill) -> ScorePrompt:
         """The program that scores the prompts of a prefill."""
@@ -353,7 +360,7 @@ class Programs:
         """
         if not self.draft or not self.draft_buckets:
             return []
-        chunks = [Fill(1, chunk) for chunk in self.config.prefill_chunks]
+        chunks = [Fill(1, chunk) for chunk in self.batch.prefill_chunks]
         return [Fill(self.draft_buckets[-1], 1), *chunks]
 
     def keys(self) -> list[Called]:
@@ -413,7 +420,7 @@ class Programs:
         """The shapes of the state of all slots."""
         # One slot's arrays tell them: those of all slots may be large.
         one = dataclasses.replace(self.inputs, dp_size=1, slots=1).empty_state()
-        slots = self.config.slots
+        slots = self.batch.slots
         every = jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots, *x.shape[1:]), x.dtype), one)
         return self._split(every, "slots")
 
@@ -505,7 +512,7 @@ class Programs:
             Sampler(vocab_size, num_top=min(self.config.max_logprobs, vocab_size)),
             min(vocab_size, runs.backend.model.vocab_size),
             self.backend.padded.vocab_size,
-            self.config.row_buckets,
+            self.batch.row_buckets,
         )
         in_cache, in_rows = meshes.spec("pages", "kv_heads"), meshes.spec("rows")
         in_logits: Any = meshes.spec("rows", "vocab")

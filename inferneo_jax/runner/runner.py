@@ -264,7 +264,7 @@ class Runner:
         self.page_len = self._programs.page_len
         self.max_len, self.num_pages = self._programs.max_len, self._programs.num_pages
         self.dp_size = self._programs.dp_size
-        self.slots = config.slots // self.dp_size
+        self.slots = self._programs.slots
         self.decode_steps = decode_steps(config, self._mesh)
         self.shapes = self._programs.prefill_shapes
         self._store = ExecutableStore(

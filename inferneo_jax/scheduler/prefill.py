@@ -61,9 +61,17 @@ class PrefillShapes:
     def of(
         cls, chunks: Tokens[int], slots: int, overhead: int, padding: float = 1.0
     ) -> "PrefillShapes":
-        """Each chunk in one row, and in as many rows as the longest chunk's tokens allow."""
-        rows = {chunk: max(1, min(slots, chunks[-1] // chunk)) for chunk in chunks}
-        shapes = {(each, chunk) for chunk, max_rows in rows.items() for each in (1, max_rows)}
+        """Each chunk in one row, and in as many rows as the longest chunk's tokens allow.
+
+        Where padding costs as much as tokens, a step that may not take that long needs fewer rows
+        of a chunk: as many as each longer chunk's tokens allow.
+        """
+        filled = chunks if padding == 1 else chunks[-1:]
+        shapes = {
+            (max(1, min(slots, tokens // chunk)), chunk)
+            for chunk in chunks
+            for tokens in (chunk, *filled)
+        }
         rising = tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
         return cls(rising, overhead, padding)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inferneo_jax import ConfigError
+from server.config.schema import DEVICE_SLOTS
 
 if TYPE_CHECKING:
     from inferneo_jax.config import DecoderConfig, ModelConfig
@@ -39,7 +41,10 @@ def plan(
     mesh: Annotated[
         str, typer.Option(envvar="INFERNEO_MESH", help="As data=1,model=8; all on model if empty.")
     ] = "",
-    slots: Annotated[int, typer.Option(help="Requests that run at once, on all chips.")] = 32,
+    slots: Annotated[
+        int | None,
+        typer.Option(help="Requests that run at once, on all chips.", show_default=DEVICE_SLOTS),
+    ] = None,
     max_len: Annotated[
         int | None, typer.Option(help="Tokens of the longest request; the model's if not given.")
     ] = None,
@@ -143,24 +148,30 @@ def _print(console: Console, model: str, made: "Plan") -> None:
         console.print(f"It would fit with {remedies}.")
         return
     console.print(
-        f"KV cache: {made.kv_tokens:,} tokens in all, {made.kv_tokens // made.slots:,} for each of "
-        f"{made.slots} requests."
+        f"KV cache: {made.kv_tokens:,} tokens in all, so {made.rows} requests of {made.context} "
+        f"tokens run at once; there are {made.slots} slots."
     )
     console.print(
         f"{made.num_programs} programs: about {made.compile_seconds:,.0f} s of compiling on this "
-        "machine, one at a time."
+        f"machine, one at a time. Decode of {_listed(made.row_buckets)} rows; prefill of "
+        f"{_listed(f'{rows} x {tokens}' for rows, tokens in made.prefill_shapes)} tokens."
     )
     for step in made.steps:
         console.print(_step(step, made))
     console.print(
         f"Bound: {made.tokens_per_second:,.0f} output tokens/s, "
         f"{made.tokens_per_second / (made.mesh.data * (made.mesh.model or 1)):,.0f} a chip, with "
-        f"{made.slots} requests of {made.context} live tokens. Peaks of the chip's makers; nothing "
+        f"{made.rows} requests of {made.context} live tokens. Peaks of the chip's makers; nothing "
         "was run."
     )
     if made.advised_mesh != made.mesh:
         better = f"data={made.advised_mesh.data},model={made.advised_mesh.model}"
         console.print(f"Advised mesh: [bold]{better}[/], whose bound is higher.")
+
+
+def _listed(items: Iterable[object]) -> str:
+    *most, last = map(str, items)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _numbers(made: "Plan") -> str:

@@ -42,6 +42,11 @@ _NO_FLAG = ("models", "job_token")
 """The first is the argument of `inferneo serve`; the second everybody could read in `ps`."""
 
 
+DEVICE_SLOTS = "{} on accelerators, {} on CPUs".format(
+    *(EngineConfig().batch_sizes(platform).slots for platform in ("gpu", "cpu"))
+)
+
+
 def split_list(value: Any) -> Any:
     """A comma-separated text as a list; what comes from TOML is a list already."""
     if isinstance(value, str):
@@ -153,11 +158,12 @@ class NumericSettings(BaseModel):
 class EngineSettings(BaseModel):
     """Engine: how much runs at once, and on which devices."""
 
-    slots: int = Field(
-        default=EngineConfig().slots,
+    slots: int | None = Field(
+        default=None,
         ge=1,
         le=256,
         description="Requests that run at once.",
+        json_schema_extra=_shown(default=DEVICE_SLOTS),
     )
     max_len: int | None = Field(
         default=None,

@@ -22,7 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from inferneo_jax import ConfigError, EngineConfig, JobConfig, MeshShape
+from inferneo_jax import ConfigError, EngineConfig, JobConfig, MeshShape, expected_platform
 from server.config.schema import (
     KEY_VARIABLE,
     PREFIX,
@@ -100,7 +100,7 @@ class Settings(SettingsSchema, BaseSettings):
 
     def capacity(self) -> int:
         """How many requests may run or wait at once."""
-        return self.slots + self.max_waiting
+        return self.engine_config().batch_sizes(expected_platform()).slots + self.max_waiting
 
     def engine_config(self) -> EngineConfig:
         """The configuration of the engine.

@@ -155,7 +155,17 @@ def test_every_setting_is_described() -> None:
         assert each.form != "TEXT", each
     slots = next(each for each in found if each.name == "slots")
     assert (slots.variable, slots.flag) == ("INFERNEO_SLOTS", "--slots")
-    assert (slots.form, slots.bounds, slots.default) == ("N", "1 to 256", "32")
+    assert (slots.form, slots.bounds) == ("N", "1 to 256")
+    assert slots.default == "256 on accelerators, 32 on CPUs"
+
+
+def test_as_many_may_wait_beside_the_slots_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for platform, slots in (("tpu", 256), ("cpu", 32)):
+        monkeypatch.setattr(
+            "server.config.settings.expected_platform", lambda found=platform: found
+        )
+        assert Settings.load({"max_waiting": "10"}).capacity() == slots + 10
+    assert Settings.load({"max_waiting": "10", "slots": "3"}).capacity() == 13
 
 
 def test_what_kubernetes_says_of_a_service_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:

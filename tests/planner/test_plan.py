@@ -69,6 +69,8 @@ def test_a_plan_counts_two_reductions_a_layer_and_one_for_the_lookup() -> None:
         assert each.participants == 8
     assert counted == {"all-reduce": 2 * TINY.num_layers + 1, "all-gather": 1}
     assert decode.aliased_bytes >= decode.cache_bytes
+    assert (plan.slots, plan.rows, plan.row_buckets) == (8, 8, (8,))
+    assert plan.prefill_shapes == ((1, 8),)
     # Four that sample, and one each that decodes, prefills, does both, admits, scores what was
     # sampled, scores prompts and makes the cache.
     assert plan.num_programs == 11
@@ -229,6 +231,12 @@ def test_llama_2_7b_keeps_its_promises_on_a_v5e(tmp_path: Path) -> None:
     config = _config(tmp_path, KNOWN["meta-llama/Llama-2-7b-hf"], num_hidden_layers=layers)
     plan = _cli(str(config), "--topology", "v5e:2x4", "--max-len", "4096")
     assert plan["missing_bytes"] == 0
+    assert (plan["slots"], plan["rows"]) == (256, 256)
+    assert max(rows * tokens for rows, tokens in plan["prefill_shapes"]) == 2048
+    assert [(step["kind"], step["tokens"]) for step in plan["steps"]] == [
+        ("decode", 256),
+        ("mixed", 256 + 2048),
+    ]
     for step in plan["steps"]:
         assert step["aliased_bytes"] >= step["cache_bytes"]
         assert step["temporary_bytes"] < 0.05 * step["cache_bytes"]
@@ -237,8 +245,7 @@ def test_llama_2_7b_keeps_its_promises_on_a_v5e(tmp_path: Path) -> None:
         in_layers = max(reduced, key=lambda c: c["count"])
         assert in_layers["count"] == 2 * layers + 1
         # Of each row that is sampled, every chip tells its best token and that token's logit.
-        rows = step["tokens"] if step["kind"] == "decode" else 2
         rest = [c for c in reduced if c is not in_layers] + gathered
-        assert [c["count"] * c["num_bytes"] for c in rest] == [8 * 8 * rows]
+        assert [c["count"] * c["num_bytes"] for c in rest] == [8 * 8 * 256]
     decode = plan["steps"][0]
     assert decode["moved_bytes"] <= 1.1 * decode["needed_bytes"]

@@ -43,7 +43,8 @@ def _store(
     folder: Path | None, settings: object = None, shape: MeshShape = ONE_DEVICE
 ) -> ExecutableStore:
     mesh = make_mesh(shape)
-    return ExecutableStore(folder, mesh, facts_of(mesh, settings=settings))
+    batch = settings.batch_sizes("cpu") if isinstance(settings, EngineConfig) else None
+    return ExecutableStore(folder, mesh, facts_of(mesh, settings=settings, batch=batch))
 
 
 def _made_again(store: ExecutableStore, key: str = "double") -> bool:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from inferneo_jax.platform.flags import GPU_FLAGS, accelerator, nvidia_driver, set_flags
+from inferneo_jax.platform import flags
+from inferneo_jax.platform.flags import (
+    GPU_FLAGS,
+    accelerator,
+    expected_platform,
+    nvidia_driver,
+    set_flags,
+)
 
 ASKED = next(flag.value for flag in GPU_FLAGS if flag.variable == "XLA_FLAGS")
 
@@ -58,10 +65,33 @@ def test_nothing_is_set_without_a_gpu(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     assert accelerator(tmp_path) is None
     (tmp_path / "dev" / "vfio").mkdir(parents=True)
-    (tmp_path / "dev" / "vfio" / "0").touch()
+    (tmp_path / "dev" / "vfio" / "vfio").touch()
+    assert accelerator(tmp_path) is None
+    (tmp_path / "dev" / "vfio" / "3").touch()
     assert accelerator(tmp_path) == "tpu"
     assert set_flags(environment, tmp_path) == []
     assert not environment
+
+
+@pytest.mark.parametrize(
+    ("installed", "platforms", "expected"),
+    [
+        (["jax_cuda12_plugin"], "", "gpu"),
+        (["jax_cuda13_plugin"], "cuda,cpu", "gpu"),
+        (["jax_cuda13_plugin"], "cpu", "cpu"),
+        (["libtpu"], "", "cpu"),
+        ([], "", "cpu"),
+    ],
+)
+def test_a_gpu_is_expected_where_jax_can_use_it(
+    gpu: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: list[str],
+    platforms: str,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(flags, "find_spec", lambda name: name in installed or None)
+    assert expected_platform({"JAX_PLATFORMS": platforms}, gpu) == expected
 
 
 def test_the_driver_is_the_one_that_the_kernel_names(gpu: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Prompts are prefilled several at a time, none twice, in the shape that is worth most."""
 
+import math
 from typing import Any
 
 import jax
@@ -31,10 +32,19 @@ def chosen(shapes: PrefillShapes, lengths: list[int]) -> Shape:
 
 
 def test_each_chunk_has_one_row_or_as_many_as_the_longest_holds() -> None:
-    shapes = PrefillShapes.of((32, 128, 256), slots=32, overhead=32)
+    shapes = PrefillShapes.of((32, 128, 256), slots=32, overhead=32, padding=0.125)
     assert shapes.shapes == ((1, 32), (1, 128), (1, 256), (2, 128), (8, 32))
     assert (shapes.max_tokens, shapes.max_rows) == (256, 8)
     assert PrefillShapes.of((32, 256), slots=4, overhead=32).shapes == ((1, 32), (4, 32), (1, 256))
+
+
+def test_rows_that_cost_as_much_empty_are_had_in_fewer_numbers_too() -> None:
+    shapes = PrefillShapes.of((256, 1024, 2048), slots=256, overhead=256)
+    assert shapes.shapes == ((1, 256), (1, 1024), (4, 256), (1, 2048), (2, 1024), (8, 256))
+    # Where 2,048 tokens would take too long beside decoding, short prompts still go four at a time.
+    few = {shape: math.prod(shape) for shape in shapes.shapes if math.prod(shape) <= 1024}
+    assert shapes.choose([200] * 16, few) == (4, 256)
+    assert chosen(shapes, [200] * 16) == (8, 256)
 
 
 @pytest.mark.parametrize(

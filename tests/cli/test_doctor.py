@@ -102,15 +102,23 @@ def test_a_platform_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPat
     assert only(machine.devices(survey, served=True)).state == "warning"
 
 
-def test_an_accelerator_that_jax_does_not_see_is_pointed_out(tmp_path: Path) -> None:
-    survey = Survey({"devices": CPU})
-    assert only(machine.devices(survey, served=False, root=tmp_path)).state == "ok"
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "nvidia0").touch()
-    found = only(machine.devices(survey, served=False, root=tmp_path))
+@pytest.mark.parametrize(
+    ("platform", "name", "extra"), [("gpu", "an NVIDIA GPU", "cuda12"), ("tpu", "a TPU", "tpu")]
+)
+def test_an_accelerator_that_jax_does_not_see_is_pointed_out(
+    monkeypatch: pytest.MonkeyPatch, platform: str, name: str, extra: str
+) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    survey = Survey({"accelerator": None, "devices": CPU})
+    assert only(machine.devices(survey, served=False)).state == "ok"
+    found = only(
+        machine.devices(
+            Survey({"accelerator": {"platform": platform}, "devices": CPU}), served=False
+        )
+    )
     assert found.state == "warning"
-    assert "an NVIDIA GPU" in found.text
-    assert found.fix == "pip install 'inferneo-jax[cuda12]'"
+    assert name in found.text
+    assert found.fix == f"pip install 'inferneo-jax[{extra}]'"
 
 
 def gpu_survey(driver: str | None, capability: str = "9.0") -> Survey:

@@ -21,7 +21,8 @@ DISTRIBUTION = "inferneo-jax"
 _FREE_BYTES = 1e9
 _UNPACKED = 2
 """Disk space that a pull takes at most, as a multiple of the model's size."""
-_ACCELERATORS = {"dev/nvidia0": ("an NVIDIA GPU", "cuda12"), "dev/accel0": ("a TPU", "tpu")}
+_ACCELERATORS = {"gpu": ("an NVIDIA GPU", "cuda12"), "tpu": ("a TPU", "tpu")}
+"""By platform, what to call it, and the extra that brings what JAX needs for it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def wrong_version(requirement: Requirement) -> str | None:
     return f"{requirement.name} is {version}, not {requirement.specifier}"
 
 
-def devices(survey: Survey, *, served: bool, root: Path = Path("/")) -> Iterator[Finding]:
+def devices(survey: Survey, *, served: bool) -> Iterator[Finding]:
     """Check JAX's devices; ``served`` says that a server here may be using them."""
     found = survey.facts.get("devices")
     if found is None:
@@ -116,10 +117,11 @@ def devices(survey: Survey, *, served: bool, root: Path = Path("/")) -> Iterator
         return
     kinds = found["kinds"]
     text = f"{len(kinds)} x {kinds[0]}, by JAX {metadata.version('jax')}"
-    unused = next((each for file, each in _ACCELERATORS.items() if (root / file).exists()), None)
-    if unused and found["platform"] == "cpu" and not os.environ.get("JAX_PLATFORMS"):
-        text += f", though this machine has {unused[0]}"
-        yield Finding("Devices", "warning", text, f"pip install '{DISTRIBUTION}[{unused[1]}]'")
+    there = survey.facts.get("accelerator")
+    if there and found["platform"] == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+        name, extra = _ACCELERATORS[there["platform"]]
+        text += f", though this machine has {name}"
+        yield Finding("Devices", "warning", text, f"pip install '{DISTRIBUTION}[{extra}]'")
         return
     yield Finding("Devices", "ok", text)
 

@@ -40,6 +40,7 @@ class Answer:
         tokens: number of tokens generated; None if the server did not say.
         warnings: the parts of the request that had no effect.
         first, last: when the first and the last piece arrived, in seconds after the request.
+        reasoning: the reasoning before the text.
     """
 
     text: str = ""
@@ -48,6 +49,7 @@ class Answer:
     warnings: list[str] = field(default_factory=list)
     first: float | None = None
     last: float = 0.0
+    reasoning: str = ""
 
     @property
     def rate(self) -> float | None:
@@ -138,9 +140,10 @@ class Server:
                 for event in reader.feed(piece):
                     if event == b"[DONE]":
                         return
-                    if text := _read(event, answer):
+                    if (text := _read(event, answer)) or answer.reasoning:
                         answer.last = time.perf_counter() - begin
                         answer.first = answer.first or answer.last
+                    if text:
                         answer.text += text
                         yield text
         if answer.reason is None:
@@ -200,7 +203,9 @@ def _read(event: bytes, answer: Answer) -> str:
     for choice in chunk.get("choices") or []:
         if reason := choice.get("finish_reason"):
             answer.reason = str(reason)
-        return str((choice.get("delta") or {}).get("content") or "")
+        delta = choice.get("delta") or {}
+        answer.reasoning += str(delta.get("reasoning_content") or "")
+        return str(delta.get("content") or "")
     return ""
 
 

@@ -88,4 +88,6 @@ class Talk:
     def _stream(self, body: dict[str, object], answer: Answer) -> None:
         with self.screen.answer() as writer:
             for piece in self.server.stream(body, answer):
+                if answer.reasoning and piece == answer.text:  # the first: the reasoning is whole
+                    self.screen.warn(answer.reasoning)
                 writer.write(piece)

@@ -43,6 +43,18 @@ def test_an_answer_is_shown_and_kept_with_its_figures(rig: Rig) -> None:
     assert f"\n{tokens} tokens · " in shown
 
 
+def test_reasoning_is_shown_before_the_answer_and_not_kept() -> None:
+    delta = {"reasoning_content": "Hm, why?", "reasoning": "Hm, why?"}
+    thought = b"data: " + orjson.dumps({"choices": [{"index": 0, "delta": delta}]}) + b"\n\n"
+    reply = HEAD + thought + chunk("So.") + chunk(" So.", "stop") + b"data: [DONE]\n\n"
+    with answering(reply) as url:
+        talk = talk_to(url)
+        talk.ask("Hello?")
+    assert talk.screen.complaints == "Hm, why?"
+    assert talk.screen.text.startswith("So. So.\n")
+    assert talk.dialogue.turns == (Turn("Hello?", "So. So."),)
+
+
 def test_the_next_question_has_what_was_said_before(rig: Rig, tokenizer: Tokenizer) -> None:
     talk = talk_to(rig.url)
     commands.run("/system Be brief.", talk)

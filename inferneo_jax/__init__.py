@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from inferneo_jax.errors import (
         CheckpointError,
         ConfigError,
+        ConstraintError,
         ContextLengthError,
         EngineError,
         EngineFailedError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from inferneo_jax.platform.flags import expected_platform
     from inferneo_jax.platform.memory import malloc_trim
     from inferneo_jax.request import (
+        Constraint,
         EngineStats,
         GenerationOutput,
         GenerationRequest,
@@ -54,6 +56,15 @@ if TYPE_CHECKING:
     )
     from inferneo_jax.runner.model_info import DeviceMemory, ModelInfo, device_memory
     from inferneo_jax.text.detokenize import IncrementalDecoder
+    from inferneo_jax.text.grammar import (
+        GrammarCompiler,
+        choice_constraint,
+        gbnf_constraint,
+        json_object_constraint,
+        json_schema_constraint,
+        lark_constraint,
+        regex_constraint,
+    )
     from inferneo_jax.text.stops import StopMatcher
     from inferneo_jax.text.tokenizer import Tokenizer
     from inferneo_jax.weights.catalog import (
@@ -80,6 +91,7 @@ _HOMES = {
     "errors": (
         "CheckpointError",
         "ConfigError",
+        "ConstraintError",
         "ContextLengthError",
         "EngineError",
         "EngineFailedError",
@@ -99,11 +111,21 @@ _HOMES = {
     "platform.memory": ("malloc_trim",),
     "model": ("follow_model", "load_model"),
     "request": (
+        "Constraint",
         "EngineStats",
         "GenerationOutput",
         "GenerationRequest",
         "SamplingParams",
         "TokenLogprob",
+    ),
+    "text.grammar": (
+        "GrammarCompiler",
+        "choice_constraint",
+        "gbnf_constraint",
+        "json_object_constraint",
+        "json_schema_constraint",
+        "lark_constraint",
+        "regex_constraint",
     ),
     "text.stops": ("StopMatcher",),
     "text.tokenizer": ("Tokenizer",),
@@ -116,6 +138,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "Constraint",
+    "ConstraintError",
     "ContextLengthError",
     "DecoderConfig",
     "DeviceMemory",
@@ -133,6 +157,7 @@ __all__ = [
     "GenerationEngine",
     "GenerationOutput",
     "GenerationRequest",
+    "GrammarCompiler",
     "IncrementalDecoder",
     "InferneoError",
     "Job",
@@ -154,15 +179,21 @@ __all__ = [
     "WeightsError",
     "__version__",
     "checkpoint_path",
+    "choice_constraint",
     "default_checkpoints_dir",
     "describe",
     "device_memory",
     "expected_platform",
     "follow_model",
+    "gbnf_constraint",
+    "json_object_constraint",
+    "json_schema_constraint",
+    "lark_constraint",
     "load_catalog",
     "load_model",
     "malloc_trim",
     "pull",
+    "regex_constraint",
 ]
 
 

@@ -11,7 +11,8 @@
      |   `- TokenizerError       no tokenizer, or one of a kind that is not supported
      |- RequestError             one request that cannot be served as it stands
      |   |- ContextLengthError   prompt and max_tokens do not fit the context
-     |   `- TemplateError        the chat template rejected the messages
+     |   |- TemplateError        the chat template rejected the messages
+     |   `- ConstraintError      the grammar cannot be compiled, or became too complex
      `- EngineError              the engine cannot serve any request now
          |- OverloadedError      it cannot accept a request now, but may soon
          |- EngineStoppedError   it was told to stop
@@ -65,6 +66,10 @@ class ContextLengthError(RequestError):
 
 class TemplateError(RequestError):
     """The chat template rejected the messages."""
+
+
+class ConstraintError(RequestError):
+    """A grammar that cannot be compiled, or that became too complex while it was matched."""
 
 
 class EngineError(InferneoError):

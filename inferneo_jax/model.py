@@ -42,6 +42,7 @@ from inferneo_jax.runner.capacity import devices_sharing_memory
 from inferneo_jax.runner.model_info import ModelInfo
 from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
+from inferneo_jax.text.grammar import GrammarCompiler
 from inferneo_jax.text.tokenizer import Tokenizer
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
@@ -94,7 +95,8 @@ def load_model(
     info = runner.info()  # before a step takes the cache along
     if draft:
         info = dataclasses.replace(info, draft_model=draft.name)
-    engine = Engine(runner)
+    grammars = GrammarCompiler(common["tokenizer"], runner.mask_words)
+    engine = Engine(runner, grammars)
     if job:
         job.on_lost(engine.fail)
     compiling = threading.Thread(
@@ -102,7 +104,12 @@ def load_model(
     )
     compiling.start()
     return LanguageModel(
-        **common, engine=engine, max_len=runner.max_len, info=info, compiling=compiling
+        **common,
+        engine=engine,
+        grammars=grammars,
+        max_len=runner.max_len,
+        info=info,
+        compiling=compiling,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from inferneo_jax.errors import ContextLengthError, EngineError, RequestError
+from inferneo_jax.errors import ContextLengthError, InferneoError, RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -69,6 +69,22 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Constraint:
+    """A grammar that the whole output must match; ``text/grammar.py`` makes them.
+
+    At each position only those tokens can be sampled with which the output can still be completed.
+    A stop token can be sampled only where the output matches, and an output that matches and
+    cannot be continued ends by itself. Only ``max_tokens`` and other stop tokens cut it short.
+
+    Attributes:
+        grammar: as llguidance serializes it: JSON, ``{"grammars": [...]}``, whose entries are
+            grammars in its variant of Lark (``lark_grammar``) or JSON schemas (``json_schema``).
+    """
+
+    grammar: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
     """One sequence to generate. ``n`` choices are n requests, whose prompts share pages.
 
@@ -86,6 +102,7 @@ class GenerationRequest:
             of arrival.
         cache_salt: requests share cached prefixes only with requests that have the same salt.
         owner: who sent the request; owners share the engine evenly.
+        constraint: the grammar that the output must match; None: there is none.
     """
 
     id: str
@@ -99,6 +116,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: bytes = b""
     owner: str = ""
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +198,8 @@ class GenerationOutput:
         cached_tokens: number of prompt tokens that were found in the prefix cache.
         admitted_at: when the request first got a slot, in seconds of ``time.monotonic``.
         finish_reason: set only in the last output.
-        error: the cause, if ``finish_reason`` is "error".
+        error: the cause, if ``finish_reason`` is "error": an ``EngineError``, or a
+            ``ConstraintError`` where the request's own grammar is the cause.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -189,7 +208,7 @@ class GenerationOutput:
     cached_tokens: int = 0
     admitted_at: float | None = None
     finish_reason: FinishReason | None = None
-    error: EngineError | None = None
+    error: InferneoError | None = None
 
 
 OutputSink = Callable[[GenerationOutput], None]

@@ -30,6 +30,7 @@ from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.served import EmbeddingModel, LanguageModel
 from inferneo_jax.model import load_model
 from inferneo_jax.runner.runner import Runner
+from inferneo_jax.text.grammar import GrammarCompiler
 from inferneo_jax.weights.catalog import default_checkpoints_dir
 from inferneo_jax.weights.fetch import pull
 from tests.support.fixtures import rig, shared_rig, tokenizer
@@ -139,8 +140,8 @@ def tiny_engine(tiny_runner: Callable[..., Runner]) -> Iterator[Callable[..., En
     """Engines on the tiny model; each must end with every slot and page free."""
     engines: list[Engine] = []
 
-    def make(**changes: object) -> Engine:
-        engines.append(Engine(tiny_runner(**changes)))
+    def make(grammars: GrammarCompiler | None = None, **changes: object) -> Engine:
+        engines.append(Engine(tiny_runner(**changes), grammars))
         return engines[-1]
 
     yield make

@@ -9,11 +9,19 @@ import dataclasses
 import logging
 import threading
 import time
+from concurrent.futures import Future
+from functools import partial
 
 from inferneo_jax.engine.forecast import Forecast, Measured
 from inferneo_jax.engine.inbox import Inbox
 from inferneo_jax.engine.outputs import read_results
-from inferneo_jax.errors import EngineError, EngineFailedError, EngineStoppedError
+from inferneo_jax.errors import (
+    EngineError,
+    EngineFailedError,
+    EngineStoppedError,
+    InferneoError,
+    RequestError,
+)
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import (
@@ -33,6 +41,7 @@ from inferneo_jax.scheduler.scheduler import (
     num_decode_steps,
 )
 from inferneo_jax.scheduler.sequence import Sequence
+from inferneo_jax.text.grammar import GrammarCompiler, Matcher
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +51,16 @@ _STOP_SECONDS = 0.1
 
 
 class Engine:
-    """Runs the requests of one model with continuous batching."""
+    """Runs the requests of one model with continuous batching.
 
-    def __init__(self, runner: Runner) -> None:
+    Args:
+        runner: runs its steps.
+        grammars: compiles the grammars of requests; None: no request may have one.
+    """
+
+    def __init__(self, runner: Runner, grammars: GrammarCompiler | None = None) -> None:
         self.max_len, self._limits = runner.max_len, runner.limits
-        self._runner = runner
+        self._runner, self._grammars = runner, grammars
         self._itl_budget = runner.config.itl_budget / 1000
         self._planner = PrefillPlanner(
             runner.shapes,
@@ -79,7 +93,8 @@ class Engine:
     def submit(self, request: GenerationRequest, sink: OutputSink) -> None:
         """Queue a request; its outputs go to the sink, the last with a finish reason.
 
-        Thread-safe.
+        Thread-safe. A grammar is compiled before the engine sees the request; if it cannot be, that
+        is the request's output.
 
         Raises:
             RequestError: it can never be served; ContextLengthError when it is too long.
@@ -87,7 +102,26 @@ class Engine:
             EngineStoppedError: the engine was stopped; EngineFailedError: it failed for good.
         """
         self._limits.check(request)
-        self._inbox.submit(request, sink)
+        if request.constraint is None:
+            self._inbox.submit(request, sink)
+            return
+        if self._grammars is None:
+            raise RequestError("this engine has no tokenizer, which a grammar needs", "constraint")
+        sequence = self._inbox.submit(request, sink, prepared=False)
+        compiling = self._grammars.submit(request.constraint)
+        compiling.add_done_callback(partial(self._compiled, sequence))
+
+    def _compiled(self, sequence: Sequence, compiling: "Future[Matcher]") -> None:
+        """Let a sequence run whose grammar is compiled; called on another thread."""
+        if error := compiling.exception():
+            if not isinstance(error, InferneoError):
+                log.error("a grammar was not compiled", exc_info=error)
+                error = EngineFailedError("the engine failed while it compiled a grammar")
+            self._inbox.discard(sequence)
+            sequence.deliver(reason="error", error=error)
+            return
+        sequence.matcher = compiling.result()
+        self._inbox.prepared(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step, if it still runs. Thread-safe."""
@@ -189,7 +223,9 @@ class Engine:
     def step(self) -> None:
         """Schedule a step, run it, and commit the step before it, which ran in the meantime.
 
-        Where drafts may be made, the step before is committed first: they follow known tokens.
+        Where drafts may be made, the step before is committed first: they follow known tokens. What
+        grammars allow follows known tokens too, but it is not needed before the forward pass has
+        run: they are asked, and the step is sampled, after the step before is committed.
         """
         started = time.monotonic()
         before = previous = self._in_flight
@@ -198,9 +234,15 @@ class Engine:
             previous = None
         self._take_inbox()
         scheduled = self._scheduler.schedule(draft=previous is None)
+        # Asked for now: when the step before is committed, its last constrained sequence may end.
+        constrained = self._scheduler.has_grammars and any(
+            each.constrained for each in scheduled or ()
+        )
         self._in_flight, results = self._dispatch(scheduled, previous)
         if previous:
             self._commit(previous, results)
+        if self._in_flight and constrained:
+            self._sample(self._in_flight)
         # When idle, every request is paused, or waits for what a paused one holds.
         self._idle = not (self._in_flight or previous)
         if self._in_flight or before:
@@ -230,6 +272,17 @@ class Engine:
                 return None, StepResults()
             step = self._runner.run(scheduled) if scheduled else None
             return step, previous.wait() if previous else StepResults()
+
+    def _sample(self, step: PendingStep) -> None:
+        """Sample the step in flight, whose forward pass runs; end sequences whose grammars fail."""
+        with self._heartbeat:
+            if self._inbox.end:
+                return
+            self._in_flight = self._runner.sample(step)
+        for rank in step.scheduled:
+            for sequence in rank.sampled:
+                if sequence.matcher and sequence.matcher.error and not sequence.finished:
+                    self._finish(sequence, "error", error=sequence.matcher.error)
 
     def _commit(self, step: PendingStep, results: StepResults) -> None:
         """Append a step's tokens to its sequences and deliver them to the sinks."""
@@ -268,6 +321,7 @@ class Engine:
         reason: FinishReason,
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] | None = None,
+        error: InferneoError | None = None,
     ) -> None:
         """Free what the sequence holds, then deliver its last output."""
         self._scheduler.remove(sequence)
@@ -275,7 +329,7 @@ class Engine:
             self._forecast.finished(len(sequence.output))
         self._inbox.discard(sequence)
         self._publish()
-        sequence.deliver(token_ids, logprobs, reason)
+        sequence.deliver(token_ids, logprobs, reason, error)
 
     def _rebuild(self, failure: EngineFailedError) -> bool:
         """End the requests that the failed step may have spoiled, and start over; False to give up.

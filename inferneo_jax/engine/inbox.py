@@ -21,6 +21,7 @@ class Inbox:
         self._changed = threading.Condition()
         self._live: dict[str, Sequence] = {}  # accepted and unfinished, by id
         self._submitted: list[Sequence] = []
+        self._preparing: set[Sequence] = set()  # accepted, and not to be taken yet
         self._changes: list[tuple[Sequence, Change]] = []
         self._arrivals = 0
         self._end: EngineError | None = None
@@ -40,8 +41,15 @@ class Inbox:
         """Whether requests are accepted."""
         return not (self._end or self._hung)
 
-    def submit(self, request: GenerationRequest, sink: OutputSink) -> None:
+    def submit(
+        self, request: GenerationRequest, sink: OutputSink, *, prepared: bool = True
+    ) -> Sequence:
         """Accept a request.
+
+        Args:
+            request: the request.
+            sink: receives its outputs.
+            prepared: whether it may be taken at once; otherwise after :meth:`prepared`.
 
         Raises:
             EngineError: the engine ends, or a step hangs.
@@ -57,8 +65,20 @@ class Inbox:
             sequence = Sequence(request, sink, self._arrivals)
             self._arrivals += 1
             self._live[request.id] = sequence
-            self._submitted.append(sequence)
-            self._changed.notify()
+            if prepared:
+                self._submitted.append(sequence)
+                self._changed.notify()
+            else:
+                self._preparing.add(sequence)
+        return sequence
+
+    def prepared(self, sequence: Sequence) -> None:
+        """Let a sequence be taken that was submitted unprepared."""
+        with self._changed:
+            if sequence in self._preparing:
+                self._preparing.discard(sequence)
+                self._submitted.append(sequence)
+                self._changed.notify()
 
     def change(self, request_id: str, change: Change) -> None:
         """Request a change; without effect if the request has finished."""
@@ -76,17 +96,20 @@ class Inbox:
     def wait(self, *, idle: bool) -> bool:
         """Wait, if the engine is idle, until there is something to do; False once it must end."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._end or self._submitted or self._changes or not idle
-            )
+            self._changed.wait_for(lambda: self._end or self._submitted or self._due() or not idle)
             return not self._end
 
     def take(self) -> tuple[list[Sequence], list[tuple[Sequence, Change]]]:
         """The new sequences and changes, in order; a change never precedes its sequence."""
         with self._changed:
             submitted, self._submitted = self._submitted, []
-            changes, self._changes = self._changes, []
+            changes = self._due()
+            self._changes = [each for each in self._changes if each[0] in self._preparing]
         return submitted, changes
+
+    def _due(self) -> list[tuple[Sequence, Change]]:
+        """The pending changes of sequences that are prepared."""
+        return [each for each in self._changes if each[0] not in self._preparing]
 
     def live(self) -> list[Sequence]:
         """The unfinished sequences, taken or not."""
@@ -96,13 +119,14 @@ class Inbox:
     def taken(self) -> list[Sequence]:
         """The unfinished sequences that were taken."""
         with self._changed:
-            arriving = set(self._submitted)
+            arriving = self._preparing.union(self._submitted)
             return [each for each in self._live.values() if each not in arriving]
 
     def discard(self, sequence: Sequence) -> None:
         """Forget a sequence that has finished."""
         with self._changed:
             self._live.pop(sequence.request.id, None)
+            self._preparing.discard(sequence)
 
     def hang(self, *, hung: bool) -> None:
         """Refuse requests while a step hangs; accept them again after."""
@@ -115,5 +139,6 @@ class Inbox:
             left = list(self._live.values())
             self._live.clear()
             self._submitted.clear()
+            self._preparing.clear()
             self._changes.clear()
         return left

@@ -48,6 +48,7 @@ from inferneo_jax.request import (
 )
 from inferneo_jax.runner.model_info import DeviceMemory, ModelInfo
 from inferneo_jax.scheduler.sequence import Sequence
+from inferneo_jax.text.grammar import GrammarCompiler
 from inferneo_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -374,7 +375,8 @@ class EngineProcess:
         }
         remote = self._models[number]
         if isinstance(remote, RemoteEngine):
-            return LanguageModel(**shared, engine=remote)
+            grammars = GrammarCompiler.of(shared["tokenizer"])
+            return LanguageModel(**shared, engine=remote, grammars=grammars)
         return EmbeddingModel(**shared, embedder=remote)
 
     def obtain(

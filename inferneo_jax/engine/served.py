@@ -14,6 +14,7 @@ import numpy as np
 
 from inferneo_jax.request import EngineStats, GenerationRequest, OutputSink
 from inferneo_jax.runner.model_info import DeviceMemory, ModelInfo, device_memory
+from inferneo_jax.text.grammar import GrammarCompiler
 from inferneo_jax.text.tokenizer import Tokenizer
 
 Task = Literal["generate", "embed"]
@@ -132,6 +133,8 @@ class LanguageModel(Model):
     task = "generate"
 
     engine: GenerationEngine
+    grammars: GrammarCompiler
+    """Compiles the grammars that requests bring, to know whether the engine can."""
     compiling: threading.Thread | None = None
     """Compiles programs beside the first requests, until the engine has ended."""
 

@@ -18,8 +18,9 @@ import orjson
 from inferneo_jax import errors
 from inferneo_jax.config import EngineConfig, MeshShape
 from inferneo_jax.distributed.transport import Frames
-from inferneo_jax.errors import EngineError, InferneoError, JobError, RequestError
+from inferneo_jax.errors import InferneoError, JobError, RequestError
 from inferneo_jax.request import (
+    Constraint,
     FinishReason,
     GenerationOutput,
     GenerationRequest,
@@ -157,11 +158,13 @@ def read_request(fields: dict[str, Any]) -> GenerationRequest:
     """Make the same request again."""
     sampling = fields["sampling"]
     bias = {int(token): value for token, value in sampling["logit_bias"].items()}
+    constraint = fields["constraint"]
     made = {
         "prompt": tuple(fields["prompt"]),
         "sampling": SamplingParams(**sampling | {"logit_bias": bias}),
         "stop_token_ids": frozenset(fields["stop_token_ids"]),
         "cache_salt": bytes.fromhex(fields["cache_salt"]),
+        "constraint": constraint and Constraint(**constraint),
     }
     return GenerationRequest(**fields | made)
 
@@ -194,7 +197,6 @@ def deliver(
     sequence.num_sampled += len(tokens)
     logprobs: Any = _read_scores(scores)
     failure = read_error(error) if error else None
-    assert failure is None or isinstance(failure, EngineError)
     sequence.deliver(tuple(tokens), logprobs, reason, failure)
 
 

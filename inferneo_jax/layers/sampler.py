@@ -56,6 +56,7 @@ class SamplingParamsBatch(NamedTuple):
         prompt_len: number of prompt tokens; those after them are output.
         min_len: prompt and output must have this many tokens before a stop token is sampled.
         want_logprobs: whether the request asked for log probabilities.
+        constrained: whether a grammar says which tokens are allowed. The host reads it.
         bias_ids: biased tokens; unused entries hold the vocabulary size, which scatters drop.
         bias: what is added to their logits.
         stop_ids: stop tokens, padded like ``bias_ids``.
@@ -72,6 +73,7 @@ class SamplingParamsBatch(NamedTuple):
     prompt_len: Int[Array, " rows"]
     min_len: Int[Array, " rows"]
     want_logprobs: Bool[Array, " rows"]
+    constrained: Bool[Array, " rows"]
     bias_ids: Int[Array, "rows max_bias"]
     bias: Float[Array, "rows max_bias"]
     stop_ids: Int[Array, "rows max_stops"]
@@ -152,6 +154,24 @@ class Sampler:
         drawn = _draw(logits, params, lengths, truncated=kind >= Sampling.TRUNCATED)
         return jnp.where(params.temperature > 0, drawn, greedy)
 
+    def constrain(
+        self, logits: Float[Array, "rows part"], allowed: UInt32[Array, "rows words"]
+    ) -> Float[Array, "rows part"]:
+        """Logits that are minus infinity for all tokens but the allowed ones.
+
+        Nothing that is done to them later can bring a token back.
+
+        Args:
+            logits: of each row.
+            allowed: bit ``i % 32`` of word ``i // 32`` says whether token ``i`` is allowed; as many
+                words as the whole vocabulary, with its padding, needs.
+        """
+        places = jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+        bits = ((allowed[:, :, None] >> places) & jnp.uint32(1)).reshape(logits.shape[0], -1)
+        size = logits.shape[1]
+        own = lax.dynamic_slice_in_dim(bits, mesh.first_index("vocab", size), size, axis=1)
+        return jnp.where(own == 1, logits, -jnp.inf)
+
     def score(self, logits: Float[Array, "rows part"], ids: Int[Array, " rows"]) -> Scores:
         """Log probabilities of the given ids and of the most likely tokens of each row.
 
@@ -212,7 +232,9 @@ class Sampler:
         biased = logits.at[row, self._local(params.bias_ids, size)].add(params.bias, mode="drop")
         too_short = lengths < params.min_len
         banned = jnp.where(too_short[:, None], self._local(params.stop_ids, size), size)
-        return biased.at[row, banned].set(_NEVER, mode="drop")
+        # A token that a grammar does not allow stays at minus infinity: where only a stop token is
+        # allowed, that one is sampled although the output is too short.
+        return biased.at[row, banned].min(_NEVER, mode="drop")
 
 
 def argmax(logits: Float[Array, "rows part"]) -> Int[Array, " rows"]:

@@ -8,7 +8,8 @@ the host and back between steps: a step reads its input where the step before wr
 Sampling is a program of its own that follows every forward pass, compiled for a few numbers of
 rows. It takes several times as long to compile as all layers, which are compiled once and called.
 Scoring a prompt is another, which follows a prefill where a request asks for it. The host chooses
-how much of sampling a step needs, and whether log probabilities are computed after it.
+how much of sampling a step needs, and whether log probabilities are computed after it. Where a
+grammar says which tokens are allowed, ``constrain`` goes before it.
 
 On a mesh, each device runs these functions on its part (see ``runner/programs.py``): its weights
 and KV heads, and the slots, pages and rows of its data parallel rank, counted from 0 within the
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from inferneo_jax.layers.cache import AttentionMetadata, KVCache, MixedMetadata, PagedAttention
 from inferneo_jax.layers.sampler import Sampler, Sampling, SamplingParamsBatch, Scores
@@ -339,6 +340,12 @@ class Steps:
         token_ids, metadata = _chunks(chunk, tokens, block_tables, inputs)
         _, cache = self._model(weights)(token_ids, self.attention, cache, metadata)
         return cache
+
+    def constrain(
+        self, inputs: SampleInputs, allowed: UInt32[Array, "rows words"]
+    ) -> Float[Array, "rows vocab"]:
+        """The logits to sample from, where only some tokens are allowed in each row."""
+        return self.sampler.constrain(inputs.logits, allowed)
 
     def sample(
         self, kind: Sampling, tokens: Tokens, sampling: SamplingParamsBatch, inputs: SampleInputs

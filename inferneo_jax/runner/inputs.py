@@ -22,6 +22,7 @@ from inferneo_jax.request import GenerationRequest
 from inferneo_jax.scheduler.block_pool import NULL_BLOCK
 from inferneo_jax.scheduler.scheduler import DecodeRow, PrefillChunk
 from inferneo_jax.scheduler.sequence import Sequence
+from inferneo_jax.text.grammar import ConstrainedRow, fill_masks
 
 # The fields of inputs are declared as the jax arrays that steps see. The builder fills them with
 # numpy arrays, which a compiled step accepts as well; this is why they are typed as Any here.
@@ -37,6 +38,8 @@ class InputBuilder:
         max_len: maximum number of tokens of a sequence.
         page_len: number of tokens of a page.
         vocab_size: vocabulary size of the model.
+        mask_words: words of 32 bits that have one for each token, padding of the vocabulary
+            included.
         max_bias: maximum number of biased tokens of a request.
         max_stops: maximum number of stop tokens of a request.
     """
@@ -46,6 +49,7 @@ class InputBuilder:
     max_len: int
     page_len: int
     vocab_size: int
+    mask_words: int
     max_bias: int
     max_stops: int
 
@@ -80,6 +84,7 @@ class InputBuilder:
             prompt_len=full(0, np.int32),
             min_len=full(0, np.int32),
             want_logprobs=full(False, np.bool_),
+            constrained=full(False, np.bool_),
             bias_ids=bias_ids,
             bias=bias,
             stop_ids=stop_ids,
@@ -222,6 +227,22 @@ class InputBuilder:
         (newest,) = self.decode(rows, bucket)
         return MixedInputs(newest, self.prefill(chunks, prefill_bucket), sampled)
 
+    def masks(self, rows: int, constrained: Iterable[ConstrainedRow]) -> Any:
+        """Which tokens each of ``rows`` rows per rank may sample, as bits: any, unless it says so.
+
+        Blocks until the masks are computed, in several threads.
+
+        Args:
+            rows: rows that are sampled on each rank.
+            constrained: those with a grammar; their places count the rows of all ranks.
+
+        Returns:
+            uint32 ``[ranks * rows, mask_words]``, an array that nobody else writes to.
+        """
+        masks = np.full((self.dp_size * rows, self.mask_words), 2**32 - 1, np.uint32)
+        fill_masks(constrained, masks)
+        return masks
+
     def _sampling_row(self, request: GenerationRequest) -> SamplingParamsBatch:
         params = request.sampling
         bias_ids, bias, stop_ids = self._token_lists(params.logit_bias, request.stop_token_ids)
@@ -248,6 +269,7 @@ class InputBuilder:
             prompt_len=whole(len(request.prompt)),
             min_len=whole(len(request.prompt) + request.min_tokens),
             want_logprobs=flag(request.logprobs is not None),
+            constrained=flag(request.constraint is not None),
             bias_ids=bias_ids,
             bias=bias,
             stop_ids=stop_ids,

@@ -93,6 +93,17 @@ class Sample:
 
 
 @dataclass(frozen=True, order=True, slots=True)
+class Constrain:
+    """Removes the tokens that grammars do not allow from the logits of ``rows`` rows.
+
+    Where a step has such rows, it runs after the forward pass and before ``Sample``: which tokens
+    are allowed is only known once those of the step before are.
+    """
+
+    rows: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
 class Score:
     """Computes log probabilities of what was sampled from the logits of ``rows`` rows."""
 
@@ -115,9 +126,9 @@ class EmptyCache:
 
 Forward = Decode | Verify | Prefill | Mixed | Draft
 """Programs that leave logits, from which tokens are sampled."""
-Called = Forward | Fill | Admit
+Called = Forward | Fill | Admit | Constrain
 """Programs that the host calls with arguments of its own."""
-Following = Sample | Score | ScorePrompt
+Following = Sample | Score | ScorePrompt | Constrain
 """Programs that are given what a forward pass leaves on the device."""
 Key = Called | Following | EmptyCache
 """Identifies a compiled program."""
@@ -142,6 +153,8 @@ def depends(key: Key, fact: str) -> bool:
     match key:
         case Sample():
             return fact in _VOCABULARY | _PARAMETERS
+        case Constrain():
+            return fact in _VOCABULARY
         case Score():
             return fact in _VOCABULARY | {"settings.max_logprobs"}
         case Admit():
@@ -174,29 +187,42 @@ def num_sampled(key: Forward) -> int:
     return key.rows * key.tokens if isinstance(key, Verify) else key.rows
 
 
-def dispatch_step(
-    program: Any, sample: Any, weights: Any, cache: Any, state: SlotState, inputs: Any
+def dispatch_forward(
+    program: Any, weights: Any, cache: Any, state: SlotState, inputs: Any
 ) -> tuple[Any, ...]:
-    """Dispatch a compiled forward pass, and the sampling of what it computes.
+    """Dispatch a compiled forward pass.
 
     Args:
         program: the forward pass.
-        sample: a ``Sample`` program for as many rows.
         weights: of its model.
         cache: of its model. It is consumed.
         state: of all slots. Its tokens and block tables are consumed.
         inputs: of the forward pass.
 
     Returns:
-        The new cache and state, what was sampled from, the sampled ids, and what else the forward
-        pass returns, all on the device.
+        The new cache and state, what to sample from, and what else the forward pass returns, all
+        on the device.
     """
     tokens, block_tables, sampling = state
-    cache, tokens, block_tables, to_sample, *rest = program(
-        weights, cache, tokens, block_tables, inputs
-    )
-    tokens, ids = sample(tokens, sampling, to_sample)
-    return cache, SlotState(tokens, block_tables, sampling), to_sample, ids, *rest
+    cache, tokens, block_tables, *rest = program(weights, cache, tokens, block_tables, inputs)
+    return cache, SlotState(tokens, block_tables, sampling), *rest
+
+
+def dispatch_sample(
+    sample: Any, state: SlotState, to_sample: SampleInputs
+) -> tuple[SlotState, jax.Array]:
+    """Dispatch the sampling of what a forward pass has computed.
+
+    Args:
+        sample: a ``Sample`` program for as many rows.
+        state: of all slots. Its tokens are consumed.
+        to_sample: what to sample from.
+
+    Returns:
+        The new state, and the sampled ids, on the device.
+    """
+    tokens, ids = sample(state.tokens, state.sampling, to_sample)
+    return state._replace(tokens=tokens), ids
 
 
 MAX_STOP_IDS = 32
@@ -271,6 +297,11 @@ class Programs:
         """Number of slots of one data-parallel rank."""
         return self.batch.slots // self.dp_size
 
+    @property
+    def mask_words(self) -> int:
+        """Words of 32 bits that have one for each token of the vocabulary, padding included."""
+        return -(-self.backend.padded.vocab_size // 32)
+
     @cached_property
     def inputs(self) -> InputBuilder:
         """Builds what the host passes to the programs."""
@@ -280,6 +311,7 @@ class Programs:
             max_len=self.max_len,
             page_len=self.page_len,
             vocab_size=self.backend.model.vocab_size,
+            mask_words=self.mask_words,
             max_bias=self.config.max_logit_bias,
             max_stops=MAX_STOP_IDS,
         )
@@ -334,9 +366,16 @@ class Programs:
 
     def sample_keys(self) -> list[Sample | Score]:
         """The programs that follow a forward pass."""
-        rows = sorted({self.sampled_rows(key) for key in self.forward_keys()})
+        rows = self._rows_to_sample()
         kinds = sorted(Sampling, reverse=True)
         return [*(Sample(each, kind) for kind in kinds for each in rows), *map(Score, rows)]
+
+    def constrain_keys(self) -> list[Constrain]:
+        """The programs that apply grammars between a forward pass and sampling."""
+        return [Constrain(rows) for rows in self._rows_to_sample()]
+
+    def _rows_to_sample(self) -> list[int]:
+        return sorted({self.sampled_rows(key) for key in self.forward_keys()})
 
     def forward_keys(self) -> list[Forward]:
         """The forward passes, in the same order in all processes."""
@@ -365,8 +404,8 @@ class Programs:
 
     def keys(self) -> list[Called]:
         """Every program that the host calls with arguments of its own."""
-        admitted = sorted({1, self.prefill_shapes.max_rows})
-        return [*self.forward_keys(), *self.fill_keys(), *(Admit(rows) for rows in admitted)]
+        admitted = [Admit(rows) for rows in sorted({1, self.prefill_shapes.max_rows})]
+        return [*self.forward_keys(), *self.fill_keys(), *admitted, *self.constrain_keys()]
 
     def first_keys(self) -> list[Key]:
         """The few programs that all work can be done with, and those that are timed at start.
@@ -384,13 +423,13 @@ class Programs:
         sampling = {Sample(each, kind) for each in rows for kind in (min(Sampling), max(Sampling))}
         scored_by = {self.scored_by(key) for key in forward if isinstance(key, Prefill)}
         scoring = {*map(Score, rows), *scored_by}
-        needed = {*forward, *sampling, *scoring, *self.fill_keys()}
+        needed = {*forward, *sampling, *scoring, *map(Constrain, rows), *self.fill_keys()}
         always = (Admit, EmptyCache)
         return [key for key in self.all_keys() if key in needed or isinstance(key, always)]
 
     def following_keys(self) -> list[Following]:
         """The programs that follow a forward pass, in the same order in all processes."""
-        return [*self.sample_keys(), *self.score_keys()]
+        return [*self.sample_keys(), *self.constrain_keys(), *self.score_keys()]
 
     def all_keys(self) -> list[Key]:
         """All programs, those that take longest to compile first."""
@@ -438,6 +477,8 @@ class Programs:
                 return (self.inputs.mixed(nothing, rows, nothing, prefill.rows),)
             case Admit(rows):
                 return self.inputs.admit(nothing, rows)
+            case Constrain(rows):
+                return (self.inputs.masks(rows, []),)
 
     def busy_arguments(
         self, key: Called, tokens: int | None = None, rows: int | None = None
@@ -452,7 +493,7 @@ class Programs:
             rows: how many rows of each rank have tokens; None: all.
         """
         arguments = self.host_arguments(key)
-        if isinstance(key, Admit):
+        if isinstance(key, Admit | Constrain):
             return arguments
         (nothing,) = arguments
         if isinstance(key, Mixed):
@@ -535,6 +576,10 @@ class Programs:
                 step, donate = partial(steps.sample, kind), (0,)
                 arguments = state.tokens, state.sampling, *self._left_for(key)
                 specs, out = (in_state, in_state, to_sample), (in_state, everywhere)
+            case Constrain():
+                step, donate = steps.constrain, ()
+                arguments = *self._left_for(key), *self._split(self.host_arguments(key), "rows")
+                specs, out = (to_sample, in_rows), in_logits
             case Score():
                 step, donate = steps.score, ()
                 arguments = self._left_for(key)
@@ -568,7 +613,7 @@ class Programs:
     def _left_for(self, key: Following) -> tuple[Any, ...]:
         """Shapes of what all ranks' forward passes leave for a program that follows."""
         match key:
-            case Sample(rows):
+            case Sample(rows) | Constrain(rows):
                 return (self._sample_inputs(rows),)
             case Score(rows):  # every device has the ids that were sampled
                 ids = jax.ShapeDtypeStruct((rows * self.dp_size,), np.int32)
@@ -593,7 +638,10 @@ class Programs:
             array = np.zeros(shape.shape, shape.dtype)
             return jax.make_array_from_callback(array.shape, shape.sharding, array.__getitem__)
 
-        return jax.tree.map(zeros, self._left_for(key))
+        left: tuple[Any, ...] = jax.tree.map(zeros, self._left_for(key))
+        return (
+            (*left, *self.place(self.host_arguments(key))) if isinstance(key, Constrain) else left
+        )
 
     def _split(self, tree: Any, *axes: str) -> Any:
         """Shapes of a tree of arrays that are split by their leading logical axes."""

@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from inferneo_jax.distributed.process_group import ProcessGroup, SingleProcess, 
 from inferneo_jax.distributed.transport import Kind
 from inferneo_jax.layers.cache import KVCache
 from inferneo_jax.layers.sampler import Sampling
-from inferneo_jax.models.steps import Sampled, SlotState
+from inferneo_jax.models.steps import Sampled, SampleInputs, SlotState
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.huge_pages import use_small_pages
 from inferneo_jax.platform.memory import (
@@ -43,6 +44,7 @@ from inferneo_jax.runner.programs import (
     MAX_STOP_IDS,
     Admit,
     Called,
+    Constrain,
     Decode,
     Draft,
     EmptyCache,
@@ -56,7 +58,8 @@ from inferneo_jax.runner.programs import (
     ScorePrompt,
     Verify,
     depends,
-    dispatch_step,
+    dispatch_forward,
+    dispatch_sample,
     num_sampled,
     prefill_of,
 )
@@ -64,17 +67,18 @@ from inferneo_jax.runner.slot_sampling import SlotSampling
 from inferneo_jax.runner.wire import Wire
 from inferneo_jax.scheduler.prefill import LEAST_TOKENS, PrefillTimes, Shape
 from inferneo_jax.scheduler.scheduler import (
+    DecodeRow,
+    PrefillChunk,
     SchedulerOutputs,
     num_decode_steps,
     prefill_shape,
 )
 from inferneo_jax.scheduler.speculation import DraftModel, SpeculativeConfig, StepCosts
 from inferneo_jax.sharding import mesh as meshes
+from inferneo_jax.text.grammar import ConstrainedRow
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
 log = logging.getLogger(__name__)
-
-F = TypeVar("F", bound=Forward)
 
 _TIMES = 3
 """Number of timed runs of a program when its time is compared with another's."""
@@ -114,11 +118,30 @@ class DeviceClock:
     free: float = 0.0
 
 
+class Unsampled(NamedTuple):
+    """What a forward pass has left to be sampled once it is known which tokens are allowed.
+
+    Attributes:
+        inputs: of the forward pass.
+        to_sample: what it has left to sample from.
+        prompt_scores: what it has brought besides, if a request wants it.
+    """
+
+    inputs: Any
+    to_sample: SampleInputs
+    prompt_scores: Any
+
+
+Dispatched = tuple[Forward, Sampled | None]
+"""A program and its results, on the device; None until its rows are sampled."""
+
+
 @dataclass(frozen=True, slots=True)
 class PendingStep:
     """A dispatched step, whose results are being copied to the host.
 
-    The results of decode and of prefill are each paired with the program that computes them.
+    The results of decode and of prefill are each paired with the program that computes them. Where
+    a row has a grammar, there are none before ``Runner.sample``.
 
     Attributes:
         scheduled: what it runs.
@@ -132,11 +155,11 @@ class PendingStep:
     """
 
     scheduled: SchedulerOutputs
-    decode: tuple[Forward, Sampled] | None
-    ahead: list[tuple[Forward, Sampled]]
-    prefill: tuple[Forward, Sampled] | None
-    mixed: tuple[Mixed, Sampled] | None
-    drafts: list[tuple[Forward, Sampled]]
+    decode: Dispatched | None
+    ahead: list[Dispatched]
+    prefill: Dispatched | None
+    mixed: Dispatched | None
+    drafts: list[Dispatched]
     dispatched: float
     clock: DeviceClock
 
@@ -160,8 +183,8 @@ class PendingStep:
         return StepResults(decoded, prefilled, drafts, decode_seconds)
 
 
-def _fetch(key: F, sampled: Sampled) -> tuple[F, Sampled]:
-    """Start copying the results to the host."""
+def _fetch(key: Forward, sampled: Sampled | None) -> Dispatched:
+    """Start copying the results to the host, if they are there."""
     for array in jax.tree.leaves(sampled):
         array.copy_to_host_async()
     return key, sampled
@@ -179,11 +202,12 @@ def _stack(steps: list[Sampled]) -> Sampled:
     return stacked
 
 
-def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
+def _read(key: Forward, sampled: Sampled | None, dp_size: int) -> Sampled:
     """Return the results of a program's own rows as numpy arrays; with drafts, per token as well.
 
     Token ids are ``[rows]``, or ``[rows, tokens]`` for a program that verifies drafts.
     """
+    assert sampled, "the step was not sampled"
     rows = dp_size * key.rows
     shape = (rows, key.tokens) if isinstance(key, Verify) else (rows,)
 
@@ -201,8 +225,11 @@ def _read(key: Forward, sampled: Sampled, dp_size: int) -> Sampled:
     return Sampled(ids, scores, jax.tree.map(by_prompt, sampled.prompt_scores))
 
 
-def _split(key: Mixed, sampled: Sampled, scheduled: SchedulerOutputs) -> tuple[Sampled, Sampled]:
+def _split(
+    key: Forward, sampled: Sampled | None, scheduled: SchedulerOutputs
+) -> tuple[Sampled, Sampled]:
     """Return the results of decode and of prefill, each in the order of its own rows."""
+    assert isinstance(key, Mixed)
     both = _read(key, sampled, len(scheduled))
     # A rank's chunks follow its decode rows.
     chunks = np.arange(key.prefill.rows)
@@ -283,6 +310,7 @@ class Runner:
         self._draft_cache: KVCache
         self._state: SlotState
         self._sampling: SlotSampling
+        self._unsampled: deque[Unsampled] = deque()
 
     @property
     def limits(self) -> RequestLimits:
@@ -294,6 +322,11 @@ class Runner:
             max_logit_bias=self.config.max_logit_bias,
             max_stop_ids=MAX_STOP_IDS,
         )
+
+    @property
+    def mask_words(self) -> int:
+        """Words of the mask of a row with a grammar, 32 tokens each."""
+        return self._programs.mask_words
 
     def info(self) -> ModelInfo:
         """Describe the model that runs. Must not be called during a step, which takes the cache."""
@@ -318,6 +351,7 @@ class Runner:
         self._allocate()
 
     def _allocate(self) -> None:
+        self._unsampled.clear()
         for name in ("_cache", "_draft_cache"):
             vars(self).pop(name, None)  # freed first, as there may be no memory for two
         tokens = self.num_pages * self.page_len
@@ -389,7 +423,7 @@ class Runner:
     def _has(self, key: Forward) -> bool:
         """Whether a forward pass, and what may have to follow it, are compiled."""
         rows = self._programs.sampled_rows(key)
-        needed: set[Key] = {key, Sample(rows, max(Sampling)), Score(rows)}
+        needed: set[Key] = {key, Sample(rows, max(Sampling)), Constrain(rows), Score(rows)}
         if prefill := prefill_of(key):
             needed.add(self._programs.scored_by(prefill))
         return needed <= self._compiled.keys()
@@ -411,7 +445,7 @@ class Runner:
             self._seconds(Decode(self._programs.row_buckets[-1]))
         else:
             keys = self._programs.keys()  # in the same order in all processes
-            slowest = max(self._seconds(key) for key in keys)
+            slowest = max(self._seconds(key) for key in keys if not isinstance(key, Constrain))
             times = self._measure()
             times["slowest"] = max(slowest, times["slowest"])
             self._run_following()
@@ -430,7 +464,7 @@ class Runner:
                     tokens, block_tables, sampling = self._state
                     tokens, _ = program(tokens, sampling, *nothing)
                     self._state = SlotState(tokens, block_tables, sampling)
-                case Score():
+                case Score() | Constrain():
                     program(*nothing)
                 case ScorePrompt():
                     program(self._weights, *nothing)
@@ -532,14 +566,17 @@ class Runner:
         )
 
     def run(self, scheduled: SchedulerOutputs) -> PendingStep:
-        """Dispatch a scheduled step and return without waiting for its results."""
+        """Dispatch a scheduled step and return without waiting for its results.
+
+        If a row of it has a grammar, ``sample`` must follow before the next step.
+        """
         if most := max(len(rank.admitted) for rank in scheduled):
             rows = 1 if most == 1 else self.shapes.max_rows
             admitted = self._inputs.admit((rank.admitted for rank in scheduled), rows)
             self._dispatch(Admit(rows), admitted)
         decode = prefill = mixed = None
-        ahead: list[tuple[Forward, Sampled]] = []
-        drafts: list[tuple[Forward, Sampled]] = []
+        ahead: list[Dispatched] = []
+        drafts: list[Dispatched] = []
         most = max(len(rank.decode) for rank in scheduled)
         shape = prefill_shape(scheduled)
         one_each = num_decode_steps(scheduled) == 1 and not any(rank.drafted for rank in scheduled)
@@ -549,7 +586,7 @@ class Runner:
             drafts = self._run_draft_model(scheduled, most)
         if shape and one_each and self._has(key := self._programs.mixed(shape)):
             inputs = self._inputs.mixed(decode_rows, key.rows, chunks, shape[0])
-            mixed = key, self._forward(key, inputs)[1]
+            mixed = self._forward(key, inputs)
         else:
             if most:
                 decode, *ahead = self._decode(scheduled, most)
@@ -566,9 +603,48 @@ class Runner:
             self._clock,
         )
 
-    def _run_draft_model(
-        self, scheduled: SchedulerOutputs, most: int
-    ) -> list[tuple[Forward, Sampled]]:
+    def sample(self, step: PendingStep) -> PendingStep:
+        """Dispatch the sampling of those rows of a step that have grammars, and those beside them.
+
+        All tokens before must be known to the matchers of the sequences. Blocks while the masks are
+        computed, not for the device, which runs the forward pass meanwhile.
+        """
+        decode = [rank.decode for rank in step.scheduled]
+        chunks = [rank.prefill for rank in step.scheduled]
+        none = [()] * len(step.scheduled)
+        return dataclasses.replace(
+            step,
+            decode=self._sample(step.decode, decode, none),
+            prefill=self._sample(step.prefill, none, chunks),
+            mixed=self._sample(step.mixed, decode, chunks),
+        )
+
+    def _sample(
+        self,
+        dispatched: Dispatched | None,
+        decode: Sequence[Sequence[DecodeRow]],
+        chunks: Sequence[Sequence[PrefillChunk]],
+    ) -> Dispatched | None:
+        """Sample the rows of a forward pass, its decode rows before its chunks, if it waits."""
+        if not dispatched or dispatched[1] is not None:
+            return dispatched
+        key = dispatched[0]
+        rows = self._programs.sampled_rows(key)
+        each = key.tokens if isinstance(key, Verify) else 1
+        constrained = []
+        for rank, (of_decode, of_chunks) in enumerate(zip(decode, chunks, strict=True)):
+            drafts = [row.draft for row in of_decode] + [()] * len(of_chunks)
+            sequences = [row.sequence for row in of_decode] + [row.sequence for row in of_chunks]
+            for i, (sequence, draft) in enumerate(zip(sequences, drafts, strict=True)):
+                # Nobody reads what a sequence samples that has ended meanwhile, or what a chunk
+                # does that is not the last of its prompt: its sequence's matcher stays as it is.
+                if sequence.matcher and not sequence.finished:
+                    place = rank * rows + i * each
+                    constrained.append(ConstrainedRow(sequence.matcher, place, draft))
+        masks = self._inputs.masks(rows, constrained)
+        return _fetch(key, self._dispatch(Constrain(rows), (masks,)))
+
+    def _run_draft_model(self, scheduled: SchedulerOutputs, most: int) -> list[Dispatched]:
         """Dispatch what the draft model does before a decode step of at most ``most`` rows.
 
         Its tokens stay on the device, where they are verified. They are sampled as the tokens of
@@ -593,7 +669,7 @@ class Runner:
         key = Draft(self._draft_bucket(most))
         return [self._forward(key, each) for each in self._inputs.draft(ranks, key.rows, count)]
 
-    def _decode(self, scheduled: SchedulerOutputs, most: int) -> list[tuple[Forward, Sampled]]:
+    def _decode(self, scheduled: SchedulerOutputs, most: int) -> list[Dispatched]:
         """Dispatch decode steps of at most ``most`` rows per rank, or one that verifies drafts.
 
         Each reads its tokens where the step before wrote them, so none waits for the host.
@@ -619,11 +695,9 @@ class Runner:
             and (not self._programs.draft or self._has(Draft(bucket)))
         )
 
-    def _forward(self, key: Forward, inputs: Any) -> tuple[Forward, Sampled]:
+    def _forward(self, key: Forward, inputs: Any) -> Dispatched:
         """Dispatch a forward pass; return its program together with the sampled results."""
-        sampled = self._dispatch(key, (inputs,))
-        assert sampled
-        return key, sampled
+        return key, self._dispatch(key, (inputs,))
 
     def _dispatch(self, key: Called, arguments: tuple[Any, ...]) -> Sampled | None:
         """Dispatch one program, on the other processes first, as they take longer to reach."""
@@ -633,6 +707,8 @@ class Runner:
 
     def execute(self, key: Called, arguments: tuple[Any, ...]) -> Sampled | None:
         """Dispatch one program in this process, and the program that samples from its results.
+
+        After a forward pass with a row that has a grammar, it is ``Constrain`` that samples.
 
         Returns:
             The sampled results, on the device.
@@ -647,28 +723,51 @@ class Runner:
             tokens, block_tables, _ = self._state
             self._draft_cache = program(weights, cache, tokens, block_tables, *placed)
             return None
-        rows, (inputs,) = self._programs.sampled_rows(key), arguments
-        kind = self._sampling.kind(inputs)
-        able = (Sample(rows, each) for each in Sampling if each >= kind)
-        sample = next(self._compiled[each] for each in able if each in self._compiled)
+        if isinstance(key, Constrain):
+            unsampled = self._unsampled.popleft()
+            return self._sampled(unsampled, program(unsampled.to_sample, *placed))
+        (inputs,) = arguments
         if isinstance(key, Draft):
             weights, cache = self._draft_weights, self._draft_cache
-            self._draft_cache, self._state, _, ids = dispatch_step(
-                program, sample, weights, cache, self._state, *placed
+            self._draft_cache, self._state, to_sample = dispatch_forward(
+                program, weights, cache, self._state, *placed
             )
+            sample = self._sampler(inputs, to_sample)
+            self._state, ids = dispatch_sample(sample, self._state, to_sample)
             return Sampled(ids, None)
-        self._cache, self._state, to_sample, ids, *states = dispatch_step(
-            program, sample, self._weights, self._cache, self._state, *placed
+        self._cache, self._state, to_sample, *states = dispatch_forward(
+            program, self._weights, self._cache, self._state, *placed
         )
-        scores = prompt_scores = None
-        if self._sampling.scored(inputs):
-            scores = self._compiled[Score(rows)](to_sample, ids)
+        prompt_scores = None
         if prefill := prefill_of(key):
             chunks = inputs.prefill if isinstance(key, Mixed) else inputs
             if chunks.scored.any():
                 score = self._compiled[self._programs.scored_by(prefill)]
                 prompt_scores = score(self._weights, *states)
+        unsampled = Unsampled(inputs, to_sample, prompt_scores)
+        if self._sampling.constrained(inputs):
+            self._unsampled.append(unsampled)
+            return None
+        return self._sampled(unsampled, to_sample.logits)
+
+    def _sampled(self, unsampled: Unsampled, logits: Array) -> Sampled:
+        """Sample from these logits; scores are those of all tokens, allowed or not."""
+        inputs, to_sample, prompt_scores = unsampled
+        sample = self._sampler(inputs, to_sample)
+        self._state, ids = dispatch_sample(sample, self._state, to_sample._replace(logits=logits))
+        scores = None
+        if self._sampling.scored(inputs):
+            scores = self._compiled[Score(self._rows(to_sample))](to_sample, ids)
         return Sampled(ids, scores, prompt_scores)
+
+    def _sampler(self, inputs: Any, to_sample: SampleInputs) -> Any:
+        """The program that does the least of sampling that all rows of a forward pass need."""
+        rows, kind = self._rows(to_sample), self._sampling.kind(inputs)
+        able = (Sample(rows, each) for each in Sampling if each >= kind)
+        return next(self._compiled[each] for each in able if each in self._compiled)
+
+    def _rows(self, to_sample: SampleInputs) -> int:
+        return to_sample.logits.shape[0] // self.dp_size
 
     def _cache_budget(self) -> int:
         """Bytes of one device for the KV cache: the minimum over all processes."""

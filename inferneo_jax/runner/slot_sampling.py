@@ -31,12 +31,14 @@ class SlotSampling:
         self._vocab_size = vocab_size
         self._kinds = np.full((dp_size, slots), Sampling.GREEDY, np.int8)
         self._scored = np.zeros((dp_size, slots), np.bool_)
+        self._constrained = np.zeros((dp_size, slots), np.bool_)
 
     def admit(self, slots: Indices, admitted: SlotState) -> None:
         """Take the requests that ``Admit`` writes into slots, from its arguments."""
         at, live = self._places(slots)
         self._kinds[at] = sampling_of(admitted.sampling, self._vocab_size)[live]
         self._scored[at] = np.asarray(admitted.sampling.want_logprobs)[live]
+        self._constrained[at] = np.asarray(admitted.sampling.constrained)[live]
 
     def kind(self, inputs: Any) -> Sampling:
         """The least kind of sampling that all rows of a forward pass can be sampled with."""
@@ -46,6 +48,10 @@ class SlotSampling:
     def scored(self, inputs: Any) -> bool:
         """Whether a row of a forward pass wants the log probabilities of what it samples."""
         return any(bool(self._scored[at].any()) for at in self._sampled(inputs))
+
+    def constrained(self, inputs: Any) -> bool:
+        """Whether a grammar says which tokens a row of a forward pass may sample."""
+        return any(bool(self._constrained[at].any()) for at in self._sampled(inputs))
 
     def _sampled(self, inputs: Any) -> list[tuple[Indices, Indices]]:
         """Rank and slot of the rows that are sampled: for prefill, those that end their prompts."""

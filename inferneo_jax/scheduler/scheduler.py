@@ -94,6 +94,17 @@ class SchedulerOutput:
         """Number of decode steps that are dispatched together; 0 without decode rows."""
         return max((row.num_steps for row in self.decode), default=0)
 
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get tokens, those of decode rows first."""
+        chunks = [chunk.sequence for chunk in self.prefill if chunk.sample]
+        return [*(row.sequence for row in self.decode), *chunks]
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar constrains what some sequence gets."""
+        return any(sequence.matcher is not None for sequence in self.sampled)
+
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)
 
@@ -113,7 +124,14 @@ def num_decode_steps(scheduled: SchedulerOutputs) -> int:
 
 
 class Scheduler:
-    """Slots, blocks and the order of requests on one data-parallel rank."""
+    """Slots, blocks and the order of requests on one data-parallel rank.
+
+    Attributes:
+        pool: its blocks.
+        running: sequences that hold slots.
+        num_preemptions: how often one had to give its slot up.
+        num_constrained: sequences, running or waiting, that have grammars.
+    """
 
     def __init__(
         self, slots: int, pool: BlockPool, planner: PrefillPlanner, speculator: Speculator
@@ -121,6 +139,7 @@ class Scheduler:
         self.pool = pool
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_constrained = 0
         self._planner = planner
         self._shortest_first = False
         self._speculator = speculator
@@ -166,6 +185,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; among its owner's by priority, then arrival."""
         self._share.join(sequence.request.owner)
+        self.num_constrained += sequence.matcher is not None
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -176,6 +196,7 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
         self._share.leave(sequence.request.owner)
+        self.num_constrained -= sequence.matcher is not None
         self._speculator.forget(sequence)
 
     def schedule(self, *, draft: bool = False, num_steps: int = 1) -> SchedulerOutput:
@@ -215,7 +236,8 @@ class Scheduler:
             by_model: whether the draft model made it.
 
         Returns:
-            How many of the tokens were appended, and why the last one ends the sequence.
+            How many of the tokens were appended, and why the last one ends the sequence: it is a
+            stop token or completes what the grammar allows, or there are enough.
         """
         request = sequence.request
         if num_drafted:
@@ -231,6 +253,8 @@ class Scheduler:
         for count, token in enumerate(tokens, start=1):
             sequence.output.append(token)
             if token in request.stop_token_ids:
+                return count, "stop"
+            if sequence.matcher and sequence.matcher.consume(token):
                 return count, "stop"
             if len(sequence.output) >= request.max_tokens:
                 return count, "length"
@@ -555,6 +579,11 @@ class DataParallelScheduler:
         """Forget a sequence, running or waiting, and free its slot and blocks."""
         self._ranks[sequence.dp_rank].remove(sequence)
 
+    @property
+    def has_grammars(self) -> bool:
+        """Whether a grammar constrains some sequence, running or waiting."""
+        return any(rank.num_constrained for rank in self._ranks)
+
     def must_commit(self, in_flight: SchedulerOutputs) -> bool:
         """Whether a step must be committed before the next is scheduled.
 
@@ -572,8 +601,10 @@ class DataParallelScheduler:
         """
         drafts = self._allows_drafts()
         num_steps = 1
-        # Where drafts are allowed, the next one may follow any token.
-        if not drafts and not any(rank.awaits_prompts() for rank in self._ranks):
+        # Where drafts are allowed, the next one may follow any token. What a grammar allows is
+        # known only once the token before is.
+        awaited = self.has_grammars or any(rank.awaits_prompts() for rank in self._ranks)
+        if not drafts and not awaited:
             num_steps = self._planner.decode_steps(self._decode_steps)
         self._planner.begin_step(decoding=any(rank.num_decoding() for rank in self._ranks))
         self._first = (self._first + 1) % len(self._ranks)

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 
-from inferneo_jax.errors import EngineError
+from inferneo_jax.errors import InferneoError
 from inferneo_jax.request import (
     FinishReason,
     GenerationOutput,
@@ -12,6 +12,7 @@ from inferneo_jax.request import (
     TokenLogprob,
 )
 from inferneo_jax.scheduler.block_pool import hash_block, salt_hash
+from inferneo_jax.text.grammar import Matcher
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class Sequence:
         cached_tokens: prompt tokens found in the prefix cache at its first admission; None before.
         admitted_at: time of the first admission, in seconds of ``time.monotonic``.
         prompt_logprobs: of the prompt's tokens, as far as they are known; the first token has none.
+        matcher: follows the output through the request's grammar; None without one. It has
+            consumed the tokens that the host knows.
         paused: whether to decode no further tokens for now; it keeps its slot and blocks.
         started: whether an output was delivered.
         finished: whether the last output was delivered.
@@ -60,6 +63,7 @@ class Sequence:
     cached_tokens: int | None = None
     admitted_at: float | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    matcher: Matcher | None = None
     paused: bool = False
     started: bool = False
     finished: bool = False
@@ -117,7 +121,7 @@ class Sequence:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] | None = None,
         reason: FinishReason | None = None,
-        error: EngineError | None = None,
+        error: InferneoError | None = None,
     ) -> None:
         """Hand an output to the sink; with a reason it is the last, and later ones are dropped."""
         if self.finished:

@@ -7,6 +7,10 @@ smaller model can make the draft; how long it should be follows from the times m
 from how often the sequence's drafts are accepted. Drafts never change which tokens are sampled: a
 draft proposes each token with certainty, so accepting the one that is drawn anyway is the rejection
 sampling of the paper.
+
+Where a grammar constrains a sequence, what it forces is the draft: it is sampled for certain. What
+is looked up is cut where the grammar does not allow it; the draft model, which knows no grammar,
+makes no drafts for it.
 """
 
 from collections.abc import Iterable
@@ -14,6 +18,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from inferneo_jax.scheduler.sequence import Sequence
+from inferneo_jax.text.grammar import Matcher
 
 _NGRAM_SIZES = (3, 2)
 """Number of newest tokens that must have come before; the longer match is preferred."""
@@ -212,9 +217,14 @@ def _speed(choice: tuple[int, float]) -> float:
 
 @dataclass(slots=True)
 class _Drafter:
-    """What is kept for one sequence: of drafts that are looked up, and of the draft model's."""
+    """What is kept for one sequence: of drafts that are looked up, and of the draft model's.
+
+    Attributes:
+        forced: whether a grammar forces the draft that was made last.
+    """
 
     rate: AcceptanceRate
+    forced: bool = False
     index: NGramIndex = field(default_factory=NGramIndex)
     acceptance: Acceptance = field(default_factory=Acceptance)
 
@@ -256,6 +266,8 @@ class Speculator:
         drafter = self._drafters[sequence]
         if most < 1:
             return Draft()
+        if sequence.matcher:
+            return self._constrained_draft(sequence, sequence.matcher, drafter, most)
         looked_up = self._look_up(sequence, drafter, most) if config.ngram else []
         length, speed = self._model_draft(sequence, drafter, most)
         if looked_up and 1 + drafter.acceptance.mean >= speed * self._costs.verify:
@@ -272,7 +284,7 @@ class Speculator:
         """Learn how many tokens of a sequence's draft were accepted."""
         if by_model:
             self._rate.update(drafted, accepted)
-        if not self._config or not (drafter := self._drafters.get(sequence)):
+        if not self._config or not (drafter := self._drafters.get(sequence)) or drafter.forced:
             return
         if by_model:
             drafter.rate.update(drafted, accepted)
@@ -283,6 +295,19 @@ class Speculator:
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence that has ended."""
         self._drafters.pop(sequence, None)
+
+    def _constrained_draft(
+        self, sequence: Sequence, matcher: Matcher, drafter: _Drafter, most: int
+    ) -> Draft:
+        """What a grammar forces, if that pays; else what is looked up, as far as it is allowed."""
+        assert self._config
+        forced = matcher.forced()[:most]
+        drafter.forced = bool(forced) and 1 + len(forced) >= self._costs.verify
+        if drafter.forced:
+            return Draft(tuple(forced), len(forced))
+        looked_up = self._look_up(sequence, drafter, most) if self._config.ngram else []
+        allowed = looked_up[: matcher.accepted(looked_up)]
+        return Draft(tuple(allowed), len(allowed))
 
     def _look_up(self, sequence: Sequence, drafter: _Drafter, most: int) -> list[int]:
         if drafter.acceptance.cooldown:

@@ -22,6 +22,7 @@ PieceKind = Literal["bytes", "sentencepiece", "words"]
 """How tokens spell text: in a byte alphabet, with marks for spaces, or as words (WordPiece)."""
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_MARKER = re.compile("<[^ ]+>")
 _STRANGE = "\u0100"
 """What stands for characters that spell no byte, which only added tokens have."""
 _NAMED_TOKENS = (
@@ -43,6 +44,7 @@ class Tokenizer:
         bos_token_id: the beginning-of-sequence token, or None.
         eos_token_ids: the tokens that end a sequence.
         special_ids: control tokens, which ``skip_special_tokens`` omits from decoded text.
+        marker_ids: these, and added tokens like ``<think>``, which mark parts of a text.
         kind: how the tokens spell text.
         strips_leading_space: whether decoding drops one space at the start of the text.
     """
@@ -68,6 +70,9 @@ class Tokenizer:
         self.vocab_size = max(vocab.values(), default=-1) + 1
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.marker_ids = self.special_ids | {
+            index for index, token in added.items() if _MARKER.fullmatch(token.content)
+        }
         eos = vocab.get(named.get("eos_token", ""))
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
         bos = vocab.get(named.get("bos_token", ""))

@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema
 
 from server.http.codec import parse_object, read_json
 from server.http.errors import as_api_error, bad_request
-from server.prompt.cpu_pool import CpuPool
+from server.prompt.cpu_pool import INLINE_BYTES, CpuPool
 from server.run.context import Context
 
 Result = TypeVar("Result")
@@ -87,22 +87,31 @@ async def read_body(
     work: Callable[[dict[str, Any]], Result],
     *,
     inline: bool = True,
+    blocks: Callable[[dict[str, Any]], bool] = lambda _: False,
 ) -> Result:
     """Parse the body of the current request and return the result of ``work`` on it.
 
     The size of the body decides whether all of this, parsing, validation and ``work``, runs on the
-    event loop or in a thread. ``inline`` is passed to :meth:`CpuPool.run`.
+    event loop or in a thread.
+
+    Args:
+        cpu_pool: has the threads.
+        context: of the request.
+        work: what is done with the body.
+        inline: whether ``work`` on a small body may run on the event loop; False if it may block.
+        blocks: whether it may block nevertheless, by the content of the body.
 
     Raises:
         ApiError: as ``work``, ``CpuPool.run``, ``read_json`` and ``parse_object`` do.
     """
     raw = await read_json()
+    fields = parse_object(raw) if inline and len(raw) <= INLINE_BYTES else None
     return await cpu_pool.run(
         len(raw),
-        lambda: work(parse_object(raw)),
+        lambda: work(parse_object(raw) if fields is None else fields),
         owner=context.caller.id,
         deadline=context.deadline,
-        inline=inline,
+        inline=fields is not None and not blocks(fields),
     )
 
 

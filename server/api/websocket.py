@@ -5,7 +5,7 @@ only as fast as they are handled, and sent only as fast as the client reads, so 
 """
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -36,17 +36,24 @@ _LONGEST_ID = 128
 _ENVELOPES = ("request", "cancel")
 
 
-async def serve_socket(services: Services, prepare: Prepare, *, inline: bool) -> None:
+async def serve_socket(
+    services: Services,
+    prepare: Prepare,
+    *,
+    inline: bool,
+    blocks: Callable[[dict[str, Any]], bool],
+) -> None:
     """Accept the connection and serve it until the client goes away.
 
-    ``prepare`` reads the bodies, small ones on the event loop if ``inline``.
+    ``prepare`` reads the bodies, small ones on the event loop if ``inline``, but for those that
+    it ``blocks`` on.
 
     Raises:
         ApiError: a page of a foreign origin opened the connection, which is not accepted.
     """
     await open_socket(services.settings, services.limiter)
     strict = is_strict(websocket.headers.get(STRICT_HEADER))
-    await _Session(services, prepare, strict=strict, inline=inline).run()
+    await _Session(services, prepare, strict=strict, inline=inline, blocks=blocks).run()
 
 
 @dataclass(slots=True)
@@ -78,11 +85,20 @@ def _shown(kind: Any) -> str:
 class _Session:
     """One open socket."""
 
-    def __init__(self, services: Services, prepare: Prepare, *, strict: bool, inline: bool) -> None:
+    def __init__(
+        self,
+        services: Services,
+        prepare: Prepare,
+        *,
+        strict: bool,
+        inline: bool,
+        blocks: Callable[[dict[str, Any]], bool],
+    ) -> None:
         self._services = services
         self._prepare = prepare
         self._strict = strict
         self._inline = inline
+        self._blocks = blocks
         self._caller: Caller = current_socket().caller
         self._running: dict[object, _Running] = {}
 
@@ -242,7 +258,7 @@ class _Session:
             prepare,
             owner=self._caller.id,
             deadline=context.deadline,
-            inline=self._inline,
+            inline=self._inline and not self._blocks(body),
         )
         running.answer = answer
         if running.cancelled:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
 from inferneo_jax import (
+    Constraint,
     EngineStoppedError,
     GenerationOutput,
     GenerationRequest,
@@ -66,6 +67,7 @@ class Plan:
             no log probabilities.
         ranked: whether log probabilities are needed to choose the best sequences.
         owner: the id of the caller's key.
+        constraint: the grammar that each choice must match; None: there is none.
     """
 
     id: str
@@ -79,6 +81,7 @@ class Plan:
     priority: int = 0
     cache_salt: bytes = b""
     owner: str = ""
+    constraint: Constraint | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -106,6 +109,7 @@ class Plan:
             priority=self.priority,
             cache_salt=self.cache_salt,
             owner=self.owner,
+            constraint=self.constraint,
         )
 
 

@@ -35,7 +35,8 @@ from inferneo_jax.runner.programs import (
     Prefill,
     Programs,
     Sample,
-    dispatch_step,
+    dispatch_forward,
+    dispatch_sample,
 )
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.catalog import checkpoint_path, default_checkpoints_dir
@@ -107,10 +108,12 @@ class Steps:
 
     def run(self, compiled: tuple[Any, Any], *arguments: Any) -> Any:
         """One call for each of the arguments."""
+        program, sample = compiled
         for each in arguments:
-            self.cache, self.state, _, ids, *_ = dispatch_step(
-                *compiled, self.weights, self.cache, self.state, each
+            self.cache, self.state, to_sample, *_ = dispatch_forward(
+                program, self.weights, self.cache, self.state, each
             )
+            self.state, ids = dispatch_sample(sample, self.state, to_sample)
         return ids
 
     def decode(self, rows: int, live: int, seconds: float) -> float:

@@ -29,7 +29,8 @@ from inferneo_jax.runner.programs import (
     Forward,
     Prefill,
     Sample,
-    dispatch_step,
+    dispatch_forward,
+    dispatch_sample,
 )
 from inferneo_jax.sharding import mesh as meshes
 from tests.accelerators.gpu import Report
@@ -145,9 +146,10 @@ class Steps:
     def run(self, key: Forward, inputs: Any) -> Any:
         """Dispatch one step: the forward pass, and sampling after it."""
         program, sample = map(self._program, self._keys(key))
-        self.cache, self.state, _, ids, *_ = dispatch_step(
-            program, sample, self.weights, self.cache, self.state, inputs
+        self.cache, self.state, to_sample, *_ = dispatch_forward(
+            program, self.weights, self.cache, self.state, inputs
         )
+        self.state, ids = dispatch_sample(sample, self.state, to_sample)
         return ids
 
     def _keys(self, key: Forward) -> tuple[Forward, Sample]:

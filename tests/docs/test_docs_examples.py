@@ -9,7 +9,7 @@ import pytest
 from tests.support.paths import ROOT
 from tests.support.programs import framework_python, node_modules, program, run, run_on_page
 
-PAGES = ("docs/clients.md", "docs/quickstart.md", "README.md")
+PAGES = ("docs/clients.md", "docs/quickstart.md", "docs/structured-output.md", "README.md")
 FRAMEWORK_PAGES = tuple(
     f"docs/clients/{name}.md" for name in ("langchain", "llamaindex", "litellm")
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from inferneo_jax.engine.served import EmbeddingModel, LanguageModel
 from inferneo_jax.errors import (
     CheckpointError,
     ConfigError,
+    ConstraintError,
     ContextLengthError,
     EngineError,
     EngineFailedError,
@@ -27,8 +29,15 @@ from inferneo_jax.errors import (
     RequestError,
 )
 from inferneo_jax.model import load_model
-from inferneo_jax.request import GenerationOutput, GenerationRequest, SamplingParams, TokenLogprob
+from inferneo_jax.request import (
+    Constraint,
+    GenerationOutput,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprob,
+)
 from inferneo_jax.scheduler.sequence import Sequence
+from inferneo_jax.text.grammar import regex_constraint
 from inferneo_jax.weights.convert import describe
 from tests.support.tiny_checkpoints import CHAT, EMBEDDING, tiny_checkpoints
 from tests.support.tiny_model import EIGHT_SLOTS, MIXED, Collected, close, prompt, submit
@@ -94,6 +103,20 @@ def test_remote_equals_embedded(model: LanguageModel, here: LanguageModel) -> No
         for output in there.outputs:
             assert output.cached_tokens == other.cached_tokens
             assert output.admitted_at == first.admitted_at
+
+
+def test_a_grammar_is_followed_in_the_other_process(
+    model: LanguageModel, here: LanguageModel
+) -> None:
+    valid, invalid = regex_constraint("[ab]{3}!"), Constraint(grammar="start: x")
+    ends = here.tokenizer.eos_token_ids
+    for each in (model, here):
+        found = submit(each.engine, prompt(5), 9, constraint=valid, stop_token_ids=ends)
+        assert re.fullmatch("[ab]{3}!", each.tokenizer.decode(found.tokens))
+        refused = submit(each.engine, prompt(5), 9, constraint=invalid)
+        assert isinstance(refused.wait().outputs[-1].error, ConstraintError)
+        with pytest.raises(ConstraintError, match="not JSON"):
+            each.grammars.compile(invalid)
 
 
 def test_vectors_equal_those_computed_here(folder: Path, encoder: EmbeddingModel) -> None:
@@ -296,6 +319,7 @@ def test_messages_say_the_same_on_the_other_side() -> None:
         logprobs=2,
         prompt_logprobs=0,
         cache_salt=b"\xff\x00",
+        constraint=regex_constraint("a|é"),
     )
     assert wire.read_request(orjson.loads(wire.pack(request))) == request
     assert wire.read_config(orjson.loads(wire.pack(CONFIG))) == CONFIG

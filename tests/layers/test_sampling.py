@@ -30,7 +30,14 @@ from inferneo_jax.sharding import mesh as meshes
 
 VOCAB, MAX_LEN = 300, 16
 BUILDER = InputBuilder(
-    dp_size=1, slots=4, max_len=MAX_LEN, page_len=16, vocab_size=VOCAB, max_bias=8, max_stops=4
+    dp_size=1,
+    slots=4,
+    max_len=MAX_LEN,
+    page_len=16,
+    vocab_size=VOCAB,
+    mask_words=10,
+    max_bias=8,
+    max_stops=4,
 )
 
 
@@ -343,3 +350,44 @@ def test_pages_are_sent_at_admission_and_when_a_step_reaches_them() -> None:
     # Five positions from 7 on lie in three pages at most, and here in two.
     drafted = builder.verify([[DecodeRow(sequence, 7, (1, 2, 3, 4))]], 1, 5)
     assert drafted.pages.tolist() == [[7, 6, 0]]
+
+
+@pytest.mark.parametrize("shape", [None, MeshShape(data=1, model=4), MeshShape(data=1, model=8)])
+def test_only_allowed_tokens_keep_their_logits(shape: MeshShape | None) -> None:
+    vocab, rows = 301, 3
+    sampler, rng = Sampler(vocab, num_top=5), np.random.default_rng(0)
+    logits = rng.normal(size=(rows, vocab)).astype(np.float32)
+    allowed = rng.random((rows, vocab)) < 0.3
+    mesh = meshes.make_mesh(shape or MeshShape(data=1, model=1))
+    padding = -vocab % meshes.parts(mesh, "vocab")
+    words = -(-(vocab + padding) // 32)
+    bits = np.zeros((rows, 32 * words), np.uint8)
+    bits[:, :vocab] = allowed
+    masks = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+    constrain = jax.jit(
+        jax.shard_map(
+            sampler.constrain,
+            mesh=mesh,
+            in_specs=(meshes.spec(None, "vocab"), PartitionSpec()),
+            out_specs=meshes.spec(None, "vocab"),
+            check_vma=False,
+        )
+    )
+    found = constrain(np.pad(logits, ((0, 0), (0, padding))), masks)
+    np.testing.assert_array_equal(np.asarray(found)[:, :vocab], np.where(allowed, logits, -np.inf))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_brings_back_a_token_that_is_not_allowed(temperature: float) -> None:
+    logits = np.full((1, VOCAB), -np.inf, np.float32)
+    logits[0, [7, 9]] = 0.0
+    wants = {3: 100.0, 9: -100.0}
+    shaped = {"logit_bias": wants, "repetition_penalty": 10.0, "frequency_penalty": -2.0}
+    request = _request(temperature=temperature, **shaped)
+    ids, _ = _sample(logits, [request], [[1, 3, 3]])
+    assert ids.tolist() == [7]
+    # Where only a stop token is allowed, it ends an output that is too short.
+    logits[0, 7] = -np.inf
+    stopped = _request(temperature=temperature, stop_token_ids=frozenset({4, 9}), min_tokens=5)
+    ids, _ = _sample(logits, [stopped], [[1, 3, 3]])
+    assert ids.tolist() == [9]

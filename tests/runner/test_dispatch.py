@@ -11,8 +11,10 @@ import pytest
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.runner.runner import PendingStep, Runner
 from inferneo_jax.scheduler.scheduler import SchedulerOutputs
+from inferneo_jax.text.grammar import GrammarCompiler, regex_constraint
 from tests.support.instant_device import INSTANT_ENGINE, instant_runner
 from tests.support.tiny_model import MIXED, make_runner, prompt, submit
+from tests.support.walks import tiny_speller
 
 
 @dataclass
@@ -94,6 +96,22 @@ def test_the_host_reads_one_array_a_step_after_the_next_is_dispatched(decode_ste
     prefills = 8
     assert steps <= len(watch.reads) <= steps + prefills
     assert max(Counter(step for step, _ in watch.reads).values()) <= 1 + decode_steps
+
+
+def test_what_grammars_allow_is_asked_while_the_forward_pass_runs() -> None:
+    watch, speller = Watch(), tiny_speller()
+    engine = Engine(watch.runner(decode_steps=4), GrammarCompiler(speller, 4))
+    try:
+        forever = regex_constraint(f"{speller.token_text(0)}{{60,}}")
+        fields = [{"constraint": forever}, {}] * 4
+        requests = [submit(engine, prompt(9, seed=i), 50, **fields[i]) for i in range(8)]
+        assert [len(each.tokens) for each in requests] == [50] * 8
+    finally:
+        engine.stop()
+    assert (watch.early, watch.unannounced) == (0, 0)
+    # They are sampled, and so counted, after their step was dispatched.
+    assert all(dispatched >= step + 1 for step, dispatched in watch.reads[:-1])
+    assert sum(dispatched == step + 1 for step, dispatched in watch.reads) > 40
 
 
 def test_nothing_is_read_early_whatever_requests_ask_for() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.layers.sampler import Sampling
-from inferneo_jax.request import GenerationRequest, SamplingParams
+from inferneo_jax.request import Constraint, GenerationRequest, SamplingParams
 from inferneo_jax.runner.inputs import InputBuilder
 from inferneo_jax.runner.programs import Sample, Score, ScorePrompt
 from inferneo_jax.runner.slot_sampling import SlotSampling
@@ -16,17 +16,22 @@ from tests.support.instant_device import instant_runner
 from tests.support.tiny_model import GREEDY, prompt, submit
 
 BUILDER = InputBuilder(
-    dp_size=2, slots=4, max_len=16, page_len=16, vocab_size=97, max_bias=8, max_stops=4
+    dp_size=2,
+    slots=4,
+    max_len=16,
+    page_len=16,
+    vocab_size=97,
+    mask_words=4,
+    max_bias=8,
+    max_stops=4,
 )
 DRAWN = SamplingParams(temperature=1.0)
 TRUNCATED = SamplingParams(temperature=1.0, top_k=5)
 SHAPED = SamplingParams(temperature=0.0, frequency_penalty=0.5)
 
 
-def _sequence(slot: int, sampling: SamplingParams, logprobs: int | None = None) -> Sequence:
-    request = GenerationRequest(
-        id="x", prompt=(1, 2, 3), max_tokens=8, sampling=sampling, logprobs=logprobs
-    )
+def _sequence(slot: int, sampling: SamplingParams, **fields: Any) -> Sequence:
+    request = GenerationRequest(id="x", prompt=(1, 2, 3), max_tokens=8, sampling=sampling, **fields)
     return Sequence(request, lambda _: None, 0, slot=slot, blocks=[1])
 
 
@@ -66,6 +71,24 @@ def test_only_rows_of_a_step_count_and_chunks_where_they_end_prompts() -> None:
     assert _found(known, beside) == (Sampling.TRUNCATED, True)
     known.admit(*BUILDER.admit([[], [_sequence(2, GREEDY)]], 1))  # the slot is given to another
     assert decode([], [shaped]) == (Sampling.GREEDY, False)
+
+
+def test_rows_with_grammars_are_known_until_their_slots_are_given_to_others() -> None:
+    known = SlotSampling(BUILDER.dp_size, BUILDER.slots, BUILDER.vocab_size)
+    free, constrained = (
+        _sequence(2, GREEDY),
+        _sequence(1, GREEDY, constraint=Constraint(grammar="")),
+    )
+    known.admit(*BUILDER.admit([[free], [constrained]], 1))
+    (beside,) = BUILDER.decode([[DecodeRow(free, 2)], []], 2)
+    (both,) = BUILDER.decode([[DecodeRow(free, 2)], [DecodeRow(constrained, 2)]], 2)
+    begun, ended = (
+        BUILDER.prefill([[], [_chunk(constrained, last=last)]], 2) for last in (False, True)
+    )
+    found = [known.constrained(each) for each in (beside, both, begun, ended)]
+    assert found == [False, True, False, True]
+    known.admit(*BUILDER.admit([[], [_sequence(1, GREEDY)]], 1))
+    assert not known.constrained(both)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from inferneo_jax import (
-    EngineError,
     EngineStats,
     EngineStoppedError,
     GenerationOutput,
     GenerationRequest,
+    InferneoError,
     ModelInfo,
     RequestError,
     Tokenizer,
@@ -73,7 +73,7 @@ class FakeEngine:
     batch: int = 1
     limit: int | None = None
     refusal: Exception | None = None
-    failure: EngineError | None = None
+    failure: InferneoError | None = None
     stuck_seconds: float = 0.0
     forecast_seconds: float | None = None
     submitted: list[GenerationRequest] = field(default_factory=list)

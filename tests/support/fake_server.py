@@ -13,7 +13,7 @@ import tokenizers
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
-from inferneo_jax import EmbeddingModel, LanguageModel, Tokenizer
+from inferneo_jax import EmbeddingModel, GrammarCompiler, LanguageModel, Tokenizer
 from server.app import create_app
 from server.config.settings import Settings
 from server.models.sources import Loader
@@ -121,6 +121,7 @@ def models_of(
             created=1700000000,
             tokenizer=tokenizer,
             engine=engine,
+            grammars=GrammarCompiler.of(tokenizer),
             max_len=engine.max_len,
             info=INFO,
         ),

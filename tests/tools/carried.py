@@ -25,6 +25,7 @@ import psutil
 
 from inferneo_jax import (
     EngineProcess,
+    GrammarCompiler,
     LanguageModel,
     Tokenizer,
     checkpoint_path,
@@ -113,6 +114,7 @@ def load(*_: Any, **__: Any) -> LanguageModel:
         max_len=runner.max_len,
         info=INFO,
         engine=Engine(runner),
+        grammars=GrammarCompiler.of(tokenizer),
     )
 
 

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from server.api.body import Body, validate
 from server.api.endpoint import Endpoint
 from server.api.examples import CHAT_MODEL
+from server.api.openai.constraints import constrains
 from server.api.openai.generation import (
     LOGPROBS,
     MAX_LOGPROBS,
@@ -636,6 +637,12 @@ def prepare_chat(registry: "Registry", context: Context, fields: dict[str, Any])
             "message that a tool is to be called.",
             "tool_choice",
         )
+    if body.wish and body.offered:
+        raise bad_request(
+            f"tools and {body.wish.field} exclude each other: an answer of that form has no room "
+            "for calls. Send one of them, or tool_choice none.",
+            "tools",
+        )
     text = body.text(model.tokenizer, warnings, strict=context.strict)
     ids = tuple(model.tokenizer.encode(text, add_special_tokens=False))
     if not ids:
@@ -652,7 +659,11 @@ def prepare_chat(registry: "Registry", context: Context, fields: dict[str, Any])
         num_choices=body.n,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_field="top_logprobs" if body.top_logprobs else "logprobs",
-        parsing=_parsing(registry.output_parser, model.tokenizer, body, text, warnings),
+        # An answer that is held to a form has no room for reasoning.
+        parsing=None
+        if body.wish
+        else _parsing(registry.output_parser, model.tokenizer, body, text, warnings),
+        strict=context.strict,
     )
 
 
@@ -700,7 +711,7 @@ def _parsing(
 
 
 async def _serve_socket(services: Services) -> None:
-    await serve_socket(services, prepare_chat, inline=False)
+    await serve_socket(services, prepare_chat, inline=False, blocks=constrains)
 
 
 @Endpoint(

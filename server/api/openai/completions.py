@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from server.api.body import validate
 from server.api.endpoint import Endpoint
 from server.api.examples import CHAT_MODEL
+from server.api.openai.constraints import constrains
 from server.api.openai.generation import (
     LOGPROBS,
     MAX_LOGPROBS,
@@ -349,11 +350,12 @@ def prepare_completion(registry: "Registry", context: Context, fields: dict[str,
         logprobs=body.logprobs,
         echo=body.echo,
         suffix=suffix,
+        strict=context.strict,
     )
 
 
 async def _serve_socket(services: Services) -> None:
-    await serve_socket(services, prepare_completion, inline=True)
+    await serve_socket(services, prepare_completion, inline=True, blocks=constrains)
 
 
 @Endpoint(

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from inferneo_jax import SamplingParams
 from server.api.body import MAX_NAME, Body, read_body
 from server.api.endpoint import ResponseSpec
+from server.api.openai import constraints
 from server.config.validation import FieldError, json_kind
 from server.http import sse
 from server.http.codec import long_response
@@ -245,8 +246,35 @@ class GenerationBody(Body):
         description="There is one tier; values other than auto and default cause a warning.",
     )
 
+    response_format: Annotated[
+        Any,  # a Wish, whose own fields are not the API's
+        PlainValidator(constraints.response_format),
+        WithJsonSchema(constraints.RESPONSE_FORMAT),
+    ] = Field(
+        None,
+        description="The form of the answer: text, any JSON object, or JSON that a schema "
+        "describes. What of the schema cannot be enforced is warned of; with strict, it is an "
+        "error.",
+    )
+    structured_outputs: Annotated[
+        Any,
+        PlainValidator(constraints.structured_outputs),
+        WithJsonSchema(constraints.STRUCTURED_OUTPUTS),
+    ] = Field(
+        None,
+        description="The form of the answer, as vLLM has it: a JSON schema, a regular expression, "
+        "a list of texts, a grammar in GBNF or Lark, or any JSON object.",
+    )
+    grammar: str | None = Field(
+        None, description="The form of the answer, as llama.cpp has it: a grammar in GBNF or Lark."
+    )
+    json_schema: dict[str, Any] | None = Field(
+        None, description="The form of the answer, as llama.cpp has it: a JSON schema."
+    )
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        _ = self.wish
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "needs stream to be true.")
         if self.token_limit is not None and self.min_tokens > self.token_limit:
@@ -262,6 +290,27 @@ class GenerationBody(Body):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def wish(self) -> constraints.Wish | None:
+        """The form of the answer that is asked for.
+
+        Raises:
+            FieldError: several are.
+        """
+        grammar, schema = self.grammar, self.json_schema
+        return constraints.only(
+            {
+                "response_format": self.response_format,
+                "structured_outputs": self.structured_outputs,
+                "grammar": None
+                if grammar is None
+                else constraints.Wish("grammar", "grammar", grammar),
+                "json_schema": None
+                if schema is None
+                else constraints.Wish("json_schema", "schema", schema),
+            }
+        )
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -274,7 +323,8 @@ class GenerationBody(Body):
     def unknown(self) -> list[str]:
         """Return the names of unknown fields, including nested ones with their path."""
         options = self.stream_options.unknown() if self.stream_options else []
-        return super().unknown() + [f"stream_options.{name}" for name in options]
+        nested = self.wish.unknown if self.wish else ()
+        return super().unknown() + [f"stream_options.{name}" for name in options] + [*nested]
 
     def notes(self) -> list[str]:
         """Return warnings about parameters that have no effect on this server."""
@@ -515,6 +565,7 @@ def prepare(
     echo: bool = False,
     suffix: str = "",
     parsing: Parsing | None = None,
+    strict: bool,
 ) -> Answer:
     """Prepare the answer to a request to either endpoint; it only remains to be run.
 
@@ -533,10 +584,15 @@ def prepare(
         echo: whether the answer repeats the prompts.
         suffix: text to append to the answer.
         parsing: how reasoning and calls are found in the text.
+        strict: whether all that the request asks for must have its effect.
 
     Raises:
-        ApiError: the log probabilities would take too much memory.
+        ApiError: the log probabilities would take too much memory, or the form of the answer that
+            is asked for cannot be enforced.
     """
+    constraint = None
+    if wish := body.wish:
+        constraint = constraints.constraint_of(wish, model, warnings, strict=strict)
     if logprobs is not None:
         check_scores(
             prompts, num_choices, logprobs, name=logprobs_field, echo=echo, stream=body.stream
@@ -567,6 +623,7 @@ def prepare(
         priority=body.priority,
         cache_salt=caller.cache_salt(body.cache_salt),
         owner=caller.id or "",
+        constraint=constraint,
     )
     return Answer(
         generation=Generation(model, plan),
@@ -605,7 +662,9 @@ async def generate(
 ) -> Response:
     """Answer a request whose body ``prepare`` reads, on the event loop if ``inline``."""
     work = partial(prepare, services.registry, context)
-    answer = await read_body(services.cpu_pool, context, work, inline=inline)
+    answer = await read_body(
+        services.cpu_pool, context, work, inline=inline, blocks=constraints.constrains
+    )
     if not answer.stream:
         return long_response(Json(await answer.whole(context, services.admission)))
     events = answer.events(context, services.admission)

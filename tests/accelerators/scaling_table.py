@@ -36,10 +36,12 @@ QUANTIZATIONS: dict[str, list[str]] = {
     "int8": ["--quantization", "int8", "--kv-dtype", "int8"],
 }
 HEADS = (
-    "model", "chips, data x model", "numbers", "weights GB", "programs GB", "KV GB", "KV tokens",
+    "model", "chips, data x model", "numbers", "weights GB", "programs GB", "KV GB", "requests",
     "in place", "temporaries", "decode: collectives", "traffic / needed", "decode ms", "wall",
-    "tokens/s", "a chip",
+    "tokens/s", "a chip", "programs", "compiled in",
 )  # fmt: skip
+_SMALL = 100_000
+"""Collectives of fewer bytes are of what is sampled: a few numbers of each row."""
 
 
 def commands(models: dict[str, tuple[str, ...]]) -> list[list[str]]:
@@ -88,22 +90,21 @@ def row(made: dict[str, Any]) -> list[str]:
     if made["missing_bytes"]:
         short = f"short by {made['missing_bytes'] / 1e9:.1f} GB: {' or '.join(made['remedies'])}"
         return [*first, short, *[""] * (len(HEADS) - len(first) - 1)]
-    decode, prefill = made["steps"]
-    # Besides, groups exchange a few kB of what they sampled.
+    decode, mixed = made["steps"]
     collectives = ", ".join(
         f"{c['count']} {c['kind']} of {c['num_bytes'] / 1e3:,.0f} kB"
         for c in decode["collectives"]
-        if c["num_bytes"] >= 10_000
+        if c["num_bytes"] >= _SMALL
     )
-    temporary = max(step["temporary_bytes"] for step in (decode, prefill))
+    temporary = max(step["temporary_bytes"] for step in (decode, mixed))
     share = 100 * temporary / decode["cache_bytes"]
-    in_place = all(s["aliased_bytes"] >= s["cache_bytes"] for s in (decode, prefill))
+    in_place = all(s["aliased_bytes"] >= s["cache_bytes"] for s in (decode, mixed))
     traffic = decode["moved_bytes"]
     return [
         *first,
         f"{(made['temporary_bytes'] + made['code_bytes']) / 1e9:.2f}",
         f"{made['kv_bytes'] / 1e9:.2f}",
-        f"{made['kv_tokens']:,}",
+        str(made["rows"]),
         "yes" if in_place else "NO",
         f"{temporary / 1e6:.0f} MB, {share:.1f} %",
         collectives or "none",
@@ -112,6 +113,8 @@ def row(made: dict[str, Any]) -> list[str]:
         decode["wall"],
         f"{made['tokens_per_second']:,.0f}",
         f"{made['tokens_per_second'] / (mesh['data'] * mesh['model']):,.0f}",
+        str(made["num_programs"]),
+        f"{made['compile_seconds']:,.0f} s",
     ]
 
 

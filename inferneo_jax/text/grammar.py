@@ -14,7 +14,7 @@ import queue
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
@@ -82,8 +82,27 @@ def json_schema_constraint(schema: dict[str, Any], *, lenient: bool = False) -> 
     Raises:
         ConstraintError: it is nested too deeply.
     """
-    options = {"whitespace_pattern": _WHITESPACE, "lenient": lenient}
-    return _serialized({"json_schema": {**schema, "x-guidance": options}})
+    return _serialized({"json_schema": _with_options(schema, lenient)})
+
+
+def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
+    """The right side of a rule, in a grammar in Lark, that matches JSON that a schema describes.
+
+    Args:
+        schema: as :func:`json_schema_constraint` takes it.
+        lenient: as there.
+
+    Raises:
+        ConstraintError: it is nested too deeply.
+    """
+    try:
+        return "%json " + orjson.dumps(_with_options(schema, lenient)).decode()
+    except TypeError as error:
+        raise ConstraintError(f"the schema cannot be written as JSON: {one_line(error)}") from error
+
+
+def _with_options(schema: Mapping[str, Any], lenient: bool) -> dict[str, Any]:
+    return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, "lenient": lenient}}
 
 
 def json_object_constraint() -> Constraint:

@@ -15,7 +15,7 @@ from server.parsers.calls import (
     Tag,
     TaggedCall,
 )
-from server.parsers.parser import Format
+from server.parsers.parser import Form, Format
 
 _QWEN_XML = TaggedCall(
     head=Tag("<function=", re.compile(r"(?P<name>[^>]*)"), (">",)),
@@ -117,6 +117,18 @@ FORMATS: Mapping[ParserName, Format] = MappingProxyType(
         "kimi-k2": Format(
             calls={"<|tool_call_begin|>": _KIMI_K2},
             section=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+            forms=(
+                (
+                    "",
+                    Form(
+                        "<|tool_call_begin|>functions.",
+                        ":0<|tool_call_argument_begin|>",
+                        "<|tool_call_end|>",
+                        begin="<|tool_calls_section_begin|>",
+                        end="<|tool_calls_section_end|>",
+                    ),
+                ),
+            ),
             ids="numbered",
         ),
         "deepseek-dsml": Format(
@@ -128,6 +140,29 @@ FORMATS: Mapping[ParserName, Format] = MappingProxyType(
         "deepseek": Format(
             calls={"<｜tool▁call▁begin｜>": _DEEPSEEK},
             section=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+            forms=(
+                (
+                    "```json",
+                    Form(
+                        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+                        "\n```json\n",
+                        "\n```<｜tool▁call▁end｜>",
+                        separator="\n",
+                        begin="<｜tool▁calls▁begin｜>",
+                        end="<｜tool▁calls▁end｜>",
+                    ),
+                ),
+                (
+                    "",
+                    Form(
+                        "<｜tool▁call▁begin｜>",
+                        "<｜tool▁sep｜>",
+                        "<｜tool▁call▁end｜>",
+                        begin="<｜tool▁calls▁begin｜>",
+                        end="<｜tool▁calls▁end｜>",
+                    ),
+                ),
+            ),
         ),
         "gemma4": Format(
             calls={"<|tool_call>": BareKeys(quote='<|"|>', close="<tool_call|>")},
@@ -140,6 +175,20 @@ FORMATS: Mapping[ParserName, Format] = MappingProxyType(
         ),
         "mistral": Format(
             calls={"[TOOL_CALLS]": _MISTRAL},
+            forms=(
+                ("[ARGS]", Form("[TOOL_CALLS]", "[ARGS]", "")),
+                (
+                    "",
+                    Form(
+                        '{"name": "',
+                        '", "arguments": ',
+                        "}",
+                        separator=", ",
+                        begin="[TOOL_CALLS] [",
+                        end="]",
+                    ),
+                ),
+            ),
             thoughts=(("[THINK]", "[/THINK]"), ("<think>", "</think>")),
             ids="short",
         ),
@@ -148,6 +197,19 @@ FORMATS: Mapping[ParserName, Format] = MappingProxyType(
                 "<|tool_call|>": JsonCalls(close="<|/tool_call|>"),
                 "functools": JsonCalls(known=True),
             },
+            forms=(
+                (
+                    "",
+                    Form(
+                        '{"name": "',
+                        '", "arguments": ',
+                        "}",
+                        separator=", ",
+                        begin="<|tool_call|>[",
+                        end="]<|/tool_call|>",
+                    ),
+                ),
+            ),
         ),
         "qwen3-coder": Format(
             calls={"<tool_call>": _QWEN_XML, "<function=": _QWEN_XML_BARE},
@@ -161,10 +223,22 @@ FORMATS: Mapping[ParserName, Format] = MappingProxyType(
         "llama3": Format(
             calls={"<|python_tag|>": JsonCalls(between=";")},
             bare=JsonCalls(known=True, between=";"),
+            forms=(("", Form('{"name": "', '", "parameters": ', "}", separator="; ")),),
         ),
         "hermes": Format(
             calls=_HERMES,
             bare=JsonCalls(known=True, close="</tool_call>"),
+            forms=(
+                (
+                    "",
+                    Form(
+                        '<tool_call>\n{"name": "',
+                        '", "arguments": ',
+                        "}\n</tool_call>",
+                        separator="\n",
+                    ),
+                ),
+            ),
         ),
     }
 )
@@ -211,6 +285,11 @@ _ONLY_THINKS = Format(calls={})
 def thinks(format: Format, template: str) -> bool:
     """Return whether a model with this template may write reasoning."""
     return format.channels or any(mark in template for pair in format.thoughts for mark in pair)
+
+
+def form_of(format: Format, template: str) -> Form | None:
+    """Return how a model with this template writes calls; None if no grammar is known for it."""
+    return next((form for mark, form in format.forms if mark in template), None)
 
 
 def begins_thinking(format: Format, prompt: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from server.parsers.calls import Call, JsonCalls, PythonCalls, Syntax, Tools, literals_of
 from server.parsers.reader import (
@@ -31,6 +31,26 @@ _START, _HEADER, _BODY, _CHANNELS = "<|start|>", "<|channel|>", "<|message|>", "
 _MESSAGE_ENDS = ("<|end|>", "<|return|>", "<|call|>")
 
 
+class Form(NamedTuple):
+    """How calls are written whose arguments are JSON, as the family's models do.
+
+    Attributes:
+        before: what stands before the name of a tool.
+        between: what stands between the name and the arguments.
+        after: what stands after the arguments.
+        separator: what stands between two calls.
+        begin: what stands before all calls.
+        end: what stands after all calls.
+    """
+
+    before: str
+    between: str
+    after: str
+    separator: str = ""
+    begin: str = ""
+    end: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """How a family of models writes calls and reasoning.
@@ -43,6 +63,7 @@ class Format:
         dropped: markers that are no part of the content.
         ids: the ids of calls that the family's templates expect: ``long`` as OpenAI's, ``short``
             of nine letters and digits, or ``numbered`` with the tool's name.
+        forms: how calls are written, each with a text that the model's template must hold.
         channels: whether answers are messages with headers, as gpt-oss writes them; then
             ``thoughts`` and ``calls`` are not used.
     """
@@ -53,6 +74,7 @@ class Format:
     thoughts: tuple[tuple[str, str], ...] = (("<think>", "</think>"),)
     dropped: tuple[str, ...] = ()
     ids: Literal["long", "short", "numbered"] = "long"
+    forms: tuple[tuple[str, Form], ...] = ()
     channels: bool = False
 
     @cached_property

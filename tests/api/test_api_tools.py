@@ -171,6 +171,47 @@ def test_with_choice_none_the_model_has_no_tools(rig: Rig, tokenizer: Tokenizer)
     assert got["choices"][0]["finish_reason"] == "stop"
 
 
+# Forced calls.
+
+NAMED = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize(("choice", "told"), [("required", "look"), (NAMED, "now")])
+def test_a_call_that_is_asked_for_is_forced_by_a_grammar(
+    rig: Rig, tokenizer: Tokenizer, choice: Any, told: str
+) -> None:
+    rig.engine.script = writes(tokenizer, (CALLS % "x").removeprefix("So:\n"))
+    got = ask(rig, CHATS, tools=TOOLS, tool_choice=choice)
+    assert got["choices"][0]["finish_reason"] == "tool_calls"
+    constraint = rig.engine.submitted[-1].constraint
+    assert constraint is not None
+    assert told in constraint.grammar
+    assert ("look" in constraint.grammar) == (choice == "required")
+    ask(rig, CHATS, tools=TOOLS)
+    assert rig.engine.submitted[-1].constraint is None
+
+
+def test_a_form_of_the_answer_leaves_room_for_calls_and_reasoning(rig: Rig) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    ask(rig, CHATS, tools=TOOLS, response_format=form)
+    constraint = rig.engine.submitted[-1].constraint
+    assert constraint is not None
+    assert "look" in constraint.grammar
+    ask(rig, CHATS, enable_thinking=True, response_format=form)
+    constraint = rig.engine.submitted[-1].constraint
+    assert constraint is not None
+    assert "</think>" in constraint.grammar
+
+
+def test_what_of_a_tools_schema_is_not_enforced_is_said_or_refused(rig: Rig) -> None:
+    odd = tool("odd", at={"type": "array", "contains": {"type": "string"}})
+    answer = ask(rig, CHATS, tools=[odd], tool_choice="required")
+    assert "contains" in answer["warnings"][0]
+    odd["function"]["strict"] = True
+    error = refused(rig, CHATS, tools=[odd], tool_choice="required")
+    assert (error["param"], "contains" in error["message"]) == ("tools", True)
+
+
 # Reasoning.
 
 
@@ -247,6 +288,16 @@ def changed(**function: Any) -> list[Any]:
             [str(MAX_TOOL_BYTES)],
         ),
         ({"tool_choice": "required"}, "tool_choice", ["tools"]),
+        (
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+            ["tool_choice"],
+        ),
+        (
+            {"tools": TOOLS, "grammar": 'root ::= "a"'},
+            "grammar",
+            ["tools"],
+        ),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", ["'any'", "required"]),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "go"}}},

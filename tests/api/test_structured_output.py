@@ -180,11 +180,3 @@ def test_malformed_requests_are_refused_in_time(rig: Rig) -> None:
         assert answer.status_code in (200, 400), answer.text
         assert time.monotonic() - started < 10
     assert ask(rig, COMPLETIONS)
-
-
-def test_tools_and_a_form_exclude_each_other(rig: Rig) -> None:
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    error = refused(rig, CHATS, tools=tools, response_format=FORMAT)
-    assert error["param"] == "tools"
-    assert "response_format" in error["message"]
-    ask(rig, CHATS, tools=tools, tool_choice="none", response_format=FORMAT)

@@ -34,6 +34,7 @@ from server.api.openai.tools import (
     TOOL_NAME,
     Tool,
     calls_of,
+    shown,
     tool_choice_of,
     tools_of,
 )
@@ -42,7 +43,14 @@ from server.config.schema import ParserName
 from server.config.validation import FieldError, json_kind
 from server.http.errors import bad_request
 from server.http.schema import Null
-from server.parsers.families import begins_thinking, continues_thinking, format_of, thinks
+from server.parsers.families import (
+    begins_thinking,
+    continues_thinking,
+    form_of,
+    format_of,
+    thinks,
+)
+from server.parsers.grammar import Frame
 from server.prompt.prompts import Prompt, conversation_text, fit
 from server.run.context import Context
 from server.run.dialect import Choice
@@ -260,7 +268,7 @@ class Conversation(Body):
             self.messages,
             self._variables(tokenizer, warnings, strict=strict),
             warnings,
-            tools=self.offered,
+            tools=[shown(tool) for tool in self.offered],
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=self.continue_final_message,
             strict=strict,
@@ -342,8 +350,12 @@ class ChatBody(Conversation, GenerationBody):
         if self.token_limit == 0:
             raise FieldError("max_tokens", "is 0; it must be at least 1.")
         choice = self.tool_choice
-        if choice not in ("none", "auto") and not self.tools:
+        if self.must_call and not self.tools:
             raise FieldError("tool_choice", "asks for a call, which needs tools.")
+        if self.must_call and self.wish is not None:
+            raise FieldError(
+                self.wish.field, "excludes a tool_choice that asks for a call; send one of them."
+            )
         if isinstance(choice, dict):
             name, known = choice["function"]["name"], [t["function"]["name"] for t in self.tools]
             if name not in known:
@@ -352,6 +364,11 @@ class ChatBody(Conversation, GenerationBody):
                     f"is {name!r}, which is not among tools: {', '.join(known)[:200]}.",
                 )
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must call a tool."""
+        return self.tool_choice not in ("none", "auto")
 
     @property
     def offered(self) -> list[Tool]:
@@ -631,23 +648,13 @@ def prepare_chat(registry: "Registry", context: Context, fields: dict[str, Any])
     """
     body, warnings = validate(ChatBody, fields, strict=context.strict)
     model = registry.language_model(body.model, context.caller)
-    if body.tool_choice not in ("none", "auto"):
-        raise bad_request(
-            "tool_choice asks for a call, which this server cannot force. Send auto, and say in a "
-            "message that a tool is to be called.",
-            "tool_choice",
-        )
-    if body.wish and body.offered:
-        raise bad_request(
-            f"tools and {body.wish.field} exclude each other: an answer of that form has no room "
-            "for calls. Send one of them, or tool_choice none.",
-            "tools",
-        )
     text = body.text(model.tokenizer, warnings, strict=context.strict)
     ids = tuple(model.tokenizer.encode(text, add_special_tokens=False))
     if not ids:
         raise bad_request("messages: the chat template made an empty prompt of them.", "messages")
     max_tokens = fit(len(ids), body.token_limit, model.max_len, model.max_len, "messages")
+    parsing = _parsing(registry.output_parser, model.tokenizer, body, text, warnings)
+    strict_tools = any(tool["function"].get("strict") for tool in body.tools)
     return prepare(
         model,
         context.caller,
@@ -659,11 +666,50 @@ def prepare_chat(registry: "Registry", context: Context, fields: dict[str, Any])
         num_choices=body.n,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_field="top_logprobs" if body.top_logprobs else "logprobs",
-        # An answer that is held to a form has no room for reasoning.
-        parsing=None
-        if body.wish
-        else _parsing(registry.output_parser, model.tokenizer, body, text, warnings),
-        strict=context.strict,
+        parsing=parsing,
+        frame=_frame(model.tokenizer, body, parsing),
+        forced=body.must_call,
+        strict=context.strict or (body.must_call and strict_tools),
+    )
+
+
+def _frame(tokenizer: "Tokenizer", body: ChatBody, parsing: Parsing | None) -> Frame | None:
+    """Return what the answer may hold beside the form that is asked for; None if nothing.
+
+    Raises:
+        ApiError: a call is asked for, and cannot be forced.
+    """
+    if parsing is None:
+        if body.must_call:
+            raise bad_request(
+                "tool_choice asks for a call, but it is not known how this model writes them. Send "
+                "auto, or name its format where the server is started: --output-parser.",
+                "tool_choice",
+            )
+        return None
+    template, tools = tokenizer.chat_template, parsing.tools or {}
+    may_think = thinks(parsing.format, template)
+    if not (tools or parsing.thinking or may_think):
+        return None
+    form = form_of(parsing.format, template)
+    if form is None and body.must_call:
+        raise bad_request(
+            "tool_choice asks for a call, which cannot be forced in the format of this model. Send "
+            "auto, and say in a message that a tool is to be called.",
+            "tool_choice",
+        )
+    named = body.tool_choice if isinstance(body.tool_choice, dict) else None
+    if named is not None:
+        name = named["function"]["name"]
+        tools = {name: tools[name]}
+    return Frame(
+        tokenizer=tokenizer,
+        format=parsing.format,
+        thinking=parsing.thinking,
+        thinks=may_think,
+        tools=tools,
+        form=form,
+        repeats=body.parallel_tool_calls and named is None,
     )
 
 

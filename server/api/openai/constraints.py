@@ -4,7 +4,9 @@ OpenAI's ``response_format``, vLLM's ``structured_outputs``, and llama.cpp's ``g
 ``json_schema`` say the same things in several ways. One request may use one of them.
 """
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +18,14 @@ from inferneo_jax import (
     choice_constraint,
     gbnf_constraint,
     json_object_constraint,
+    json_rule,
     json_schema_constraint,
+    lark_constraint,
     regex_constraint,
 )
 from server.config.validation import FieldError, json_kind
 from server.http.errors import ApiError, bad_request
+from server.parsers.grammar import Frame
 
 if TYPE_CHECKING:
     from inferneo_jax import LanguageModel
@@ -213,7 +218,12 @@ def constrains(fields: Mapping[str, Any]) -> bool:
 
 
 def constraint_of(
-    wish: Wish, model: "LanguageModel", warnings: list[str], *, strict: bool
+    wish: Wish,
+    model: "LanguageModel",
+    warnings: list[str],
+    *,
+    strict: bool,
+    frame: Frame | None = None,
 ) -> Constraint:
     """The grammar that a model's output must match, which is known to compile. Blocks.
 
@@ -222,39 +232,106 @@ def constraint_of(
         model: the model.
         warnings: receives what of a schema is not enforced.
         strict: whether that is an error, as it is under the schema's own ``strict``.
+        frame: the reasoning that may come before the answer, and the calls in its place.
 
     Raises:
         ApiError: the grammar is invalid, not supported or too complex.
     """
+    if wish.kind == "grammar" and frame is not None:
+        if frame.tools or frame.thinking:
+            raise bad_request(
+                f"{wish.field} cannot be combined with tools or reasoning. Offer no tools and turn "
+                "reasoning off, or ask for a schema, a regular expression or a choice.",
+                wish.field,
+            )
+        frame = None
+    return _enforced(
+        lambda lenient: _made(wish, frame, lenient=lenient),
+        model,
+        wish.field,
+        warnings,
+        strict=strict or wish.strict or wish.kind != "schema",
+    )
+
+
+def calls_constraint(
+    frame: Frame, model: "LanguageModel", warnings: list[str], *, strict: bool
+) -> Constraint:
+    """The grammar of calls of tools, which is known to compile. Blocks.
+
+    Args:
+        frame: the tools, and how the model writes calls.
+        model: the model.
+        warnings: receives what of the tools' schemas is not enforced.
+        strict: whether that is an error.
+
+    Raises:
+        ApiError: a schema is invalid, not supported or too complex.
+    """
+    return _enforced(
+        lambda lenient: lark_constraint(frame.around("", lenient=lenient)),
+        model,
+        "tools",
+        warnings,
+        strict=strict,
+    )
+
+
+def _enforced(
+    make: Callable[[bool], Constraint],
+    model: "LanguageModel",
+    field: str,
+    warnings: list[str],
+    *,
+    strict: bool,
+) -> Constraint:
+    """Return a constraint that compiles; unless ``strict``, leniently if nothing else does."""
+
+    def compiled(*, lenient: bool) -> Constraint:
+        constraint = make(lenient)
+        model.grammars.compile(constraint)
+        return constraint
+
+    def refusal(error: ConstraintError) -> ApiError:
+        return bad_request(f"{field} cannot be enforced: {error}.", field)
+
     try:
-        return _compiled(wish, model, lenient=False)
+        return compiled(lenient=False)
     except ConstraintError as error:
-        if wish.kind != "schema" or wish.strict or strict:
-            raise _refusal(wish, error) from None
+        if strict:
+            raise refusal(error) from None
         reason = error
     try:
-        constraint = _compiled(wish, model, lenient=True)
+        constraint = compiled(lenient=True)
     except ConstraintError as error:
-        raise _refusal(wish, error) from None
-    warnings.append(f"{wish.field} is enforced in part: {reason}.")
+        raise refusal(error) from None
+    warnings.append(f"{field} is enforced in part: {reason}.")
     return constraint
 
 
-def _compiled(wish: Wish, model: "LanguageModel", *, lenient: bool) -> Constraint:
+def _made(wish: Wish, frame: Frame | None, *, lenient: bool) -> Constraint:
+    if frame is not None:
+        return lark_constraint(frame.around(_rule(wish, lenient=lenient), lenient=lenient))
     match wish.kind:
         case "schema":
-            constraint = json_schema_constraint(wish.value, lenient=lenient)
+            return json_schema_constraint(wish.value, lenient=lenient)
         case "object":
-            constraint = json_object_constraint()
+            return json_object_constraint()
         case "regex":
-            constraint = regex_constraint(wish.value)
+            return regex_constraint(wish.value)
         case "choice":
-            constraint = choice_constraint(wish.value)
+            return choice_constraint(wish.value)
         case "grammar":
-            constraint = gbnf_constraint(wish.value)
-    model.grammars.compile(constraint)
-    return constraint
+            return gbnf_constraint(wish.value)
 
 
-def _refusal(wish: Wish, error: ConstraintError) -> ApiError:
-    return bad_request(f"{wish.field} cannot be enforced: {error}.", wish.field)
+def _rule(wish: Wish, *, lenient: bool) -> str:
+    """Return the form that is asked for as the right side of a rule."""
+    match wish.kind:
+        case "schema":
+            return json_rule(wish.value, lenient=lenient)
+        case "regex":
+            return "/" + re.sub(r"(?<!\\)/", r"\\/", wish.value) + "/"
+        case "choice":
+            return "(" + " | ".join(map(json.dumps, wish.value)) + ")"
+    return json_rule({"type": "object"})

@@ -26,6 +26,7 @@ from server.http.schema import Count, Warned
 from server.http.sse import Event
 from server.keys.caller import Caller
 from server.keys.store.store import Usage as TokenUsage
+from server.parsers.grammar import Frame
 from server.prompt.prompts import Prompt, check_scores
 from server.run.context import Context
 from server.run.dialect import Choice, Dialect, End, Part, Result, Start, Text
@@ -565,6 +566,8 @@ def prepare(
     echo: bool = False,
     suffix: str = "",
     parsing: Parsing | None = None,
+    frame: Frame | None = None,
+    forced: bool = False,
     strict: bool,
 ) -> Answer:
     """Prepare the answer to a request to either endpoint; it only remains to be run.
@@ -584,6 +587,8 @@ def prepare(
         echo: whether the answer repeats the prompts.
         suffix: text to append to the answer.
         parsing: how reasoning and calls are found in the text.
+        frame: what the text may hold beside the form that is asked for.
+        forced: whether the answer must be calls.
         strict: whether all that the request asks for must have its effect.
 
     Raises:
@@ -591,8 +596,10 @@ def prepare(
             is asked for cannot be enforced.
     """
     constraint = None
-    if wish := body.wish:
-        constraint = constraints.constraint_of(wish, model, warnings, strict=strict)
+    if forced and frame is not None:
+        constraint = constraints.calls_constraint(frame, model, warnings, strict=strict)
+    elif wish := body.wish:
+        constraint = constraints.constraint_of(wish, model, warnings, strict=strict, frame=frame)
     if logprobs is not None:
         check_scores(
             prompts, num_choices, logprobs, name=logprobs_field, echo=echo, stream=body.stream

@@ -22,11 +22,11 @@ _NAME = re.compile(TOOL_NAME)
 _CHOICES = ("none", "auto", "required")
 
 Tool = dict[str, Any]
-"""A tool as chat templates get it: ``{"type": "function", "function": {...}}``."""
+"""A tool as OpenAI's API has it: ``{"type": "function", "function": {...}}``."""
 
 
 def tools_of(value: Any) -> list[Tool]:
-    """Return the tools of a request as templates expect them.
+    """Return the tools of a request, each with the schema of its arguments.
 
     Raises:
         FieldError: they are malformed, too many or too large.
@@ -79,9 +79,15 @@ def _tool(value: Any, field: str) -> tuple[Tool, int]:
             f"{field}.function",
             f"takes {size} bytes as JSON; at most {MAX_TOOL_BYTES} are allowed.",
         )
-    kept = {k: v for k, v in function.items() if v is not None and k != "strict"}
+    kept = {key: value for key, value in function.items() if value is not None}
     kept.setdefault("parameters", {"type": "object", "properties": {}})
     return {"type": "function", "function": kept}, size
+
+
+def shown(tool: Tool) -> Tool:
+    """Return a tool as chat templates get it."""
+    function = {key: value for key, value in tool["function"].items() if key != "strict"}
+    return tool | {"function": function}
 
 
 def _check_name(name: Any, field: str) -> None:

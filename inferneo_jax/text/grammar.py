@@ -65,6 +65,8 @@ _TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//[^\n]*|#[^\n]*')
 _HEAD = re.compile(r"^[?!]*([A-Za-z_][\w-]*)[^:\n]*:", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 """Of grammars in Lark: what is no name, where a rule begins, and names."""
+_QUOTED = re.compile(r"^ *\d+ \|.*$", re.MULTILINE)
+"""Lines of the grammar that an error of llguidance quotes."""
 _COMPLETE = ("NoExtension", "EndOfSentence")
 """Why a matcher stops when the output matches."""
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
@@ -472,7 +474,8 @@ class GrammarCompiler:
         limits = library.LLParserLimits(**_LIMITS)
         made: LLMatcher = library.LLMatcher(self._vocabulary(), checked, log_level=0, limits=limits)
         if made.is_error():
-            raise ConstraintError(f"the grammar is not supported: {one_line(made.get_error())}")
+            reason = one_line(_QUOTED.sub("", made.get_error()))
+            raise ConstraintError(f"the grammar is not supported: {reason}")
         with self._lock:
             self._kept[grammar] = made
             while len(self._kept) > _MAX_KEPT or sum(map(len, self._kept)) > _MAX_KEPT_BYTES:

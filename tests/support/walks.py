@@ -57,9 +57,10 @@ def walk(
             raise matcher.error
         allowed = allowed_of(masks[0])
         ends = np.intersect1d(allowed, sorted(tokenizer.eos_token_ids))
-        if len(ends) and (rng.random() < 0.3 or count > _LONG):
+        others = np.setdiff1d(allowed, ends)
+        if len(ends) and (not len(others) or rng.random() < 0.3 or count > _LONG):
             return tokenizer.decode(tokens)
-        allowed = np.setdiff1d(allowed, ends)
+        allowed = others
         preferred = np.intersect1d(allowed, closing)
         if len(preferred) and rng.random() < (0.8 if count > _LONG else 0.1):
             allowed = preferred

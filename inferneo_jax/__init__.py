@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         DecoderConfig,
         EncoderConfig,
         EngineConfig,
+        HandoverConfig,
         JobConfig,
         MeshShape,
     )
@@ -81,6 +82,7 @@ _HOMES = {
         "DecoderConfig",
         "EncoderConfig",
         "EngineConfig",
+        "HandoverConfig",
         "JobConfig",
         "MeshShape",
     ),
@@ -160,6 +162,7 @@ __all__ = [
     "GenerationOutput",
     "GenerationRequest",
     "GrammarCompiler",
+    "HandoverConfig",
     "IncrementalDecoder",
     "InferneoError",
     "Job",

@@ -369,6 +369,46 @@ class JobConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HandoverConfig:
+    """How an engine computes prompts for others, or has others compute its own.
+
+    Attributes:
+        token: a secret shared by all of them.
+        listen: ``host:port`` where this engine computes prompts for others; None: nowhere.
+        servers: ``host:port`` of the engines that compute the prompts of this one; empty: it
+            computes them itself. Either this or ``listen``.
+    """
+
+    token: str = field(repr=False)
+    listen: str | None = None
+    servers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.token) < _TOKEN_LENGTH:
+            raise ConfigError(f"the token must have at least {_TOKEN_LENGTH} characters")
+        if (self.listen is None) == (not self.servers):
+            raise ConfigError(
+                "an engine either computes prompts for others or has others compute its own; "
+                "give one address to listen at, or those of other engines"
+            )
+        for address in (self.listen, *self.servers):
+            if address is not None:
+                self.address(address)
+
+    @staticmethod
+    def address(text: str) -> tuple[str, int]:
+        """Host and port.
+
+        Raises:
+            ConfigError: the text has another form.
+        """
+        host, _, port = text.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ConfigError(f"an address is {text!r}; write it as host:port")
+        return host.strip("[]"), int(port)
+
+
 def _build(cls: type[Any], values: Any) -> Any:
     """Return ``cls(**values)``; raises a ConfigError that names unknown or missing keys."""
     if not isinstance(values, dict):

@@ -18,6 +18,7 @@ from inferneo_jax.config import (
     DecoderConfig,
     EncoderConfig,
     EngineConfig,
+    HandoverConfig,
     MeshShape,
 )
 from inferneo_jax.distributed.job import Job
@@ -25,7 +26,8 @@ from inferneo_jax.distributed.process_group import agree
 from inferneo_jax.engine.embedder import Embedder
 from inferneo_jax.engine.engine import Engine
 from inferneo_jax.engine.follower import follow
-from inferneo_jax.engine.served import EmbeddingModel, LanguageModel, Model
+from inferneo_jax.engine.handover import hand_over
+from inferneo_jax.engine.served import EmbeddingModel, GenerationEngine, LanguageModel, Model
 from inferneo_jax.errors import ConfigError
 from inferneo_jax.kernels.cpu.build import start_building
 from inferneo_jax.platform import compiles
@@ -44,6 +46,7 @@ from inferneo_jax.runner.runner import Runner
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.text.grammar import GrammarCompiler
 from inferneo_jax.text.tokenizer import Tokenizer
+from inferneo_jax.version import __version__
 from inferneo_jax.weights.checkpoint import CheckpointInfo, fingerprint, open_weights, read_info
 from inferneo_jax.weights.placement import flat, local_bytes, place_weights, weight_shapes
 from inferneo_jax.weights.sources.weight import Weight, block_formats
@@ -59,6 +62,7 @@ def load_model(
     progress: Progress | None = None,
     job: Job | None = None,
     draft: Path | None = None,
+    handover: HandoverConfig | None = None,
 ) -> Model:
     """Load a converted checkpoint and compile all its steps. Blocks, for seconds to minutes.
 
@@ -73,6 +77,8 @@ def load_model(
         job: of several processes.
         draft: the checkpoint of a smaller model with the same vocabulary, which drafts what a
             language model verifies; None: there is none. An embedding model has no use for it.
+        handover: whether a language model computes prompts for others, or has others compute its
+            own; None: neither.
 
     Raises:
         CheckpointError: the folder holds no usable model.
@@ -99,13 +105,17 @@ def load_model(
     engine = Engine(runner, grammars)
     if job:
         job.on_lost(engine.fail)
+    serving: GenerationEngine = engine
+    if handover:
+        identity = {"version": __version__, "checkpoint": fingerprint(checkpoint)}
+        serving = hand_over(engine, handover, identity)
     compiling = threading.Thread(
         target=runner.compile_rest, args=[engine.ended], name="compile", daemon=True
     )
     compiling.start()
     return LanguageModel(
         **common,
-        engine=engine,
+        engine=serving,
         grammars=grammars,
         max_len=runner.max_len,
         info=info,

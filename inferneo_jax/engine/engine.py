@@ -22,6 +22,7 @@ from inferneo_jax.errors import (
     InferneoError,
     RequestError,
 )
+from inferneo_jax.layers.cache import KVCache
 from inferneo_jax.platform import compiles
 from inferneo_jax.platform.watchdog import Heartbeat
 from inferneo_jax.request import (
@@ -122,6 +123,66 @@ class Engine:
             return
         sequence.matcher = compiling.result()
         self._inbox.prepared(sequence)
+
+    def prepare_handover(self) -> tuple[int, KVCache]:
+        """Compile what ``read_prefix`` and ``write_prefix`` run; before the first request.
+
+        Returns:
+            The number of blocks of a piece, and the shapes of its contents.
+
+        Raises:
+            ConfigError: the engine runs on several hosts or data-parallel ranks.
+        """
+        return self._runner.prepare_handover()
+
+    def read_prefix(
+        self, hashes: list[bytes], start: int, pieces: int
+    ) -> "Future[tuple[int, list[KVCache]]]":
+        """Copy keys and values of a prompt's cached blocks, for another engine. Thread-safe.
+
+        Args:
+            hashes: of the prompt's blocks (``prompt_hashes``).
+            start: the first block to copy.
+            pieces: how many pieces, at most.
+
+        Returns:
+            A future of the number of blocks, and of the pieces, on the device. They are cut short
+            where a block is no longer cached.
+
+        Raises:
+            EngineError: the engine has ended, or a step hangs; later the future raises it.
+        """
+
+        def read() -> tuple[int, list[KVCache]]:
+            # Steps that change these blocks are dispatched after the copies.
+            most = pieces * self._runner.piece_pages
+            blocks = self._scheduler.cached_blocks(hashes[: start + most])[start:]
+            return len(blocks), self._runner.read_pages(blocks)
+
+        return self._inbox.call(read)
+
+    def write_prefix(
+        self, hashes: list[bytes], start: int, count: int, piece: KVCache
+    ) -> "Future[None]":
+        """Cache blocks of a prompt, computed by another engine; unless there is no room.
+
+        Thread-safe. To be called piece by piece, before the request is submitted.
+
+        Args:
+            hashes: of the prompt's blocks (``prompt_hashes``).
+            start: the first block.
+            count: how many blocks.
+            piece: their contents.
+
+        Raises:
+            EngineError: as ``read_prefix``.
+        """
+
+        def write() -> None:
+            if pages := self._scheduler.cache_blocks(hashes[: start + count], start):
+                self._runner.write_pages(pages, piece)
+
+        return self._inbox.call(write)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step, if it still runs. Thread-safe."""
@@ -251,7 +312,12 @@ class Engine:
 
     def _take_inbox(self) -> None:
         """Apply what other threads asked for since the last step."""
-        submitted, changes = self._inbox.take()
+        calls, submitted, changes = self._inbox.take()
+        for function, future in calls:
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001  (raised where the result is wanted)
+                future.set_exception(error)
         for sequence in submitted:
             self._scheduler.add(sequence)
         for sequence, change in changes:

@@ -5,13 +5,35 @@ event loop can call every method.
 """
 
 import threading
-from typing import Literal
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from inferneo_jax.errors import EngineError, OverloadedError, RequestError
+from inferneo_jax.errors import (
+    EngineError,
+    EngineFailedError,
+    OverloadedError,
+    RequestError,
+)
 from inferneo_jax.request import GenerationRequest, OutputSink
 from inferneo_jax.scheduler.sequence import Sequence
 
 Change = Literal["abort", "pause", "resume"]
+T = TypeVar("T")
+
+
+class Taken(NamedTuple):
+    """What the engine's thread has taken, each in order; a change never precedes its sequence.
+
+    Attributes:
+        calls: functions to be called first, and where their results are waited for.
+        submitted: new sequences.
+        changes: to sequences, new ones included.
+    """
+
+    calls: list[tuple[Callable[[], Any], "Future[Any]"]]
+    submitted: list[Sequence]
+    changes: list[tuple[Sequence, Change]]
 
 
 class Inbox:
@@ -23,6 +45,7 @@ class Inbox:
         self._submitted: list[Sequence] = []
         self._preparing: set[Sequence] = set()  # accepted, and not to be taken yet
         self._changes: list[tuple[Sequence, Change]] = []
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._arrivals = 0
         self._end: EngineError | None = None
         self._hung = False
@@ -60,8 +83,7 @@ class Inbox:
                 raise self._end
             if request.id in self._live:
                 raise RequestError(f"a request with id {request.id} is already under way", "id")
-            if self._hung:
-                raise OverloadedError("the engine does not answer; try again later")
+            self._check_hung()
             sequence = Sequence(request, sink, self._arrivals)
             self._arrivals += 1
             self._live[request.id] = sequence
@@ -80,6 +102,25 @@ class Inbox:
                 self._submitted.append(sequence)
                 self._changed.notify()
 
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Have a function called on the engine's thread, between two steps.
+
+        Raises:
+            EngineError: the engine ends, or a step hangs; later the future raises it.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if self._end:
+                raise self._end
+            self._check_hung()
+            self._calls.append((function, future))
+            self._changed.notify()
+        return future
+
+    def _check_hung(self) -> None:
+        if self._hung:
+            raise OverloadedError("the engine does not answer; try again later")
+
     def change(self, request_id: str, change: Change) -> None:
         """Request a change; without effect if the request has finished."""
         with self._changed:
@@ -96,16 +137,18 @@ class Inbox:
     def wait(self, *, idle: bool) -> bool:
         """Wait, if the engine is idle, until there is something to do; False once it must end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._end or self._submitted or self._due() or not idle)
+            self._changed.wait_for(
+                lambda: self._end or self._submitted or self._due() or self._calls or not idle
+            )
             return not self._end
 
-    def take(self) -> tuple[list[Sequence], list[tuple[Sequence, Change]]]:
-        """The new sequences and changes, in order; a change never precedes its sequence."""
+    def take(self) -> Taken:
+        """Take what is new."""
         with self._changed:
-            submitted, self._submitted = self._submitted, []
-            changes = self._due()
+            taken = Taken(self._calls, self._submitted, self._due())
+            self._calls, self._submitted = [], []
             self._changes = [each for each in self._changes if each[0] in self._preparing]
-        return submitted, changes
+        return taken
 
     def _due(self) -> list[tuple[Sequence, Change]]:
         """The pending changes of sequences that are prepared."""
@@ -141,4 +184,8 @@ class Inbox:
             self._submitted.clear()
             self._preparing.clear()
             self._changes.clear()
+            calls, self._calls = self._calls, []
+        error = self._end or EngineFailedError("a step of the engine does not return")
+        for _, future in calls:
+            future.set_exception(error)
         return left

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
@@ -41,6 +42,16 @@ class LayerCache(NamedTuple):
 
 
 KVCache = list[LayerCache]
+
+
+def read_pages(cache: KVCache, pages: Int[Array, " count"]) -> KVCache:
+    """Copies of some pages: as many as there are numbers, in their order."""
+    return jax.tree.map(lambda array: jnp.take(array, pages, axis=0, mode="clip"), cache)
+
+
+def write_pages(cache: KVCache, pages: Int[Array, " count"], contents: KVCache) -> KVCache:
+    """Replace the contents of some pages; numbers beyond the last page are left out."""
+    return jax.tree.map(lambda old, new: old.at[pages].set(new, mode="drop"), cache, contents)
 
 
 class AttentionVariant(NamedTuple):

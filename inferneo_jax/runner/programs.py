@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inferneo_jax import models
 from inferneo_jax.config import BatchSizes, EngineConfig
-from inferneo_jax.layers.cache import KVCache, PagedAttention
+from inferneo_jax.layers.cache import KVCache, PagedAttention, read_pages, write_pages
 from inferneo_jax.layers.sampler import Sampler, Sampling
 from inferneo_jax.models.steps import PromptStates, SampleInputs, SlotState, Steps, sample_bucket
 from inferneo_jax.runner.backends import DecoderBackend
@@ -124,13 +124,29 @@ class EmptyCache:
     draft: bool
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class ReadPages:
+    """Copies ``pages`` pages out of the model's cache, for another engine."""
+
+    pages: int
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class WritePages:
+    """Puts the contents of ``pages`` pages of another engine into the model's cache."""
+
+    pages: int
+
+
 Forward = Decode | Verify | Prefill | Mixed | Draft
 """Programs that leave logits, from which tokens are sampled."""
 Called = Forward | Fill | Admit | Constrain
 """Programs that the host calls with arguments of its own."""
 Following = Sample | Score | ScorePrompt | Constrain
 """Programs that are given what a forward pass leaves on the device."""
-Key = Called | Following | EmptyCache
+Handover = ReadPages | WritePages
+"""Programs of engines that hand keys and values over to each other; other engines have none."""
+Key = Called | Following | EmptyCache | Handover
 """Identifies a compiled program."""
 
 
@@ -544,6 +560,8 @@ class Programs:
         assert runs, "there is no draft model"
         if isinstance(key, EmptyCache):
             return jax.jit(runs._init_cache()).lower()
+        if isinstance(key, ReadPages | WritePages):
+            return self._lower_handover(key)
         graphdef, treedef = models.graphdef(runs.backend.padded, runs.backend.quantization)
         vocab_size = self.backend.model.vocab_size
         steps = Steps(
@@ -609,6 +627,29 @@ class Programs:
                         step, out = partial(steps.mixed, chunk), (*out, in_rows)
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate).lower(*arguments)
+
+    def handed_over(self, pages: int) -> KVCache:
+        """The shapes of the contents of some pages in every layer."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((pages, *x.shape[1:]), x.dtype, sharding=x.sharding),
+            self.cache(),
+        )
+
+    def _lower_handover(self, key: Handover) -> Any:
+        in_cache, everywhere = meshes.spec("pages", "kv_heads"), PartitionSpec()
+        arguments: list[Any] = [self.cache(), jax.ShapeDtypeStruct((key.pages,), np.int32)]
+        specs: list[Any] = [in_cache, everywhere]
+        if writes := isinstance(key, WritePages):
+            arguments.append(self.handed_over(key.pages))
+            specs.append(in_cache)
+        mapped = jax.shard_map(
+            write_pages if writes else read_pages,
+            mesh=self.mesh,
+            in_specs=tuple(specs),
+            out_specs=in_cache,
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=(0,) if writes else ()).lower(*arguments)
 
     def _left_for(self, key: Following) -> tuple[Any, ...]:
         """Shapes of what all ranks' forward passes leave for a program that follows."""

@@ -640,6 +640,33 @@ class DataParallelScheduler:
             tokens = max(sum(chunk.length for chunk in output.prefill) for output in scheduled)
             self._planner.mixed(shape, tokens, rows, mixed_seconds)
 
+    def cached_blocks(self, hashes: Tokens[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix of a chain of block hashes, on the only rank.
+
+        They are held by nobody: their contents are to be read before the next step.
+        """
+        (rank,) = self._ranks
+        blocks = rank.pool.match_prefix(hashes)
+        rank.pool.release(blocks)
+        return blocks
+
+    def cache_blocks(self, hashes: Tokens[bytes], start: int) -> list[int | None]:
+        """Cache the blocks of a chain of block hashes from block ``start``, on the only rank.
+
+        Returns:
+            For each block where its contents are to be written before the next step; None where
+            they are cached already. Empty if that holds for all, there is no room, or blocks before
+            them are not cached.
+        """
+        (rank,) = self._ranks
+        known = rank.pool.match_prefix(hashes)
+        missing = len(hashes) - len(known)
+        new = rank.pool.allocate(missing) if len(known) >= start else None
+        for block, digest in zip(new or (), hashes[len(known) :], strict=False):
+            rank.pool.cache_block(block, digest)
+        rank.pool.release([*known, *(new or ())])
+        return [*(None for _ in known[start:]), *new] if new else []
+
     def counts(self) -> dict[str, int]:
         """Numbers for ``EngineStats``."""
         each = [rank.counts() for rank in self._ranks]

@@ -141,3 +141,9 @@ class Sequence:
             self.sink(output)
         except Exception:
             log.exception("the sink of request %s raised", self.request.id)
+
+
+def prompt_hashes(request: GenerationRequest, block_len: int) -> list[bytes]:
+    """Hashes of the full blocks that a prompt may find in the cache: its last token is computed."""
+    sequence = Sequence(request, lambda _: None, 0)
+    return sequence.block_hashes(block_len, len(request.prompt) - 1)

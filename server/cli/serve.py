@@ -29,8 +29,8 @@ EPILOG = "\n\n".join(
         *EXAMPLES,
         "Each flag is a variable too (--max-len: INFERNEO_MAX_LEN), and a key of the file "
         "(max_len); the models are INFERNEO_MODELS. Flags win over variables, and variables over "
-        "the file. INFERNEO_JOB_TOKEN has no flag, which anybody here could read in the list of "
-        "processes.",
+        "the file. INFERNEO_JOB_TOKEN and INFERNEO_PREFILL_TOKEN have no flags, which anybody here "
+        "could read in the list of processes.",
     )
 )
 

@@ -38,8 +38,8 @@ ParserName = Literal[
 """How models write tool calls and reasoning: the formats of server/parsers, by family."""
 KEY_VARIABLE = PREFIX + "API_KEY"
 """The key that `inferneo chat` sends: no setting of a server."""
-_NO_FLAG = ("models", "job_token")
-"""The first is the argument of `inferneo serve`; the second everybody could read in `ps`."""
+_NO_FLAG = ("models", "job_token", "prefill_token")
+"""The first is the argument of `inferneo serve`; the others everybody could read in `ps`."""
 
 
 DEVICE_SLOTS = "{} on accelerators, {} on CPUs".format(
@@ -317,6 +317,28 @@ class JobSettings(BaseModel):
     )
 
 
+class HandoverSettings(BaseModel):
+    """Prefill and decode: servers that compute prompts for others (docs/replicas.md)."""
+
+    prefill_listen: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Address at which this server computes prompts for others.",
+        json_schema_extra=_shown("HOST:PORT", "none"),
+    )
+    prefill_servers: Names = Field(
+        default=(),
+        description="Addresses of the servers that compute the prompts of this one.",
+        json_schema_extra=_shown("HOST:PORT,...", "it computes them itself"),
+    )
+    prefill_token: SecretStr | None = Field(
+        default=None,
+        description="Secret that these servers share. It has no flag, since everybody on the "
+        "machine can read those in the list of processes.",
+        json_schema_extra=_shown("SECRET", "none"),
+    )
+
+
 class LogSettings(BaseModel):
     """Logs and file: the format of the log, and a file with further settings."""
 
@@ -335,6 +357,7 @@ class LogSettings(BaseModel):
 
 class SettingsSchema(  # pydantic takes the fields of the last base first
     LogSettings,
+    HandoverSettings,
     JobSettings,
     KeySettings,
     NetworkSettings,

@@ -22,7 +22,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from inferneo_jax import ConfigError, EngineConfig, JobConfig, MeshShape, expected_platform
+from inferneo_jax import (
+    ConfigError,
+    EngineConfig,
+    HandoverConfig,
+    JobConfig,
+    MeshShape,
+    expected_platform,
+)
 from server.config.schema import (
     KEY_VARIABLE,
     PREFIX,
@@ -75,6 +82,7 @@ class Settings(SettingsSchema, BaseSettings):
         settings._flags = frozenset(flags)
         settings.engine_config()
         settings.job_config()
+        settings.handover_config()
         return settings
 
     def named(self, name: str) -> str:
@@ -154,6 +162,34 @@ class Settings(SettingsSchema, BaseSettings):
             raise ConfigError(
                 f"{self.named('coordinator')} and INFERNEO_JOB_TOKEN: {error}"
             ) from None
+
+    def handover_config(self) -> HandoverConfig | None:
+        """Whether prompts are computed for other servers, or by them; None: neither.
+
+        Raises:
+            ConfigError: the values do not go together.
+        """
+        if self.prefill_listen is None and not self.prefill_servers:
+            return None
+        name = self.named("prefill_listen" if self.prefill_listen else "prefill_servers")
+        if self.prefill_token is None:
+            raise ConfigError(
+                f"{name} needs INFERNEO_PREFILL_TOKEN, a secret that all these servers share: make "
+                "one with `openssl rand -hex 32`"
+            )
+        if self.engine_process == "true":
+            raise ConfigError(
+                f"{name} needs the engine in the server's own process: set "
+                f"{self.named('engine_process')} to false"
+            )
+        try:
+            return HandoverConfig(
+                token=self.prefill_token.get_secret_value(),
+                listen=self.prefill_listen,
+                servers=self.prefill_servers,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{name} and INFERNEO_PREFILL_TOKEN: {error}") from None
 
 
 def unknown_variables() -> list[str]:

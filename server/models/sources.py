@@ -60,7 +60,15 @@ def load_from_disk(
     # Here, because it brings in jax.
     from inferneo_jax import load_model
 
-    return load_model(path, config, name=source.id, progress=progress, job=job, draft=draft)
+    return load_model(
+        path,
+        config,
+        name=source.id,
+        progress=progress,
+        job=job,
+        draft=draft,
+        handover=settings.handover_config(),
+    )
 
 
 def folder_of(

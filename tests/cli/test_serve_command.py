@@ -43,10 +43,11 @@ def test_help_shows_every_flag_and_default() -> None:
         if setting.flag:
             line = next(line for line in shown.splitlines() if f"{setting.flag} " in line)
             assert f" {setting.form} " in line
-        if setting.name != "job_token":
+        if setting.name not in ("job_token", "prefill_token"):
             assert setting.default in shown, setting
             assert setting.description.split(".")[0] in shown, setting
     assert "--job-token" not in shown
+    assert "--prefill-token" not in shown
     assert "inferneo serve --config inferneo.toml" in shown
 
 

@@ -147,6 +147,7 @@ def test_every_setting_is_described() -> None:
     assert [each.name for each in found if not (each.flag or each.group == "Replicas")] == [
         "models",
         "job_token",
+        "prefill_token",
     ]
     for each in found:
         assert each.description.endswith("."), each
@@ -236,6 +237,25 @@ def test_a_job_is_named_whole_or_found_by_jax() -> None:
 def test_half_a_job_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         Settings(**(JOB | changes)).job_config()
+    assert "secret'" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prefill_token": None}, "INFERNEO_PREFILL_LISTEN needs INFERNEO_PREFILL_TOKEN"),
+        ({"prefill_token": "secret"}, "at least 16 characters"),
+        ({"prefill_listen": "host"}, "'host'; write it as host:port"),
+        ({"prefill_servers": "a:1,b"}, "either computes prompts for others or has others"),
+        ({"prefill_listen": None, "prefill_servers": "a:1,b"}, "'b'; write it as host:port"),
+        ({"engine_process": "true"}, "set INFERNEO_ENGINE_PROCESS to false"),
+    ],
+)
+def test_prompts_that_nobody_could_hand_over_are_refused(changes: dict, words: str) -> None:
+    given = {"prefill_listen": "0.0.0.0:8100", "prefill_token": 32 * "x"}
+    assert Settings(**given).handover_config()
+    with pytest.raises(ConfigError, match=words) as caught:
+        Settings(**(given | changes)).handover_config()
     assert "secret'" not in str(caught.value)
 
 

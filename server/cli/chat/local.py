@@ -17,7 +17,16 @@ from server.config.settings import Settings
 from server.process.child import OURS, Child
 
 _LOOK_SECONDS = 0.2
-_OF_A_JOB = ("coordinator", "num_processes", "process_id", "job_token")
+_OF_SEVERAL = (
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "job_token",
+    "prefill_listen",
+    "prefill_servers",
+    "prefill_token",
+)
+"""Settings of servers that work together; this one is alone."""
 
 
 @contextlib.contextmanager
@@ -83,6 +92,6 @@ def _environment(model: str | None, settings: Settings, folder: str) -> dict[str
         model = next(each.name for each in load_catalog().values() if each.kind == "chat")
     chosen = {"models": model, "aliases": ""} if model else {}
     chosen |= {"keys_db": f"{folder}/keys.db", "require_key": "auto", "log_format": "json"}
-    job = {variable_of(name) for name in _OF_A_JOB}
+    job = {variable_of(name) for name in _OF_SEVERAL}
     kept = {name: value for name, value in os.environ.items() if name not in job}
     return kept | {variable_of(name): value for name, value in chosen.items()}

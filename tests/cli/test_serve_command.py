@@ -38,7 +38,7 @@ def settings(tmp_path: Path, **changes: str) -> dict[str, str]:
 
 
 def test_help_shows_every_flag_and_default() -> None:
-    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "240"}).output
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "400"}).output
     for setting in setting_docs():
         if setting.flag:
             line = next(line for line in shown.splitlines() if f"{setting.flag} " in line)

@@ -27,7 +27,7 @@ from inferneo_jax.runner.backends import DecoderBackend, resolve_decoder, resolv
 from inferneo_jax.runner.capacity import cache_budget, make_programs, measured_cache_budget
 from inferneo_jax.runner.compile_cache import ExecutableStore
 from inferneo_jax.runner.manifest import Manifest, decoder_facts
-from inferneo_jax.runner.programs import depends
+from inferneo_jax.runner.programs import depends, keeps
 from inferneo_jax.sharding.mesh import make_mesh
 from inferneo_jax.weights.placement import flat, local_bytes, weight_shapes
 
@@ -86,7 +86,7 @@ def compile_ahead(
         made = _decoder(model, draft, engine, mesh, memory)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(partial_of(destination)) as folder:
-        store = ExecutableStore(folder, mesh, made.facts | made.sizes, made.depends)
+        store = ExecutableStore(folder, mesh, made.facts | made.sizes, made.depends, made.keeps)
         manifest = Manifest(
             model=name,
             made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -111,6 +111,7 @@ class _Programs(NamedTuple):
     sizes: dict[str, str]
     cache_bytes: int
     depends: Callable[[Any, str], bool] = lambda *_: True
+    keeps: Callable[[Any], bool] = lambda _: True
 
 
 def _encoder(model: EncoderConfig, engine: EngineConfig, mesh: Mesh) -> _Programs:
@@ -153,6 +154,7 @@ def _decoder(
         programs.sizes,
         cache_bytes,
         depends,
+        partial(keeps, mesh),
     )
 
 

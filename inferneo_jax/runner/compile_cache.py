@@ -63,6 +63,7 @@ class ExecutableStore:
         facts: everything that the programs depend on, as ``manifest.facts_of`` gives it.
         depends: whether a program, given by its key, depends on a fact, given by its name. What is
             measured depends on all of them.
+        keeps: whether a program, given by its key, may be kept.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class ExecutableStore:
         mesh: Mesh,
         facts: Mapping[str, str],
         depends: Callable[[Any, str], bool] = lambda *_: True,
+        keeps: Callable[[Any], bool] = lambda _: True,
     ) -> None:
         self._folder = Path(folder) if folder else None
         self._devices = [*mesh.devices.flat]
         self._facts = dict(facts)
-        self._depends = depends
+        self._depends, self._keeps = depends, keeps
         self._ahead = {name for each in manifests(folder) for name in each.programs}
         self._trusted = True
         if self._folder and self._folder.is_dir() and (why := distrust(self._folder.stat())):
@@ -97,7 +99,7 @@ class ExecutableStore:
     def make_all(
         self, programs: Mapping[K, Callable[[], jax.stages.Lowered]], progress: Progress | None
     ) -> dict[str, str]:
-        """Compile every program, load none, and keep all; for devices that need not be present.
+        """Compile and keep every program that may be, and load none, for devices anywhere.
 
         Returns:
             Each program by the name of its file.
@@ -113,7 +115,8 @@ class ExecutableStore:
             except Exception as error:
                 raise ConfigError(f"{key} cannot be kept: {one_line(error)}") from error
 
-        return {file: repr(key) for key, file in _for_each(programs, build, progress).items()}
+        kept = {key: lower for key, lower in programs.items() if self._keeps(key)}
+        return {file: repr(key) for key, file in _for_each(kept, build, progress).items()}
 
     def measured(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Figures of these programs, in JSON's types, as an earlier start has measured them.
@@ -134,7 +137,7 @@ class ExecutableStore:
         _from_jax.hit = False
         compiled = lower().compile()
         # If XLA:CPU has read a program from a file, it serializes it without its functions.
-        if self._folder and not _from_jax.hit:
+        if self._folder and not _from_jax.hit and self._keeps(key):
             try:
                 self._keep(key, compiled)
             except Exception as error:  # noqa: BLE001  (not all platforms can; it is recompiled)
@@ -150,7 +153,7 @@ class ExecutableStore:
 
     def _load(self, key: Hashable) -> Any:
         """Load the executable from disk; None if there is none, or if it cannot be used."""
-        if not self._trusted:
+        if not self._trusted or not self._keeps(key):
             return None
         try:
             file = self._file(key)

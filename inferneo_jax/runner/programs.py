@@ -182,6 +182,17 @@ def depends(key: Key, fact: str) -> bool:
     return whose == "model" or fact in _PAGED
 
 
+def keeps(mesh: Mesh, key: Key) -> bool:
+    """Whether a program may be kept on disk.
+
+    XLA:CPU runs independent collectives of a program that it has read from a file in any order,
+    and takes one for the other, as they are all of one channel (seen with jaxlib 0.10.2). The
+    collectives of forward passes follow from each other; those of sampling and scoring do not.
+    """
+    several = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    return not (several and isinstance(key, Sample | Score | ScorePrompt))
+
+
 def num_tokens(key: Forward | Fill) -> int:
     """Tokens that a forward pass computes on one data-parallel rank."""
     match key:

@@ -63,6 +63,7 @@ from inferneo_jax.runner.programs import (
     depends,
     dispatch_forward,
     dispatch_sample,
+    keeps,
     num_sampled,
     prefill_of,
 )
@@ -301,7 +302,11 @@ class Runner:
         self.decode_steps = decode_steps(config, self._mesh)
         self.shapes = self._programs.prefill_shapes
         self._store = ExecutableStore(
-            config.compilation_cache, self._mesh, facts | self._programs.sizes, depends
+            config.compilation_cache,
+            self._mesh,
+            facts | self._programs.sizes,
+            depends,
+            partial(keeps, self._mesh),
         )
         self._inputs = self._programs.inputs
         self._compiled: dict[Key, Any] = {}

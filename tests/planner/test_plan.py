@@ -71,9 +71,9 @@ def test_a_plan_counts_two_reductions_a_layer_and_one_for_the_lookup() -> None:
     assert decode.aliased_bytes >= decode.cache_bytes
     assert (plan.slots, plan.rows, plan.row_buckets) == (8, 8, (8,))
     assert plan.prefill_shapes == ((1, 8),)
-    # Four that sample, and one each that decodes, prefills, does both, admits, scores what was
-    # sampled, scores prompts and makes the cache.
-    assert plan.num_programs == 11
+    # Four that sample, and one each that decodes, prefills, does both, admits, applies grammars,
+    # scores what was sampled, scores prompts and makes the cache.
+    assert plan.num_programs == 12
     assert plan.compile_seconds > 0.1
     assert (plan.mesh, plan.missing_bytes, plan.dtype) == (MeshShape(1, 8), 0, "float32")
     assert plan.kv_bytes == cache_budget("cpu", total=plan.memory_bytes, free=0)

@@ -46,7 +46,7 @@ def test_deep_values_within_the_limit_do_no_harm(rig: Rig) -> None:
     assert response.status_code == 200
     assert rig.post(COMPLETIONS, {"model": CHAT, "prompt": deep}).status_code == 400
     response = rig.post(
-        CHATS, {"model": CHAT, "messages": HI, "chat_template_kwargs": {"tools": deep}}
+        CHATS, {"model": CHAT, "messages": HI, "chat_template_kwargs": {"documents": deep}}
     )
     assert response.status_code == 200
 

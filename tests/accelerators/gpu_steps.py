@@ -197,7 +197,8 @@ class Steps:
         """
         seconds, host = self.time(key, inputs)
         tokens = key.tokens if isinstance(key, Prefill) else 1
-        work = work_of(self.programs.backend, live, self.programs.token_bytes, key.rows, tokens)
+        part = key.rows, tokens
+        work = work_of(self.programs.backend, live, self.programs.token_bytes, part)
         num_bytes = work.weights + work.live_kv
         parts = [self.facts[each] for each in self._keys(key)]
         return {
